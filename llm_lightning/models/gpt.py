@@ -1,0 +1,279 @@
+"""The GPT-2 architecture in plain PyTorch: config, attention, MLP, block, model. Read it top to bottom.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-LayerNorm blocks, learned positions,
+tanh GELU, optionally a head tied to the token embedding.
+
+Tensor letters: B batch, T time (new positions), S time (all positions attended to), C width (n_embd), H heads,
+D head width (C / H), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What the weights look like. Every field is stored in every checkpoint.
+
+    Raises:
+        ValueError: if a size is not positive, `n_embd` is not a multiple of `n_head`, or a dropout is outside [0, 1).
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    qkv_bias: bool = True
+    tied_head: bool = True
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be in [0, 1)")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, allocated once.
+
+    `keys[layer]` and `values[layer]` are (B, H, capacity, D); the first `length` positions are filled.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new (B, H, T, D) keys and values; return all of them, (B, H, S, D)."""
+        end = self.length + key.size(2)
+        assert end <= self.capacity, f"cache of {self.capacity} positions asked to hold {end}"
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention with one fused projection for query, key and value."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.attention_dropout
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C). `attention_mask`: bool, broadcast to (B, H, T, S), True = may attend; None = causal."""
+        query, key, value = self._heads(x)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        # A single new position may see everything before it: no mask. Several new positions behind a filled cache
+        # need an explicit one, because SDPA's is_causal aligns the triangle to the top left corner.
+        is_causal = attention_mask is None and query.size(2) > 1
+        if is_causal and key.size(2) > query.size(2):
+            attention_mask, is_causal = causal_mask(query.size(2), key.size(2), x.device), False
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        return self._merge(mixed)
+
+    def explicit(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same attention written out: softmax(q k^T / sqrt(D)) v. For teaching and plots, it ignores dropout.
+
+        Returns:
+            the output (B, T, C) and the attention weights (B, H, T, T), rows summing to 1.
+        """
+        query, key, value = self._heads(x)
+        mask = causal_mask(x.size(1), x.size(1), x.device) if attention_mask is None else attention_mask
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (B, H, T, T)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        return self._merge(weights @ value), weights
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, time, width = x.shape
+        qkv = self.qkv_proj(x).view(batch, time, 3, self.n_head, width // self.n_head)  # (B, T, 3, H, D)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+        return query, key, value
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        return self.residual_dropout(self.out_proj(mixed.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2.
+        return self.residual_dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), attention_mask, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Token ids in, logits out. The trunk (`hidden_states`) and the head (`logits`) can be called apart.
+
+    Args:
+        config: the architecture.
+        init: `gpt2` (normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), biases 0) or `torch`
+            (PyTorch's layer defaults, as the book uses).
+        activation_checkpointing: recompute each block in the backward pass: about a third more time, and
+            activation memory of one block instead of `n_layer`.
+    """
+
+    def __init__(self, config: GPTConfig, *, init: str = "gpt2", activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        if init not in ("gpt2", "torch"):
+            raise ValueError(f"model.init={init!r} must be gpt2 or torch")
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.token_embedding.weight
+        if init == "gpt2":
+            self._init_gpt2()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) for `input_ids` (B, T); the other arguments as in `hidden_states`."""
+        return self.logits(self.hidden_states(input_ids, positions, attention_mask, cache))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The trunk: final-norm output for every position.
+
+        Args:
+            input_ids: (B, T) int64.
+            positions: (B, T) or (T,) int64; default: 0..T-1, or what follows the cache.
+            attention_mask: bool, broadcast to (B, H, T, S), True = may attend; default: causal. With right padding
+                the causal mask is enough: no real position sees a pad.
+            cache: keys and values of earlier positions; extended in place.
+
+        Returns:
+            (B, T, C).
+
+        Raises:
+            ValueError: if the sequence does not fit into `context_length`.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + input_ids.size(1)
+        if positions is None:
+            if end > self.config.context_length:
+                raise ValueError(
+                    f"sequence of {end} tokens exceeds context_length={self.config.context_length}; "
+                    "shorten it or use a model with a longer context"
+                )
+            positions = torch.arange(start, end, device=input_ids.device)
+        x = self.embedding_dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, attention_mask, use_reentrant=False)
+            else:
+                x = block(x, attention_mask, cache, layer)
+        if cache is not None:
+            cache.length = end
+        return self.final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: (..., C) -> (..., V)."""
+        return self.lm_head(hidden)
+
+    @torch.no_grad()
+    def attention_weights(self, input_ids: Tensor) -> list[Tensor]:
+        """Attention weights (B, H, T, T) of every layer, by the explicit path. For teaching and plots."""
+        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        maps = []
+        for block in self.blocks:
+            mixed, weights = block.attn.explicit(block.attn_norm(x))
+            x = x + mixed
+            x = x + block.mlp(block.mlp_norm(x))
+            maps.append(weights)
+        return maps
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied weight counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Forward and backward FLOPs per token: 6 N + 12 L C T (PaLM, appendix B), N without position embeddings."""
+        config = self.config
+        matrices = self.num_parameters() - self.position_embedding.weight.numel()
+        if not config.tied_head:  # an untied input embedding is a lookup, not a product
+            matrices -= self.token_embedding.weight.numel()
+        return 6 * matrices + 12 * config.n_layer * config.n_embd * sequence_length
+
+    def _init_gpt2(self) -> None:
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # GPT-2 paper, section 2.3
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith(("out_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            elif "norm" not in name:
+                nn.init.normal_(parameter, std=0.02)
+
+
+def causal_mask(new: int, total: int, device: torch.device | str) -> Tensor:
+    """Bool (new, total): the last `new` of `total` positions, each sees itself and what stands before it."""
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
