@@ -1,0 +1,53 @@
+"""Named batches, and the one place where labels are shifted.
+
+Tensor letters: B batch, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_lightning.losses import IGNORE_INDEX
+
+
+class LMBatch(NamedTuple):
+    """Next-token prediction: `labels[b, t]` is the token that follows `input_ids[b, t]`."""
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    labels: Tensor
+    """(B, T) int64, IGNORE_INDEX where there is no target."""
+    count: int
+    """Targets in this batch, known on the CPU so that counting never waits for the device."""
+    sample_ids: tuple[int, ...]
+    """Which samples these are, for error messages."""
+
+
+class Sample(NamedTuple):
+    """One row before collation."""
+
+    sample_id: int
+    token_ids: np.ndarray
+    """(n,) the whole sequence; its first n-1 tokens are inputs, its last n-1 are labels."""
+
+
+def collate_lm(samples: Sequence[Sample], *, pad_id: int) -> LMBatch:
+    """Pad on the right to the longest sample and shift: the labels of a row are its tokens from the second on.
+
+    With causal attention no real position sees a pad, so no mask is needed. Without samples (a process that ran out
+    of data before the others) the batch is one pad token without a target.
+    """
+    length = max((len(sample.token_ids) - 1 for sample in samples), default=1)
+    input_ids = torch.full((max(len(samples), 1), length), pad_id, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, sample in enumerate(samples):
+        tokens = torch.from_numpy(sample.token_ids.astype(np.int64))
+        input_ids[row, : len(tokens) - 1] = tokens[:-1]
+        labels[row, : len(tokens) - 1] = tokens[1:]
+    count = sum(len(sample.token_ids) - 1 for sample in samples)
+    return LMBatch(input_ids, labels, count, tuple(sample.sample_id for sample in samples))
