@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -107,20 +107,20 @@ ScheduleConfig = WarmupCosineConfig | ConstantConfig
 
 
 @torch.no_grad()
-def scale_and_clip_gradients(
-    parameters: Iterable[nn.Parameter], scale: float, max_norm: float | None
-) -> Tensor:
+def scale_and_clip_gradients(parameters: Iterable[nn.Parameter], scale: float, max_norm: float | None) -> float:
     """Multiply every gradient by `scale`, then clip the global norm to `max_norm`, in one pass over the memory.
 
     Returns:
-        () the norm after scaling and before clipping; inf or nan where a gradient is not finite.
+        the norm after scaling and before clipping; inf or nan where a gradient is not finite.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm = getattr(norm, "full_tensor", lambda: norm)() * scale  # FSDP2: the norm of sharded gradients is a DTensor
-    factor = torch.full_like(norm, scale)
+    if not gradients:
+        return 0.0
+    total = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(total, "full_tensor"):  # FSDP2: the norm of sharded gradients is sharded too
+        total = total.full_tensor()
+    norm = total.item() * scale
     if max_norm is not None:
-        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: as torch.nn.utils.clip_grad_norm_
-    if gradients and factor.item() != 1.0:
-        torch._foreach_mul_(gradients, factor.item())
+        scale *= min(1.0, max_norm / (norm + 1e-6))  # 1e-6: as torch.nn.utils.clip_grad_norm_
+    torch._foreach_mul_(gradients, scale)
     return norm

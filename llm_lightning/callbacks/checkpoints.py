@@ -1,0 +1,172 @@
+"""When checkpoints are written, which are kept, and what a signal does.
+
+Everything is written at one moment: between two updates, after the validation and the log rows of the last one. So a
+checkpoint after N updates covers every row of steps 0..N-1, and nothing of step N.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins import CheckpointIO
+
+from llm_lightning import checkpoint as checkpoints
+
+log = logging.getLogger(__name__)
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints through `checkpoint.py`: atomic, with a digest, loaded with `weights_only=True` only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        checkpoints.save(path, checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        return checkpoints.load(path, map_location=map_location or "cpu")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Interrupted(Exception):  # noqa: N818: not an error
+    """A signal asked the run to stop, and it saved itself."""
+
+    def __init__(self, signum: int, path: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}; the same command continues")
+        self.exit_code = 128 + signum
+
+
+class Checkpoints(L.Callback):
+    """Write `step_*.ckpt`, with `last.ckpt` and `best.ckpt` as further names of two of them.
+
+    Args:
+        every_n_steps: updates between two checkpoints; null for none.
+        every_n_minutes: minutes between two checkpoints; null for none.
+        keep: how many `step_*.ckpt` stay, at least 2, so that one damaged file never ends a run.
+        monitor: the metric that decides which is the best; null keeps no best.
+        mode: `min` or `max`.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None = 500,
+        every_n_minutes: float | None = 10.0,
+        keep: int = 2,
+        monitor: str | None = "val/loss",
+        mode: str = "min",
+    ) -> None:
+        if keep < 2:
+            raise ValueError(
+                f"callbacks.checkpoints.keep={keep} must be at least 2: one file may be damaged by a crash"
+            )
+        if mode not in ("min", "max"):
+            raise ValueError(f"callbacks.checkpoints.mode={mode!r} must be min or max")
+        self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
+        self.monitor, self.mode = monitor, mode
+        self.best_value: float | None = None
+        self.best_step: int | None = None
+        self._best_is_new = False
+        self._last_saved_step = 0
+        self._last_saved_time = time.monotonic()
+        self._signal: int | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    def folder(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    # --- when ------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning's own handler for SIGTERM ends the run without a checkpoint and with exit code 0.
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
+        self._last_saved_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        signum = self._agreed_signal(trainer)
+        if signum is not None:
+            raise Interrupted(signum, self.save(trainer))
+        if trainer.global_step > self._last_saved_step and (self._best_is_new or self._due(trainer)):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if value is None or trainer.sanity_checking or not math.isfinite(value):
+            return
+        sign = 1 if self.mode == "min" else -1
+        if self.best_value is None or sign * float(value) < sign * self.best_value:
+            self.best_value, self.best_step, self._best_is_new = float(value), trainer.global_step, True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > self._last_saved_step or self._best_is_new:
+            self.save(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+        self._old_handlers.clear()
+
+    # --- what ------------------------------------------------------------------------------------------------------
+
+    def save(self, trainer: L.Trainer) -> Path:
+        """Write the current state, give it its names, and remove what is no longer kept."""
+        for logger in trainer.loggers:
+            logger.save()  # the rows that this checkpoint covers
+        folder = self.folder(trainer)
+        path = folder / f"step_{trainer.global_step:08d}.ckpt"
+        is_best, self._best_is_new = self._best_is_new and self.best_step == trainer.global_step, False
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            checkpoints.link(path, folder / "last.ckpt")
+            if is_best:
+                checkpoints.link(path, folder / "best.ckpt")
+            for old in sorted(folder.glob("step_*.ckpt"))[: -self.keep]:
+                old.unlink()
+        self._last_saved_step, self._last_saved_time = trainer.global_step, time.monotonic()
+        return folder / "last.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_value": self.best_value, "best_step": self.best_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_value, self.best_step = state["best_value"], state["best_step"]
+
+    # --- details ---------------------------------------------------------------------------------------------------
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        if (
+            self.every_n_steps
+            and trainer.global_step // self.every_n_steps > self._last_saved_step // self.every_n_steps
+        ):
+            return True
+        if not self.every_n_minutes:
+            return False
+        late = time.monotonic() - self._last_saved_time > 60 * self.every_n_minutes
+        return trainer.strategy.reduce_boolean_decision(late, all=False)  # clocks differ between processes
+
+    def _on_signal(self, signum: int, _: Any) -> None:
+        if self._signal is not None:  # a second one: the user insists
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self._signal = signum
+        log.warning("%s received: saving at the next step", signal.Signals(signum).name)
+
+    def _agreed_signal(self, trainer: L.Trainer) -> int | None:
+        if trainer.world_size == 1:
+            return self._signal
+        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+            return None
+        return self._signal or signal.SIGTERM

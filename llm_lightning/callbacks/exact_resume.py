@@ -1,0 +1,126 @@
+"""Exact resume: a run that was killed ends with the same bits as one that was not.
+
+The weights, optimizer and schedule are in Lightning's checkpoint. This callback adds what it lacks: the random number
+generators of every process, and a loop state that means "k batches of epoch e are done, nothing else has begun". It
+then makes the data module continue behind batch k, and checks that the first batch after a resume is the right one.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class ExactResume(L.Callback):
+    def __init__(self) -> None:
+        self._position: tuple[int, int] | None = None
+        self._rng: dict[str, Any] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Our data module continues at the right batch without the loader's help.
+        warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        epoch, batches_done = position(trainer)
+        checkpoint["position"] = {"epoch": epoch, "batches_done": batches_done}
+        checkpoint["rng"] = _gather(trainer, rng_state())
+        _write_position(checkpoint["loops"]["fit_loop"], epoch, batches_done)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._position = (checkpoint["position"]["epoch"], checkpoint["position"]["batches_done"])
+        trainer.datamodule.resume(*self._position)  # type: ignore[attr-defined]
+        states = checkpoint["rng"]
+        if len(states) == trainer.world_size:
+            self._rng = states[trainer.global_rank]
+        else:
+            log.warning(
+                "The checkpoint was written by %d processes and is continued by %d: dropout will differ",
+                len(states),
+                trainer.world_size,
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Here, not earlier: whatever set-up drew from the generators no longer matters.
+        if self._position is not None:
+            expected = trainer.datamodule.expected_samples(*self._position)  # type: ignore[attr-defined]
+            assert batch.sample_ids == expected, f"resumed at samples {batch.sample_ids}, expected {expected}"
+            self._position = None
+        if self._rng is not None:
+            set_rng_state(self._rng)
+            self._rng = None
+
+
+def position(trainer: L.Trainer) -> tuple[int, int]:
+    """(epoch, finished micro-batches in it), with (e + 1, 0) for the end of epoch e."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    done, epoch = progress.completed, trainer.fit_loop.epoch_progress.current
+    if done >= trainer.num_training_batches:
+        done = 0
+        return (epoch.completed, 0) if epoch.completed == epoch.ready else (epoch.completed + 1, 0)
+    # A run stopped inside an epoch (max_steps, early stopping) still counts the epoch as completed.
+    return (epoch.completed - 1 if done and epoch.completed == epoch.ready else epoch.completed), done
+
+
+def rng_state() -> dict[str, Any]:
+    """The generators of this process as tensors and plain values, which `weights_only=True` accepts."""
+    version, words, gauss = random.getstate()
+    kind, keys, index, has_gauss, cached = np.random.get_state()
+    return {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {
+            "kind": kind,
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "index": int(index),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the generators back to `rng_state()`."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["kind"], keys, numpy["index"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def _gather(trainer: L.Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
+    if trainer.world_size == 1:
+        return [state]
+    states: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def _write_position(fit_loop: dict[str, Any], epoch: int, batches_done: int) -> None:
+    """Rewrite Lightning's counters to "`batches_done` batches of `epoch` are done, nothing else has begun".
+
+    Its own state depends on the hook that saves, and some of those states resume by validating or stepping twice.
+    """
+    for counter in fit_loop["epoch_progress"].values():
+        begun = epoch + 1 if batches_done else epoch
+        counter.update(ready=begun, started=begun, processed=epoch, completed=epoch)
+    batches = fit_loop["epoch_loop.batch_progress"]
+    done = batches["total"]["completed"]
+    batches["total"].update(ready=done, started=done, processed=done)
+    batches["current"].update(ready=batches_done, started=batches_done, processed=batches_done, completed=batches_done)
+    batches["is_last_batch"] = False

@@ -1,0 +1,302 @@
+"""Checkpoints: self-describing, written atomically, verified before anything in them is used.
+
+A checkpoint is one file: PyTorch's zip archive with a digest in the archive's comment, so it can be copied, renamed
+and linked without losing its proof. Inside, a plain-dict header (key `llm_lightning`) beside Lightning's keys says how
+to rebuild the model and the tokenizer. It holds tensors and plain values only, and is loaded with `weights_only=True`
+always. PyTorch itself does not check the archive's contents when it loads: a flipped bit becomes a wrong weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.tokenizers import Tokenizer, from_description
+
+FORMAT_VERSION = 1
+HEADER = "llm_lightning"
+_MARK = b"llm-lightning checkpoint sha256:"
+_COMMENT_LENGTH = len(_MARK) + 64
+_REMEDY = "use another checkpoint of the run, or train again"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is corrupt, foreign, or does not fit."""
+
+
+def save(path: str | Path, state: dict[str, Any]) -> str:
+    """Write `state` to `path`, all or nothing, and return its digest.
+
+    A temporary file beside the target is written, flushed to the disk and renamed: whatever happens in between, the
+    file that stood there before is intact.
+
+    Raises:
+        OSError: if it cannot be written; names the path, the bytes needed and the bytes free.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            digest = _write(file, state)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        needed = sum(tensor.nbytes for tensor in _tensors(state))
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"cannot write checkpoint {path}: {error.strerror or error} ({needed:,} bytes needed, {free:,} free); "
+            "earlier checkpoints are intact: make room and run the same command again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def verify(path: str | Path) -> str:
+    """Return the digest of the checkpoint at `path` after comparing it with every byte of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is not one of ours, or was changed after it was written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - _COMMENT_LENGTH))
+        comment = file.read()
+        if not comment.startswith(_MARK):
+            raise CheckpointError(
+                f"{path} is not a complete llm-lightning checkpoint (truncated, or written by another program); "
+                f"{_REMEDY}. Weights of GPT-2 are read from .safetensors files"
+            )
+        file.seek(0)
+        actual = _digest(file, size - _COMMENT_LENGTH - 2)
+    expected = comment[len(_MARK) :].decode("ascii", errors="replace")
+    if actual != expected:
+        raise CheckpointError(f"{path} is corrupt: its digest is {actual}, but it was written as {expected}; {_REMEDY}")
+    return actual
+
+
+def load(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Verify and load a checkpoint of ours.
+
+    Raises:
+        CheckpointError: if it is corrupt, foreign, or of a newer format.
+    """
+    digest = verify(path)
+    try:
+        state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+        version = state[HEADER]["format"]
+        state[HEADER]["digest"] = digest
+    except Exception as error:  # whatever a forged archive makes the unpickler raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be loaded safely ({reason}); {_REMEDY}") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}; update llm-lightning"
+        )
+    return state
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: task, step, model, tokenizer, config, lineage."""
+    return load(path, mmap=True)[HEADER]
+
+
+def newest_valid(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step in `folder` that passes `verify`; damaged ones are passed over, and said so."""
+    damaged: list[str] = []
+    for path in sorted(Path(folder).glob("step_*.ckpt"), reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for message in damaged:
+            log.warning("%s. Falling back to %s", message, path)
+        return path
+    if damaged:
+        raise CheckpointError(damaged[0])
+    return None
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` another name of the file `source`, atomically (a copy where the file system has no hard links)."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
+    _sync_folder(target.parent)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use, and what it needs."""
+
+    model: GPT
+    """In eval mode."""
+    tokenizer: Tokenizer
+    header: dict[str, Any]
+
+
+def load_model(name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+    """Rebuild a model and its tokenizer from a path or name alone.
+
+    Args:
+        name_or_path: a checkpoint of ours, a run folder, a folder or .safetensors file of GPT-2 weights, or
+            `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
+        device: where to put the model.
+        dtype: of the weights; default: as stored.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        CheckpointError, ValueError: if what is there is damaged or not a GPT.
+    """
+    path = resolve(name_or_path)
+    if path is None:
+        config, state, header, tokenizer = _from_pretrained(str(name_or_path))
+    else:
+        checkpoint = load(path, mmap=True)
+        header = checkpoint[HEADER]
+        config = GPTConfig(**header["model"])
+        prefix = "model."
+        state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        tokenizer = from_description(header["tokenizer"])
+    model = build_model(config, state).to(device=device, dtype=dtype)
+    return LoadedModel(model.eval(), tokenizer, header)
+
+
+def resolve(name_or_path: str | Path) -> Path | None:
+    """The checkpoint file of ours that is meant, the best one of a run folder; None for GPT-2 weights."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        for candidate in (path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"):
+            if candidate.is_file():
+                return candidate
+        return None
+    if path.suffix == ".ckpt" and not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    return path if path.is_file() and path.suffix != ".safetensors" else None
+
+
+def build_model(config: GPTConfig, state: dict[str, torch.Tensor]) -> GPT:
+    """A GPT that takes over the tensors of `state` without a copy.
+
+    Raises:
+        CheckpointError: if a tensor is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):
+        model = GPT(config, init="torch")
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
+    if config.tied_head:
+        model.lm_head.weight = model.token_embedding.weight  # assigning broke the tie
+    return model
+
+
+def describe(*, task: str, config: GPTConfig, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
+    """The header of a checkpoint. `more`: plain values (step, resolved config, lineage, metrics)."""
+    return {
+        "format": FORMAT_VERSION,
+        "task": task,
+        "model": asdict(config),
+        "tokenizer": tokenizer.describe(),
+        **more,
+    }
+
+
+def _from_pretrained(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict[str, Any], Tokenizer]:
+    from llm_lightning.pretrained import load_pretrained
+
+    config, state, description, info = load_pretrained(name)
+    tokenizer = from_description(description if description is not None else {"name": "gpt2"})
+    header = describe(task="pretraining", config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"])
+    return config, state, header, tokenizer
+
+
+class _Writer:
+    """Passes bytes on and keeps the first OSError, which torch.save would hide behind one of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(file: BinaryIO, state: dict[str, Any]) -> str:
+    writer = _Writer(file)
+    try:
+        torch.save(state, writer)
+    except Exception:
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+    # torch.save ends with a bare end-of-archive record: 22 bytes, the last two are the length of the comment, 0.
+    # The digest covers everything before those two.
+    length = file.tell() - 2
+    file.seek(length - 20)
+    assert file.read(4) == b"PK\x05\x06", "torch.save no longer ends with a bare end-of-archive record"
+    file.seek(0)
+    digest = _digest(file, length)
+    file.seek(length)
+    file.write(_COMMENT_LENGTH.to_bytes(2, "little") + _MARK + digest.encode())
+    return digest
+
+
+def _digest(file: BinaryIO, length: int) -> str:
+    digest = hashlib.sha256()
+    while length > 0 and (chunk := file.read(min(length, 1 << 22))):
+        digest.update(chunk)
+        length -= len(chunk)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # a folder cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,114 @@
+"""The dataloaders, once: every data module names its samples, this class turns them into exact, resumable batches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llm_lightning.data.order import BatchOrder
+from llm_lightning.tokenizers import Tokenizer
+
+
+class BaseDataModule(L.LightningDataModule):
+    """Builds the loaders of `train_samples` and `eval_samples`.
+
+    Subclasses fill these in `build` and override `collate`:
+
+    - `tokenizer`
+    - `train_samples`: a map-style Dataset of samples
+    - `eval_samples`: stage name (`val`, `train_eval`, later `test`) to Dataset, in the order they are evaluated
+    - `data_digest`: names the data, for lineage
+
+    Args:
+        batch_size: samples per process and micro-batch.
+        num_workers: loader processes; 0 is fastest for memory-mapped tokens.
+        drop_last: leave out the last samples of an epoch that do not fill a batch.
+        eval_batches: how many batches of training data are evaluated, without dropout, for `train/eval_loss`.
+        seed: of the shuffle.
+    """
+
+    tokenizer: Tokenizer
+    train_samples: Dataset
+    eval_samples: dict[str, Dataset]
+    data_digest: str
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        eval_batches: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        self.batch_size, self.num_workers, self.drop_last = batch_size, num_workers, drop_last
+        self.eval_batches, self.seed = eval_batches, seed
+        self._train_order: BatchOrder | None = None
+        self._resume_at = (0, 0)
+
+    @abstractmethod
+    def build(self) -> None:
+        """Read, check and tokenise the data. Called once, before the model is built, because it may need the vocabulary."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """Samples of one micro-batch, possibly none, to a named batch."""
+
+    @abstractmethod
+    def preview(self, n: int) -> str:
+        """The first `n` training samples as a person reads them."""
+
+    def train_dataloader(self) -> DataLoader:
+        self._train_order = self._order(self.train_samples, shuffle=True, drop_last=self.drop_last)
+        self._train_order.resume(*self._resume_at)
+        return self._loader(self.train_samples, self._train_order)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self._loader(samples, self._order(samples)) for samples in self.eval_samples.values()]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the coming epoch."""
+        if self._train_order is not None:
+            self._train_order.set_epoch(epoch)
+
+    def resume(self, epoch: int, batches_done: int) -> None:
+        """Continue behind the first `batches_done` batches of `epoch`. Takes effect when the loader is made."""
+        self._resume_at = (epoch, batches_done)
+
+    def expected_samples(self, epoch: int, batch: int) -> tuple[int, ...]:
+        """The sample ids of this process's batch number `batch` in `epoch`, computed afresh."""
+        order = self._order(self.train_samples, shuffle=True, drop_last=self.drop_last)
+        order.resume(epoch, batch)
+        return tuple(next(iter(order)))
+
+    def batches_per_epoch(self, world_size: int) -> int:
+        """Micro-batches that each process sees in one epoch."""
+        return len(self._order(self.train_samples, drop_last=self.drop_last, world_size=world_size))
+
+    def _order(self, samples: Any, *, world_size: int | None = None, **options: Any) -> BatchOrder:
+        options = {"shuffle": False, "seed": self.seed, **options}
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        if world_size is None:
+            world_size = 1 if self.trainer is None else self.trainer.world_size
+        return BatchOrder(len(samples), self.batch_size, rank=rank, world_size=world_size, **options)
+
+    def _loader(self, samples: Dataset, order: BatchOrder) -> DataLoader:
+        collate: Callable = self.collate
+        return DataLoader(
+            samples,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own: a DataLoader without one draws from the global RNG at every epoch, which would
+            # tie dropout to how often the loader was made.
+            generator=torch.Generator().manual_seed(self.seed),
+        )

@@ -1,0 +1,154 @@
+"""Pretraining data: a text corpus, tokenised once into flat files, read as windows of the context length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+
+from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.batches import LMBatch, Sample, collate_lm
+from llm_lightning.data.sources import open_source
+from llm_lightning.data.token_files import TokenFile, build_token_files
+from llm_lightning.tokenizers import Tokenizer
+
+
+class Windows(Dataset):
+    """Windows of `length` inputs over a flat array of tokens, one every `stride` tokens.
+
+    Args:
+        tokens: (n,) ids.
+        length: inputs per window; a window reads one token more, its last label.
+        stride: distance of two windows; below `length` they overlap.
+        last: `keep` adds a shorter window for the targets that no full one reaches; `drop` leaves them out, as the
+            book does.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, stride: int, *, last: str = "keep") -> None:
+        if last not in ("keep", "drop"):
+            raise ValueError(f"data.last_window={last!r} must be keep or drop")
+        if stride < 1:
+            raise ValueError(f"data.stride={stride} must be at least 1")
+        self.tokens, self.length, self.stride = tokens, length, stride
+        full = len(range(0, len(tokens) - length, stride))
+        targets_reached = (full - 1) * stride + length if full else 0
+        self.n_windows = full + (last == "keep" and targets_reached < len(tokens) - 1)
+
+    def __len__(self) -> int:
+        return self.n_windows
+
+    def __getitem__(self, index: int) -> Sample:
+        start = index * self.stride
+        return Sample(index, np.asarray(self.tokens[start : start + self.length + 1]))
+
+
+class PretrainingDataModule(BaseDataModule):
+    """Windows of a corpus for next-token prediction.
+
+    Args:
+        tokenizer: or a function that trains one on the training documents.
+        context_length: tokens per window.
+        name, path, hf_dataset: the corpus; exactly one (see `open_source`).
+        split: `document`, `character` (the book's) or `auto` (see `build_token_files`).
+        val_fraction: of the documents or characters.
+        stride: distance of two training windows; default: `context_length`.
+        last_window: `keep` or `drop` what does not fill a window.
+        add_eot: put `<|endoftext|>` between documents.
+    """
+
+    train_file: TokenFile
+    val_file: TokenFile | None
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | Callable[[Iterable[str]], Tokenizer],
+        context_length: int,
+        name: str | None = None,
+        path: str | list[str] | None = None,
+        text_field: str = "text",
+        hf_dataset: str | None = None,
+        hf_config: str | None = None,
+        hf_split: str = "train",
+        split: str = "auto",
+        val_fraction: float = 0.1,
+        stride: int | None = None,
+        last_window: str = "keep",
+        add_eot: bool = True,
+        **loading: Any,
+    ) -> None:
+        super().__init__(**loading)
+        self._make_tokenizer = tokenizer
+        self.context_length, self.stride, self.last_window = (
+            context_length,
+            stride or context_length,
+            last_window,
+        )
+        self._split = {"split": split, "val_fraction": val_fraction, "add_eot": add_eot}
+        self._source = open_source(
+            name=name,
+            path=path,
+            text_field=text_field,
+            hf_dataset=hf_dataset,
+            hf_config=hf_config,
+            hf_split=hf_split,
+        )
+
+    def build(self) -> None:
+        files = build_token_files(self._source, self._make_tokenizer, **self._split)
+        self.train_file, self.val_file = files["train"], files.get("val")
+        self.tokenizer = self.train_file.tokenizer
+        self.data_digest = self._source.digest()
+        train = self._windows("train", self.train_file, self.stride)
+        self.train_samples = train
+        self.eval_samples = {}
+        if self.val_file is not None:
+            # Evaluation windows never overlap: every token counts once.
+            self.eval_samples["val"] = self._windows("val", self.val_file, self.context_length)
+        if self.eval_batches > 0:
+            self.eval_samples["train_eval"] = evenly_spaced(train, self.eval_batches * self.batch_size)
+
+    def collate(self, samples: Sequence[Sample]) -> LMBatch:
+        return collate_lm(samples, pad_id=0)
+
+    def preview(self, n: int) -> str:
+        lines = []
+        for index in range(min(n, len(self.train_samples))):  # type: ignore[arg-type]
+            ids = self.train_samples[index].token_ids
+            lines += [f"--- window {index}: {len(ids) - 1} targets", self.tokenizer.decode(ids.tolist())]
+        return "\n".join(lines)
+
+    def describe(self) -> str:
+        """One line on what is trained on."""
+        val = f", {self.val_file.n_tokens:,} validation" if self.val_file is not None else ""
+        return (
+            f"{self._source.describe()}: {self.train_file.n_tokens:,} training{val} tokens "
+            f"({self.train_file.n_bytes / self.train_file.n_tokens:.2f} bytes each), "
+            f"{len(self.train_samples):,} windows of {self.context_length}"  # type: ignore[arg-type]
+        )
+
+    def bytes_per_token(self, stage: str) -> float:
+        """Mean UTF-8 bytes per token of a stage's text, to turn nats per token into bits per byte."""
+        file = self.val_file if stage == "val" and self.val_file is not None else self.train_file
+        return file.n_bytes / file.n_tokens
+
+    def _windows(self, stage: str, file: TokenFile, stride: int) -> Windows:
+        windows = Windows(file.tokens, self.context_length, stride, last=self.last_window)
+        short = file.n_tokens <= self.context_length if stage == "train" else len(windows) == 0
+        if short:
+            remedy = "use more text, or lower model.context_length"
+            if stage == "val":
+                remedy += ", or raise data.val_fraction"
+            raise ValueError(
+                f"the {stage} part of {self._source.describe()} has {file.n_tokens} tokens, which do not fill one "
+                f"window of {self.context_length} and its last label; {remedy}"
+            )
+        return windows
+
+
+def evenly_spaced(samples: Dataset, n: int) -> Subset:
+    """A fixed subset of `n` samples (or all) spread over the whole data set."""
+    size = len(samples)  # type: ignore[arg-type]
+    return Subset(samples, np.unique(np.linspace(0, size - 1, min(n, size)).astype(int)).tolist())

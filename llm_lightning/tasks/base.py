@@ -1,0 +1,278 @@
+"""TaskModule: every Lightning hook, once. A task adds only what one batch costs.
+
+Gradients are token-exact: an optimizer step uses the sum of the loss over all targets of its accumulation window on
+all processes, divided by their number. Lightning alone averages micro-batch means, which weighs a target in a short
+micro-batch more (its issue 20350). So a task returns a *sum*, Lightning accumulates sums, and the division happens
+once per step, folded into the multiplication that clips.
+
+Steps are numbered from 0: row s of the logs belongs to update s, and a checkpoint after N updates covers rows 0..N-1.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.models.gpt import GPT
+from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
+from llm_lightning.tokenizers import Tokenizer
+
+
+class StepOutput(NamedTuple):
+    """What one batch costs."""
+
+    loss_sum: Tensor
+    """() summed over `count` items."""
+    count: int
+    """Target tokens, sequences or pairs, known on the CPU."""
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012
+    """name -> (sum, count), each over whatever items that metric counts."""
+    outputs: dict[str, Tensor] = {}  # noqa: RUF012
+    """What metric objects need, such as predictions and labels."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient that is inf or nan."""
+
+
+class TaskModule(L.LightningModule):
+    """Optimizer, schedule, token-exact gradients, clipping, exact metrics and the checkpoint's header.
+
+    Args:
+        model: the GPT to train.
+        tokenizer: kept for samples and written into checkpoints.
+        optimizer, scheduler: settings, see `optim.py`.
+        header: plain values for the checkpoint's header (resolved config, lineage).
+    """
+
+    task: str
+
+    def __init__(
+        self,
+        *,
+        model: GPT,
+        tokenizer: Tokenizer,
+        optimizer: AdamWConfig,
+        scheduler: ScheduleConfig,
+        header: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.optimizer_config, self.schedule = optimizer, scheduler
+        self.header = header or {}
+        self.tokens_seen = 0
+        self.last_gradient_norm = math.nan
+        self.last_lr = math.nan
+        self.total_steps = 0
+        self._window: list[tuple[StepOutput, int, tuple[int, ...]]] = []
+        self._step_means: dict[str, float] = {}
+        self._epoch_sums: dict[str, list[float]] = {}
+        self._eval_sums: dict[str, dict[str, list[Tensor]]] = {}
+
+    @abstractmethod
+    def step_output(self, batch: Any) -> StepOutput:
+        """What `batch` costs."""
+
+    def eval_metrics(self, stage: str, means: dict[str, float]) -> dict[str, float]:
+        """Metrics derived from the means of a whole evaluation. Tasks may override."""
+        return means
+
+    # --- one micro-batch, one update -------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output = self.step_output(batch)
+        detached = output._replace(loss_sum=output.loss_sum.detach(), outputs={})
+        self._window.append((detached, batch_idx, batch.sample_ids))
+        return output.loss_sum * self.trainer.accumulate_grad_batches  # Lightning divides by it
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Turn accumulated sums into the exact mean, check that it is finite, clip. Runs once per update."""
+        sums = self._reduce_window()
+        count = sums["loss"][1]
+        if count == 0:
+            raise ValueError(f"update {self.global_step} has no target at all: {self._window_samples()}")
+        # Data-parallel training averages gradients over processes; the mean over targets needs their sum.
+        scale = self.trainer.world_size / count
+        norm = scale_and_clip_gradients(self.parameters(), scale, self._max_norm())
+        self._check_finite(sums["loss"][0], norm)
+        self.tokens_seen += int(count)
+        self.last_gradient_norm, self.last_lr = norm, optimizer.param_groups[0]["lr"]
+        self._step_means = {name: total / max(number, 1) for name, (total, number) in sums.items()}
+        for name, (total, number) in sums.items():
+            epoch = self._epoch_sums.setdefault(name, [0.0, 0.0])
+            epoch[0] += total
+            epoch[1] += number
+        self._window.clear()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._window:  # the update is still to come
+            return
+        step = self.global_step - 1
+        self.log("loss", self._step_means["loss"], prog_bar=True, logger=False)
+        if step % self.trainer.log_every_n_steps == 0:
+            metrics = {f"train/{name}": value for name, value in self._step_means.items()}
+            metrics |= {
+                "lr": self.last_lr,
+                "train/grad_norm": self.last_gradient_norm,
+                "epoch": self.current_epoch,
+            }
+            self.log_row(metrics | {"tokens_seen": self.tokens_seen})
+
+    def on_train_epoch_start(self) -> None:
+        self._epoch_sums = {}
+        self.trainer.datamodule.set_epoch(self.current_epoch)  # type: ignore[attr-defined]
+
+    def on_train_epoch_end(self) -> None:
+        self.log_row({f"train/{name}_epoch": s / max(n, 1) for name, (s, n) in self._epoch_sums.items()})
+
+    def log_row(self, metrics: dict[str, float]) -> None:
+        """Send metrics to every logger under the last update's step, and to callbacks that monitor one."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step - 1)
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._eval_sums = {stage: defaultdict(list) for stage in self.trainer.datamodule.eval_samples}  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        sums = list(self._eval_sums.values())[dataloader_idx]
+        output = self.step_output(batch)
+        for name, pair in _sums(output).items():
+            sums[name].append(pair)
+
+    def on_validation_epoch_end(self) -> None:
+        for stage, sums in self._eval_sums.items():
+            totals = {name: torch.stack(pairs).double().cpu().sum(0) for name, pairs in sums.items()}
+            reduced = self._all_reduce(totals)
+            means = {name: total / max(number, 1) for name, (total, number) in reduced.items()}
+            prefix = "train/eval_" if stage == "train_eval" else f"{stage}/"
+            metrics = {f"{prefix}{name}": value for name, value in self.eval_metrics(stage, means).items()}
+            self.log_dict(metrics, logger=False)
+            if stage == "val":
+                self.log("val_loss", means["loss"], prog_bar=True, logger=False)
+            if not self.trainer.sanity_checking:
+                self.log_row(metrics)
+        self._eval_sums = {}
+
+    # --- optimizer, devices, checkpoint ----------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
+        # restored (Lightning's issue 20550).
+        self.total_steps = total_steps(self.trainer)
+        self.schedule.warmup_steps(self.total_steps)  # refuses a warmup that does not fit
+        optimizer = self.optimizer_config.build(self.model.named_parameters(), fused=self._fused())
+        peak = self.optimizer_config.lr
+
+        def factor(step: int) -> float:
+            return self.schedule.lr_at(step, peak, self.total_steps) / peak
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        """Shard the model under FSDP2, block by block. Embeddings, final norm and head form the root's own group."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        if isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        register_fsdp_forward_method(self.model, "hidden_states")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[checkpoints.HEADER] = checkpoints.describe(
+            task=self.task,
+            config=self.model.config,
+            tokenizer=self.tokenizer,
+            step=self.global_step,
+            epoch=self.current_epoch,
+            tokens_seen=self.tokens_seen,
+            metrics={name: float(value) for name, value in self.trainer.callback_metrics.items()},
+            **self.header,
+        )
+        checkpoint["task_module"] = {"tokens_seen": self.tokens_seen, "epoch_sums": self._epoch_sums}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["task_module"]
+        self.tokens_seen, self._epoch_sums = state["tokens_seen"], state["epoch_sums"]
+
+    # --- details ---------------------------------------------------------------------------------------------------
+
+    def _fused(self) -> bool:
+        setting = self.optimizer_config.fused
+        if setting != "auto":
+            return bool(setting)
+        # Under fp16 a fused optimizer would unscale only inside its step, after we measured and clipped the norm.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return not scaled and not isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def _max_norm(self) -> float | None:
+        config = self.optimizer_config
+        warming_up = self.global_step < self.schedule.warmup_steps(self.total_steps)
+        return None if config.clip_after_warmup and warming_up else config.max_grad_norm
+
+    def _reduce_window(self) -> dict[str, list[float]]:
+        sums: dict[str, list[Tensor]] = defaultdict(list)
+        for output, _, _ in self._window:
+            for name, pair in _sums(output).items():
+                sums[name].append(pair)
+        return self._all_reduce({name: torch.stack(pairs).double().cpu().sum(0) for name, pairs in sums.items()})
+
+    def _all_reduce(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
+        """(sum, count) pairs summed over all processes."""
+        if self.trainer.world_size > 1 and sums:
+            stacked = torch.stack(list(sums.values())).to(self.device)
+            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum").cpu()
+            sums = dict(zip(sums, stacked, strict=True))
+        return {name: pair.tolist() for name, pair in sums.items()}
+
+    def _check_finite(self, loss_sum: float, norm: float) -> None:
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if math.isfinite(loss_sum) and (math.isfinite(norm) or scaled):  # the fp16 scaler skips such an update itself
+            return
+        what = "loss" if not math.isfinite(loss_sum) else "gradient"
+        raise NonFiniteError(
+            f"non-finite {what} (loss {loss_sum}, gradient norm {norm}) at step {self.global_step}, "
+            f"{self._window_samples()}: stopped before the update, the last checkpoint is finite; "
+            "lower optimizer.lr, or look at these samples with data.preview=true"
+        )
+
+    def _window_samples(self) -> str:
+        parts = [f"batch {index} (samples {', '.join(map(str, ids))})" for _, index, ids in self._window]
+        return f"epoch {self.current_epoch}, " + ", ".join(parts)
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """Optimizer updates of the whole run, from the data module's sizes and the trainer's limits."""
+    batches = trainer.datamodule.batches_per_epoch(trainer.world_size)  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    steps = per_epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    if trainer.max_steps != -1:
+        steps = min(steps, trainer.max_steps)
+    if steps == math.inf:
+        raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
+    return int(steps)
+
+
+def _sums(output: StepOutput) -> dict[str, Tensor]:
+    """name -> (2,) sum and count."""
+    loss = output.loss_sum.detach()
+    pairs = {"loss": torch.stack([loss.float(), torch.tensor(float(output.count), device=loss.device)])}
+    return pairs | {name: torch.stack([s.float(), n.float()]) for name, (s, n) in output.metrics.items()}
