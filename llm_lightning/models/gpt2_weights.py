@@ -75,7 +75,7 @@ def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
 
 
 def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
-    """Write the `config.json` of a `GPT2LMHeadModel`. `eot_id` begins and ends a text; None if there is none."""
+    """Write the `config.json` of a `GPT2LMHeadModel`; `eot_id` becomes its begin and end of text."""
     result = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -101,12 +101,12 @@ def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
 def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Turn a Hugging Face GPT-2 state dict into ours. The results are views of the given tensors: no copy.
 
-    Accepts files without the `transformer.` prefix, with mask buffers, without `lm_head.weight` if the head is
-    tied, and with a padded vocabulary, whose surplus rows are cut.
+    Accepts files without the `transformer.` prefix, with mask buffers, without `lm_head.weight` if the head
+    is tied, and with a padded vocabulary, whose surplus rows are cut.
 
     Raises:
-        ValueError: for missing or unknown keys, wrong shapes, tensors that are not floating point, a second head
-            that contradicts `tied_head=True`, or a query-key-value bias that contradicts `qkv_bias=False`.
+        ValueError: for missing or unknown keys, wrong shapes, tensors that are not floating point, a second
+            head that contradicts `tied_head=True`, or a bias that contradicts `qkv_bias=False`.
     """
     layers = config.n_layer
     if layers > len(state):  # before a list of names as long as a wrong config says is made

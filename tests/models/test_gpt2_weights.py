@@ -172,7 +172,7 @@ def test_our_states_are_checked_as_well() -> None:
     state = GPT(CONFIG).state_dict()
     with pytest.raises(ValueError, match=r"missing: final_norm.bias; unknown: _orig_mod.final_norm.bias"):
         to_hf({n.replace("final", "_orig_mod.final", n.count("bias")): t for n, t in state.items()}, CONFIG)
-    with pytest.raises(ValueError, match="lm_head.weight differs"):
+    with pytest.raises(ValueError, match="lm_head"):
         to_hf(state | {"lm_head.weight": torch.ones(97, 32)}, CONFIG)
     with pytest.raises(ValueError, match=r"missing: lm_head.weight"):
         from_hf(broken(), replace(CONFIG, tied_head=False))
