@@ -72,6 +72,11 @@ class KVCache:
         self.values[layer][:, :, self.length : end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row of the batch that is not in `rows`, (new B,) int64."""
+        self.keys = [key[rows] for key in self.keys]
+        self.values = [value[rows] for value in self.values]
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention with one fused projection for query, key and value."""

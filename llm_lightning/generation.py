@@ -1,0 +1,244 @@
+"""Text continuation with a KV cache: several prompts in one batch, greedy or sampled. Knows no tokenizer.
+
+Prompts of different lengths are padded on the left, so that the next position of every row is the same slot of the
+cache; a mask hides the padding and each row counts its own positions. A row gives what its prompt gives alone.
+
+Tensor letters: B batch (rows still running), T prompt length, S slots in use, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llm_lightning.models.gpt import GPT, KVCache, causal_mask
+
+log = logging.getLogger(__name__)
+
+OnToken = Callable[[int, int], None]
+"""Called with (row, id) as each new token is known; a stop id is not reported."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature=0` is greedy: always the likeliest token.
+
+    `top_k` keeps the k likeliest tokens; `top_p` then keeps the fewest of them whose probabilities sum to at
+    least top_p (nucleus sampling, Holtzman et al. 2020). With a `seed`, row i of a batch always draws the same
+    numbers, whatever else is in the batch.
+
+    Raises:
+        ValueError: if a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to keep every token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; leave it out to keep every token")
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Continue every prompt, all in one batch.
+
+    A row ends after `max_new_tokens`, before a stop id, or at the model's context limit (which is logged). The
+    last token may stand one past the context: it is never fed back. No global random state is touched, and the
+    model is left in the mode it was in.
+
+    Args:
+        prompts: token ids, one sequence per row, at least one id each.
+        temperature, top_k, top_p, seed: see `Sampling`.
+        stop_ids: ids that end a row, such as the end of text.
+        on_token: see `OnToken`.
+
+    Returns:
+        the new ids of each row, without the stop id.
+
+    Raises:
+        ValueError: if a prompt is empty, longer than the context or holds an unknown id, or a setting is out of
+            its range.
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    for row, prompt in enumerate(prompts):
+        _check_prompt(model, row, prompt)
+    if not prompts:
+        return []
+    room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
+    limits = [min(max_new_tokens, most) for most in room]
+    with evaluating(model):
+        new_ids = _decode(model, prompts, limits, sampling, frozenset(stop_ids), on_token)
+    if any(len(ids) == most < max_new_tokens for ids, most in zip(new_ids, room, strict=True)):
+        log.warning(
+            "generation stopped at context_length=%d before max_new_tokens=%d",
+            model.config.context_length,
+            max_new_tokens,
+        )
+    return new_ids
+
+
+def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Draw one id per row: the token at which the cumulative probability passes `uniform`.
+
+    Args:
+        logits: (B, V).
+        uniform: (B, 1) float32 in [0, 1); not read when greedy.
+
+    Returns:
+        (B,) int64.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    # Largest score 0: however small the temperature, the division cannot overflow to +inf.
+    scores = (logits.float() - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    if sampling.top_k is None and sampling.top_p is None:
+        return _invert(scores.softmax(dim=-1), uniform).squeeze(-1)
+    scores, ids = scores.topk(min(sampling.top_k or scores.size(-1), scores.size(-1)))  # (B, K), falling
+    probabilities = scores.softmax(dim=-1)
+    if sampling.top_p is not None:
+        before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens hold together
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return ids.gather(-1, _invert(probabilities, uniform)).squeeze(-1)
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """(B, K) weights, not necessarily summing to 1, and (B, 1) uniform numbers -> (B, 1) indices into K."""
+    cumulative = probabilities.cumsum(dim=-1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+
+
+def _decode(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    limits: list[int],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    on_token: OnToken | None,
+) -> list[list[int]]:
+    """Feed the prompts, then one token per running row and step; rows that end leave the batch."""
+    device = model.token_embedding.weight.device
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # which prompt each row of the batch continues
+    numbers = [random.Random(None if sampling.seed is None else f"{sampling.seed} {row}") for row in rows]
+    batch = _Batch(model, prompts, max(limits))
+    logits = batch.prefill(prompts)
+    while True:
+        # 24 random bits are exact in float32 and below 1 after any rounding.
+        uniform = torch.tensor([[numbers[row].getrandbits(24) / 2**24] for row in rows], device=device)
+        chosen = next_ids(logits, uniform, sampling).tolist()
+        running = []
+        for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            if token in stop_ids:
+                continue
+            new_ids[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            if len(new_ids[row]) < limits[row]:
+                running.append(index)
+        if not running:
+            return new_ids
+        if len(running) < len(rows):
+            rows, chosen = [rows[index] for index in running], [chosen[index] for index in running]
+            batch.keep(running)
+        logits = batch.step(chosen)
+
+
+class _Batch:
+    """The running rows: their cache, and how many slots of padding stand before each."""
+
+    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        weight = model.token_embedding.weight
+        self.model = model
+        self.longest = max(len(prompt) for prompt in prompts)
+        capacity = self.longest + max_new_tokens - 1  # the last new token is not fed
+        self.cache = KVCache(model.config, len(prompts), capacity, dtype=weight.dtype, device=weight.device)
+        self.padding = torch.tensor([self.longest - len(prompt) for prompt in prompts], device=weight.device)
+        self.slots = torch.arange(capacity, device=weight.device)
+        self.is_padded = bool(self.padding.any())
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Feed whole prompts; return the logits (B, V) after each prompt's last token."""
+        rows = [[0] * (self.longest - len(prompt)) + list(prompt) for prompt in prompts]
+        input_ids = torch.tensor(rows, device=self.slots.device)
+        if not self.is_padded:
+            return self._last_logits(input_ids, None, None)
+        slots = self.slots[: self.longest]
+        visible = (slots >= self.padding[:, None])[:, None, None]  # (B, 1, 1, T): not padding
+        # Padding sees itself: a row of the softmax with nothing to see would be NaN.
+        itself = torch.eye(self.longest, dtype=torch.bool, device=slots.device)
+        mask = causal_mask(self.longest, self.longest, slots.device) & visible | itself
+        return self._last_logits(input_ids, (slots - self.padding[:, None]).clamp(min=0), mask)
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Feed one token per row; return the next logits (B, V)."""
+        input_ids = torch.tensor(tokens, device=self.slots.device)[:, None]
+        if not self.is_padded:
+            return self._last_logits(input_ids, None, None)
+        slot = self.cache.length
+        visible = (self.slots[: slot + 1] >= self.padding[:, None])[:, None, None]  # (B, 1, 1, S)
+        return self._last_logits(input_ids, slot - self.padding[:, None], visible)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop every other row."""
+        index = torch.tensor(rows, device=self.slots.device)
+        self.cache.keep(index)
+        self.padding = self.padding[index]
+        self.is_padded = bool(self.padding.any())
+
+    def _last_logits(self, input_ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        return self.model.logits(self.model.hidden_states(input_ids, positions, mask, self.cache)[:, -1])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off; on leaving, give every submodule back the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_prompt(model: GPT, row: int, prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise ValueError(f"prompt {row + 1} is empty; give at least one token")
+    if len(prompt) > model.config.context_length:
+        raise ValueError(
+            f"prompt {row + 1} of {len(prompt)} tokens exceeds context_length={model.config.context_length}; "
+            "shorten it or use a model with a longer context"
+        )
+    if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+        wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+        raise ValueError(
+            f"prompt {row + 1} holds token id {wrong}, but vocab_size={model.config.vocab_size}; "
+            "encode it with the tokenizer that the model was trained with"
+        )
