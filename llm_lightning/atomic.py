@@ -1,0 +1,30 @@
+"""Small files written all or nothing. Standard library only: entry points import it before anything heavy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replace the file at `path`: whenever the process dies, the old content or the new one stands there, whole.
+
+    The temporary file stands beside the target, so the rename never crosses file systems, and is named
+    `.NAME.PID.tmp`, so the next owner of the folder can tell a stray one and sweep it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name != "nt":  # a folder cannot be opened there
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

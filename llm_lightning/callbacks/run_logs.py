@@ -1,0 +1,276 @@
+"""What a run leaves to be read later: `metrics.csv` and TensorBoard, each step once however often the run was killed.
+
+The contract with exact resume: every value of a step up to N is logged and `save()` is called before the checkpoint of
+step N is written, and a run that continues from that checkpoint calls `truncate_after(N)` before it logs (a run that
+starts at the beginning calls `truncate_after(-1)`). A step is the number of optimizer updates made so far.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from llm_lightning.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FIRST_COLUMNS = ("step", "train/loss", "val/loss", "train/eval_loss")
+
+Row = dict[str, str]
+
+
+class MetricsFile(Logger):
+    """Write `metrics.csv`: one row per step, one column per metric, an empty cell where nothing was logged.
+
+    Values of one step may come at different times. Columns are added as metrics appear and never removed.
+    """
+
+    name = "metrics"
+    version = ""
+
+    def __init__(self, save_dir: str | Path) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / "metrics.csv"
+        self._columns: list[str] | None = None  # of the file; None: it has not been looked at
+        self._rows: dict[int, Row] = {}  # what is not on disk yet, and the file's last row, which may still grow
+        self._last = -1  # step of the file's last row
+        self._tail = 0  # where in the file that row begins
+        self._unsaved = False
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: `config.yaml` beside this file has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add numbers to the row of `step`; they reach the disk with the next `save()`."""
+        assert step is not None, "a row needs its step"
+        self._load()
+        self._rows.setdefault(step, {"step": str(step)}).update({k: _cell(v) for k, v in metrics.items()})
+        self._unsaved = True
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring every row to the disk; returns when it is there."""
+        if not self._unsaved:
+            return
+        assert self._columns is not None
+        rows = [self._rows[step] for step in sorted(self._rows)]
+        columns = list(dict.fromkeys([*(self._columns or FIRST_COLUMNS), *(name for row in rows for name in row)]))
+        if columns != self._columns or min(self._rows) < self._last:
+            self._rewrite(columns, _merged([*_parse(self._content())[1], *rows]))
+        else:
+            self._write_at_tail(rows)
+        self._unsaved = False
+
+    @rank_zero_only
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows above `step`: a killed process wrote them after the checkpoint that the run continues from."""
+        assert not self._unsaved, "truncate before anything is logged"
+        self._load()
+        columns, rows = _parse(self._content())
+        kept = [row for row in rows if int(row["step"]) <= step]
+        if len(kept) < len(rows):
+            self._rewrite(columns, kept)
+
+    def _load(self) -> None:
+        """Look at the file, once, and mend what a killed process left half written."""
+        if self._columns is not None:
+            return
+        content = self._content()
+        columns, rows = _parse(content)
+        if columns and columns[0] != "step":
+            raise ValueError(f"{self.path}, line 1: the first column is {columns[0]!r}, not 'step'; move the file away")
+        if content == _file(columns, rows):
+            self._settle(columns, rows, len(content))
+        else:
+            self._rewrite(columns, rows)
+
+    def _content(self) -> bytes:
+        return self.path.read_bytes() if self.path.is_file() else b""
+
+    def _rewrite(self, columns: list[str], rows: list[Row]) -> None:
+        content = _file(columns, rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, content)
+        self._settle(columns, rows, len(content))
+
+    def _write_at_tail(self, rows: list[Row]) -> None:
+        assert self._columns is not None
+        content = _lines(self._columns, rows)
+        with self.path.open("r+b") as file:
+            file.seek(self._tail)
+            file.write(content)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        self._settle(self._columns, rows, self._tail + len(content))
+
+    def _settle(self, columns: list[str], rows: list[Row], size: int) -> None:
+        """Remember what stands on disk: of the rows only the last, to which later values of its step are added."""
+        self._columns = columns
+        self._rows = {int(row["step"]): row for row in rows[-1:]}
+        self._last = max(self._rows, default=-1)
+        self._tail = size - len(_lines(columns, rows[-1:]))
+
+
+def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a `metrics.csv`: for each metric its (step, value) pairs in order."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in _parse(Path(path).read_bytes())[1]:
+        step = int(row.pop("step"))
+        for name, cell in row.items():
+            curves.setdefault(name, []).append((step, float(cell)))
+    return curves
+
+
+def _parse(content: bytes) -> tuple[list[str], list[Row]]:
+    """Columns and rows of a metrics file; a line without its end, or with too few cells, was never finished."""
+    whole = content[: content.rfind(b"\n") + 1].decode()
+    columns, *lines = list(csv.reader(io.StringIO(whole))) or [[]]
+    rows = [
+        {name: cell for name, cell in zip(columns, cells, strict=True) if cell}
+        for cells in lines
+        if len(cells) == len(columns) and cells[0].isdigit()
+    ]
+    return columns, rows
+
+
+def _file(columns: list[str], rows: list[Row]) -> bytes:
+    return _lines(columns, [dict(zip(columns, columns, strict=True)), *rows]) if columns else b""
+
+
+def _lines(columns: list[str], rows: Iterable[Row]) -> bytes:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _merged(rows: Iterable[Row]) -> list[Row]:
+    """One row per step, in the order of steps; later values win."""
+    by_step: dict[int, Row] = {}
+    for row in rows:
+        by_step.setdefault(int(row["step"]), {}).update(row)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _cell(value: Any) -> str:
+    return repr(value.item() if hasattr(value, "item") else value)
+
+
+class TensorBoard(Logger):
+    """Write TensorBoard events into `tensorboard/` of the run folder: no version folders, no `hparams.yaml`.
+
+    A run that continues hides what a killed process wrote after the checkpoint (`purge_step`), so each step is seen
+    once.
+    """
+
+    name = "tensorboard"
+    version = ""
+
+    def __init__(self, save_dir: str | Path) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / "tensorboard"
+        self._purge_step: int | None = None
+        self._writer: SummaryWriter | None = None
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The writer, for what has no method here: images, histograms."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _wait_for_a_later_name(self.path)
+            # Half a run of a minute would pass before the default of 120 seconds shows anything.
+            self._writer = SummaryWriter(str(self.path), purge_step=self._purge_step, flush_secs=10)
+        return self._writer
+
+    @rank_zero_only
+    def truncate_after(self, step: int) -> None:
+        """Hide the events above `step` that a killed process left."""
+        assert self._writer is None, "truncate before anything is logged"
+        if self.path.is_dir():
+            self._purge_step = step + 1
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.experiment.add_scalar(name, value, step)
+
+    @rank_zero_only
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Add Markdown under the Text tab."""
+        self.experiment.add_text(name, text, step)
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, metrics: Mapping[str, float] | None = None, step: int | None = None
+    ) -> None:
+        """Write one line of the HParams tab: the settings, nested keys joined by dots, and the final `metrics`.
+
+        Lightning also calls this when training starts, without metrics. Nothing is written then: a run that has not
+        ended has no result, and TensorBoard would show a placeholder for it ever after.
+        """
+        if metrics is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        # The curves' own names would make TensorBoard show their last value, which is not that of the best checkpoint.
+        results = {f"final/{name}": float(value) for name, value in metrics.items()}
+        settings = _flat(vars(params) if isinstance(params, Namespace) else params)
+        writer = self.experiment._get_file_writer()
+        for summary in hparams(settings, results):
+            writer.add_summary(summary, step)
+        # One step later: a process that continues from `step` hides them and writes its own.
+        self.log_metrics(results, None if step is None else step + 1)
+        self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring every event to the disk; returns when it is there."""
+        if self._writer is None:
+            return
+        self._writer.flush()
+        with max(self.path.glob("events.out.tfevents.*")).open("rb") as file:
+            os.fsync(file.fileno())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Return when a new event file will sort after those there: TensorBoard reads them by name, a name has seconds."""
+    started = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    if int(time.time()) in started:
+        time.sleep(1 - time.time() % 1)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings as one level of plain values; TensorBoard takes nothing else."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat

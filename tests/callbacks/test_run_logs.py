@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils.tensorboard  # before the forks, each of which would need seconds to import it
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard, read_metrics
+
+FORK = multiprocessing.get_context("fork")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_values_of_one_step_share_a_row(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.log_metrics({"train/loss": 2.5, "lr": 0.1}, 1)
+    metrics.log_metrics({"train/loss": 2.0}, 2)
+    metrics.save()
+    metrics.log_metrics({"val/loss": torch.tensor(2.25), "tokens_seen": 64}, 2)
+    metrics.save()
+    metrics.log_metrics({"train/loss": 1.5}, 3)
+    metrics.save()
+    text = "step,train/loss,val/loss,train/eval_loss,lr,tokens_seen\n1,2.5,,,0.1,\n2,2.0,2.25,,,64\n3,1.5,,,,\n"
+    assert metrics.path.read_text() == text
+
+
+def test_a_value_of_an_earlier_step_finds_its_row(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        metrics.log_metrics({"train/loss": float(step)}, step)
+        metrics.save()
+    metrics.log_metrics({"val/loss": 9.0}, 2)
+    metrics.save()
+    metrics.log_metrics({"train/loss": 4.0}, 4)
+    metrics.save()
+    assert [(r["step"], r["train/loss"], r["val/loss"]) for r in rows_of(metrics.path)] == [
+        ("1", "1.0", ""),
+        ("2", "2.0", "9.0"),
+        ("3", "3.0", ""),
+        ("4", "4.0", ""),
+    ]
+
+
+def test_reopening_continues_the_file_as_if_it_had_never_been_closed(tmp_path: Path) -> None:
+    one, many = MetricsFile(tmp_path / "one"), tmp_path / "many"
+    generator = random.Random(0)
+    for step in range(1, 30):
+        values = {name: generator.random() for name in ("train/loss", "val/loss", "lr") if generator.random() < 0.7}
+        one.log_metrics(values, step)
+        again = MetricsFile(many)
+        again.log_metrics(values, step)
+        again.save()
+    one.save()
+    assert read_metrics(one.path) == read_metrics(many / "metrics.csv")
+    assert [r["step"] for r in rows_of(many / "metrics.csv")] == [str(step) for step in range(1, 30)]
+
+
+def test_resume_drops_later_rows_and_a_half_written_line(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    for step in range(1, 8):
+        metrics.log_metrics({"train/loss": 1 / step}, step)
+    metrics.save()
+    with metrics.path.open("a") as file:
+        file.write("8,0.1")
+    resumed = MetricsFile(tmp_path)
+    resumed.truncate_after(5)
+    resumed.log_metrics({"train/loss": 0.5}, 6)
+    resumed.save()
+    assert [row["step"] for row in rows_of(metrics.path)] == ["1", "2", "3", "4", "5", "6"]
+    assert rows_of(metrics.path)[-1]["train/loss"] == "0.5"
+    assert read_metrics(metrics.path)["train/loss"][:2] == [(1, 1.0), (2, 0.5)]
+
+
+def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.log_metrics({"val/loss": 5.0}, 0)
+    metrics.save()
+    MetricsFile(tmp_path).truncate_after(-1)
+    assert rows_of(metrics.path) == []
+
+
+def test_every_cut_of_the_file_is_mended(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        metrics.log_metrics({"train/loss": step / 2, "val/loss": 1.0}, step)
+    metrics.save()
+    content = metrics.path.read_bytes()
+    for length in range(len(content)):
+        metrics.path.write_bytes(content[:length])
+        again = MetricsFile(tmp_path)
+        again.log_metrics({"train/loss": 0.0}, 9)
+        again.save()
+        complete = max(0, content[:length].count(b"\n") - 1)  # the first line is the header
+        assert [row["step"] for row in rows_of(metrics.path)] == [*["1", "2", "3"][:complete], "9"]
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("time,loss\n1,2\n")
+    with pytest.raises(ValueError, match="first column is 'time'"):
+        MetricsFile(tmp_path).log_metrics({"train/loss": 1.0}, 1)
+
+
+def _log_until_killed(folder: Path, start: int, covered: FORK.Value) -> None:  # type: ignore[name-defined]
+    metrics = MetricsFile(folder)
+    metrics.truncate_after(start)
+    for step in range(start + 1, 10**9):
+        metrics.log_metrics({"train/loss": step * 0.5}, step)
+        if step % 7 == 0:
+            metrics.log_metrics({f"metric_{step // 700}": float(step)}, step)
+            metrics.save()
+            covered.value = step  # stands for a checkpoint
+
+
+def test_sigkill_at_any_instant_loses_no_covered_row(tmp_path: Path) -> None:
+    covered, generator = FORK.Value("i", 0), random.Random(1)
+    for _ in range(12):
+        process = FORK.Process(target=_log_until_killed, args=(tmp_path, covered.value, covered))
+        process.start()
+        time.sleep(generator.uniform(0.01, 0.08))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert covered.value > 0
+    MetricsFile(tmp_path).truncate_after(covered.value)
+    losses = read_metrics(tmp_path / "metrics.csv")["train/loss"]
+    assert losses == [(step, step * 0.5) for step in range(1, covered.value + 1)]
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def _tensorboard_until_killed(folder: Path, steps: range, then: int) -> None:
+    logger = TensorBoard(folder)
+    logger.truncate_after(steps.start - 1)
+    for step in steps:
+        logger.log_metrics({"train/loss": float(step)}, step)
+    logger.save()
+    os.kill(os.getpid(), then)
+
+
+def test_tensorboard_shows_each_step_once_after_kills(tmp_path: Path) -> None:
+    for steps in (range(1, 21), range(11, 31), range(31, 36)):  # killed at 20, went on from 10, ...
+        process = FORK.Process(target=_tensorboard_until_killed, args=(tmp_path, steps, signal.SIGKILL))
+        process.start()
+        process.join()
+        newest = max((tmp_path / "tensorboard").iterdir())
+        with newest.open("ab") as file:  # a record that announces 100 bytes and has 5
+            file.write(struct.pack("<Q", 100) + b"12345")
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(step, float(step)) for step in range(1, 36)]
+    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True] * 3
+
+
+def test_tensorboard_files_of_one_second_are_read_in_order(tmp_path: Path) -> None:
+    for start in range(1, 4):
+        logger = TensorBoard(tmp_path)
+        logger.truncate_after(start - 1)
+        logger.log_metrics({"loss": 1.0}, start)
+        logger.log_metrics({"loss": 1.0}, start + 1)
+        logger.save()
+    names = sorted(path.name.split(".")[3] for path in (tmp_path / "tensorboard").iterdir())
+    assert len(set(names)) == 3
+    assert [step for step, _ in scalars(tmp_path / "tensorboard", "loss")] == [1, 2, 3, 4]
+
+
+def test_tensorboard_hyperparameters_carry_the_final_metric(tmp_path: Path) -> None:
+    logger = TensorBoard(tmp_path)
+    logger.log_hyperparams({"a": 1})  # as Lightning does when training starts: not yet a result
+    assert not (tmp_path / "tensorboard").exists()
+    logger.log_metrics({"val/loss": 3.0}, 10)
+    settings = {"optimizer": {"lr": 0.1, "betas": [0.9, 0.95]}, "run_name": None, "compile": False}
+    logger.log_hyperparams(settings, {"val/loss": 2.5}, 10)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]
+    assert events.Scalars("final/val/loss")[0].value == 2.5
+    assert scalars(tmp_path / "tensorboard", "val/loss") == [(10, 3.0)]
+    assert "hp_metric" not in events.Tags()["scalars"]
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"].decode("latin1")
+    for name in ("optimizer.lr", "optimizer.betas", "run_name", "compile"):
+        assert name in content
+
+
+def test_tensorboard_text(tmp_path: Path) -> None:
+    logger = TensorBoard(tmp_path)
+    logger.log_text("samples", "hello", 3)
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    assert event.step == 3
+    assert event.tensor_proto.string_val == [b"hello"]
