@@ -1,0 +1,409 @@
+"""Where text comes from: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
+
+Whatever it is, it becomes a `Source`: an ordered sequence of documents that can be read as often as needed and in
+constant memory, a document being read in chunks, so that one file may be larger than the memory. `Source.survey()`
+reads everything once and strictly: bad text is found before training, not during it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import glob
+import hashlib
+import json
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm_lightning.data.download import Pinned, cache_dir, commit, download, locked, sha256_of
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "python_reference"
+NAMED = {
+    "the_verdict": Pinned(
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
+        "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+        20_479,
+        "the-verdict.txt",
+    ),
+    "tiny_shakespeare": Pinned(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
+        "/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        1_115_394,
+        "tinyshakespeare.txt",
+    ),
+}
+
+JSONL_SUFFIXES = {".jsonl", ".ndjson"}
+FOLDER_SUFFIXES = {".txt", ".text", ".md", ".rst"} | JSONL_SUFFIXES
+"""What is taken from a folder; a file that is named, or matched by a glob, is taken whatever its suffix."""
+
+CHUNK = 1 << 20  # bytes of a text file that are decoded at once
+LISTED = 10  # bad lines that an error lists; it counts all of them
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, read in chunks as often as needed."""
+
+    name: str
+    chunks: Iterable[str]
+    split_by: str | None = None
+    """What decides its side of a split by document, if not its content."""
+
+
+@dataclass
+class Survey:
+    """What one strict reading of a whole source found; 16 bytes a document."""
+
+    digest: str = ""
+    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it lies."""
+    n_documents: int = 0
+    n_chars: int = 0
+    n_bytes: int = 0
+    keys: array[int] = field(default_factory=lambda: array("Q"), repr=False)
+    """First 64 bits of the sha256 of what decides each document's side of a split."""
+    lengths: array[int] = field(default_factory=lambda: array("Q"), repr=False)
+    """Characters of each document."""
+
+
+class Reader(Protocol):
+    """Anything that yields the same documents each time."""
+
+    def documents(self) -> Iterator[Document]: ...
+
+
+class Source:
+    """Documents from an ordered list of readers."""
+
+    def __init__(self, label: str, readers: Sequence[Reader]) -> None:
+        self.label = label
+        self.readers = readers
+
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents in a fixed order."""
+        for reader in self.readers:
+            yield from reader.documents()
+
+    def survey(self) -> Survey:
+        """Read everything once, strictly.
+
+        Raises:
+            ValueError: text that is not UTF-8, bad JSONL lines, or no text at all; names file and line.
+        """
+        return self._survey
+
+    def digest(self) -> str:
+        """Return the sha256 of the content."""
+        return self._survey.digest
+
+    def describe(self) -> dict[str, Any]:
+        """Return what to record about the source: plain values."""
+        found = self._survey
+        return {
+            "source": self.label, "digest": found.digest,
+            "n_documents": found.n_documents, "n_chars": found.n_chars, "n_bytes": found.n_bytes,
+        }  # fmt: skip
+
+    @cached_property
+    def _survey(self) -> Survey:
+        found, whole = Survey(), hashlib.sha256()
+        for document in self.documents():
+            content, n_chars = hashlib.sha256(), 0
+            for chunk in document.chunks:
+                data = chunk.encode()
+                content.update(data)
+                n_chars += len(chunk)
+                found.n_bytes += len(data)
+            whole.update(content.digest())
+            by = content if document.split_by is None else hashlib.sha256(document.split_by.encode())
+            found.keys.append(int.from_bytes(by.digest()[:8], "big"))
+            found.lengths.append(n_chars)
+        if not found.n_bytes:
+            raise ValueError(f"{self.label} holds no text: it is empty; give a file or folder with text")
+        found.digest = whole.hexdigest()
+        found.n_documents, found.n_chars = len(found.lengths), sum(found.lengths)
+        return found
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Small texts; `names_split` lets their names, not their content, decide their side of a split."""
+
+    texts: Mapping[str, str]
+    names_split: bool = False
+
+    def documents(self) -> Iterator[Document]:
+        """Yield one document per text."""
+        for name, text in self.texts.items():
+            yield Document(name, (text,), split_by=name if self.names_split else None)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file that is one document: strict UTF-8, a byte-order mark dropped, line ends and NULs kept as they are."""
+
+    path: Path
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the one document."""
+        yield Document(str(self.path), self)
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with self.path.open("rb") as file:
+            if file.read(3) != codecs.BOM_UTF8:
+                file.seek(0)
+            while True:
+                position = file.tell() - len(decoder.getstate()[0])
+                data = file.read(CHUNK)
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise ValueError(_not_utf8(self.path, position + error.start, error)) from error
+                if text:
+                    yield text
+                if not data:
+                    return
+
+
+def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> str:
+    line, rest = 1, offset
+    with path.open("rb") as file:
+        while rest and (data := file.read(min(CHUNK, rest))):
+            line += data.count(b"\n")
+            rest -= len(data)
+    return (
+        f"{path}, line {line}: byte {offset} (0x{error.object[error.start]:02x}) is not valid UTF-8 "
+        f"({error.reason}); convert the file, for example with iconv -f latin1 -t utf-8"
+    )
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """A file with one JSON object a line, a document being the string under `text_field`; blank lines are skipped."""
+
+    path: Path
+    text_field: str
+
+    def documents(self) -> Iterator[Document]:
+        """Yield one document a line.
+
+        Raises:
+            ValueError: after the last line, if lines were bad: counts all of them and lists the first ten.
+        """
+        bad: list[str] = []
+        n_bad = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if not line.strip():
+                    continue
+                try:
+                    text = _text_of(line, self.text_field)
+                except ValueError as error:
+                    n_bad += 1
+                    if len(bad) < LISTED:
+                        bad.append(f"\n  {self.path}:{number}: {error}")
+                else:
+                    yield Document(f"{self.path}:{number}", (text,))
+        if bad:
+            head = f"{self.path}: {n_bad} bad line{'s'[: n_bad > 1]}; each line must be a JSON object with a string"
+            first = f"; the first {LISTED}" if n_bad > LISTED else ""
+            raise ValueError(f"{head} under '{self.text_field}' (data.text_field){first}:" + "".join(bad))
+
+
+def _text_of(line: bytes, text_field: str) -> str:
+    """Return the text of one JSONL line.
+
+    Raises:
+        ValueError: the reason, without the place.
+    """
+    try:
+        record = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_refused)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} of the line is not valid UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return _checked_text(record, text_field)
+
+
+def _checked_text(record: Any, text_field: str) -> str:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a JSON {type(record).__name__}, not an object")
+    if text_field not in record:
+        raise ValueError(f"no field '{text_field}'; its fields: {', '.join(map(repr, record)) or 'none'}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"field '{text_field}' holds {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field '{text_field}' holds half a surrogate pair at character {error.start}") from error
+    return text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):  # json would silently keep the last one
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field '{next(name for name in names if names.count(name) > 1)}' stands twice")
+    return record
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"not JSON: {constant}")
+
+
+def open_source(
+    name: str | None = None,
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    text_field: str = "text",
+    hf_dataset: str | None = None,
+    hf_config: str | None = None,
+    hf_split: str = "train",
+    hf_revision: str | None = None,
+) -> Source:
+    """Return the source that is asked for; `path` and `hf_dataset` go before `name`, so that a name can be a default.
+
+    Args:
+        path: a file, folder or glob, or several as a list or with commas. A folder gives its .txt, .text, .md, .rst,
+            .jsonl and .ndjson files, subfolders included, in the order of their paths; hidden ones are left out.
+            A file that is met twice is taken once.
+        text_field: field of a JSONL record or a Hugging Face row that holds the text.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder or glob without text files.
+        ValueError: nothing or too much is asked for, or an unknown name.
+        DownloadError: a named data set could not be fetched.
+    """
+    if path is not None and hf_dataset is not None:
+        raise ValueError(f"data.path={path} and data.hf_dataset={hf_dataset} are both set; set one of them to null")
+    if path is not None:
+        files = _find(path)
+        return Source(", ".join(_words(path)), [_reader(file, text_field) for file in files])
+    if hf_dataset is not None:
+        file = _hugging_face(hf_dataset, hf_config, hf_split, hf_revision, text_field)
+        label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
+        return Source(f"Hugging Face dataset {label}", [JsonLines(file, "text")])
+    if name == EMBEDDED:
+        from llm_lightning.data.embedded import python_reference
+
+        # The texts differ a little between Python versions, the topics' names do not.
+        return Source(name, [InMemory(dict(python_reference.documents()), names_split=True)])
+    if name in NAMED:
+        return Source(name, [TextFile(download(NAMED[name]))])
+    known = [EMBEDDED, *NAMED]
+    near = difflib.get_close_matches(name or "", known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(known)}, or data.path or data.hf_dataset")
+
+
+def _reader(file: Path, text_field: str) -> Reader:
+    return JsonLines(file, text_field) if file.suffix.lower() in JSONL_SUFFIXES else TextFile(file)
+
+
+def _words(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the entries of a list or of a string with commas; a path that exists is one entry, commas and all."""
+    if isinstance(path, (str, os.PathLike)):
+        whole = os.fspath(path)
+        return [whole] if Path(whole).exists() else [word.strip() for word in whole.split(",") if word.strip()]
+    return [os.fspath(word) for word in path]
+
+
+def _find(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    files = [file for word in _words(path) for file in _files_of(word)]
+    if not files:
+        raise ValueError(f"data.path={path!r} names no file; give a file, a folder or a glob")
+    return list({file.resolve(): file for file in files}.values())
+
+
+def _files_of(word: str) -> list[Path]:
+    found = Path(word).expanduser()
+    if found.is_dir():
+        files = sorted(_texts_in(found), key=lambda file: file.relative_to(found).as_posix())
+        if not files:
+            kinds = ", ".join(sorted(FOLDER_SUFFIXES))
+            raise FileNotFoundError(
+                f"the folder {word} holds no {kinds} file; for others give a glob, as {word}/**/*.py"
+            )
+        return files
+    if found.exists():
+        return [found]
+    if glob.has_magic(word):
+        matches = map(Path, glob.glob(str(found), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        if files := sorted(match for match in matches if match.is_file()):
+            return files
+        raise FileNotFoundError(f"no file matches {word} (looked from {Path.cwd()})")
+    raise FileNotFoundError(f"{word} does not exist (looked from {Path.cwd()}); check data.path")
+
+
+def _texts_in(folder: Path) -> Iterator[Path]:
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in FOLDER_SUFFIXES and not hidden and file.is_file():
+            yield file
+
+
+def _hugging_face(name: str, config: str | None, split: str, revision: str | None, text_field: str) -> Path:
+    """Stream a dataset into one JSONL file of the cache, once; return the file.
+
+    Raises:
+        ValueError: the dataset, its split or its text field cannot be had, with the reason.
+    """
+    wanted = [name, config, split, revision, text_field, _local_state(Path(name))]
+    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    target = cache_dir() / "huggingface" / f"{Path(name).name}-{key}.jsonl"
+    manifest = target.with_suffix(".sha256")
+    with locked(target):
+        if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
+            temporary = target.with_suffix(".tmp")
+            _write_rows(_rows(name, config, split, revision, text_field), temporary)
+            manifest.write_text(sha256_of(temporary))
+            commit(temporary, target)
+    return target
+
+
+def _local_state(folder: Path) -> list[tuple[str, int, int]]:
+    """Return what tells that a data set in a local folder has changed; a hub's name has nothing here."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _rows(name: str, config: str | None, split: str, revision: str | None, text_field: str) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        for number, row in enumerate(rows):
+            try:
+                yield _checked_text(row, text_field)
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+    except Exception as error:  # the library and the hub behind it raise dozens of types, network errors included
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"cannot read the Hugging Face dataset {name} (config {config}, split {split}): {reason}; check "
+            f"data.hf_dataset, data.hf_config, data.hf_split and data.text_field, or give local files with data.path"
+        ) from error
+
+
+def _write_rows(texts: Iterable[str], temporary: Path) -> None:
+    from tqdm import tqdm
+
+    with temporary.open("w", encoding="utf-8") as file:
+        for text in tqdm(texts, desc="downloading rows", unit=" rows", disable=None):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

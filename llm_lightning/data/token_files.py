@@ -1,0 +1,420 @@
+"""Text tokenised once, into flat files of ids that are mapped into memory.
+
+A corpus and one document of it may each be far larger than the memory: documents are cut only where the tokenizer
+guarantees that the ids of the parts are those of the whole, encoded on all cores, and written in order. The files
+stand in `<cache>/tokens/<key>/`, the key being the digest of everything they depend on: content, tokenizer, split.
+They appear complete or not at all, are made by one process while others wait, and are verified when opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from llm_lightning.atomic import write_atomically
+from llm_lightning.data.download import cache_dir, commit, locked, sha256_of
+from llm_lightning.data.sources import Document, Source
+from llm_lightning.tokenizers import Tokenizer, build_tokenizer, from_description
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+FEW_DOCUMENTS = 20  # split=auto cuts fewer than these by character: whole documents would miss val_fraction by far
+PIECE = 1 << 18  # characters that a thread encodes at once
+TRAINED = ("bpe", "word")
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The ids of one part of a split."""
+
+    path: Path
+    dtype: str
+    n_tokens: int
+    n_bytes: int
+    """UTF-8 bytes of the encoded text: what turns a loss per token into bits per byte."""
+    n_documents: int
+    digest: str
+    """sha256 of the file."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Map the file: (n_tokens,) ids, read-only, loaded page by page when touched."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which text is for training and which for validation."""
+
+    source: Source
+    kind: str
+    """document or character"""
+    val_fraction: float
+
+    @classmethod
+    def of(cls, source: Source, kind: str, val_fraction: float) -> Split:
+        """Check the wish against the data; `auto` becomes `document` from 20 documents on, else `character`.
+
+        Raises:
+            ValueError: an unknown kind, a fraction outside [0, 1), or a part that would be empty.
+        """
+        if kind not in ("auto", "document", "character"):
+            raise ValueError(f"data.split={kind} is unknown; use auto, document or character")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"data.val_fraction={val_fraction} must be at least 0 and less than 1")
+        if kind == "auto":
+            kind = "document" if source.survey().n_documents >= FEW_DOCUMENTS else "character"
+        split = cls(source, kind, val_fraction)
+        split._refuse_empty_parts()
+        return split
+
+    def documents(self) -> Iterator[tuple[str, Document]]:
+        """Yield ("train" or "val", document) in the order of the source."""
+        return self._by_character() if self.kind == "character" else self._by_document()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the parts depend on: plain values."""
+        return {"source": self.source.digest(), "split": self.kind, "val_fraction": self.val_fraction}
+
+    def _by_character(self) -> Iterator[tuple[str, Document]]:
+        """Cut the concatenated text once, as the book does (chapter 5.1.3)."""
+        left = self._n_train_chars()
+        for document, length in zip(self.source.documents(), self.source.survey().lengths, strict=False):
+            if left >= length:
+                yield "train", document
+            elif left <= 0:
+                yield "val", document
+            else:
+                yield "train", Document(document.name, _Span(document.chunks, 0, left))
+                yield "val", Document(document.name, _Span(document.chunks, left, length))
+            left -= length
+
+    def _by_document(self) -> Iterator[tuple[str, Document]]:
+        keys, chosen = self.source.survey().keys, self._val_keys()
+        for document, key in zip(self.source.documents(), keys, strict=False):
+            at = bisect_left(chosen, key)
+            yield "val" if at < len(chosen) and chosen[at] == key else "train", document
+
+    def _n_train_chars(self) -> int:
+        return int((1 - self.val_fraction) * self.source.survey().n_chars)
+
+    def _val_keys(self) -> list[int]:
+        """Return the sorted keys of the validation documents.
+
+        In the order of their keys, which is random but a function of the content, documents are taken as long as they
+        fit into the fraction: so it is met closely for documents of any size, and equal ones stay together.
+        """
+        survey = self.source.survey()
+        keys, which = np.unique(np.asarray(survey.keys), return_inverse=True)
+        sizes = np.bincount(which, weights=np.asarray(survey.lengths)).astype(np.int64)
+        chosen, room = [], int(self.val_fraction * survey.n_chars)
+        for key, size in zip(keys.tolist(), sizes.tolist(), strict=True):
+            if size <= room:
+                chosen.append(key)
+                room -= size
+        return chosen
+
+    def _refuse_empty_parts(self) -> None:
+        survey = self.source.survey()
+        if self.kind == "character":
+            n_train = self._n_train_chars()
+            empty = not n_train or (self.val_fraction > 0 and n_train == survey.n_chars)
+        else:
+            empty = self.val_fraction > 0 and not self._val_keys()
+        if empty:
+            raise ValueError(
+                f"data.split={self.kind} with data.val_fraction={self.val_fraction} leaves a part empty: "
+                f"{self.source.label} has {survey.n_documents} documents with {survey.n_chars} characters; "
+                f"change data.val_fraction, {'use data.split=character, ' * (self.kind == 'document')}"
+                "or set data.val_fraction=0 for no validation"
+            )
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Characters [start, stop) of a document."""
+
+    chunks: Iterable[str]
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[str]:
+        position = 0
+        for chunk in self.chunks:
+            if text := chunk[max(self.start - position, 0) : max(self.stop - position, 0)]:
+                yield text
+            position += len(chunk)
+
+
+def tokenizer_for(
+    source: Source,
+    name: str,
+    vocab_size: int | None = None,
+    *,
+    split: str = "auto",
+    val_fraction: float = 0.1,
+    cache: Path | None = None,
+) -> Tokenizer:
+    """Build a tokenizer; `bpe` and `word` are trained on the training part of `source`, once, and cached."""
+    if name not in TRAINED:
+        return build_tokenizer(name, vocab_size=vocab_size)
+    parts = Split.of(source, split, val_fraction)
+    spec = {"format": FORMAT, "name": name, "vocab_size": vocab_size, **parts.describe()}
+    path = (cache or cache_dir()) / "tokenizers" / f"{_key(spec)}.json"
+    with locked(path):
+        description = _unsealed(path)
+        if description is not None:
+            return from_description(description)
+        train = (document for part, document in parts.documents() if part == "train")
+        texts = (piece for document in train for piece in _pieces(document.chunks, _before_last_space))
+        tokenizer = build_tokenizer(name, vocab_size=vocab_size, texts=texts)
+        write_atomically(path, _sealed(tokenizer.describe()))
+    return tokenizer
+
+
+def build_token_files(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "auto",
+    val_fraction: float = 0.1,
+    add_eot: bool = True,
+    cache: Path | None = None,
+) -> dict[str, TokenFile]:
+    """Return the verified files of "train" and, unless `val_fraction` is 0, "val", building them if need be.
+
+    Args:
+        add_eot: put the tokenizer's end of text between two documents of a part.
+
+    Raises:
+        ValueError: bad text, a split or a part without tokens, or a tokenizer without an end of text.
+        OSError: the files cannot be written.
+    """
+    parts = Split.of(source, split, val_fraction)
+    add_eot = add_eot and source.survey().n_documents > 1
+    if add_eot and tokenizer.eot_id is None:
+        raise ValueError("this tokenizer has no end-of-text token to put between documents; set data.add_eot=false")
+    spec = {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "add_eot": add_eot, **parts.describe()}
+    folder = (cache or cache_dir()) / "tokens" / _key(spec)
+    if (files := _opened(folder)) is not None:
+        return files
+    with locked(folder):
+        if (files := _opened(folder)) is not None:
+            return files
+        _build(folder, parts, tokenizer, add_eot, spec)
+        files = _opened(folder)
+    if files is None:
+        raise OSError(f"{folder} reads back differently from what was written; check the disk and run again")
+    return files
+
+
+def _opened(folder: Path) -> dict[str, TokenFile] | None:
+    """Return the files of a folder, or None if they are not all there with their right content."""
+    manifest = _unsealed(folder / "manifest.json")
+    if manifest is None:
+        return None
+    files = {name: TokenFile(folder / f"{name}.bin", **values) for name, values in manifest["parts"].items()}
+    for file in files.values():
+        try:
+            actual = sha256_of(file.path)
+        except FileNotFoundError:
+            actual = "none"
+        if actual != file.digest:
+            log.warning("%s has sha256 %s, expected %s: building it anew", file.path, actual, file.digest)
+            return None
+    return files
+
+
+def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec: dict[str, Any]) -> None:
+    """Make the folder under another name, and rename it when all is written. The caller holds the lock."""
+    making = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)  # of a process that was killed: nobody else can hold it now
+    try:
+        making.mkdir(parents=True)
+        written = _write_parts(making, parts, tokenizer, add_eot)
+        manifest = {**spec, "parts": {name: part.summary() for name, part in written.items()}}
+        write_atomically(making / "manifest.json", _sealed(manifest))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        commit(making, folder)
+    except OSError as error:
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        raise OSError(
+            f"cannot write the token files to {folder}: {error.strerror or error} ({free:,.0f} MiB are free there); "
+            "free some space or set LLM_LIGHTNING_CACHE to a folder with more"
+        ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _write_parts(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool) -> dict[str, _Part]:
+    n_bytes = parts.source.survey().n_bytes
+    written: dict[str, _Part] = {}
+    bar = tqdm(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None)
+    with bar:
+        for batch, ids, size in _encoded(_batches(parts.documents(), tokenizer.split_point), tokenizer, add_eot):
+            part = written.get(batch.part) or written.setdefault(batch.part, _Part(folder / f"{batch.part}.bin"))
+            part.write(ids, size, batch.n_documents)
+            bar.update(size)
+    for part in written.values():
+        part.close()
+    if sum(part.n_bytes for part in written.values()) != n_bytes:
+        raise ValueError(f"{parts.source.label} was changed while it was being tokenised; run again")
+    wanted = {"train", "val"} if parts.val_fraction else {"train"}
+    if wanted - {name for name, part in written.items() if part.n_tokens}:
+        raise ValueError(f"{parts.source.label} gives a part without tokens; give more text or change data.split")
+    return written
+
+
+class _Part:
+    """One token file being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.sha256 = hashlib.sha256()
+        self.dtype = ""
+        self.n_tokens = self.n_bytes = self.n_documents = 0
+
+    def write(self, ids: np.ndarray, n_bytes: int, n_documents: int) -> None:
+        ids = ids.astype(ids.dtype.newbyteorder("<"), copy=False)
+        data = ids.tobytes()
+        self.file.write(data)
+        self.sha256.update(data)
+        self.dtype = ids.dtype.str
+        self.n_tokens += len(ids)
+        self.n_bytes += n_bytes
+        self.n_documents += n_documents
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the fields of TokenFile but its path."""
+        counts = {"n_tokens": self.n_tokens, "n_bytes": self.n_bytes, "n_documents": self.n_documents}
+        return {"dtype": self.dtype, **counts, "digest": self.sha256.hexdigest()}
+
+
+# -- encoding ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Batch:
+    """Consecutive pieces of one part, enough to be worth a thread's while."""
+
+    part: str
+    pieces: list[str | None] = field(default_factory=list)
+    """None stands between two documents."""
+    n_chars: int = 0
+    n_documents: int = 0
+
+
+def _batches(documents: Iterable[tuple[str, Document]], split_point: Callable[[str], int]) -> Iterator[_Batch]:
+    filling: dict[str, _Batch] = {}
+    for part, document in documents:
+        between = [None] if part in filling else []
+        batch = filling.setdefault(part, _Batch(part))
+        for number, piece in enumerate(_pieces(document.chunks, split_point)):
+            if number == 0:
+                batch.pieces += between
+                batch.n_documents += 1
+            batch.pieces.append(piece)
+            batch.n_chars += len(piece)
+            if batch.n_chars >= PIECE:
+                yield batch
+                batch = filling[part] = _Batch(part)
+    yield from filling.values()
+
+
+def _pieces(chunks: Iterable[str], split_point: Callable[[str], int]) -> Iterator[str]:
+    """Cut a document at split points into pieces of about PIECE characters, longer where there is no such point."""
+    held, n_held, enough = [], 0, PIECE
+    for text in _at_most(PIECE, chunks):
+        held.append(text)
+        n_held += len(text)
+        if n_held < enough:
+            continue
+        whole = "".join(held)
+        cut = split_point(whole)
+        if cut:
+            yield whole[:cut]
+        held, n_held = [whole[cut:]], n_held - cut
+        enough = n_held + PIECE if cut else 2 * n_held  # doubling: the time stays linear
+    if n_held:
+        yield "".join(held)
+
+
+def _at_most(size: int, chunks: Iterable[str]) -> Iterator[str]:
+    for chunk in chunks:
+        for start in range(0, len(chunk), size):
+            yield chunk[start : start + size]
+
+
+def _before_last_space(text: str) -> int:
+    """Return a cut that keeps words whole: good enough to learn a vocabulary from."""
+    return max(text.rfind(" "), text.rfind("\n"), 0)
+
+
+def _encoded(
+    batches: Iterable[_Batch], tokenizer: Tokenizer, add_eot: bool
+) -> Iterator[tuple[_Batch, np.ndarray, int]]:
+    """Encode on all cores, keeping the order and only a few batches in memory."""
+    separator = np.array([tokenizer.eot_id] if add_eot else [], dtype=tokenizer.dtype)
+    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    running: deque[tuple[_Batch, Future[tuple[np.ndarray, int]]]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for batch in batches:
+            running.append((batch, pool.submit(_encode, batch, tokenizer, separator)))
+            if len(running) > 2 * n_threads:
+                done, future = running.popleft()
+                yield done, *future.result()
+        for done, future in running:
+            yield done, *future.result()
+
+
+def _encode(batch: _Batch, tokenizer: Tokenizer, separator: np.ndarray) -> tuple[np.ndarray, int]:
+    texts = [piece for piece in batch.pieces if piece is not None]
+    n_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    ids = [separator if piece is None else tokenizer.encode_array(piece) for piece in batch.pieces]
+    return np.concatenate([separator[:0], *ids]), n_bytes
+
+
+# -- small files that know their own digest ------------------------------------------------------------------
+
+
+def _key(spec: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    body = json.dumps(content, sort_keys=True)
+    return json.dumps({"content": content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
+
+
+def _unsealed(path: Path) -> dict[str, Any] | None:
+    """Return the content, or None if there is none or it is damaged."""
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        body = json.dumps(sealed["content"], sort_keys=True)
+        if hashlib.sha256(body.encode()).hexdigest() == sealed["sha256"]:
+            return sealed["content"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    log.warning("%s is damaged: making it anew", path)
+    return None
