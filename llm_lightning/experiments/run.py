@@ -1,0 +1,239 @@
+"""One run: from the composed configuration to a trained model and its run folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
+from llm_lightning.callbacks.exact_resume import ExactResume
+from llm_lightning.checkpoint import LoadedModel, load_model
+from llm_lightning.data.base import BaseDataModule
+from llm_lightning.experiments.config_checks import refuse_changes
+from llm_lightning.experiments.run_folder import RunFolder, open_run
+from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.tasks.base import TaskModule, total_steps
+from llm_lightning.tokenizers import Tokenizer, build_tokenizer
+
+log = logging.getLogger(__name__)
+
+TRAINED_TOKENIZERS = ("bpe", "word")
+
+
+def train(cfg: DictConfig, run_dir: Path) -> float | None:
+    """Build everything that `cfg` names, fit it in `run_dir`, and return the best monitored metric.
+
+    Raises:
+        ValueError, OSError: for whatever is wrong with the settings, the data, a checkpoint or the disk.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    if cfg.data.preview:
+        return preview(cfg)
+    with open_run(run_dir, settings) as run:
+        ckpt_path = checkpoints.newest_valid(run_dir / "checkpoints")
+        if ckpt_path is not None:
+            refuse_changes(checkpoints.read_header(ckpt_path)["config"], settings)
+        return fit(cfg, settings, run, ckpt_path)
+
+
+def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, ckpt_path: Path | None) -> float | None:
+    """Train, from `ckpt_path` on if there is one, and leave a summary."""
+    started = time.monotonic()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    parent = load_model(cfg.init_from) if cfg.init_from else None
+    datamodule = build_datamodule(cfg, parent)
+    model = build_model(cfg, datamodule.tokenizer, parent)
+    header = {
+        "config": settings,
+        "lineage": {
+            "data": datamodule.data_digest,
+            "parent": parent.header["digest"] if parent else None,
+            "parent_name": str(cfg.init_from) if parent else None,
+        },
+    }
+    module: TaskModule = instantiate(
+        cfg.task,
+        model=model,
+        tokenizer=datamodule.tokenizer,
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler),
+        header=header,
+    )
+    trainer = build_trainer(cfg, run.path, ckpt_path)
+    announce(trainer, datamodule, module, ckpt_path)
+    if cfg.compile:
+        # Only the trunk: it is what training calls, and an attribute leaves the names of the weights alone.
+        model.hidden_states = torch.compile(model.hidden_states)  # type: ignore[method-assign]
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    best = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        summary = build_summary(run, trainer, module, header, seconds=time.monotonic() - started)
+        write_summary(run.path, summary)
+        for logger in trainer.loggers:
+            logger.finalize("success")
+        print("\n".join(closing_lines(summary, run.path)))
+    return best.best_value if best is not None else None
+
+
+def preview(cfg: DictConfig) -> None:
+    """Show the first training samples as the model will see them."""
+    datamodule = build_datamodule(cfg, load_model(cfg.init_from) if cfg.init_from else None)
+    print(datamodule.preview(3))
+
+
+def build_datamodule(cfg: DictConfig, parent: LoadedModel | None) -> BaseDataModule:
+    """The data module, built: read, checked and tokenised."""
+    options = {key: value for key, value in cfg.data.items() if key != "preview"}
+    datamodule: BaseDataModule = instantiate(
+        options,
+        tokenizer=choose_tokenizer(cfg, parent),
+        context_length=cfg.model.context_length,
+        seed=cfg.seed,
+        _convert_="all",
+    )
+    datamodule.build()
+    return datamodule
+
+
+def choose_tokenizer(cfg: DictConfig, parent: LoadedModel | None) -> Any:
+    """A tokenizer, or a function that trains one on texts. Weights bring their own."""
+    name, vocab_size = cfg.tokenizer.name, cfg.tokenizer.get("vocab_size")
+    if parent is not None:
+        own = parent.tokenizer.describe()["name"]
+        if own != name:
+            log.info("Tokenizer %s comes with the weights of init_from; tokenizer=%s is ignored", own, name)
+        return parent.tokenizer
+    if name in TRAINED_TOKENIZERS:
+        return partial(_train_tokenizer, name, vocab_size)
+    return build_tokenizer(name, vocab_size=vocab_size)
+
+
+def _train_tokenizer(name: str, vocab_size: int | None, texts: Any) -> Tokenizer:
+    return build_tokenizer(name, vocab_size=vocab_size, texts=texts)
+
+
+def build_model(cfg: DictConfig, tokenizer: Tokenizer, parent: LoadedModel | None) -> GPT:
+    """A fresh GPT, or one with the weights of `parent`."""
+    chosen = {field.name: cfg.model[field.name] for field in fields(GPTConfig) if field.name in cfg.model}
+    chosen["vocab_size"] = _vocabulary(cfg.model.vocab_size, tokenizer)
+    if parent is None:
+        return GPT(
+            GPTConfig(**chosen),
+            init=cfg.model.init,
+            activation_checkpointing=cfg.model.activation_checkpointing,
+        )
+    return adapt(parent.model, GPTConfig(**chosen), cfg.model.activation_checkpointing)
+
+
+def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool) -> GPT:
+    """`model` with the dropouts and the (at most as long) context of `wanted`; the rest comes with the weights.
+
+    Raises:
+        ValueError: if the wanted context is longer than the weights have positions for.
+    """
+    own = model.config
+    if wanted.context_length > own.context_length:
+        raise ValueError(
+            f"model.context_length={wanted.context_length} exceeds the {own.context_length} positions of the weights "
+            f"in init_from; set model.context_length={own.context_length} or less"
+        )
+    kept = ("vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "tied_head", "layer_norm_eps")
+    for name in kept[1:]:
+        if getattr(own, name) != getattr(wanted, name):
+            log.info(
+                "model.%s=%s is ignored: the weights of init_from have %s",
+                name,
+                getattr(wanted, name),
+                getattr(own, name),
+            )
+    config = replace(wanted, **{name: getattr(own, name) for name in kept})
+    state = dict(model.state_dict())
+    state["position_embedding.weight"] = state["position_embedding.weight"][: config.context_length].clone()
+    adapted = checkpoints.build_model(config, {name: tensor.float() for name, tensor in state.items()})
+    adapted.activation_checkpointing = activation_checkpointing
+    return adapted.train()
+
+
+def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
+    if wanted is not None and wanted < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={wanted} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "leave it null, or raise it"
+        )
+    return wanted or tokenizer.vocab_size
+
+
+def build_trainer(cfg: DictConfig, run_dir: Path, ckpt_path: Path | None) -> L.Trainer:
+    """The Trainer with our checkpoints, callbacks and loggers."""
+    fast = bool(cfg.trainer.fast_dev_run)
+    callbacks = [ExactResume()] + [instantiate(c) for c in cfg.callbacks.values() if c is not None]
+    if fast:  # one batch of everything leaves no files
+        callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples")]
+    resumed_step = checkpoints.read_header(ckpt_path)["step"] if ckpt_path else 0
+    loggers = [instantiate(c, run_dir=run_dir, resumed_step=resumed_step) for c in cfg.logger.values() if c is not None]
+    options = {key: value for key, value in cfg.trainer.items() if key != "precision"}
+    return instantiate(
+        options,
+        precision=choose_precision(cfg.trainer.precision, cfg.trainer.accelerator),
+        default_root_dir=run_dir,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[VerifiedCheckpointIO()],
+        enable_checkpointing=False,  # Checkpoints does it
+        enable_model_summary=False,
+        _convert_="all",
+    )
+
+
+def choose_precision(setting: str, accelerator: str) -> str:
+    """Resolve `auto`: bf16 with fp32 master weights where the hardware multiplies it faster, fp32 elsewhere."""
+    if setting != "auto":
+        return setting
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        fast, device = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
+    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        fast, device = False, "Apple MPS"  # bf16 saves memory there, but was measured slower
+    else:
+        fast, device = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), "this CPU"
+    precision = "bf16-mixed" if fast else "32-true"
+    log.info("Precision %s: %s %s", precision, device, "is fast at bf16" if fast else "is not faster at bf16")
+    return precision
+
+
+def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, ckpt_path: Path | None) -> None:
+    """Say what is about to happen, in a few lines."""
+    if not trainer.is_global_zero:
+        return
+    datamodule.trainer = trainer
+    steps = total_steps(trainer)
+    accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
+    effective = datamodule.batch_size * accumulate * world
+    log.info("Data: %s", datamodule.describe())
+    log.info("Model: %s parameters, vocabulary %s", f"{module.model.num_parameters():,}", module.model.config.vocab_size)
+    log.info(
+        "Batch: %d a step = %d samples x %d accumulated x %d processes; %d steps",
+        effective,
+        datamodule.batch_size,
+        accumulate,
+        world,
+        steps,
+    )
+    if ckpt_path is not None:
+        log.info("Resuming from %s", ckpt_path)
+
+
+def is_finished(summary: dict[str, Any], steps: int) -> bool:
+    """Whether a run that left `summary` has nothing more to do."""
+    return math.isfinite(steps) and summary.get("steps", 0) >= steps

@@ -1,0 +1,128 @@
+"""A run that stops anywhere and continues ends with the same bits as one that does not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks.checkpoints import Checkpoints
+from llm_lightning.callbacks.exact_resume import rng_state, set_rng_state
+
+
+class Killed(Exception): ...
+
+
+class KillAt(L.Callback):
+    """Raise in `hook` once `step` updates are done, as a kill would: nothing is saved on the way out."""
+
+    def __init__(self, step: int, hook: str) -> None:
+        self.step = step
+        setattr(self, hook, self._kill)
+
+    def _kill(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            raise Killed
+
+
+class Seen(L.Callback):
+    """Records which samples each update saw."""
+
+    def __init__(self) -> None:
+        self.samples: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.samples[(trainer.current_epoch, batch_idx)] = batch.sample_ids
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
+    return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "task_module")}
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}.{index}")
+    else:
+        assert one == other, path
+
+
+@pytest.mark.parametrize("val", [{}, {"val_check_interval": 4, "check_val_every_n_epoch": None}])
+@pytest.mark.parametrize(
+    ("step", "hook"),
+    [
+        (1, "on_train_batch_start"),
+        (3, "on_train_batch_end"),
+        (4, "on_train_batch_start"),
+        (6, "on_train_epoch_end"),
+        (6, "on_validation_start"),
+        (7, "on_validation_end"),
+        (8, "on_before_optimizer_step"),
+        (9, "on_train_batch_end"),
+        (11, "on_train_batch_start"),
+        (12, "on_train_epoch_end"),
+    ],
+)
+def test_killed_run_equals_uninterrupted_one(
+    tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any, step: int, hook: str, val: dict[str, Any]
+) -> None:
+    """22 samples, batch 2, accumulation 2: 11 micro-batches and 6 updates an epoch, the last window is partial."""
+    options = {"accumulate_grad_batches": 2, **val}
+
+    def run(folder: Path, *extra: L.Callback) -> Seen:
+        seen = Seen()
+        L.seed_everything(7, verbose=False)
+        trainer = make_trainer(folder, [Checkpoints(every_n_steps=2), seen, *extra], **options)
+        path = checkpoints.newest_valid(folder / "checkpoints")
+        data = make_data(batch_size=2, seed=5)
+        trainer.fit(make_module(dropout=0.3), datamodule=data, ckpt_path=path, weights_only=True)
+        return seen
+
+    whole = run(tmp_path / "whole")
+    killed = KillAt(step, hook)
+    try:
+        first = run(tmp_path / "killed", killed)
+    except Killed:
+        first = None
+    assert first is None, "the run was not killed"
+    rest = run(tmp_path / "killed")
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+    assert rest.samples.items() <= whole.samples.items()
+
+
+def test_stopped_by_max_steps_inside_an_epoch_and_extended(
+    tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any
+) -> None:
+    def run(folder: Path, max_steps: int) -> None:
+        L.seed_everything(7, verbose=False)
+        module = make_module(dropout=0.3)
+        module.schedule = type(module.schedule)(warmup=0, min_lr=1e-2)  # a schedule that the horizon does not change
+        trainer = make_trainer(folder, max_epochs=-1, max_steps=max_steps)
+        path = checkpoints.newest_valid(folder / "checkpoints")
+        trainer.fit(module, datamodule=make_data(batch_size=2), ckpt_path=path, weights_only=True)
+
+    run(tmp_path / "whole", 17)
+    run(tmp_path / "extended", 7)
+    run(tmp_path / "extended", 17)
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "extended"))
+
+
+def test_rng_state_round_trip() -> None:
+    state = rng_state()
+    first = (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
+    set_rng_state(state)
+    assert first == (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
