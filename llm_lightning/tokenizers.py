@@ -20,7 +20,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +373,9 @@ def _train_merges(texts: Iterable[str], vocab_size: int | None) -> list[str]:
 
     if vocab_size is None or vocab_size < 257:
         raise ValueError(f"tokenizer.vocab_size={vocab_size} must be at least 257 (256 bytes, the end of text)")
+    pieces = _pieces(texts)
+    if not (first := next(pieces, "")):
+        raise ValueError("tokenizer=bpe found no text to train on; is the file empty?")
     trainable = Trainable(BPE())
     trainable.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
@@ -381,7 +384,7 @@ def _train_merges(texts: Iterable[str], vocab_size: int | None) -> list[str]:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    trainable.train_from_iterator(_pieces(texts), trainer)
+    trainable.train_from_iterator(chain([first], pieces), trainer)
     merges = [" ".join(pair) for pair in json.loads(trainable.to_str())["model"]["merges"]]
     if 257 + len(merges) < vocab_size:
         logger.warning("tokenizer=bpe: the text yields %d of %d tokens", 257 + len(merges), vocab_size)
@@ -395,7 +398,7 @@ def _pieces(texts: Iterable[str], size: int = 1 << 20) -> Iterator[str]:
         while start < len(text):
             end = start + size
             if end < len(text):
-                end = start + _last_start(_PIECE_END, text[start:end]) or end
+                end = start + (_last_start(_PIECE_END, text[start:end]) or size)
             yield _without_surrogates(text[start:end])
             start = end
 
