@@ -105,13 +105,9 @@ class Source:
         """Return the sha256 of the content."""
         return self._survey.digest
 
-    def describe(self) -> dict[str, Any]:
-        """Return what to record about the source: plain values."""
-        found = self._survey
-        return {
-            "source": self.label, "digest": found.digest,
-            "n_documents": found.n_documents, "n_chars": found.n_chars, "n_bytes": found.n_bytes,
-        }  # fmt: skip
+    def describe(self) -> str:
+        """Return the label and the size."""
+        return f"{self.label} ({self._survey.n_documents:,} documents, {self._survey.n_bytes:,} bytes)"
 
     @cached_property
     def _survey(self) -> Survey:

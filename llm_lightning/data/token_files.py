@@ -17,9 +17,11 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -27,14 +29,15 @@ from tqdm import tqdm
 from llm_lightning.atomic import write_atomically
 from llm_lightning.data.download import cache_dir, commit, locked, sha256_of
 from llm_lightning.data.sources import Document, Source
-from llm_lightning.tokenizers import Tokenizer, build_tokenizer, from_description
+from llm_lightning.tokenizers import Tokenizer, from_description
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 FEW_DOCUMENTS = 20  # split=auto cuts fewer than these by character: whole documents would miss val_fraction by far
 PIECE = 1 << 18  # characters that a thread encodes at once
-TRAINED = ("bpe", "word")
+
+TrainTokenizer = Callable[[Iterable[str]], Tokenizer]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class TokenFile:
     n_documents: int
     digest: str
     """sha256 of the file."""
+    tokenizer: Tokenizer = field(repr=False, compare=False)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -160,35 +164,9 @@ class _Span:
             position += len(chunk)
 
 
-def tokenizer_for(
-    source: Source,
-    name: str,
-    vocab_size: int | None = None,
-    *,
-    split: str = "auto",
-    val_fraction: float = 0.1,
-    cache: Path | None = None,
-) -> Tokenizer:
-    """Build a tokenizer; `bpe` and `word` are trained on the training part of `source`, once, and cached."""
-    if name not in TRAINED:
-        return build_tokenizer(name, vocab_size=vocab_size)
-    parts = Split.of(source, split, val_fraction)
-    spec = {"format": FORMAT, "name": name, "vocab_size": vocab_size, **parts.describe()}
-    path = (cache or cache_dir()) / "tokenizers" / f"{_key(spec)}.json"
-    with locked(path):
-        description = _unsealed(path)
-        if description is not None:
-            return from_description(description)
-        train = (document for part, document in parts.documents() if part == "train")
-        texts = (piece for document in train for piece in _pieces(document.chunks, _before_last_space))
-        tokenizer = build_tokenizer(name, vocab_size=vocab_size, texts=texts)
-        write_atomically(path, _sealed(tokenizer.describe()))
-    return tokenizer
-
-
 def build_token_files(
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | TrainTokenizer,
     *,
     split: str = "auto",
     val_fraction: float = 0.1,
@@ -198,36 +176,64 @@ def build_token_files(
     """Return the verified files of "train" and, unless `val_fraction` is 0, "val", building them if need be.
 
     Args:
+        tokenizer: or a function that trains one on the texts of the training part. If it is a `functools.partial`, its
+            arguments are taken to say all about it, and the trained tokenizer is cached.
         add_eot: put the tokenizer's end of text between two documents of a part.
 
     Raises:
         ValueError: bad text, a split or a part without tokens, or a tokenizer without an end of text.
         OSError: the files cannot be written.
     """
+    cache = cache or cache_dir()
     parts = Split.of(source, split, val_fraction)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = _trained(tokenizer, parts, cache)
     add_eot = add_eot and source.survey().n_documents > 1
     if add_eot and tokenizer.eot_id is None:
         raise ValueError("this tokenizer has no end-of-text token to put between documents; set data.add_eot=false")
     spec = {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "add_eot": add_eot, **parts.describe()}
-    folder = (cache or cache_dir()) / "tokens" / _key(spec)
-    if (files := _opened(folder)) is not None:
+    folder = cache / "tokens" / _key(spec)
+    if (files := _opened(folder, tokenizer)) is not None:
         return files
     with locked(folder):
-        if (files := _opened(folder)) is not None:
+        if (files := _opened(folder, tokenizer)) is not None:
             return files
         _build(folder, parts, tokenizer, add_eot, spec)
-        files = _opened(folder)
+        files = _opened(folder, tokenizer)
     if files is None:
         raise OSError(f"{folder} reads back differently from what was written; check the disk and run again")
     return files
 
 
-def _opened(folder: Path) -> dict[str, TokenFile] | None:
+def _trained(train: TrainTokenizer, parts: Split, cache: Path) -> Tokenizer:
+    """Train a tokenizer on the training part, or take it from the cache."""
+    if not isinstance(train, partial):
+        return train(_training_texts(parts))
+    settings = [train.func.__qualname__, train.args, train.keywords]
+    path = cache / "tokenizers" / f"{_key({'format': FORMAT, 'train': settings, **parts.describe()})}.json"
+    with locked(path):
+        if (description := _unsealed(path)) is not None:
+            return from_description(description)
+        tokenizer = train(_training_texts(parts))
+        write_atomically(path, _sealed(tokenizer.describe()))
+    return tokenizer
+
+
+def _training_texts(parts: Split) -> Iterator[str]:
+    for part, document in parts.documents():
+        if part == "train":
+            yield from _pieces(document.chunks, _before_last_space)
+
+
+def _opened(folder: Path, tokenizer: Tokenizer) -> dict[str, TokenFile] | None:
     """Return the files of a folder, or None if they are not all there with their right content."""
     manifest = _unsealed(folder / "manifest.json")
     if manifest is None:
         return None
-    files = {name: TokenFile(folder / f"{name}.bin", **values) for name, values in manifest["parts"].items()}
+    files = {
+        name: TokenFile(folder / f"{name}.bin", tokenizer=tokenizer, **values)
+        for name, values in manifest["parts"].items()
+    }
     for file in files.values():
         try:
             actual = sha256_of(file.path)
@@ -253,7 +259,7 @@ def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise OSError(
-            f"cannot write the token files to {folder}: {error.strerror or error} ({free:,.0f} MiB are free there); "
+            f"cannot make the token files in {folder}: {error} ({free:,.0f} MiB are free there); "
             "free some space or set LLM_LIGHTNING_CACHE to a folder with more"
         ) from error
     finally:
@@ -263,14 +269,16 @@ def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec
 def _write_parts(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool) -> dict[str, _Part]:
     n_bytes = parts.source.survey().n_bytes
     written: dict[str, _Part] = {}
-    bar = tqdm(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None)
-    with bar:
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None))
         for batch, ids, size in _encoded(_batches(parts.documents(), tokenizer.split_point), tokenizer, add_eot):
-            part = written.get(batch.part) or written.setdefault(batch.part, _Part(folder / f"{batch.part}.bin"))
-            part.write(ids, size, batch.n_documents)
+            if batch.part not in written:
+                file = stack.enter_context((folder / f"{batch.part}.bin").open("wb"))
+                written[batch.part] = _Part(file)
+            written[batch.part].write(ids, size, batch.n_documents)
             bar.update(size)
-    for part in written.values():
-        part.close()
+        for part in written.values():
+            part.finish()
     if sum(part.n_bytes for part in written.values()) != n_bytes:
         raise ValueError(f"{parts.source.label} was changed while it was being tokenised; run again")
     wanted = {"train", "val"} if parts.val_fraction else {"train"}
@@ -282,8 +290,8 @@ def _write_parts(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool
 class _Part:
     """One token file being written."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
         self.sha256 = hashlib.sha256()
         self.dtype = ""
         self.n_tokens = self.n_bytes = self.n_documents = 0
@@ -298,13 +306,13 @@ class _Part:
         self.n_bytes += n_bytes
         self.n_documents += n_documents
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Bring all to the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.file.close()
 
     def summary(self) -> dict[str, Any]:
-        """Return the fields of TokenFile but its path."""
+        """Return what the manifest records of it: fields of TokenFile."""
         counts = {"n_tokens": self.n_tokens, "n_bytes": self.n_bytes, "n_documents": self.n_documents}
         return {"dtype": self.dtype, **counts, "digest": self.sha256.hexdigest()}
 
