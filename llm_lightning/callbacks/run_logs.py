@@ -10,10 +10,12 @@ from __future__ import annotations
 import csv
 import io
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
@@ -197,6 +199,8 @@ class TensorBoard(Logger):
     def experiment(self) -> SummaryWriter:
         """The writer, for what has no method here: images, histograms."""
         if self._writer is None:
+            # TensorBoard asks for this name before it imports TensorFlow, which costs seconds wherever it is installed.
+            sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
             from torch.utils.tensorboard import SummaryWriter
 
             _wait_for_a_later_name(self.path)

@@ -1,0 +1,199 @@
+"""The run folder: who owns it, and whether its run is new, can continue, or is finished.
+
+One process owns a run folder at a time. It holds an OS lock on `.lock` (the system releases it when the process dies,
+however it dies) and says who it is in `owner.json`. Imports neither torch nor lightning: a refusal comes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from llm_lightning.atomic import write_atomically
+
+State = Literal["fresh", "resumable", "finished"]
+
+# Data loading workers inherit the lock and outlive a killed owner by a few seconds.
+WORKERS_DIE_SECONDS = 15.0
+# Not every network file system passes locks between hosts, and a process of another host cannot be looked up. A run
+# that writes nothing for this long is taken for dead.
+SILENT_SECONDS = 600.0
+
+
+class RunFolderInUseError(ValueError):
+    """The run folder belongs to a living process."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that this process may write to."""
+
+    path: Path
+    checkpoint: Path | None
+    """The newest valid checkpoint when the folder was opened."""
+    previous_summary: dict[str, Any]
+    """`summary.json` of an earlier session, empty if there is none."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def state(self, total_steps: int | None = None) -> State:
+        """What there is to do: `finished` unless more than the reached steps are asked for (None: no more are)."""
+        if self.previous_summary.get("finished"):
+            reached = self.previous_summary["steps"]
+            if total_steps is None or total_steps <= reached:
+                return "finished"
+        return "resumable" if self.checkpoint else "fresh"
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write `config.yaml`, every value resolved."""
+        import yaml
+
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def open_run(run_dir: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
+    """Own the run folder at `run_dir`, creating it if needed, until the block ends.
+
+    Args:
+        run_dir: the folder.
+        resume: the user asked to continue what is there.
+
+    Raises:
+        RunFolderInUseError: if a living process owns it; names the process.
+        FileNotFoundError: if `resume` and there is nothing to continue.
+        OSError: if it cannot be created.
+    """
+    path = Path(run_dir)
+    if resume and not path.is_dir():
+        raise FileNotFoundError(f"resume={run_dir}: no such folder; give the run folder that a run printed at its end")
+    path.mkdir(parents=True, exist_ok=True)
+    with _owned(path) if _is_main_process() else contextlib.nullcontext():
+        run = RunFolder(path, _newest_checkpoint(path), _read_json(path / "summary.json"))
+        if resume and run.state() == "fresh":
+            raise FileNotFoundError(f"resume={run_dir}: no checkpoint in {run.checkpoints}; start the run anew")
+        yield run
+
+
+@contextlib.contextmanager
+def _owned(path: Path) -> Iterator[None]:
+    lock, owner_file = FileLock(path / ".lock"), path / "owner.json"
+    _acquire(lock, path)
+    try:
+        _refuse_if_alive(path)
+        write_atomically(owner_file, json.dumps(_this_process(), indent=2) + "\n")
+        try:
+            _sweep(path)
+            yield
+        finally:
+            owner_file.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path) -> None:
+    """Take the OS lock, waiting only for what a dead owner left behind."""
+    deadline = time.monotonic() + WORKERS_DIE_SECONDS
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            return
+        except Timeout:
+            owner = _read_json(path / "owner.json")
+            if _is_alive(owner) or time.monotonic() > deadline:
+                raise RunFolderInUseError(_in_use(path, owner)) from None
+        time.sleep(0.05)
+
+
+def _refuse_if_alive(path: Path) -> None:
+    """Refuse an owner that lives although the lock was free: the file system does not pass locks on."""
+    owner = _read_json(path / "owner.json")
+    if _is_alive(owner):
+        raise RunFolderInUseError(_in_use(path, owner))
+    if owner and owner["host"] != platform.node():
+        written = [path / "owner.json", path / "metrics.csv", *(path / "checkpoints").glob("*")]
+        silent = time.time() - max(file.stat().st_mtime for file in written if file.is_file())
+        if silent < SILENT_SECONDS:
+            remedy = f"it wrote there {silent:.0f} seconds ago. If that process is dead, delete {path / 'owner.json'}"
+            raise RunFolderInUseError(f"{_in_use(path, owner)}; {remedy}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files of an owner that was killed while it wrote."""
+    for folder in (path, path / "checkpoints", path / "plots"):
+        for stray in folder.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
+
+
+def _newest_checkpoint(path: Path) -> Path | None:
+    if not (path / "checkpoints").is_dir():
+        return None
+    from llm_lightning.checkpoint import newest_valid
+
+    return newest_valid(path / "checkpoints")
+
+
+def _is_main_process() -> bool:
+    """Whether no launcher (torchrun, Lightning, SLURM) calls this one of its later processes."""
+    ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "process_start": _process_start(os.getpid()),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    if not owner or owner["host"] != platform.node() or owner["process_start"] is None:
+        return False  # or it cannot be told: then the lock decides
+    return _process_start(owner["pid"]) == owner["process_start"]
+
+
+def _process_start(pid: int) -> str | None:
+    """When a living process started, in the system's own words: with the pid it names one process for good.
+
+    None if there is no such process, or if the system does not tell (Windows).
+    """
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]  # man 5 proc_pid_stat: state, starttime
+    if os.name == "nt":
+        return None
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    return shown.stdout.strip() or None
+
+
+def _in_use(path: Path, owner: dict[str, Any]) -> str:
+    who = f"process {owner['pid']} on {owner['host']} (since {owner['started']})" if owner else "another process"
+    return f"run folder {path} is in use by {who}; wait for it to end, stop it, or choose another run_name"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
