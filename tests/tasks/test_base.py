@@ -1,0 +1,88 @@
+"""Token-exact gradients: (batch 8) = (batch 2, accumulate 4) = (2 processes, batch 2, accumulate 2)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_lightning.tasks.base import NonFiniteError
+
+SCRIPT = Path(__file__).with_name("record_gradients.py")
+
+
+def record(folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    """Gradients of every update of one epoch over 22 ragged samples: the last window is partial."""
+    (folder / name).mkdir()
+    out = folder / name / "gradients.pt"
+    command = [sys.executable, str(SCRIPT), json.dumps({**options, "out": str(out)})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], tolerance: float, updates: int = 3) -> None:
+    """Largest difference of any gradient, as a share of the update's largest gradient."""
+    assert len(one["updates"]) == len(other["updates"]) == 3  # 22 samples, 8 an update
+    for a, b in list(zip(one["updates"], other["updates"], strict=True))[:updates]:
+        largest = max(gradient.abs().max() for gradient in a.values())
+        for name in a:
+            assert (a[name] - b[name]).abs().max() <= tolerance * largest, name
+    assert one["val/loss"] == pytest.approx(other["val/loss"], rel=tolerance * 10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
+def test_same_gradients_however_the_batch_is_cut(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    precision = {"float64": "64-true", "float32": "32-true"}[dtype]
+    common = {"dtype": dtype, "precision": precision}
+    # In fp32, two runs drift apart from the second update on (Adam divides by tiny numbers): compare the first.
+    updates = 3 if dtype == "float64" else 1
+    whole = record(tmp_path, "whole", batch_size=8, **common)
+    accumulated = record(tmp_path, "accumulated", batch_size=2, accumulate_grad_batches=4, **common)
+    assert_close(whole, accumulated, tolerance, updates)
+    two = {"batch_size": 2, "accumulate_grad_batches": 2, "devices": 2, "strategy": "ddp"}
+    assert_close(whole, record(tmp_path, "ddp", **two, **common), tolerance, updates)
+
+
+def test_gradients_are_the_mean_over_targets(tmp_path: Path, make_data: Any, make_module: Any) -> None:
+    """Against autograd of the plain mean cross-entropy over the same 8 samples."""
+    recorded = record(tmp_path, "whole", batch_size=8, dtype="float64", precision="64-true")["updates"][0]
+    module, data = make_module(dtype=torch.float64), make_data(batch_size=8, seed=3)
+    batch = data.collate([data.train_samples[i] for i in data.expected_samples(0, 0)])
+    logits = module.model(batch.input_ids)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100).backward()
+    for name, parameter in module.model.named_parameters():
+        torch.testing.assert_close(recorded[name], parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_fsdp_gives_the_same_gradients(tmp_path: Path) -> None:
+    common = {"dtype": "float32", "precision": "32-true"}
+    whole = record(tmp_path, "whole", batch_size=8, **common)
+    port = {"batch_size": 2, "accumulate_grad_batches": 2, "devices": 2, "strategy": "fsdp2"}
+    assert_close(whole, record(tmp_path, "fsdp", **port, **common), 1e-6, updates=1)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_stops_before_the_update(
+    tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any, where: str
+) -> None:
+    module = make_module()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    if where == "loss":
+        module.model.final_norm.register_forward_hook(lambda *args: args[2] * math.nan)
+    else:
+        module.model.token_embedding.weight.register_hook(lambda gradient: gradient * math.inf)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(NonFiniteError, match=rf"non-finite {where} .* at step 0, epoch 0, batch 0 \(samples \d+, \d+"):
+        trainer.fit(module, datamodule=make_data(batch_size=2))
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert not list(tmp_path.rglob("*.ckpt"))
