@@ -33,7 +33,7 @@ _BLOCK = {
 _HEAD = "lm_head.weight"  # the same name on both sides
 _VOCABULARY_ROWS = ("token_embedding.weight", _HEAD)
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-_MOST_PADDING = 127  # rows: a vocabulary rounded up to a multiple of 64 or 128 for speed, 50,257 to 50,304
+MOST_PADDING = 127  # rows: a vocabulary rounded up to a multiple of 64 or 128 for speed, 50,257 to 50,304
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that mean what our model computes
     "model_type": ("gpt2",),
@@ -165,9 +165,7 @@ def infer_config(state: Mapping[str, Tensor]) -> GPTConfig:
         raise ValueError("these are no GPT-2 weights: wte.weight, wpe.weight and h.0.* are needed")
     width = tokens.size(1)
     if width % 64:
-        raise ValueError(
-            f"n_embd={width} is no multiple of 64, so n_head cannot be inferred; add a config.json"
-        )
+        raise ValueError(f"n_embd={width} is no multiple of 64, so n_head cannot be inferred; add a config.json")
     return GPTConfig(
         vocab_size=tokens.size(0),
         context_length=positions.size(0),
@@ -227,7 +225,7 @@ def _fitted(name: str, tensor: Tensor, shape: tuple[int, ...], may_be_padded: bo
     """The tensor, checked, without the padding of its vocabulary rows."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}, not floating point; quantised weights are not supported")
-    if may_be_padded and tensor.dim() == 2 and 0 < tensor.size(0) - shape[0] <= _MOST_PADDING:
+    if may_be_padded and tensor.dim() == 2 and 0 < tensor.size(0) - shape[0] <= MOST_PADDING:
         tensor = tensor[: shape[0]]
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} by the config")

