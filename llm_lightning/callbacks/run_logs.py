@@ -1,8 +1,8 @@
 """What a run leaves to be read later: `metrics.csv` and TensorBoard, each step once however often the run was killed.
 
-The contract with exact resume: every value of a step up to N is logged and `save()` is called before the checkpoint of
-step N is written, and a run that continues from that checkpoint calls `truncate_after(N)` before it logs (a run that
-starts at the beginning calls `truncate_after(-1)`). A step is the number of optimizer updates made so far.
+The contract with exact resume: steps are numbered from 0, and before a checkpoint of N updates is written every value
+of steps 0..N-1, and none of a later step, was logged and `save()` was called. A run that continues from that checkpoint
+passes `resumed_step=N`, and what a killed process logged beyond it is dropped.
 """
 
 from __future__ import annotations
@@ -35,14 +35,19 @@ class MetricsFile(Logger):
     """Write `metrics.csv`: one row per step, one column per metric, an empty cell where nothing was logged.
 
     Values of one step may come at different times. Columns are added as metrics appear and never removed.
+
+    Args:
+        run_dir: the folder of the run.
+        resumed_step: updates in the checkpoint that the run continues from; rows from this step on are dropped.
     """
 
     name = "metrics"
     version = ""
 
-    def __init__(self, save_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, resumed_step: int = 0) -> None:
         super().__init__()
-        self.path = Path(save_dir) / "metrics.csv"
+        self.path = Path(run_dir) / "metrics.csv"
+        self._resumed_step = resumed_step
         self._columns: list[str] | None = None  # of the file; None: it has not been looked at
         self._rows: dict[int, Row] = {}  # what is not on disk yet, and the file's last row, which may still grow
         self._last = -1  # step of the file's last row
@@ -68,6 +73,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Bring every row to the disk; returns when it is there."""
+        self._load()
         if not self._unsaved:
             return
         assert self._columns is not None
@@ -79,24 +85,15 @@ class MetricsFile(Logger):
             self._write_at_tail(rows)
         self._unsaved = False
 
-    @rank_zero_only
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows above `step`: a killed process wrote them after the checkpoint that the run continues from."""
-        assert not self._unsaved, "truncate before anything is logged"
-        self._load()
-        columns, rows = _parse(self._content())
-        kept = [row for row in rows if int(row["step"]) <= step]
-        if len(kept) < len(rows):
-            self._rewrite(columns, kept)
-
     def _load(self) -> None:
-        """Look at the file, once, and mend what a killed process left half written."""
+        """Look at the file, once; drop what a killed process wrote too much and what it left half written."""
         if self._columns is not None:
             return
         content = self._content()
         columns, rows = _parse(content)
         if columns and columns[0] != "step":
             raise ValueError(f"{self.path}, line 1: the first column is {columns[0]!r}, not 'step'; move the file away")
+        rows = [row for row in rows if int(row["step"]) < self._resumed_step]
         if content == _file(columns, rows):
             self._settle(columns, rows, len(content))
         else:
@@ -177,17 +174,19 @@ def _cell(value: Any) -> str:
 class TensorBoard(Logger):
     """Write TensorBoard events into `tensorboard/` of the run folder: no version folders, no `hparams.yaml`.
 
-    A run that continues hides what a killed process wrote after the checkpoint (`purge_step`), so each step is seen
-    once.
+    Args:
+        run_dir: the folder of the run.
+        resumed_step: updates in the checkpoint that the run continues from; TensorBoard hides what an earlier process
+            wrote from this step on.
     """
 
     name = "tensorboard"
     version = ""
 
-    def __init__(self, save_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, resumed_step: int = 0) -> None:
         super().__init__()
-        self.path = Path(save_dir) / "tensorboard"
-        self._purge_step: int | None = None
+        self.path = Path(run_dir) / "tensorboard"
+        self._resumed_step = resumed_step
         self._writer: SummaryWriter | None = None
 
     @property
@@ -205,15 +204,8 @@ class TensorBoard(Logger):
 
             _wait_for_a_later_name(self.path)
             # Half a run of a minute would pass before the default of 120 seconds shows anything.
-            self._writer = SummaryWriter(str(self.path), purge_step=self._purge_step, flush_secs=10)
+            self._writer = SummaryWriter(str(self.path), purge_step=self._resumed_step, flush_secs=10)
         return self._writer
-
-    @rank_zero_only
-    def truncate_after(self, step: int) -> None:
-        """Hide the events above `step` that a killed process left."""
-        assert self._writer is None, "truncate before anything is logged"
-        if self.path.is_dir():
-            self._purge_step = step + 1
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -231,6 +223,7 @@ class TensorBoard(Logger):
     ) -> None:
         """Write one line of the HParams tab: the settings, nested keys joined by dots, and the final `metrics`.
 
+        `step` is the number of updates, so a process that continues from there hides the results and writes its own.
         Lightning also calls this when training starts, without metrics. Nothing is written then: a run that has not
         ended has no result, and TensorBoard would show a placeholder for it ever after.
         """
@@ -244,8 +237,7 @@ class TensorBoard(Logger):
         writer = self.experiment._get_file_writer()
         for summary in hparams(settings, results):
             writer.add_summary(summary, step)
-        # One step later: a process that continues from `step` hides them and writes its own.
-        self.log_metrics(results, None if step is None else step + 1)
+        self.log_metrics(results, step)
         self.save()
 
     @rank_zero_only

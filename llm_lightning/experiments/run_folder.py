@@ -66,26 +66,24 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(run_dir: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
+def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]:
     """Own the run folder at `run_dir`, creating it if needed, until the block ends.
 
-    Args:
-        run_dir: the folder.
-        resume: the user asked to continue what is there.
+    `config` is written where no checkpoint stands yet. Where one does, the caller first makes sure that its run may go
+    on with `config`, and then calls `write_config`.
 
     Raises:
         RunFolderInUseError: if a living process owns it; names the process.
-        FileNotFoundError: if `resume` and there is nothing to continue.
+        CheckpointError: if it holds checkpoints and none is valid.
         OSError: if it cannot be created.
     """
     path = Path(run_dir)
-    if resume and not path.is_dir():
-        raise FileNotFoundError(f"resume={run_dir}: no such folder; give the run folder that a run printed at its end")
     path.mkdir(parents=True, exist_ok=True)
-    with _owned(path) if _is_main_process() else contextlib.nullcontext():
+    main = is_main_process()
+    with _owned(path) if main else contextlib.nullcontext():
         run = RunFolder(path, _newest_checkpoint(path), _read_json(path / "summary.json"))
-        if resume and run.state() == "fresh":
-            raise FileNotFoundError(f"resume={run_dir}: no checkpoint in {run.checkpoints}; start the run anew")
+        if run.checkpoint is None and main:
+            run.write_config(config)
         yield run
 
 
@@ -147,7 +145,7 @@ def _newest_checkpoint(path: Path) -> Path | None:
     return newest_valid(path / "checkpoints")
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
     """Whether no launcher (torchrun, Lightning, SLURM) calls this one of its later processes."""
     ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "0") == "0" for name in ranks)

@@ -59,7 +59,7 @@ def test_reopening_continues_the_file_as_if_it_had_never_been_closed(tmp_path: P
     for step in range(1, 30):
         values = {name: generator.random() for name in ("train/loss", "val/loss", "lr") if generator.random() < 0.7}
         one.log_metrics(values, step)
-        again = MetricsFile(many)
+        again = MetricsFile(many, resumed_step=step)
         again.log_metrics(values, step)
         again.save()
     one.save()
@@ -74,8 +74,7 @@ def test_resume_drops_later_rows_and_a_half_written_line(tmp_path: Path) -> None
     metrics.save()
     with metrics.path.open("a") as file:
         file.write("8,0.1")
-    resumed = MetricsFile(tmp_path)
-    resumed.truncate_after(5)
+    resumed = MetricsFile(tmp_path, resumed_step=6)
     resumed.log_metrics({"train/loss": 0.5}, 6)
     resumed.save()
     assert [row["step"] for row in rows_of(metrics.path)] == ["1", "2", "3", "4", "5", "6"]
@@ -87,7 +86,7 @@ def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path)
     metrics.log_metrics({"val/loss": 5.0}, 0)
     metrics.save()
-    MetricsFile(tmp_path).truncate_after(-1)
+    MetricsFile(tmp_path).save()
     assert rows_of(metrics.path) == []
 
 
@@ -99,7 +98,7 @@ def test_every_cut_of_the_file_is_mended(tmp_path: Path) -> None:
     content = metrics.path.read_bytes()
     for length in range(len(content)):
         metrics.path.write_bytes(content[:length])
-        again = MetricsFile(tmp_path)
+        again = MetricsFile(tmp_path, resumed_step=9)
         again.log_metrics({"train/loss": 0.0}, 9)
         again.save()
         complete = max(0, content[:length].count(b"\n") - 1)  # the first line is the header
@@ -112,29 +111,28 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         MetricsFile(tmp_path).log_metrics({"train/loss": 1.0}, 1)
 
 
-def _log_until_killed(folder: Path, start: int, covered: FORK.Value) -> None:  # type: ignore[name-defined]
-    metrics = MetricsFile(folder)
-    metrics.truncate_after(start)
-    for step in range(start + 1, 10**9):
+def _log_until_killed(folder: Path, covered: FORK.Value) -> None:  # type: ignore[name-defined]
+    metrics = MetricsFile(folder, resumed_step=covered.value)
+    for step in range(covered.value, 10**9):
         metrics.log_metrics({"train/loss": step * 0.5}, step)
         if step % 7 == 0:
             metrics.log_metrics({f"metric_{step // 700}": float(step)}, step)
             metrics.save()
-            covered.value = step  # stands for a checkpoint
+            covered.value = step + 1  # stands for a checkpoint
 
 
 def test_sigkill_at_any_instant_loses_no_covered_row(tmp_path: Path) -> None:
     covered, generator = FORK.Value("i", 0), random.Random(1)
     for _ in range(12):
-        process = FORK.Process(target=_log_until_killed, args=(tmp_path, covered.value, covered))
+        process = FORK.Process(target=_log_until_killed, args=(tmp_path, covered))
         process.start()
         time.sleep(generator.uniform(0.01, 0.08))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     assert covered.value > 0
-    MetricsFile(tmp_path).truncate_after(covered.value)
+    MetricsFile(tmp_path, resumed_step=covered.value).save()
     losses = read_metrics(tmp_path / "metrics.csv")["train/loss"]
-    assert losses == [(step, step * 0.5) for step in range(1, covered.value + 1)]
+    assert losses == [(step, step * 0.5) for step in range(covered.value)]
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -144,8 +142,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def _tensorboard_until_killed(folder: Path, steps: range, then: int) -> None:
-    logger = TensorBoard(folder)
-    logger.truncate_after(steps.start - 1)
+    logger = TensorBoard(folder, resumed_step=steps.start)
     for step in steps:
         logger.log_metrics({"train/loss": float(step)}, step)
     logger.save()
@@ -154,21 +151,20 @@ def _tensorboard_until_killed(folder: Path, steps: range, then: int) -> None:
 
 def test_tensorboard_shows_each_step_once_after_kills(tmp_path: Path) -> None:
     TensorBoard(tmp_path / "warm").log_metrics({"a": 1.0}, 1)  # imports what each fork would need seconds to import
-    for steps in (range(1, 21), range(11, 31), range(31, 36)):  # killed at 20, went on from 10, ...
+    for steps in (range(20), range(10, 30), range(30, 35)):  # killed at 20, went on from 10, ...
         process = FORK.Process(target=_tensorboard_until_killed, args=(tmp_path, steps, signal.SIGKILL))
         process.start()
         process.join()
         newest = max((tmp_path / "tensorboard").iterdir())
         with newest.open("ab") as file:  # a record that announces 100 bytes and has 5
             file.write(struct.pack("<Q", 100) + b"12345")
-    assert scalars(tmp_path / "tensorboard", "train/loss") == [(step, float(step)) for step in range(1, 36)]
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(step, float(step)) for step in range(35)]
     assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True] * 3
 
 
 def test_tensorboard_files_of_one_second_are_read_in_order(tmp_path: Path) -> None:
     for start in range(1, 4):
-        logger = TensorBoard(tmp_path)
-        logger.truncate_after(start - 1)
+        logger = TensorBoard(tmp_path, resumed_step=start)
         logger.log_metrics({"loss": 1.0}, start)
         logger.log_metrics({"loss": 1.0}, start + 1)
         logger.save()
@@ -183,7 +179,7 @@ def test_tensorboard_hyperparameters_carry_the_final_metric(tmp_path: Path) -> N
     assert not (tmp_path / "tensorboard").exists()
     logger.log_metrics({"val/loss": 3.0}, 10)
     settings = {"optimizer": {"lr": 0.1, "betas": [0.9, 0.95]}, "run_name": None, "compile": False}
-    logger.log_hyperparams(settings, {"val/loss": 2.5}, 10)
+    logger.log_hyperparams(settings, {"val/loss": 2.5}, 11)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]

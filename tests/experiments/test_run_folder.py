@@ -26,50 +26,45 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_new_folder_is_fresh_and_says_who_owns_it(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b"
-    with open_run(path) as run:
+    path, config = tmp_path / "a" / "b", {"seed": 1, "model": {"n_layer": 2}, "note": None}
+    with open_run(path, config) as run:
         owner = json.loads((path / "owner.json").read_text())
-        run.write_config({"seed": 1, "model": {"n_layer": 2}, "note": None})
         assert (owner["pid"], owner["host"]) == (os.getpid(), platform.node())
         assert run.state() == "fresh"
-    assert yaml.safe_load((path / "config.yaml").read_text()) == {"seed": 1, "model": {"n_layer": 2}, "note": None}
+    assert yaml.safe_load((path / "config.yaml").read_text()) == config
     assert not (path / "owner.json").exists()
 
 
 def test_state_follows_checkpoint_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(run_folder, "_newest_checkpoint", lambda path: path / "checkpoints" / "step_00000010.ckpt")
-    with open_run(tmp_path, resume=True) as run:
+    with open_run(tmp_path, {"max_steps": 11}) as run:
         assert run.state() == "resumable"
+        assert not (tmp_path / "config.yaml").exists()  # the caller may still refuse the change
+        run.write_config({"max_steps": 11})
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"max_steps": 11}
     (tmp_path / "summary.json").write_text('{"finished": true, "steps": 10}')
-    with open_run(tmp_path) as run:
+    with open_run(tmp_path, {}) as run:
         assert [run.state(steps) for steps in (None, 5, 10, 11)] == ["finished", "finished", "finished", "resumable"]
-
-
-def test_resume_needs_something_to_continue(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder"), open_run(tmp_path / "none", resume=True):
-        pass
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"), open_run(tmp_path, resume=True):
-        pass
 
 
 def test_a_folder_in_use_is_refused_naming_the_process(tmp_path: Path) -> None:
     message = f"in use by process {os.getpid()} on {platform.node()}"
-    with open_run(tmp_path), pytest.raises(RunFolderInUseError, match=message), open_run(tmp_path):
+    with open_run(tmp_path, {}), pytest.raises(RunFolderInUseError, match=message), open_run(tmp_path, {}):
         pass
-    with open_run(tmp_path):  # free again
+    with open_run(tmp_path, {}):  # free again
         pass
 
 
 def test_an_error_in_the_block_frees_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path, {}):
         _ = 1 / 0
-    with open_run(tmp_path):
+    with open_run(tmp_path, {}):
         pass
 
 
 def _own_for_ever(path: Path) -> None:
-    with open_run(path):
+    with open_run(path, {}):
         (path / ".config.yaml.1.tmp").touch()
         time.sleep(60)
 
@@ -79,11 +74,11 @@ def test_a_killed_owner_is_succeeded_and_its_temporary_files_swept(tmp_path: Pat
     process.start()
     while not (tmp_path / ".config.yaml.1.tmp").exists():
         time.sleep(0.01)
-    with pytest.raises(RunFolderInUseError, match=f"process {process.pid} "), open_run(tmp_path):
+    with pytest.raises(RunFolderInUseError, match=f"process {process.pid} "), open_run(tmp_path, {}):
         pass
     os.kill(process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not reaped: a zombie owns nothing
-    with open_run(tmp_path):
+    with open_run(tmp_path, {}):
         assert not (tmp_path / ".config.yaml.1.tmp").exists()
     process.join()
 
@@ -91,19 +86,19 @@ def test_a_killed_owner_is_succeeded_and_its_temporary_files_swept(tmp_path: Pat
 def test_workers_that_outlive_a_killed_owner_are_waited_for(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from llm_lightning.experiments.run_folder import open_run\n"
-        "with open_run(sys.argv[1]):\n"
+        "with open_run(sys.argv[1], {}):\n"
         "    if os.fork() == 0: time.sleep(1); os._exit(0)\n"  # inherits the lock, as a data loading worker does
         "    os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    with open_run(tmp_path):
+    with open_run(tmp_path, {}):
         pass
 
 
 def test_a_reused_pid_is_not_the_owner(tmp_path: Path) -> None:
     owner = {"pid": os.getpid(), "host": platform.node(), "process_start": "another time", "started": "then"}
     (tmp_path / "owner.json").write_text(json.dumps(owner))
-    with open_run(tmp_path):
+    with open_run(tmp_path, {}):
         pass
 
 
@@ -113,20 +108,20 @@ def test_an_owner_on_another_host_is_succeeded_when_it_has_been_silent(tmp_path:
     owner_file.write_text(json.dumps(owner))
     with (
         pytest.raises(RunFolderInUseError, match=r"process 7 on another-host .* delete .*owner\.json"),
-        open_run(tmp_path),
+        open_run(tmp_path, {}),
     ):
         pass
     assert json.loads(owner_file.read_text()) == owner
     long_ago = time.time() - run_folder.SILENT_SECONDS - 1
     os.utime(owner_file, (long_ago, long_ago))
-    with open_run(tmp_path):
+    with open_run(tmp_path, {}):
         pass
 
 
 def test_later_ranks_share_the_folder_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_run(tmp_path):
+    with open_run(tmp_path, {}):
         monkeypatch.setenv("LOCAL_RANK", "1")
-        with open_run(tmp_path) as run:
+        with open_run(tmp_path, {}) as run:
             assert run.state() == "fresh"
         assert (tmp_path / "owner.json").exists()
 
@@ -134,7 +129,7 @@ def test_later_ranks_share_the_folder_of_the_first(tmp_path: Path, monkeypatch: 
 def _compete(path: Path, start: FORK.Event, results: FORK.Queue, done: FORK.Event) -> None:  # type: ignore[name-defined]
     start.wait()
     try:
-        with open_run(path):
+        with open_run(path, {}):
             results.put("owner")
             done.wait()
     except RunFolderInUseError as error:
@@ -158,7 +153,7 @@ def test_of_sixteen_starters_in_one_instant_one_wins(tmp_path: Path) -> None:
 def test_opening_a_fresh_folder_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys; from llm_lightning.experiments.run_folder import open_run\n"
-        "with open_run(sys.argv[1]): print(sorted({'torch', 'lightning', 'hydra'} & set(sys.modules)))"
+        "with open_run(sys.argv[1], {}): print(sorted({'torch', 'lightning', 'hydra'} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
