@@ -343,6 +343,7 @@ def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
     try:
         save_file(weights, path, metadata={"format": "pt"})
+        path.chmod(path.with_name("config.json").stat().st_mode)  # the library writes it for its owner's eyes only
     except SafetensorError as error:
         needed = sum(tensor.nbytes for tensor in weights.values())
         free = shutil.disk_usage(path.parent).free

@@ -211,6 +211,7 @@ def test_an_exported_folder_gives_transformers_our_logits(tmp_path: Path, tied_h
     assert report["max_logit_difference"] < 1e-5
     assert report == json.loads((tmp_path / "export" / "export_report.json").read_text())
     assert not [path for path in tmp_path.iterdir() if path.name != "export"]
+    assert len({path.stat().st_mode for path in (tmp_path / "export").iterdir()}) == 1
 
     loaded = load_pretrained(tmp_path / "export")
     assert loaded.config == config
