@@ -215,12 +215,12 @@ def build_model(config: GPTConfig, state: dict[str, torch.Tensor]) -> GPT:
     return model
 
 
-def describe(*, task: str, config: GPTConfig, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
+def describe(*, task: str, model_config: GPTConfig, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
     """The header of a checkpoint. `more`: plain values (step, resolved config, lineage, metrics)."""
     return {
         "format": FORMAT_VERSION,
         "task": task,
-        "model": asdict(config),
+        "model": asdict(model_config),
         "tokenizer": tokenizer.describe(),
         **more,
     }
@@ -231,7 +231,7 @@ def _from_pretrained(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dic
 
     config, state, description, info = load_pretrained(name)
     tokenizer = from_description(description if description is not None else {"name": "gpt2"})
-    header = describe(task="pretraining", config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"])
+    header = describe(task="pretraining", model_config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"])
     return config, state, header, tokenizer
 
 

@@ -46,20 +46,16 @@ def _job(cfg: Any) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
         return _own_process(list(hydra_config.overrides.task), run_dir)
-    code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir)
+    code, result = guarded(lambda: _train(cfg, run_dir, list(hydra_config.overrides.task)), log_dir=run_dir)
     if code:
         sys.exit(code)
     return result
 
 
-def _train(cfg: Any, run_dir: Path) -> float | None:
-    from llm_lightning.experiments.config_checks import check_known_keys, check_targets
+def _train(cfg: Any, run_dir: Path, overrides: list[str]) -> float | None:
+    from llm_lightning.experiments.run import train  # late: it imports lightning
 
-    check_known_keys(cfg)
-    check_targets(cfg)
-    from llm_lightning.experiments.run import train
-
-    return train(cfg, run_dir)
+    return train(cfg, run_dir, overrides)
 
 
 def _own_process(overrides: list[str], run_dir: Path) -> float | None:
@@ -81,9 +77,9 @@ def continue_run(argv: list[str]) -> list[str]:
     if not folders:
         return argv
     folder = Path(folders[-1])
-    recorded = folder / ".hydra" / "overrides.yaml"
+    recorded = folder / "overrides.yaml"
     if not recorded.is_file():
-        raise FileNotFoundError(f"resume={folder}: no run in that folder (it has no .hydra/overrides.yaml)")
+        raise FileNotFoundError(f"resume={folder}: no run in that folder (it has no overrides.yaml)")
     import yaml
 
     new = [word for word in argv if not word.startswith("resume=")]

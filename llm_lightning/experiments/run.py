@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,17 +12,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from llm_lightning import checkpoint as checkpoints
+from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.checkpoint import LoadedModel, load_model
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments.config_checks import refuse_changes
-from llm_lightning.experiments.run_folder import RunFolder, open_run
-from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
+from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, total_steps
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
@@ -30,10 +31,13 @@ from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 log = logging.getLogger(__name__)
 
 TRAINED_TOKENIZERS = ("bpe", "word")
+OVERRIDES = "overrides.yaml"
 
 
-def train(cfg: DictConfig, run_dir: Path) -> float | None:
+def train(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
     """Build everything that `cfg` names, fit it in `run_dir`, and return the best monitored metric.
+
+    `overrides` are what the command line set; they are kept for `resume=FOLDER`.
 
     Raises:
         ValueError, OSError: for whatever is wrong with the settings, the data, a checkpoint or the disk.
@@ -42,15 +46,19 @@ def train(cfg: DictConfig, run_dir: Path) -> float | None:
     if cfg.data.preview:
         return preview(cfg)
     with open_run(run_dir, settings) as run:
-        ckpt_path = checkpoints.newest_valid(run_dir / "checkpoints")
-        if ckpt_path is not None:
-            refuse_changes(checkpoints.read_header(ckpt_path)["config"], settings)
-        return fit(cfg, settings, run, ckpt_path)
+        if run.checkpoint is not None:
+            refuse_changes(checkpoints.read_header(run.checkpoint)["config"], settings)
+        if is_main_process():
+            run.write_config(settings)
+            write_atomically(run_dir / OVERRIDES, yaml.safe_dump(list(overrides)))
+        return fit(cfg, settings, run)
 
 
-def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, ckpt_path: Path | None) -> float | None:
-    """Train, from `ckpt_path` on if there is one, and leave a summary."""
+def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder) -> float | None:
+    """Train, from the folder's newest checkpoint on if there is one, and leave a summary."""
     started = time.monotonic()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # no advertisements, no list of absent accelerators
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     parent = load_model(cfg.init_from) if cfg.init_from else None
     datamodule = build_datamodule(cfg, parent)
@@ -63,22 +71,24 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, ckpt_path: Pa
             "parent_name": str(cfg.init_from) if parent else None,
         },
     }
-    module: TaskModule = instantiate(
-        cfg.task,
+    # Not instantiate(): it would look for targets to build inside the header's copy of the settings.
+    module: TaskModule = get_class(cfg.task._target_)(
         model=model,
         tokenizer=datamodule.tokenizer,
         optimizer=instantiate(cfg.optimizer),
         scheduler=instantiate(cfg.scheduler),
         header=header,
     )
-    trainer = build_trainer(cfg, run.path, ckpt_path)
-    announce(trainer, datamodule, module, ckpt_path)
+    trainer = build_trainer(cfg, run)
+    announce(trainer, datamodule, module, run)
     if cfg.compile:
         # Only the trunk: it is what training calls, and an attribute leaves the names of the weights alone.
         model.hidden_states = torch.compile(model.hidden_states)  # type: ignore[method-assign]
-    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
     best = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     if trainer.is_global_zero and not trainer.fast_dev_run:
+        from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
+
         summary = build_summary(run, trainer, module, header, seconds=time.monotonic() - started)
         write_summary(run.path, summary)
         for logger in trainer.loggers:
@@ -175,19 +185,23 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
     return wanted or tokenizer.vocab_size
 
 
-def build_trainer(cfg: DictConfig, run_dir: Path, ckpt_path: Path | None) -> L.Trainer:
+def build_trainer(cfg: DictConfig, run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     fast = bool(cfg.trainer.fast_dev_run)
     callbacks = [ExactResume()] + [instantiate(c) for c in cfg.callbacks.values() if c is not None]
     if fast:  # one batch of everything leaves no files
         callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples")]
-    resumed_step = checkpoints.read_header(ckpt_path)["step"] if ckpt_path else 0
-    loggers = [instantiate(c, run_dir=run_dir, resumed_step=resumed_step) for c in cfg.logger.values() if c is not None]
+    updates = checkpoints.read_header(run.checkpoint)["step"] if run.checkpoint else 0
+    loggers = [
+        instantiate(logger, run_dir=run.path, resumed_step=updates)
+        for logger in cfg.logger.values()
+        if logger is not None
+    ]
     options = {key: value for key, value in cfg.trainer.items() if key != "precision"}
     return instantiate(
         options,
         precision=choose_precision(cfg.trainer.precision, cfg.trainer.accelerator),
-        default_root_dir=run_dir,
+        default_root_dir=run.path,
         callbacks=callbacks,
         logger=loggers,
         plugins=[VerifiedCheckpointIO()],
@@ -212,16 +226,17 @@ def choose_precision(setting: str, accelerator: str) -> str:
     return precision
 
 
-def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, ckpt_path: Path | None) -> None:
+def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFolder) -> None:
     """Say what is about to happen, in a few lines."""
     if not trainer.is_global_zero:
         return
-    datamodule.trainer = trainer
-    steps = total_steps(trainer)
+    steps = total_steps(trainer, datamodule)
     accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
     effective = datamodule.batch_size * accumulate * world
     log.info("Data: %s", datamodule.describe())
-    log.info("Model: %s parameters, vocabulary %s", f"{module.model.num_parameters():,}", module.model.config.vocab_size)
+    log.info(
+        "Model: %s parameters, vocabulary %s", f"{module.model.num_parameters():,}", module.model.config.vocab_size
+    )
     log.info(
         "Batch: %d a step = %d samples x %d accumulated x %d processes; %d steps",
         effective,
@@ -230,10 +245,5 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, ckpt_path:
         world,
         steps,
     )
-    if ckpt_path is not None:
-        log.info("Resuming from %s", ckpt_path)
-
-
-def is_finished(summary: dict[str, Any], steps: int) -> bool:
-    """Whether a run that left `summary` has nothing more to do."""
-    return math.isfinite(steps) and summary.get("steps", 0) >= steps
+    if run.checkpoint is not None:
+        log.info("Resuming from %s", run.checkpoint)

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from llm_lightning import checkpoint as checkpoints
+from llm_lightning.data.base import BaseDataModule
 from llm_lightning.models.gpt import GPT
 from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
 from llm_lightning.tokenizers import Tokenizer
@@ -168,7 +169,7 @@ class TaskModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
         # restored (Lightning's issue 20550).
-        self.total_steps = total_steps(self.trainer)
+        self.total_steps = total_steps(self.trainer, self.trainer.datamodule)  # type: ignore[attr-defined]
         self.schedule.warmup_steps(self.total_steps)  # refuses a warmup that does not fit
         optimizer = self.optimizer_config.build(self.model.named_parameters(), fused=self._fused())
         peak = self.optimizer_config.lr
@@ -196,7 +197,7 @@ class TaskModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[checkpoints.HEADER] = checkpoints.describe(
             task=self.task,
-            config=self.model.config,
+            model_config=self.model.config,
             tokenizer=self.tokenizer,
             step=self.global_step,
             epoch=self.current_epoch,
@@ -256,9 +257,9 @@ class TaskModule(L.LightningModule):
         return f"epoch {self.current_epoch}, " + ", ".join(parts)
 
 
-def total_steps(trainer: L.Trainer) -> int:
+def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     """Optimizer updates of the whole run, from the data module's sizes and the trainer's limits."""
-    batches = trainer.datamodule.batches_per_epoch(trainer.world_size)  # type: ignore[attr-defined]
+    batches = datamodule.batches_per_epoch(trainer.world_size)
     limit = trainer.limit_train_batches
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
