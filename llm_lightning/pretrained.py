@@ -154,7 +154,7 @@ def export_hf(
             not fit the config or is not finite, or transformers computes other logits.
         OSError: if the folder cannot be written, or reads back differently.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # "." has no name to put a temporary folder beside
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
     _check_target(folder, overwrite)
@@ -357,7 +357,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) ->
         return
     from tokenizers.pre_tokenizers import ByteLevel
 
-    merges = description.get("merges") or _gpt2_merges()
+    merges = _gpt2_merges() if description["name"] == "gpt2" else description["merges"]
     # Ids: the 256 bytes in the order of the characters that stand for them, the merges, the end of text.
     tokens = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
     _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)}, indent=None)
@@ -406,9 +406,10 @@ def _read_back(folder: Path, weights: Mapping[str, Tensor], config: GPTConfig, t
     same = all(torch.equal(loaded.state[name], expected[name]) for name in expected)
     if not same or loaded.config != config or loaded.tokenizer != tokenizer.describe():
         raise OSError(f"{folder} reads back differently from what was written; check the disk")
-    if importlib.util.find_spec("transformers") is None:
+    try:
+        difference, largest = _compare_with_transformers(folder, loaded)
+    except ImportError:  # the package is not needed at run time
         return {"reloaded": "bitwise equal", "transformers": None, "max_logit_difference": None}
-    difference, largest = _compare_with_transformers(folder, loaded)
     version = importlib.metadata.version("transformers")
     if not difference <= _TOLERANCE * max(1.0, largest):
         raise ValueError(
@@ -435,7 +436,7 @@ def _compare_with_transformers(folder: Path, loaded: Pretrained) -> tuple[float,
 
 def _put_in_place(finished: Path, folder: Path) -> None:
     for file in finished.iterdir():
-        with file.open("rb") as flushed:
+        with file.open("r+b") as flushed:
             os.fsync(flushed.fileno())
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -219,11 +220,11 @@ def test_an_exported_folder_gives_transformers_our_logits(tmp_path: Path, tied_h
     assert_same_weights(loaded.state, model)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bpe"])
+@pytest.mark.parametrize("name", ["gpt2", "bpe", "bpe_without_merges"])
 def test_transformers_reads_the_exported_tokenizer(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    options = {"vocab_size": 280, "texts": [TEXT]} if name == "bpe" else {}
-    tokenizer = build_tokenizer(name, **options)
+    options = {} if name == "gpt2" else {"vocab_size": 280 if name == "bpe" else 257, "texts": [TEXT]}
+    tokenizer = build_tokenizer("bpe" if options else "gpt2", **options)
     config = replace(CONFIG, vocab_size=tokenizer.vocab_size, n_layer=1)
     export_hf(random_gpt(config), config, tokenizer, tmp_path / "export")
     for kind in (transformers.AutoTokenizer, transformers.GPT2TokenizerFast):
@@ -273,6 +274,16 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizer(tmp_path: Path) -> None:
     assert torch.equal(loaded.state["lm_head.weight"], model.lm_head.weight[:257])
     with pytest.raises(ValueError, match=r"tokenizer has 50257 tokens, but model.vocab_size=320"):
         export_hf(model, config, build_tokenizer("gpt2"), tmp_path / "other")
+
+
+def test_export_without_transformers_into_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = replace(CONFIG, vocab_size=257)
+    report = export_hf(random_gpt(config), config, build_tokenizer("byte"), ".")
+    assert (report["reloaded"], report["transformers"]) == ("bitwise equal", None)
+    assert (tmp_path / "here" / "model.safetensors").is_file()
 
 
 def test_a_folder_in_use_is_kept(tmp_path: Path) -> None:

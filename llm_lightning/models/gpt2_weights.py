@@ -233,7 +233,9 @@ def _fitted(name: str, tensor: Tensor, shape: tuple[int, ...], may_be_padded: bo
 
 
 def _check_tie(ours: Mapping[str, Tensor], config: GPTConfig) -> None:
-    if config.tied_head and not torch.equal(ours[_HEAD], ours["token_embedding.weight"]):
+    head, embedding = ours[_HEAD], ours["token_embedding.weight"]
+    same = head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding)  # NaN is not equal to itself
+    if config.tied_head and not same:
         raise ValueError(f"{_HEAD} differs from the token embedding, but the config says that they are tied")
 
 
