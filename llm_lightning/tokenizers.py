@@ -43,13 +43,12 @@ _LONG_WHITE_SPACE = re.compile(f"[{_WHITE_SPACE}]{{10000,}}")
 # Where the patterns of all OpenAI encodings end a piece, whatever follows: before a space or tab after anything
 # but white space, and before a line break or punctuation (no apostrophe: contractions) after a letter or digit.
 # The letters are few, and old enough for every Unicode table to agree on them.
+_LETTERS_AND_DIGITS = "a-zA-Z0-9\u0400-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 _PIECE_END = re.compile(
-    r"(?<=\S)[ \t]|(?<=[a-zA-Z0-9\u0400-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])"
-    r"[\r\n.,;:!?\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]"
+    rf"(?<=\S)[ \t]|(?<=[{_LETTERS_AND_DIGITS}])[\r\n.,;:!?\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]"
 )
-_ENCODINGS_WITH_KNOWN_PATTERN = frozenset(
-    {"gpt2", "bpe", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony"}
-)
+_WITH_GPT2_PATTERN = frozenset({"gpt2", "bpe", "r50k_base", "p50k_base", "p50k_edit"})
+_WITH_OPENAI_PATTERN = _WITH_GPT2_PATTERN | {"cl100k_base", "o200k_base", "o200k_harmony"}
 
 
 class Tokenizer(ABC):
@@ -145,9 +144,10 @@ class TiktokenTokenizer(Tokenizer):
             return self._encode(text)
         except UnicodeEncodeError:
             return self.encode_array(_without_surrogates(text))
-        except ValueError:  # tiktoken's regex gave up on some 10^6 white space characters in a row
-            if len(pieces := _split_long_white_space(text)) == 1:
+        except ValueError:  # tiktoken's regex gives up on some 10^6 white space characters in a row
+            if self._description["name"] not in _WITH_GPT2_PATTERN:
                 raise
+            pieces = _split_long_white_space(text)
             return np.concatenate([self._encode(piece) for piece in pieces])
 
     def _encode(self, text: str) -> np.ndarray:
@@ -161,7 +161,7 @@ class TiktokenTokenizer(Tokenizer):
             return b""  # cl100k and later leave ids unused; an untrained model may still draw one
 
     def split_point(self, text: str) -> int:
-        if self._description["name"] not in _ENCODINGS_WITH_KNOWN_PATTERN:
+        if self._description["name"] not in _WITH_OPENAI_PATTERN:
             return 0
         return _last_start(_PIECE_END, text)
 
@@ -391,8 +391,8 @@ def _train_merges(texts: Iterable[str], vocab_size: int | None) -> list[str]:
     return merges
 
 
-def _pieces(texts: Iterable[str], size: int = 1 << 20) -> Iterator[str]:
-    """Cut long texts where GPT-2's pattern cuts them anyway: the trainer needs many bytes per character."""
+def _pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
+    """Cut long texts where GPT-2's pattern cuts them anyway: the trainer holds 256 of what it gets at once."""
     for text in texts:
         start = 0
         while start < len(text):

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import socket
 import tempfile
 from importlib.machinery import ModuleSpec
@@ -34,9 +35,9 @@ CLASSES = [" ", "\t", "\n", "a", "s", "'", ".", "/", "1", "中", "。", "\u0301"
 """One character for each way in which the patterns treat characters."""
 FRAGMENTS = [
     *CLASSES, "\r\n", "\r", "\0", "  ", "\n\n ", "\u00a0", "\u2028", "\u3000", "\x1c", "\x85", "\u200b", "\ufeff",
-    "\ufffd", "the", " the", "Hello", "don't", "we'LL", "it's", "'re", "42", "3.14", "1234567", "x_y", "--", "...", "!?", "://",
-    "naïve", "Größe", "слово", "日本語", "テキスト", "한국어", "، عربي", "ไทย", "हिन्दी", "ǅ", "Ⅷ", "²", "e\u0301",
-    "😀", "👩‍👩‍👧", "🇩🇪", "\U0010ffff", END_OF_TEXT, "<|unk|>", "<|im_start|>", "<|", "|>", "Ġ",
+    "\ufffd", "the", " the", "Hello", "don't", "we'LL", "it's", "'re", "42", "3.14", "1234567", "x_y", "--", "...",
+    "!?", "://", "naïve", "Größe", "слово", "日本語", "テキスト", "한국어", "، عربي", "ไทย", "हिन्दी", "ǅ", "Ⅷ", "²",
+    "e\u0301", "😀", "👩\u200d👧", "🇩🇪", "\U0010ffff", END_OF_TEXT, "<|unk|>", "<|im_start|>", "<|", "|>", "Ġ",
 ]  # fmt: skip
 
 # The patterns of tiktoken 0.14; its encodings themselves would have to be downloaded.
@@ -203,6 +204,15 @@ def test_a_million_white_space_characters_are_encoded(built, run):
     assert built["gpt2"].decode(built["gpt2"].encode_array(text)) == text
 
 
+def test_white_space_is_not_cut_for_other_patterns(built, monkeypatch):
+    def give_up(text):
+        raise ValueError("Regex error while tokenizing")
+
+    monkeypatch.setattr(built["cl100k_base"], "_encode", give_up)
+    with pytest.raises(ValueError, match="Regex error"):
+        built["cl100k_base"].encode("a" + " " * 20_000 + "b")
+
+
 def test_cutting_long_white_space_changes_no_id(built):
     for run in (" " * 10_001, "\n" * 10_000 + " ", "\r\n\t " * 5000, "\u3000" * 12_000):
         text = f"a{run}b {run}\x1c{run}'s{run}"
@@ -251,6 +261,20 @@ def test_no_piece_of_a_pattern_crosses_a_split_point(pattern, built):
         whole = find(text)
         for cut in {built["gpt2"].split_point(text[:end]) for end in range(2, 5)} - {0}:
             assert find(text[:cut]) + find(text[cut:]) == whole
+
+
+def test_our_character_classes_agree_with_those_of_tiktoken():
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+
+    def matched_by(pattern: str) -> str:
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+        return encoding.decode(encoding.encode_to_numpy(everything, disallowed_special=()))
+
+    white_space = matched_by(r"\s")
+    assert re.findall(f"[{tokenizers._WHITE_SPACE}]", everything) == list(white_space)
+    assert white_space.isspace()  # so what Python's \S matches is no white space
+    assert set(re.findall(f"[{tokenizers._LETTERS_AND_DIGITS}]", everything)) <= set(matched_by(r"[\p{L}\p{N}]"))
 
 
 def test_texts_cut_at_split_points_keep_their_ids(any_tokenizer):
