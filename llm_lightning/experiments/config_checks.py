@@ -106,7 +106,7 @@ class ConfigDirs:
             return self.wrong_option(option[1], option[2])
         plus = re.search(r"To append to your config use (\S+)", message)
         if plus and plus[1].startswith("+hydra."):
-            return f"unknown key '{plus[1][1:]}'; python train.py --cfg hydra lists Hydra's own"
+            return f"unknown key '{plus[1][1:].partition('=')[0]}'; python train.py --cfg hydra lists Hydra's own"
         if plus:
             return f"{plus[1][1:]}: not in our files, but an argument of its target: write {plus[1]}"
         return message
@@ -342,7 +342,12 @@ def _reference(choices: Mapping[str, Any], overrides: list[Override], dirs: Conf
     """The config of the chosen groups without any preset: every key in it is one that something reads."""
     groups = [f"{group}={choice}" for group, choice in choices.items() if group in set(dirs.groups()) - set(PRESETS)]
     allowed = [_text(override) for override in overrides if override.key_or_group == "allow_targets"]
-    return _ours(dirs.compose([*groups, *allowed, "~task"]))
+    return _ours(_compose_once(dirs, (*groups, *allowed, "~task")))
+
+
+@functools.cache  # the jobs of a multirun mostly choose the same groups
+def _compose_once(dirs: ConfigDirs, overrides: tuple[str, ...]) -> DictConfig:
+    return dirs.compose(overrides)
 
 
 def _ours(config: DictConfig) -> DictConfig:
@@ -352,11 +357,10 @@ def _ours(config: DictConfig) -> DictConfig:
 
 def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
     """Refuse a missing value, a word for a number or a switch, and a run name that is no folder name."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"{missing[0]} has no default: add {missing[0]}=VALUE")
     for key, value in _nodes(_plain(config)).items():
         default = known.get(key)
+        if isinstance(value, str) and value == "???":
+            raise ValueError(f"{key} has no default: add {key}=VALUE")
         if key in WORDS_ALLOWED or not isinstance(default, (bool, int, float)):
             continue
         wanted = "true or false" if isinstance(default, bool) else "a number"
@@ -407,32 +411,32 @@ def _arguments(path: str, target: Any, allow: Sequence[str]) -> list[str] | None
     """
     found = resolve_target(f"{path}._target_", target, allow)
     ours = inspect.isclass(found) and _inside(found.__module__, PACKAGES[:1])
+    owners = inspect.getmro(found)[:-1] if ours else ()
+    functions = [vars(owner)["__init__"] for owner in owners if "__init__" in vars(owner)] if ours else [found]
     names: list[str] = []
-    for function in [vars(owner).get("__init__") for owner in inspect.getmro(found)] if ours else [found]:
-        parameters = inspect.signature(function).parameters.values() if function else []
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
         names += [parameter.name for parameter in parameters if parameter.name != "self"]
-        if function and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
             return names
-    return None
+    return names if ours else None
 
 
 def _locate(key: str, target: Any, packages: Sequence[str]) -> Any:
     """The object that the dotted name `target` names; only modules of `packages` are imported on the way."""
-    refusal = (
-        f"{key}={target!r} is not allowed: a _target_ names a class of {', '.join(packages)}; "
-        "for a package of your own add allow_targets=[PACKAGE]"
-    )
-    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+", target, re.ASCII):
-        raise ValueError(refusal)
-    if not _inside(target, packages):
+    refusal = f"{key}={target!r} is not allowed: only a class of {', '.join(packages)} may stand here"
+    if PACKAGES[0] in packages:
+        refusal += "; for a package of your own add allow_targets=[PACKAGE]"
+    plain_name = isinstance(target, str) and re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+", target, re.ASCII)
+    if not plain_name or "__" in target or not _inside(target, packages):
         raise ValueError(refusal)
     found: Any = None
     names = target.split(".")
     for end, name in enumerate(names, start=1):
         try:
             found = getattr(found, name) if hasattr(found, name) else importlib.import_module(".".join(names[:end]))
-        except ImportError:
-            raise ValueError(f"{key}={target!r} does not exist: {'.'.join(names[:end])} cannot be found") from None
+        except Exception as error:  # whatever the module raises while it is imported
+            raise ValueError(f"{key}={target!r} cannot be imported: {error}") from None
     if isinstance(found, ModuleType) or not _inside(getattr(found, "__module__", None), packages):
         raise ValueError(refusal)
     return found
