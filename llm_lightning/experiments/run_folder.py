@@ -51,11 +51,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def state(self, total_steps: int | None = None) -> State:
-        """What there is to do: `finished` unless more than the reached steps are asked for (None: no more are)."""
-        if self.previous_summary.get("finished"):
-            reached = self.previous_summary["steps"]
-            if total_steps is None or total_steps <= reached:
-                return "finished"
+        """What there is to do; a finished run can go on where more steps are asked for (None: no more are)."""
+        finished = self.previous_summary.get("finished", False)
+        # Compared with what was planned, not with what was reached: a run that stopped early is finished too.
+        if finished and (total_steps is None or total_steps <= self.previous_summary["total_steps"]):
+            return "finished"
         return "resumable" if self.checkpoint else "fresh"
 
     def write_config(self, config: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def test_state_follows_checkpoint_and_summary(tmp_path: Path, monkeypatch: pytes
         assert not (tmp_path / "config.yaml").exists()  # the caller may still refuse the change
         run.write_config({"max_steps": 11})
         assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"max_steps": 11}
-    (tmp_path / "summary.json").write_text('{"finished": true, "steps": 10}')
+    (tmp_path / "summary.json").write_text('{"finished": true, "steps": 7, "total_steps": 10}')
     with open_run(tmp_path, {}) as run:
         assert [run.state(steps) for steps in (None, 5, 10, 11)] == ["finished", "finished", "finished", "resumable"]
 

@@ -1,0 +1,120 @@
+"""`plots/loss.png` and `plots/lr.png`, drawn from `metrics.csv` while the run goes on."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from llm_lightning.atomic import write_atomically
+from llm_lightning.callbacks.run_logs import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curves = dict[str, list[tuple[int, float]]]
+
+LOSSES = {
+    "train/loss": "training, each logged step",
+    "train/eval_loss": "training, dropout off",
+    "val/loss": "validation",
+}
+
+
+class Plots(L.Callback):
+    """Draw the curves after a validation and at the end. A plot that cannot be drawn costs one warning, not the run.
+
+    Args:
+        every_n_seconds: least time between two drawings; one takes a fraction of a second.
+    """
+
+    def __init__(self, every_n_seconds: float = 30.0) -> None:
+        self.every_n_seconds = every_n_seconds
+        self._drawn = -math.inf
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if time.monotonic() - self._drawn >= self.every_n_seconds:
+            self.draw(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.draw(trainer)
+
+    def draw(self, trainer: L.Trainer) -> None:
+        """Draw both plots, as far as there is something to draw."""
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        try:
+            steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            draw_plots(Path(trainer.default_root_dir), steps_per_epoch)
+        except Exception as error:  # whatever matplotlib, a font or a full disk come up with
+            rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
+            self.every_n_seconds = math.inf
+        self._drawn = time.monotonic()
+
+
+def draw_plots(run_dir: Path, steps_per_epoch: int) -> None:
+    """Draw what `metrics.csv` in `run_dir` holds into `run_dir/plots`."""
+    metrics = run_dir / "metrics.csv"
+    if not metrics.is_file():
+        return
+    curves = read_metrics(metrics)
+    (run_dir / "plots").mkdir(exist_ok=True)
+    if any(name in curves for name in LOSSES):
+        _save(loss_figure(curves, steps_per_epoch), run_dir / "plots" / "loss.png")
+    if "lr" in curves:
+        _save(lr_figure(curves), run_dir / "plots" / "lr.png")
+
+
+def loss_figure(curves: Curves, steps_per_epoch: int) -> Figure:
+    """Losses over epochs, with the tokens seen on a second axis above, as the book's chapter 5 draws them."""
+    figure, axes = _figure()
+    for name, label in LOSSES.items():
+        if name in curves:
+            # The row of step s stands for s + 1 updates.
+            epochs = [(step + 1) / steps_per_epoch for step, _ in curves[name]]
+            style = {"alpha": 0.4} if name == "train/loss" else {"marker": "."}
+            axes.plot(epochs, [value for _, value in curves[name]], label=label, **style)  # type: ignore[arg-type]
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    if curves.get("tokens_seen"):
+        step, tokens = curves["tokens_seen"][-1]
+        tokens_per_epoch = tokens / (step + 1) * steps_per_epoch
+        above = axes.secondary_xaxis(
+            "top", functions=(lambda epochs: epochs * tokens_per_epoch, lambda tokens: tokens / tokens_per_epoch)
+        )
+        above.set_xlabel("tokens seen")
+    return figure
+
+
+def lr_figure(curves: Curves) -> Figure:
+    """The learning rate over steps."""
+    figure, axes = _figure()
+    axes.plot([step for step, _ in curves["lr"]], [value for _, value in curves["lr"]])
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    return figure
+
+
+def _figure() -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, image.getvalue())

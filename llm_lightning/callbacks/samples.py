@@ -1,0 +1,146 @@
+"""What the model writes while it learns: fixed prompts, continued after validation."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from llm_lightning.atomic import write_atomically
+from llm_lightning.callbacks.run_logs import TensorBoard
+from llm_lightning.generation import generate
+
+TERMINAL_WIDTH = 100
+
+
+class Samples(L.Callback):
+    """Continue `prompts` after a validation: one line on the terminal, all in `samples.md` and TensorBoard.
+
+    The same settings and weights give the same text; the global random generators are left alone.
+
+    Args:
+        prompts: beginnings of text.
+        max_new_tokens: per prompt, at most.
+        temperature: 0 is greedy.
+        top_k: draw from the k likeliest tokens only; null: from all.
+        seed: of the draws, the same at every validation, so that a change is the model's.
+        every_n_epochs: write after the validations of every n-th epoch.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 50,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 1234,
+        every_n_epochs: int = 1,
+    ) -> None:
+        if not prompts:
+            raise ValueError("callbacks.samples.prompts is empty; give at least one, or set callbacks.samples=null")
+        if every_n_epochs < 1:
+            raise ValueError(f"callbacks.samples.every_n_epochs={every_n_epochs} must be at least 1")
+        self.prompts, self.every_n_epochs = list(prompts), every_n_epochs
+        self.options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "seed": seed,
+        }
+        self._prompt_ids: list[list[int]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        context_length = pl_module.model.config.context_length
+        self._prompt_ids = [pl_module.tokenizer.encode(prompt) for prompt in self.prompts]
+        for number, ids in enumerate(self._prompt_ids):
+            if not 0 < len(ids) < context_length:
+                raise ValueError(
+                    f"callbacks.samples.prompts[{number}] has {len(ids)} tokens, but a sample needs between 1 and "
+                    f"model.context_length - 1 = {context_length - 1}; change the prompt or raise the context length"
+                )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # Not in on_fit_start: the step of the checkpoint is restored in between.
+        if trainer.is_global_zero:
+            drop_sections_from(self.path(trainer), trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        texts = self.write(pl_module)  # in every process: sharded weights need them all
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step - 1
+        title = f"step {step}, val/loss {float(trainer.callback_metrics.get('val/loss', float('nan'))):.4f}"
+        pl_module.print(_one_line(f"{title} | {texts[0]}"))
+        body = "\n\n".join(_indented(text) for text in texts)
+        append_section(self.path(trainer), f"## {title}\n\n{body}\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoard):
+                logger.log_text("samples", body, step)
+
+    def write(self, pl_module: Any) -> list[str]:
+        """Each prompt with its continuation."""
+        model, tokenizer = pl_module.model, pl_module.tokenizer
+        room = model.config.context_length - max(map(len, self._prompt_ids))
+        options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
+        stop_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
+        # A compiled model would be compiled once more for every length.
+        is_compiling = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if is_compiling else nullcontext():
+            continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, **options)
+        pairs = zip(self._prompt_ids, continuations, strict=True)
+        return [_printable(tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
+
+    def path(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "samples.md"
+
+
+def append_section(path: Path, section: str) -> None:
+    """Add `section`; returns when it is on the disk, because the next checkpoint covers it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(section)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_sections_from(path: Path, step: int) -> None:
+    """Drop the sections of `step` and later, which a killed process wrote, and one that it left half written."""
+    if not path.is_file():
+        return
+    lines = re.findall(r"[^\n]*\n", path.read_bytes().decode(errors="replace"))
+    kept: list[str] = []
+    for line in lines:
+        heading = re.fullmatch(r"## step (\d+), .*\n", line)
+        if int(heading[1]) >= step if heading else line != "\n" and not line.startswith("    "):
+            break
+        kept.append(line)
+    content = "".join(kept).encode()
+    if content != path.read_bytes():
+        write_atomically(path, content)
+
+
+def _printable(text: str) -> str:
+    """A young model also writes control characters; a terminal would obey them."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+
+
+def _indented(text: str) -> str:
+    """A Markdown code block, so that no line of the text can be taken for a heading."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    line = line if len(line) <= TERMINAL_WIDTH else line[: TERMINAL_WIDTH - 3] + "..."
+    encoding = sys.stdout.encoding or "ascii"  # a terminal that cannot show a character must not end the run
+    return line.encode(encoding, errors="replace").decode(encoding)

@@ -1,0 +1,150 @@
+"""`summary.json`: what a run reached, from what, with what; and the lines that a run ends with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llm_lightning.atomic import write_atomically
+from llm_lightning.experiments.run_folder import RunFolder
+
+PACKAGES = ("llm-lightning", "torch", "lightning", "hydra-core")
+SHOWN_METRICS = ("val/perplexity", "val/bits_per_byte", "val/accuracy", "train/eval_loss")
+
+
+def build_summary(
+    run: RunFolder, trainer: Any, module: Any, header: dict[str, Any], *, seconds: float
+) -> dict[str, Any]:
+    """Collect the summary of a run that has ended by itself, as plain values.
+
+    Args:
+        run: its folder.
+        trainer, module: after `fit`.
+        header: of its checkpoints; `lineage` names data and parent.
+        seconds: of this session, for a run without the throughput callback, which knows those of earlier sessions.
+    """
+    from llm_lightning.callbacks.checkpoints import Checkpoints
+    from llm_lightning.callbacks.throughput import Throughput
+
+    throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
+    checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
+    best = run.checkpoints / "best.ckpt"
+    return {
+        "finished": True,
+        "task": module.task,
+        "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "steps": trainer.global_step,
+        "total_steps": module.total_steps,
+        "epochs": round(trainer.global_step / steps_per_epoch(trainer), 2),
+        "tokens": module.tokens_seen,
+        "seconds": round(throughput.wall_seconds if throughput else seconds, 1),
+        "tokens_per_second": throughput.tokens_per_second if throughput else None,
+        "monitor": checkpoints.monitor if checkpoints else None,
+        "best_value": checkpoints.best_value if checkpoints else None,
+        "best_step": checkpoints.best_step if checkpoints else None,
+        "checkpoint": str((best if best.is_file() else run.checkpoints / "last.ckpt").relative_to(run.path)),
+        "metrics": {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if "/" in k},
+        "parameters": {
+            "total": sum(p.numel() for p in module.parameters()),
+            "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        },
+        "lineage": header.get("lineage", {}),
+        "precision": trainer.precision,
+        "processes": trainer.world_size,
+        "device": device_name(module.device),
+        "host": platform.node(),
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git": git_state(Path(__file__).parents[1]),
+    }
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json`."""
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
+    """What the run reached, where it is, and what to type next."""
+    metrics, folder = summary["metrics"], _shown(run_dir)
+    speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary["tokens_per_second"] else ""
+    lines = [
+        f"Finished {summary['steps']:,} steps, {summary['epochs']:g} epochs, {summary['tokens']:,} tokens "
+        f"in {duration(summary['seconds'])}{speed}."
+    ]
+    if summary["best_value"] is not None:
+        reached = [f"Best {summary['monitor']} {summary['best_value']:.4f} after {summary['best_step']:,} steps"]
+        reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
+        lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
+    checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
+    return [*lines, f"Run folder: {folder}", f'Next: llm-lightning generate {checkpoint} "The "']
+
+
+def steps_per_epoch(trainer: Any) -> int:
+    """Optimizer updates of one pass over the training data."""
+    return max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (hours + minutes > 0) + [f"{rest} s"] * (hours == 0)
+    return " ".join(parts)
+
+
+def device_name(device: Any) -> str:
+    """The model of the processor that a torch device stands for."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or just the architecture on Linux
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.is_file()
+        else []
+    )
+    processor = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{device.type}: {processor}, {os.cpu_count()} threads"
+
+
+def git_state(package: Path) -> dict[str, Any] | None:
+    """Commit of the code that runs and whether it was changed since; None where it is not in a git repository."""
+    try:
+        # An installed package can lie inside the repository of something else: is this file tracked?
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        commit = _git(package, "rev-parse", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--", ".", "../conf", "../train.py")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "dirty": bool(changed)}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _shown(path: Path) -> Path:
+    """Relative to where the user stands, if that is shorter to type."""
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path.resolve()
