@@ -76,8 +76,13 @@ def download(pinned: Pinned, folder: Path | None = None) -> Path:
     with locked(target):
         if not _is_right(target, pinned):
             part = target.with_name(target.name + ".part")
-            _fetch(pinned, part)
-            commit(part, target)
+            try:
+                _fetch(pinned, part)
+                commit(part, target)
+            except DownloadError:
+                raise
+            except OSError as error:  # the disk's, not the network's
+                raise _failure(pinned, part, f"{part} cannot be written ({error.strerror or error})") from error
     return target
 
 

@@ -342,7 +342,7 @@ def _batches(documents: Iterable[tuple[str, Document]], split_point: Callable[[s
                 batch.n_documents += 1
             batch.pieces.append(piece)
             batch.n_chars += len(piece)
-            if batch.n_chars >= PIECE:
+            if 2 * batch.n_chars >= PIECE:
                 yield batch
                 batch = filling[part] = _Batch(part)
     yield from filling.values()
