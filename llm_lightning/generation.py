@@ -14,11 +14,15 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from llm_lightning.models.gpt import GPT, KVCache, causal_mask
+
+PACKING_PAYS_FROM = 32
+"""Steps from which `packed_linears` is worth its preparation."""
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +97,7 @@ def generate(
         return []
     room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
     limits = [min(max_new_tokens, most) for most in room]
-    with evaluating(model):
+    with evaluating(model), packed_linears(model, max(limits)):
         new_ids = _decode(model, prompts, limits, sampling, frozenset(stop_ids), on_token)
     if any(len(ids) == most < max_new_tokens for ids, most in zip(new_ids, room, strict=True)):
         log.warning(
@@ -178,7 +182,9 @@ class _Batch:
         self.model = model
         self.longest = max(len(prompt) for prompt in prompts)
         capacity = self.longest + max_new_tokens - 1  # the last new token is not fed
-        self.cache = KVCache(model.config, len(prompts), capacity, dtype=weight.dtype, device=weight.device)
+        # On a CPU, attention of one position over bf16 keys takes up to five times as long as over fp32 keys.
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        self.cache = KVCache(model.config, len(prompts), capacity, dtype=dtype, device=weight.device)
         self.padding = torch.tensor([self.longest - len(prompt) for prompt in prompts], device=weight.device)
         self.slots = torch.arange(capacity, device=weight.device)
         self.is_padded = bool(self.padding.any())
@@ -226,6 +232,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def packed_linears(model: nn.Module, steps: int) -> Iterator[None]:
+    """On a CPU, run the linear layers from copies of their weights in the blocked layout of its matrix kernels.
+
+    Generation is bound by reading the weights, and the kernels read this layout at up to twice the speed. It costs a
+    second copy of the weights and about the time of 20 steps, so fewer than `PACKING_PAYS_FROM` steps leave it out.
+    """
+    packed = [m for m in model.modules() if _can_pack(m)] if steps >= PACKING_PAYS_FROM else []
+    for linear in packed:
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+        linear.forward = partial(_packed_forward, weight, linear.bias)
+    try:
+        yield
+    finally:
+        for linear in packed:
+            del linear.forward  # the class's own is behind it
+
+
+def _can_pack(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or torch.is_autocast_enabled("cpu"):
+        return False
+    if module.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if module.weight.dtype is torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return module.weight.dtype is torch.float32
+
+
+def _packed_forward(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _check_prompt(model: GPT, row: int, prompt: Sequence[int]) -> None:

@@ -96,6 +96,7 @@ class CausalSelfAttention(nn.Module):
         query, key, value = self._heads(x)
         if cache is not None:
             key, value = cache.append(layer, key, value)
+            query = query.to(key.dtype)
         # A single new position may see everything before it: no mask. Several new positions behind a filled cache
         # need an explicit one, because SDPA's is_causal aligns the triangle to the top left corner.
         is_causal = attention_mask is None and query.size(2) > 1
@@ -109,7 +110,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
         )
-        return self._merge(mixed)
+        return self._merge(mixed.to(x.dtype))
 
     def explicit(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same attention written out: softmax(q k^T / sqrt(D)) v. For teaching and plots, it ignores dropout.
