@@ -94,9 +94,10 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). `attention_mask`: bool, broadcast to (B, H, T, S), True = may attend; None = causal."""
         query, key, value = self._heads(x)
+        dtype = query.dtype
         if cache is not None:
             key, value = cache.append(layer, key, value)
-            query = query.to(key.dtype)
+            query = query.to(key.dtype)  # a cache may be kept in a wider type than the weights
         # A single new position may see everything before it: no mask. Several new positions behind a filled cache
         # need an explicit one, because SDPA's is_causal aligns the triangle to the top left corner.
         is_causal = attention_mask is None and query.size(2) > 1
@@ -110,7 +111,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
         )
-        return self._merge(mixed.to(x.dtype))
+        return self._merge(mixed.to(dtype))
 
     def explicit(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same attention written out: softmax(q k^T / sqrt(D)) v. For teaching and plots, it ignores dropout.
