@@ -202,7 +202,8 @@ class JsonLines:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
-                if not line.strip():
+                line = line.strip()
+                if not line:
                     continue
                 try:
                     text = _text_of(line, self.text_field)
@@ -225,11 +226,11 @@ def _text_of(line: bytes, text_field: str) -> str:
         ValueError: the reason, without the place.
     """
     try:
-        record = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_refused)
+        record = json.loads(line.decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} of the line is not valid UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     return _checked_text(record, text_field)
@@ -256,10 +257,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"field '{next(name for name in names if names.count(name) > 1)}' stands twice")
     return record
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"not JSON: {constant}")
 
 
 def open_source(
@@ -365,9 +362,12 @@ def _hugging_face(name: str, config: str | None, split: str, revision: str | Non
     with locked(target):
         if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
             temporary = target.with_suffix(".tmp")
-            _write_rows(_rows(name, config, split, revision, text_field), temporary)
-            manifest.write_text(sha256_of(temporary))
-            commit(temporary, target)
+            try:
+                _write_rows(_rows(name, config, split, revision, text_field), temporary)
+                manifest.write_text(sha256_of(temporary))
+                commit(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
     return target
 
 
