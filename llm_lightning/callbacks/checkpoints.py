@@ -35,8 +35,8 @@ class VerifiedCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class Interrupted(Exception):  # noqa: N818: not an error
-    """A signal asked the run to stop, and it saved itself."""
+class Interrupted(Exception):  # noqa: N818
+    """A signal asked the run to stop, and it saved itself. Not an error."""
 
     def __init__(self, signum: int, path: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}; the same command continues")
@@ -79,9 +79,6 @@ class Checkpoints(L.Callback):
         self._signal: int | None = None
         self._old_handlers: dict[int, Any] = {}
 
-    def folder(self, trainer: L.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "checkpoints"
-
     # --- when ------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -89,7 +86,12 @@ class Checkpoints(L.Callback):
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._old_handlers[signum] = signal.signal(signum, self._on_signal)
-        self._last_saved_step = trainer.global_step
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_saved_step, self._last_saved_time = trainer.global_step, time.monotonic()
+        path = self._path(trainer)
+        if trainer.is_global_zero and path.is_file():
+            self._name(path, is_best=self.best_step == trainer.global_step)  # a kill may have come in between
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -125,18 +127,15 @@ class Checkpoints(L.Callback):
         """Write the current state, give it its names, and remove what is no longer kept."""
         for logger in trainer.loggers:
             logger.save()  # the rows that this checkpoint covers
-        folder = self.folder(trainer)
-        path = folder / f"step_{trainer.global_step:08d}.ckpt"
-        is_best, self._best_is_new = self._best_is_new and self.best_step == trainer.global_step, False
+        path = self._path(trainer)
+        self._best_is_new = False
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            checkpoints.link(path, folder / "last.ckpt")
-            if is_best:
-                checkpoints.link(path, folder / "best.ckpt")
-            for old in sorted(folder.glob("step_*.ckpt"))[: -self.keep]:
+            self._name(path, is_best=self.best_step == trainer.global_step)
+            for old in sorted(path.parent.glob("step_*.ckpt"))[: -self.keep]:
                 old.unlink()
         self._last_saved_step, self._last_saved_time = trainer.global_step, time.monotonic()
-        return folder / "last.ckpt"
+        return path.with_name("last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_value": self.best_value, "best_step": self.best_step}
@@ -145,6 +144,13 @@ class Checkpoints(L.Callback):
         self.best_value, self.best_step = state["best_value"], state["best_step"]
 
     # --- details ---------------------------------------------------------------------------------------------------
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints" / f"step_{trainer.global_step:08d}.ckpt"
+
+    def _name(self, path: Path, *, is_best: bool) -> None:
+        for name in ["last.ckpt"] + ["best.ckpt"] * is_best:
+            checkpoints.link(path, path.with_name(name))
 
     def _due(self, trainer: L.Trainer) -> bool:
         if (

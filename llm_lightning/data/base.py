@@ -56,7 +56,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @abstractmethod
     def build(self) -> None:
-        """Read, check and tokenise the data. Called once, before the model is built, because it may need the vocabulary."""
+        """Read, check and tokenise the data. Called once, before the model is built: it needs the vocabulary."""
 
     @abstractmethod
     def collate(self, samples: Sequence[Any]) -> Any:
