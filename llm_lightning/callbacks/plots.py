@@ -36,6 +36,7 @@ class Plots(L.Callback):
     def __init__(self, every_n_seconds: float = 30.0) -> None:
         self.every_n_seconds = every_n_seconds
         self._drawn = -math.inf
+        self._is_broken = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -48,7 +49,7 @@ class Plots(L.Callback):
 
     def draw(self, trainer: L.Trainer) -> None:
         """Draw both plots, as far as there is something to draw."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self._is_broken:
             return
         for logger in trainer.loggers:
             logger.save()
@@ -57,7 +58,7 @@ class Plots(L.Callback):
             draw_plots(Path(trainer.default_root_dir), steps_per_epoch)
         except Exception as error:  # whatever matplotlib, a font or a full disk come up with
             rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
-            self.every_n_seconds = math.inf
+            self._is_broken = True
         self._drawn = time.monotonic()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import struct
 import sys
 import time
 from argparse import Namespace
@@ -176,8 +177,7 @@ class TensorBoard(Logger):
 
     Args:
         run_dir: the folder of the run.
-        resumed_step: updates in the checkpoint that the run continues from; TensorBoard hides what an earlier process
-            wrote from this step on.
+        resumed_step: updates in the checkpoint that the run continues from; events from this step on are dropped.
     """
 
     name = "tensorboard"
@@ -202,8 +202,10 @@ class TensorBoard(Logger):
             sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
             from torch.utils.tensorboard import SummaryWriter
 
+            _drop_events_from(self.path, self._resumed_step)
             _wait_for_a_later_name(self.path)
-            # Half a run of a minute would pass before the default of 120 seconds shows anything.
+            # purge_step is for a TensorBoard that has read the dropped events already. And half a run of a minute would
+            # pass before the default of 120 seconds between two flushes shows anything.
             self._writer = SummaryWriter(str(self.path), purge_step=self._resumed_step, flush_secs=10)
         return self._writer
 
@@ -223,7 +225,7 @@ class TensorBoard(Logger):
     ) -> None:
         """Write one line of the HParams tab: the settings, nested keys joined by dots, and the final `metrics`.
 
-        `step` is the number of updates, so a process that continues from there hides the results and writes its own.
+        `step` is the number of updates, so a process that continues from there drops the results and writes its own.
         Lightning also calls this when training starts, without metrics. Nothing is written then: a run that has not
         ended has no result, and TensorBoard would show a placeholder for it ever after.
         """
@@ -252,6 +254,24 @@ class TensorBoard(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+def _drop_events_from(folder: Path, step: int) -> None:
+    """Remove the events of `step` and later, and what a killed process left half written."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    for path in folder.glob("events.out.tfevents.*"):
+        content, kept, start = path.read_bytes(), [], 0
+        while len(content) >= start + 12:  # a record: length, its checksum, an event, its checksum
+            end = start + 12 + struct.unpack_from("<Q", content, start)[0] + 4
+            if end > len(content):
+                break
+            event = Event.FromString(content[start + 12 : end - 4])
+            if event.step < step or event.file_version:
+                kept.append(content[start:end])
+            start = end
+        if len(remaining := b"".join(kept)) < len(content):
+            write_atomically(path, remaining)
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

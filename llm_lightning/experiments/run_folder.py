@@ -132,8 +132,8 @@ def _refuse_if_alive(path: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove temporary files of an owner that was killed while it wrote."""
-    for folder in (path, path / "checkpoints", path / "plots"):
-        for stray in folder.glob(".*.tmp"):
+    for name in (".", "checkpoints", "plots", "tensorboard"):
+        for stray in (path / name).glob(".*.tmp"):
             stray.unlink(missing_ok=True)
 
 

@@ -136,7 +136,7 @@ def test_sigkill_at_any_instant_loses_no_covered_row(tmp_path: Path) -> None:
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
