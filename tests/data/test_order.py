@@ -1,0 +1,56 @@
+"""Batch order: pure, complete, independent of the number of processes, resumable."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llm_lightning.data.order import BatchOrder, epoch_order
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
+    first = epoch_order(100, seed=1, epoch=0, shuffle=True)
+    assert sorted(first) == list(range(100))
+    assert np.array_equal(first, epoch_order(100, seed=1, epoch=0, shuffle=True))
+    assert not np.array_equal(first, epoch_order(100, seed=1, epoch=1, shuffle=True))
+    assert not np.array_equal(first, epoch_order(100, seed=2, epoch=0, shuffle=True))
+    assert list(epoch_order(3, seed=1, epoch=0, shuffle=False)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("n_samples", [1, 7, 8, 22])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_once_whatever_the_number_of_processes(n_samples: int, world_size: int) -> None:
+    orders = [
+        BatchOrder(n_samples, 2, shuffle=True, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    batches = [list(order) for order in orders]
+    assert {len(rank) for rank in batches} == {len(orders[0])}
+    together = [sum((rank[step] for rank in batches), []) for step in range(len(orders[0]))]
+    one = BatchOrder(n_samples, 2 * world_size, shuffle=True, seed=3)
+    assert together == list(one)
+    assert sorted(sum(together, [])) == list(range(n_samples))
+
+
+def test_drop_last_leaves_out_what_fills_no_global_batch() -> None:
+    order = BatchOrder(22, 2, shuffle=False, drop_last=True, rank=1, world_size=2)
+    assert len(order) == 5
+    assert list(order)[-1] == [18, 19]
+
+
+@pytest.mark.parametrize("done", [0, 1, 10, 11])
+def test_resume_continues_behind_the_finished_batches(done: int) -> None:
+    order = BatchOrder(22, 2, shuffle=True, seed=3)
+    order.set_epoch(4)
+    whole = list(order)
+    resumed = BatchOrder(22, 2, shuffle=True, seed=3)
+    resumed.resume(4, done)
+    resumed.set_epoch(4)  # as Lightning does when the epoch starts
+    assert len(resumed) == 11
+    assert list(resumed) == whole[done:]
+    resumed.set_epoch(5)
+    assert len(list(resumed)) == 11
+
+
+def test_batch_size_must_be_positive() -> None:
+    with pytest.raises(ValueError, match=r"data.batch_size=0"):
+        BatchOrder(10, 0, shuffle=False)

@@ -1,0 +1,26 @@
+"""A callback that tells the outside, in one byte of a file, what a run is doing. Used by test_kill.py."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+STARTING, TRAINING, VALIDATING = b"s", b"t", b"v"
+
+
+class Marker(L.Callback):
+    def __init__(self, path: str) -> None:
+        with Path(path).open("r+b") as file:
+            self.byte = mmap.mmap(file.fileno(), 1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.byte[0:1] = TRAINING
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self.byte[0:1] = VALIDATING
+
+    def on_validation_end(self, *_: Any) -> None:
+        self.byte[0:1] = TRAINING
