@@ -44,6 +44,18 @@ WORDS_ALLOWED = ("trainer.devices", "trainer.deterministic")
 PACKAGES = ("llm_lightning", "torch", "lightning", "torchmetrics")
 """Packages that a `_target_` may name; `allow_targets` adds to them."""
 
+SET_ELSEWHERE = {
+    "trainer.callbacks": "callbacks",
+    "trainer.logger": "logger",
+    "trainer.default_root_dir": "hydra.run.dir",
+    "trainer.enable_checkpointing": "callbacks.checkpoints",
+    "trainer.gradient_clip_val": "optimizer.max_grad_norm",
+    "data.seed": "seed",
+    "data.tokenizer": "tokenizer",
+    "data.context_length": "model.context_length",
+}
+"""Arguments that the run itself fills in, and the setting it takes them from."""
+
 MAY_CHANGE = (
     "trainer.max_epochs",  # training on is what resuming is for; a schedule is stretched to the new length
     "trainer.max_steps",
@@ -52,7 +64,7 @@ MAY_CHANGE = (
     "trainer.profiler",
     "data.num_workers",
     "logger.*",
-    "callbacks.checkpoints.every_n_steps",
+    "callbacks.checkpoints.every_n_*",
     "callbacks.checkpoints.keep",
     "callbacks.samples*",
     "callbacks.plots*",
@@ -250,6 +262,10 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
     arguments = parser.parse_args(list(argv))
     if arguments.experimental_rerun:
         raise ValueError("--experimental-rerun reads a pickle, which can run any code; type the command again instead")
+    if arguments.config_path or arguments.config_name:
+        raise ValueError(
+            "--config-path and --config-name would go round the checks; use --config-dir FOLDER to add files"
+        )
     if arguments.config_dir and not Path(arguments.config_dir).is_dir():
         raise ValueError(f"--config-dir {arguments.config_dir}: no such folder")
     return arguments
@@ -294,36 +310,35 @@ def _values(override: Override, dirs: ConfigDirs) -> list[Override]:
 def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
     groups = dirs.groups()
     for override in overrides:
-        if override.is_delete() and not override.key_or_group.startswith(tuple(f"{group}." for group in OPEN_GROUPS)):
-            raise ValueError(f"'{override.input_line}': a setting cannot be removed; give it a value, or null")
-        if override.key_or_group in groups:
-            _check_option(override, dirs)
+        _check_override(override, groups, dirs)
     # Hydra names no near miss, so that unknown keys are let in here, and found and named below.
-    trial = dirs.compose(_forced(override, groups) for override in overrides)
-    choices = trial.hydra.runtime.choices
-    reference = _reference(choices, overrides, dirs)
-    known = _nodes(reference) | _nodes({"task": _plain(trial.task, resolve=False)})
+    full = dirs.compose(_forced(override, groups) for override in overrides)
+    reference = _reference(full.hydra.runtime.choices, overrides, dirs)
     allow = reference.allow_targets
-    for key, right in unknown_keys(_plain(_ours(trial), resolve=False), known, allow):
-        file = dirs.file_that_sets(key, choices)
-        raise ValueError(f"unknown key '{key}'{f' in {file}' if file else ''}; {_hint(key, right)}")
-    full = dirs.compose(_text(override) for override in overrides)
+    known = _nodes(reference) | _nodes({"task": _plain(full.task, resolve=False)})
     config = _ours(full)
+    for key, right in unknown_keys(_plain(config, resolve=False), known, allow):
+        file = dirs.file_that_sets(key, full.hydra.runtime.choices)
+        raise ValueError(f"unknown key '{key}'{f' in {file}' if file else ''}; {_hint(key, right)}")
+    forced = [override for override in overrides if _forced(override, groups) != _text(override)]
+    if any(override.is_add() or override.key_or_group not in known for override in forced):
+        dirs.compose(_text(override) for override in overrides)  # is a plus missing, or one too many?
     if config.allow_targets != allow:
-        raise ValueError(
-            "allow_targets may be set on the command line and in train.yaml only, because it lets code run"
-        )
+        raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
     _check_values(config, known)
     check_targets(config, allow)
     _check_hydra_targets(_plain(full.hydra, resolve=False))
     return config
 
 
-def _check_option(override: Override, dirs: ConfigDirs) -> None:
+def _check_override(override: Override, groups: Sequence[str], dirs: ConfigDirs) -> None:
+    name = override.key_or_group
+    if override.is_delete() and not name.startswith(tuple(f"{group}." for group in OPEN_GROUPS)):
+        raise ValueError(f"'{override.input_line}': a setting cannot be removed; give it a value, or null")
     chosen = override.value()
-    for option in chosen if isinstance(chosen, list) else [chosen]:
-        if option is not None and str(option) not in dirs.options(override.key_or_group):
-            raise ValueError(dirs.wrong_option(override.key_or_group, str(option)))
+    for option in (chosen if isinstance(chosen, list) else [chosen]) if name in groups else []:
+        if option is not None and str(option) not in dirs.options(name):
+            raise ValueError(dirs.wrong_option(name, str(option)))
 
 
 def _forced(override: Override, groups: Sequence[str]) -> str:
@@ -359,6 +374,8 @@ def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
     """Refuse a missing value, a word for a number or a switch, and a run name that is no folder name."""
     for key, value in _nodes(_plain(config)).items():
         default = known.get(key)
+        if key in SET_ELSEWHERE:
+            raise ValueError(f"{key} would have no effect; set {SET_ELSEWHERE[key]} instead")
         if isinstance(value, str) and value == "???":
             raise ValueError(f"{key} has no default: add {key}=VALUE")
         if key in WORDS_ALLOWED or not isinstance(default, (bool, int, float)):

@@ -1,0 +1,304 @@
+"""Every file of conf/ composes, passes the checks, builds, explains itself, and stands in the promised order."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from llm_lightning.experiments.config_checks import check_overrides, register_resolvers
+from llm_lightning.experiments.help import group_options, help_text, read_defaults, read_settings
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+ORDER = """model tokenizer data optimizer scheduler lora trainer accelerator callbacks logger
+    task experiment pipeline sweep debug"""
+GROUPS = [group for group, _ in read_defaults(CONF / "train.yaml") if group]
+NEEDED = {"tokenizer=tiktoken": ["tokenizer.name=cl100k_base"]}  # options with a value that must be given
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(CONF).as_posix()
+
+
+def every_choice() -> Iterator[str]:
+    yield from (f"{group}={option}" for group in GROUPS for option in group_options(CONF, group))
+
+
+def composed(*overrides: str, hydra: bool = False) -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides), return_hydra_config=hydra)
+
+
+# --- composition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", every_choice())
+def test_every_option_composes_resolves_and_passes_the_checks(choice: str) -> None:
+    config = check_overrides([choice, *NEEDED.get(choice, [])], CONF)
+    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def test_the_defaults_list_has_the_promised_order() -> None:
+    lines = re.findall(r"^  - (\w+)", (CONF / "train.yaml").read_text(), flags=re.MULTILINE)
+    assert lines[0] == "_self_"
+    assert lines[1:] == [group for group in ORDER.split() if group in lines]
+    assert set(lines[1:]) == {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+
+
+def test_command_line_beats_experiment_beats_task_beats_group_file(tmp_path: Path) -> None:
+    task, experiment = tmp_path / "task" / "mine.yaml", tmp_path / "experiment" / "mine.yaml"
+    for file, lr, model in ((task, 0.5, "gpt2_small"), (experiment, 0.25, "gpt2_medium")):
+        file.parent.mkdir()
+        file.write_text(
+            f"# @package _global_\ndefaults:\n  - override /model: {model}\n"
+            "task:\n  _target_: llm_lightning.tasks.pretraining.PretrainingModule\n"
+            f"monitor: val/loss\noptimizer:\n  lr: {lr}\n"
+        )
+    argv = ["--config-dir", str(tmp_path)]
+    steps = [[], ["task=mine"], ["experiment=mine"], ["optimizer.lr=0.125", "model=nano"]]
+    found = []
+    for step in steps:
+        argv = [*argv, *step]
+        config = check_overrides(argv, CONF)
+        found.append((config.optimizer.lr, config.model.n_layer))
+    group_file = (composed().optimizer.lr, composed().model.n_layer)
+    assert found == [group_file, (0.5, 12), (0.25, 24), (0.125, group_file[1])]
+
+
+def test_the_run_folder_is_named_by_task_and_run() -> None:
+    assert composed(hydra=True).hydra.run._get_node("dir")._value() == (
+        "outputs/${hydra:runtime.choices.task}/${run_folder:${run_name}}"
+    )
+    register_resolvers()
+    assert OmegaConf.create({"x": "${run_folder:first}"}).x == "first"
+    assert OmegaConf.create({"x": "${run_folder:7}"}).x == "7"
+    unnamed = OmegaConf.create({"x": "${run_folder:null}", "y": "${run_folder:null}"})
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[0-9a-f]{4}", unnamed.x)
+    assert unnamed.x == unnamed.y, "every process of a run sees the same folder"
+
+
+def test_two_runs_of_the_same_second_have_two_folders() -> None:
+    code = (
+        "from llm_lightning.experiments.config_checks import register_resolvers as r; r();"
+        "from omegaconf import OmegaConf; print(OmegaConf.create({'x': '${run_folder:null}'}).x[-4:])"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert len({run.communicate()[0] for run in runs}) > 1
+
+
+# --- what the configs build ----------------------------------------------------------------------------------------
+
+SIZES = {
+    "nano": None,
+    "gpt2_small": 124_439_808,
+    "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize("name", group_options(CONF, "model"))
+def test_models_have_the_published_number_of_parameters(name: str) -> None:
+    import torch
+
+    model = composed(f"model={name}").model
+    fields = {key: value for key, value in model.items() if key in GPTConfig.__dataclass_fields__}
+    with torch.device("meta"):
+        built = GPT(GPTConfig(**{**fields, "vocab_size": 50257}), init=model.init)
+    if SIZES[name]:
+        assert built.num_parameters() == SIZES[name]
+
+
+def test_model_keys_are_those_of_gpt_config() -> None:
+    extra = {"dropout", "init", "activation_checkpointing"}
+    assert set(composed().model) - extra == set(GPTConfig.__dataclass_fields__) - {"layer_norm_eps"}
+
+
+def test_one_dropout_sets_all_three() -> None:
+    model = composed("model.dropout=0.3", "model.attention_dropout=0.1").model
+    assert (model.embedding_dropout, model.attention_dropout, model.residual_dropout) == (0.3, 0.1, 0.3)
+
+
+def test_optimizer_and_schedules_build() -> None:
+    config = composed()
+    assert isinstance(instantiate(config.optimizer), AdamWConfig)
+    assert isinstance(instantiate(config.scheduler), WarmupCosineConfig)
+    assert isinstance(instantiate(composed("scheduler=constant").scheduler), ConstantConfig)
+    assert set(config.optimizer) - {"_target_"} == set(AdamWConfig.__dataclass_fields__)
+    assert set(config.scheduler) - {"_target_"} == set(WarmupCosineConfig.__dataclass_fields__)
+
+
+def test_callbacks_and_loggers_build(tmp_path: Path) -> None:
+    import lightning as L
+    from lightning.pytorch.loggers import Logger
+
+    config = composed("callbacks=early_stopping")
+    assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping"}
+    for node in config.callbacks.values():
+        assert isinstance(instantiate(node), L.Callback)
+    for node in config.logger.values():
+        assert isinstance(instantiate(node, run_dir=tmp_path, resumed_step=0), Logger)
+    assert config.callbacks.early_stopping.monitor == config.callbacks.checkpoints.monitor == config.monitor
+
+
+@pytest.mark.parametrize("name", group_options(CONF, "accelerator"))
+def test_every_key_of_the_trainer_is_an_argument_of_lightnings(name: str) -> None:
+    import inspect
+
+    import lightning as L
+
+    trainer = composed(f"accelerator={name}").trainer
+    assert set(trainer) - {"_target_"} <= set(inspect.signature(L.Trainer).parameters)
+    if OmegaConf.is_config(trainer.strategy):
+        assert type(instantiate(trainer.strategy)).__name__ == "ModelParallelStrategy"
+
+
+def test_data_keys_are_arguments_of_the_data_module(tmp_path: Path) -> None:
+    import inspect
+
+    from llm_lightning.data.base import BaseDataModule
+    from llm_lightning.data.pretraining import PretrainingDataModule
+
+    known = set(inspect.signature(PretrainingDataModule).parameters) | set(inspect.signature(BaseDataModule).parameters)
+    assert set(composed().data) - {"_target_", "preview"} <= known
+
+
+# --- the book's recipes --------------------------------------------------------------------------------------------
+
+
+def test_chapter_5_is_the_books_recipe() -> None:
+    config = composed("experiment=book/ch05")
+    model = {"n_layer": 12, "n_embd": 768, "context_length": 256, "dropout": 0.1, "qkv_bias": False, "init": "torch"}
+    assert {key: config.model[key] for key in model} == model
+    fields = {key: value for key, value in config.model.items() if key in GPTConfig.__dataclass_fields__}
+    assert _parameters(fields) == 162_419_712
+    data = {"split": "character", "stride": 256, "batch_size": 2, "drop_last": True, "last_window": "drop"}
+    assert {key: config.data[key] for key in data} == data
+    assert instantiate(config.optimizer) == AdamWConfig(
+        lr=4e-4, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.1, decay="all", max_grad_norm=None
+    )
+    assert isinstance(instantiate(config.scheduler), ConstantConfig)
+    trainer = {"max_epochs": 10, "precision": "32-true", "val_check_interval": 5}
+    assert {key: config.trainer[key] for key in trainer} == trainer
+    assert (config.seed, config.tokenizer.name, config.data.name) == (123, "gpt2", "the_verdict")
+
+
+def _parameters(fields: dict) -> int:
+    import torch
+
+    with torch.device("meta"):
+        return GPT(GPTConfig(**{**fields, "vocab_size": 50257})).num_parameters()
+
+
+def test_appendix_d_differs_from_chapter_5_in_schedule_clipping_and_length_only() -> None:
+    from llm_lightning.experiments.config_checks import diff_configs
+
+    old, new = (OmegaConf.to_container(composed(f"experiment=book/{name}")) for name in ("ch05", "appendix_d"))
+    changed = {key: value for key, _, value in diff_configs(old, new) if not key.startswith("scheduler.")}
+    assert changed == {
+        "optimizer.lr": 1e-3,
+        "optimizer.max_grad_norm": 1.0,
+        "optimizer.clip_after_warmup": True,
+        "trainer.max_epochs": 15,
+        "data.eval_batches": 1,
+    }
+
+
+@pytest.mark.parametrize(("step", "lr"), [(0, 1e-5), (26, 9.633333e-4), (27, 1e-3), (134, 1.0209e-5)])
+def test_appendix_d_has_the_books_learning_rates(step: int, lr: float) -> None:
+    config = composed("experiment=book/appendix_d")
+    assert instantiate(config.scheduler).lr_at(step, config.optimizer.lr, 135) == pytest.approx(lr, rel=1e-4)
+
+
+# --- comments and help ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_every_file_begins_with_what_it_is_and_the_command_that_uses_it(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert head, "no comment"
+    assert head[0].endswith((".", "?")), "the first line is a sentence: help shows it"
+    group, _, option = relative(file).removesuffix(".yaml").partition("/")
+    command = "python train.py" if group == "train" else f"python train.py .*{group}={option}"
+    implied = {"data": "data", "trainer": "trainer", "optimizer": "optimizer"}.get(group)  # the only option: its keys
+    callbacks = option == "default" and f"python train.py {group}"
+    patterns = [command, *([f"python train.py {implied}."] if implied else []), *([callbacks] if callbacks else [])]
+    assert any(re.search(pattern, line) for line in head for pattern in patterns), "no command"
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("task", "experiment", "debug")])
+def test_every_key_has_a_sentence(group: str) -> None:
+    for option in group_options(CONF, group):
+        for setting in read_settings(CONF / group / f"{option}.yaml", group):
+            if setting.value and not setting.path.endswith("_target_"):
+                assert setting.sentence.endswith("."), f"{option}: {setting.path} {setting.sentence!r}"
+
+
+def test_help_lists_every_group_option_and_key_with_its_value() -> None:
+    text = help_text(["--help"], CONF)
+    assert text is not None
+    words = re.split(r"[\s*]+", text)
+    for group in GROUPS:
+        assert group in words
+        assert set(group_options(CONF, group)) <= {word.removeprefix(f"{group}=") for word in words}
+    leaves = _leaf_keys(OmegaConf.to_container(composed()))
+    assert not [key for key in leaves if f"  {key}=" not in text and not key.endswith("_target_")]
+
+
+def _leaf_keys(node: dict, path: str = "") -> list[str]:
+    found = []
+    for key, value in node.items():
+        found += _leaf_keys(value, f"{path}{key}.") if isinstance(value, dict) and value else [f"{path}{key}"]
+    return found
+
+
+def test_help_of_a_group_shows_the_keys_of_every_option() -> None:
+    text = help_text(["--help", "scheduler"], CONF)
+    assert text is not None
+    assert "scheduler=constant: The same learning rate at every step." in text
+    assert "scheduler.warmup=0.1" in text
+
+
+def test_help_of_no_group_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="--help optimzer: no such group; did you mean 'optimizer'"):
+        help_text(["--help", "optimzer"], CONF)
+
+
+def test_no_help_where_none_is_asked() -> None:
+    assert help_text(["model=nano"], CONF) is None
+
+
+def test_comments_are_read_beside_and_above_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        '# What it is.\ndefaults:\n  - a\n  - _self_ # note\n\nword: "a b" # Beside.\n'
+        "# Above,\n# in two lines.\nnode:\n  inner: [1, 2] # Inner.\n  plain: 3\nlast: ${word}\n"
+    )
+    assert [(s.path, s.value, s.sentence) for s in read_settings(file, "group")] == [
+        ("group.word", '"a b"', "Beside."),
+        ("group.node", "", "Above, in two lines."),
+        ("group.node.inner", "[1, 2]", "Inner."),
+        ("group.node.plain", "3", ""),
+        ("group.last", "${word}", ""),
+    ]
+
+
+def test_help_needs_neither_torch_nor_hydra() -> None:
+    code = (
+        "import sys; from pathlib import Path; from llm_lightning.experiments.help import help_text;"
+        f"help_text(['--help'], Path({str(CONF)!r}));"
+        "print({'torch', 'lightning', 'hydra', 'omegaconf'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
