@@ -311,7 +311,8 @@ def _words(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
     """Return the entries of a list or of a string with commas; a path that exists is one entry, commas and all."""
     if isinstance(path, (str, os.PathLike)):
         whole = os.fspath(path)
-        return [whole] if Path(whole).exists() else [word.strip() for word in whole.split(",") if word.strip()]
+        exists = os.path.exists(whole)  # noqa: PTH110 (Path.exists raises where a list is too long for a file name)
+        return [whole] if exists else [word.strip() for word in whole.split(",") if word.strip()]
     return [os.fspath(word) for word in path]
 
 

@@ -127,7 +127,7 @@ class Split:
         sizes = np.bincount(which, weights=np.asarray(survey.lengths)).astype(np.int64)
         chosen, room = [], int(self.val_fraction * survey.n_chars)
         for key, size in zip(keys.tolist(), sizes.tolist(), strict=True):
-            if size <= room:
+            if 0 < size <= room:
                 chosen.append(key)
                 room -= size
         return chosen
@@ -333,13 +333,14 @@ class _Batch:
 
 def _batches(documents: Iterable[tuple[str, Document]], split_point: Callable[[str], int]) -> Iterator[_Batch]:
     filling: dict[str, _Batch] = {}
+    begun: set[str] = set()
     for part, document in documents:
-        between = [None] if part in filling else []
         batch = filling.setdefault(part, _Batch(part))
         for number, piece in enumerate(_pieces(document.chunks, split_point)):
             if number == 0:
-                batch.pieces += between
+                batch.pieces += [None] if part in begun else []
                 batch.n_documents += 1
+                begun.add(part)
             batch.pieces.append(piece)
             batch.n_chars += len(piece)
             if 2 * batch.n_chars >= PIECE:

@@ -61,6 +61,7 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_or_no_text(tmp_path: P
 def test_several_paths_as_a_list_or_with_commas_each_file_once(tmp_path: Path) -> None:
     one, two, comma = (write(tmp_path / name, name) for name in ("1.txt", "2.txt", "a,b.txt"))
     assert texts(open_source(path=f"{two}, {one}")) == ["2.txt", "1.txt"]
+    assert texts(open_source(path=",".join([str(one)] * 100))) == ["1.txt"]
     assert texts(open_source(path=[str(two), str(tmp_path)])) == ["2.txt", "1.txt", "a,b.txt"]
     assert texts(open_source(path=comma)) == texts(open_source(path=str(comma))) == ["a,b.txt"]
 

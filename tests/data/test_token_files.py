@@ -73,7 +73,7 @@ def test_ids_are_those_of_whole_documents(name: str, piece: int, monkeypatch: py
     documents = [random_text(n, seed=n) for n in (1000, 1, 300, 7)]
     tokenizer = train_tokenizer(name, 400 if name == "bpe" else None, documents if name in ("word", "bpe") else ())
     for add_eot in (True, False):
-        source = source_of(documents[0], "", *documents[1:])
+        source = source_of("", documents[0], "", *documents[1:])
         file = build_token_files(source, tokenizer, val_fraction=0, add_eot=add_eot)["train"]
         expected = tokenizer.encode(documents[0])
         for document in documents[1:]:
@@ -178,6 +178,11 @@ def test_the_embedded_corpus_has_a_tenth_for_validation() -> None:
 def test_a_split_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build_token_files(source_of("0123456789", "abcdefghij"), build_tokenizer("byte"), **options)
+
+
+def test_no_validation_is_no_file() -> None:
+    documents = ["", *(f"document {n}" for n in range(30)), ""]
+    assert list(build_token_files(source_of(*documents), build_tokenizer("byte"), val_fraction=0)) == ["train"]
 
 
 def test_a_part_without_tokens_is_refused() -> None:
