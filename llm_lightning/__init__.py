@@ -1,0 +1,50 @@
+"""Pretrain, finetune, align and compare GPT models with code you can read.
+
+from llm_lightning import generate_text, load_model
+
+print(generate_text(load_model("outputs/pretraining/my_run"), "Every effort moves you"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_lightning.checkpoint import LoadedModel, load_model
+    from llm_lightning.cli.evaluate import Evaluation, evaluate_text
+    from llm_lightning.cli.generate import generate_text, generate_texts
+    from llm_lightning.models.gpt import GPT, GPTConfig
+
+_HOMES = {
+    "GPT": "llm_lightning.models.gpt",
+    "Evaluation": "llm_lightning.cli.evaluate",
+    "GPTConfig": "llm_lightning.models.gpt",
+    "LoadedModel": "llm_lightning.checkpoint",
+    "evaluate_text": "llm_lightning.cli.evaluate",
+    "generate_text": "llm_lightning.cli.generate",
+    "generate_texts": "llm_lightning.cli.generate",
+    "load_model": "llm_lightning.checkpoint",
+}
+
+__all__ = [
+    "GPT",
+    "Evaluation",
+    "GPTConfig",
+    "LoadedModel",
+    "evaluate_text",
+    "generate_text",
+    "generate_texts",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that importing the package itself takes no time."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

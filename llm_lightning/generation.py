@@ -183,7 +183,7 @@ class _Batch:
         self.longest = max(len(prompt) for prompt in prompts)
         capacity = self.longest + max_new_tokens - 1  # the last new token is not fed
         # On a CPU, attention of one position over bf16 keys takes up to five times as long as over fp32 keys.
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
         self.cache = KVCache(model.config, len(prompts), capacity, dtype=dtype, device=weight.device)
         self.padding = torch.tensor([self.longest - len(prompt) for prompt in prompts], device=weight.device)
         self.slots = torch.arange(capacity, device=weight.device)
@@ -241,10 +241,11 @@ def packed_linears(model: nn.Module, steps: int) -> Iterator[None]:
     Generation is bound by reading the weights, and the kernels read this layout at up to twice the speed. It costs a
     second copy of the weights and about the time of 20 steps, so fewer than `PACKING_PAYS_FROM` steps leave it out.
     """
-    packed = [m for m in model.modules() if _can_pack(m)] if steps >= PACKING_PAYS_FROM else []
+    linears = [module for module in model.modules() if type(module) is nn.Linear]  # not LoRA's or any other kind
+    packed = [linear for linear in linears if _can_pack(linear.weight)] if steps >= PACKING_PAYS_FROM else []
     for linear in packed:
         weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
-        linear.forward = partial(_packed_forward, weight, linear.bias)
+        linear.forward = partial(_packed_forward, weight, linear.bias)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -252,14 +253,15 @@ def packed_linears(model: nn.Module, steps: int) -> Iterator[None]:
             del linear.forward  # the class's own is behind it
 
 
-def _can_pack(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or torch.is_autocast_enabled("cpu"):
+def _can_pack(weight: Tensor) -> bool:
+    """Whether this CPU has kernels for a plain (not sharded) weight of this type; autocast does not know them."""
+    if type(weight) is not nn.Parameter or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if module.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():
         return False
-    if module.weight.dtype is torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return module.weight.dtype is torch.float32
+    return weight.dtype is torch.float32 or (
+        weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _packed_forward(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -1,0 +1,210 @@
+"""Loss and perplexity of a model on text.
+
+  llm-lightning evaluate outputs/pretraining/my_run --split val
+  llm-lightning evaluate gpt2-small --text book.txt more.jsonl --stride 512
+
+Every token after the first of a document is scored exactly once. Windows of the model's context follow each other
+without overlap, as in training; a smaller --stride shows each token more of what stands before it, and takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llm_lightning.cli.main import add_model_arguments, open_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from llm_lightning.checkpoint import LoadedModel
+    from llm_lightning.data.token_files import TokenFile
+    from llm_lightning.models.gpt import GPT
+
+TOKENS_PER_BATCH = 4096
+SOURCE_SETTINGS = ("name", "path", "text_field", "hf_dataset", "hf_config", "hf_split")
+SPLIT_SETTINGS = ("split", "val_fraction", "add_eot")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text."""
+
+    loss: float
+    """nats per token"""
+    perplexity: float
+    """exp(loss)"""
+    bits_per_byte: float
+    """loss in bits, per byte of UTF-8: comparable between tokenizers"""
+    n_tokens: int
+    """tokens scored"""
+    n_bytes: int
+    """of the whole text"""
+
+
+class Window(NamedTuple):
+    """A piece of a document, (n + 1,) ids: n inputs and n targets, the first `n_scored` of them scored before."""
+
+    ids: np.ndarray
+    n_scored: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", nargs="+", metavar="FILE", help="text or JSONL files, folders or globs")
+    what.add_argument("--split", choices=("train", "val"), help="a part of the data that the model was trained with")
+    parser.add_argument("--text-field", default="text", metavar="KEY", help="of JSONL records (default: %(default)s)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (default: the context)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    loaded = open_model(args)
+    if args.split:
+        file = open_split(loaded, args.split)
+        result = _evaluate(loaded.model, [file.tokens], file.n_bytes, args.stride, progress=True)
+    else:
+        texts = _read_texts(args.text, args.text_field)
+        result = evaluate_texts(loaded, texts, stride=args.stride, progress=True)
+    if args.json:
+        print(json.dumps(asdict(result)))
+        return
+    print(f"loss           {result.loss:.4f} nats per token")
+    print(f"perplexity     {result.perplexity:.2f}")
+    print(f"bits per byte  {result.bits_per_byte:.4f}")
+    print(f"tokens         {result.n_tokens:,} scored, of {result.n_bytes:,} bytes of text")
+
+
+def evaluate_text(loaded: LoadedModel, text: str, *, stride: int | None = None) -> Evaluation:
+    """Score one text; see `evaluate_texts`."""
+    return evaluate_texts(loaded, [text], stride=stride)
+
+
+def evaluate_texts(
+    loaded: LoadedModel, texts: Sequence[str], *, stride: int | None = None, progress: bool = False
+) -> Evaluation:
+    """Score texts, each on its own: means are over all their tokens.
+
+    Args:
+        loaded: what `load_model` returns.
+        stride: tokens from one window to the next; default: the context length.
+        progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: if no text has two tokens, or the stride does not fit.
+    """
+    documents = [loaded.tokenizer.encode_array(text) for text in texts]
+    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return _evaluate(loaded.model, documents, n_bytes, stride, progress)
+
+
+def windows(tokens: np.ndarray, length: int, stride: int) -> Iterator[Window]:
+    """Cut a document into windows of up to `length` inputs, `stride` apart, so that each target is scored once."""
+    last = len(tokens) - 1
+    reached = 0
+    for start in range(0, last, stride):
+        end = min(start + length, last)
+        yield Window(tokens[start : end + 1], reached - start)
+        reached = end
+        if end == last:
+            return
+
+
+def open_split(loaded: LoadedModel, split: str) -> TokenFile:
+    """Open the `train` or `val` part of the data that a checkpoint's own configuration names.
+
+    Raises:
+        ValueError: if the checkpoint names no such data, or the data has changed since.
+    """
+    from llm_lightning.data.sources import open_source
+    from llm_lightning.data.token_files import build_token_files
+
+    settings = loaded.header.get("config", {}).get("data", {})
+    if not set(SPLIT_SETTINGS) <= settings.keys():
+        raise ValueError("this model does not say which text it was pretrained on; use --text FILE")
+    source = open_source(**_chosen(settings, SOURCE_SETTINGS))
+    trained_on = loaded.header.get("lineage", {}).get("data")
+    if trained_on not in (None, source.digest()):
+        raise ValueError(
+            f"{source.describe()} is not the data that the model was trained with (sha256 {source.digest()[:12]}, "
+            f"in training {trained_on[:12]}), so its parts would be others; use --text FILE"
+        )
+    files = build_token_files(source, loaded.tokenizer, **_chosen(settings, SPLIT_SETTINGS))
+    if split not in files:
+        raise ValueError("the model was trained without validation data (data.val_fraction=0); use --split train")
+    return files[split]
+
+
+def _evaluate(
+    model: GPT, documents: Sequence[np.ndarray], n_bytes: int, stride: int | None, progress: bool
+) -> Evaluation:
+    length = model.config.context_length
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f"--stride {stride} must be between 1 and context_length={length}, or tokens are left out")
+    n_tokens = sum(map(len, documents))
+    n_targets = sum(max(0, len(tokens) - 1) for tokens in documents)
+    if n_targets == 0:
+        raise ValueError(f"a text of {n_tokens} token(s) has nothing to predict; give a longer one")
+    loss = _loss_sum(model, documents, stride, n_targets, progress) / n_targets
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=loss / math.log(2) * n_tokens / n_bytes,
+        n_tokens=n_targets,
+        n_bytes=n_bytes,
+    )
+
+
+def _loss_sum(model: GPT, documents: Sequence[np.ndarray], stride: int, n_targets: int, progress: bool) -> float:
+    import torch
+    from tqdm import tqdm
+
+    from llm_lightning.generation import evaluating
+    from llm_lightning.losses import causal_lm_loss
+
+    device, length = model.token_embedding.weight.device, model.config.context_length
+    pieces = (window for tokens in documents for window in windows(tokens, length, stride))
+    bar = tqdm(total=n_targets, unit="token", unit_scale=True, leave=False, disable=None if progress else True)
+    total = 0.0
+    with evaluating(model), torch.inference_mode(), bar:
+        while batch := list(islice(pieces, max(1, TOKENS_PER_BATCH // length))):
+            input_ids, labels = (tensor.to(device) for tensor in _collate(batch))
+            total += float(causal_lm_loss(model.hidden_states(input_ids), model.lm_head.weight, labels))
+            bar.update(sum(len(ids) - 1 - n_scored for ids, n_scored in batch))
+    return total
+
+
+def _collate(batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Inputs and labels (B, T) of some windows; right padding needs no mask."""
+    import torch
+
+    from llm_lightning.losses import IGNORE_INDEX
+
+    longest = max(len(ids) for ids, _ in batch) - 1
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, (ids, n_scored) in enumerate(batch):
+        window = torch.tensor(ids.tolist())
+        input_ids[row, : len(window) - 1] = window[:-1]
+        labels[row, n_scored : len(window) - 1] = window[n_scored + 1 :]
+    return input_ids, labels
+
+
+def _read_texts(paths: list[str], text_field: str) -> list[str]:
+    from llm_lightning.data.sources import open_source
+
+    source = open_source(path=paths, text_field=text_field)
+    source.survey()  # bad text is named before work is spent
+    return ["".join(document.chunks) for document in source.documents()]
+
+
+def _chosen(settings: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: settings[key] for key in keys if key in settings}

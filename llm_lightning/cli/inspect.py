@@ -1,0 +1,74 @@
+"""What is in this checkpoint: task, progress, sizes, tokenizer, metrics, settings, where it comes from.
+
+The file is read whole and compared with its digest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from llm_lightning.cli.main import add_checkpoint_argument
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    facts = describe(args.checkpoint)
+    if args.json:
+        print(json.dumps(facts))
+        return
+    for name, value in _rows(facts):
+        print(f"{name:<12}{value}")
+
+
+def describe(name_or_path: str) -> dict[str, Any]:
+    """Return a checkpoint's header, with the number of parameters and the file it was read from.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if what is there is damaged or not a GPT.
+    """
+    import torch
+
+    from llm_lightning.checkpoint import load_model, read_header, resolve
+    from llm_lightning.models.gpt import GPT, GPTConfig
+
+    path = resolve(name_or_path)
+    header = load_model(name_or_path).header if path is None else read_header(path)
+    with torch.device("meta"):
+        parameters = GPT(GPTConfig(**header["model"]), init="torch").num_parameters()
+    return {"path": str(path or name_or_path), "parameters": parameters, **header}
+
+
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a person wants to see, in that order; long lists are counted."""
+    for name in ("path", "format", "task", "step", "epoch", "tokens_seen", "parameters"):
+        if name in facts:
+            value = facts[name]
+            yield name, f"{value:,}" if isinstance(value, int) else value
+    for name in ("model", "tokenizer", "metrics", "lineage"):
+        if facts.get(name):
+            yield name, "  ".join(_flat(facts[name]))
+    if "digest" in facts:
+        yield "digest", f"{facts['digest']} (verified)"
+    for setting in _flat(facts.get("config", {})):
+        yield "setting", setting
+
+
+def _flat(value: Any, name: str = "") -> Iterator[str]:
+    """`a.b=1` for each leaf: the form in which settings are typed."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and len(value) > 8:
+        yield f"{name}=[{len(value):,} items]"
+    elif isinstance(value, float):
+        yield f"{name}={value:.6g}"
+    else:
+        yield f"{name}={'null' if value is None else value}"

@@ -1,0 +1,117 @@
+"""`llm-lightning VERB ...`: what can be done with a trained model. Each verb is the file of that name beside this one.
+
+A verb's module imports nothing heavy at its top, so that help and mistyped options answer at once. It has
+`add_arguments(parser)` and `run(args)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm_lightning.checkpoint import LoadedModel
+
+VERBS = {
+    "generate": "continue one or more prompts",
+    "evaluate": "loss and perplexity on a text, or on the data a model was trained with",
+    "export": "write the weights as a folder that transformers loads",
+    "inspect": "what is in this checkpoint",
+}
+USAGE_ERROR = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; return the exit code."""
+    verb, rest = _choose_verb(argv)
+    module = import_module(f"llm_lightning.cli.{verb}")
+    parser = argparse.ArgumentParser(prog=f"llm-lightning {verb}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    args = parser.parse_intermixed_args(rest)  # options may stand between prompts
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        module.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `llm-lightning ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, OSError) as error:
+        print(f"llm-lightning {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
+    verbs = "\n".join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="llm-lightning",
+        description="Use a trained model. Training is `python train.py`.",
+        epilog=f"verbs:\n{verbs}\n\n`llm-lightning VERB --help` lists the options of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("llm-lightning"))
+    parser.add_argument("verb", metavar="VERB", choices=VERBS, help="one of the verbs below")
+    parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    args = parser.parse_args(argv)
+    return args.verb, args.rest
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every verb that runs a model needs; `open_model` reads it."""
+    add_checkpoint_argument(parser)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)"
+    )
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    """Add CHECKPOINT, in the words that `checkpoint.load_model` takes."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a .ckpt file, a run folder (its best checkpoint), a folder or .safetensors file of GPT-2 weights, "
+        "or gpt2-small, gpt2-medium, gpt2-large, gpt2-xl",
+    )
+
+
+def open_model(args: argparse.Namespace) -> LoadedModel:
+    """Load the model that the arguments of `add_model_arguments` name.
+
+    Raises:
+        ValueError: if the device is not there, or the checkpoint is damaged.
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    import torch
+
+    from llm_lightning.checkpoint import load_model
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return load_model(args.checkpoint, device=_device(args.device), dtype=dtype)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    available = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
+    if name == "auto":
+        return available[0]
+    if name not in available and not (name == "cuda" and available[0] == "cuda:0"):
+        raise ValueError(f"--device {name} is not available here; use {', '.join(available)} or auto")
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())
