@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from llm_lightning import checkpoint as checkpoints
@@ -23,7 +26,9 @@ from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.checkpoint import LoadedModel, load_model
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments.config_checks import refuse_changes
+from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
+from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, total_steps
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
@@ -31,70 +36,83 @@ from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 log = logging.getLogger(__name__)
 
 TRAINED_TOKENIZERS = ("bpe", "word")
-OVERRIDES = "overrides.yaml"
 
 
-def train(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
+def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float | None:
     """Build everything that `cfg` names, fit it in `run_dir`, and return the best monitored metric.
 
-    `overrides` are what the command line set; they are kept for `resume=FOLDER`.
+    `command` (`folder` and `arguments`) is what was typed; it is kept for `resume=FOLDER`.
 
     Raises:
         ValueError, OSError: for whatever is wrong with the settings, the data, a checkpoint or the disk.
     """
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    if cfg.data.preview:
-        return preview(cfg)
-    with open_run(run_dir, settings) as run:
-        if run.checkpoint is not None:
-            refuse_changes(checkpoints.read_header(run.checkpoint)["config"], settings)
-        if is_main_process():
-            run.write_config(settings)
-            write_atomically(run_dir / OVERRIDES, yaml.safe_dump(list(overrides)))
-        return fit(cfg, settings, run)
+    _quieten()
+    try:
+        if cfg.data.preview:
+            return preview(cfg)
+        with open_run(run_dir, settings) as run:
+            if run.checkpoint is not None:
+                refuse_changes(checkpoints.read_header(run.checkpoint)["config"], settings)
+            return fit(cfg, settings, run, command)
+    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise ValueError(str(error)) from error
 
 
-def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder) -> float | None:
+def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapping[str, Any]) -> float | None:
     """Train, from the folder's newest checkpoint on if there is one, and leave a summary."""
     started = time.monotonic()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # no advertisements, no list of absent accelerators
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     parent = load_model(cfg.init_from) if cfg.init_from else None
     datamodule = build_datamodule(cfg, parent)
-    model = build_model(cfg, datamodule.tokenizer, parent)
-    header = {
-        "config": settings,
-        "lineage": {
-            "data": datamodule.data_digest,
-            "parent": parent.header["digest"] if parent else None,
-            "parent_name": str(cfg.init_from) if parent else None,
-        },
-    }
-    # Not instantiate(): it would look for targets to build inside the header's copy of the settings.
-    module: TaskModule = get_class(cfg.task._target_)(
-        model=model,
-        tokenizer=datamodule.tokenizer,
-        optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.scheduler),
-        header=header,
-    )
+    module = build_module(cfg, settings, datamodule, parent)
     trainer = build_trainer(cfg, run)
+    if run.state(total_steps(trainer, datamodule)) == "finished":
+        return say_finished(run)
+    if is_main_process():
+        run.write_config(settings)
+        write_atomically(run.path / COMMAND, json.dumps(command, indent=2) + "\n")
     announce(trainer, datamodule, module, run)
     if cfg.compile:
         # Only the trunk: it is what training calls, and an attribute leaves the names of the weights alone.
-        model.hidden_states = torch.compile(model.hidden_states)  # type: ignore[method-assign]
+        module.model.hidden_states = torch.compile(module.model.hidden_states)  # type: ignore[method-assign]
     trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
-    best = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     if trainer.is_global_zero and not trainer.fast_dev_run:
-        from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
-
-        summary = build_summary(run, trainer, module, header, seconds=time.monotonic() - started)
-        write_summary(run.path, summary)
-        for logger in trainer.loggers:
-            logger.finalize("success")
-        print("\n".join(closing_lines(summary, run.path)))
+        conclude(run, trainer, module, seconds=time.monotonic() - started)
+    best = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     return best.best_value if best is not None else None
+
+
+def conclude(run: RunFolder, trainer: L.Trainer, module: TaskModule, *, seconds: float) -> None:
+    """Write the summary, close the logs, and say what was reached."""
+    summary = build_summary(run, trainer, module, module.header, seconds=seconds)
+    write_summary(run.path, summary)
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    print("\n".join(closing_lines(summary, run.path)))
+
+
+def say_finished(run: RunFolder) -> float | None:
+    """Say that there is nothing to do, and what was reached; leave every file as it is."""
+    summary = run.previous_summary
+    print("This run is finished. To train on, raise trainer.max_epochs or trainer.max_steps.")
+    print("\n".join(closing_lines(summary, run.path)))
+    return summary["best_value"]
+
+
+def _quieten() -> None:
+    """No advertisements, no list of absent accelerators, no advice that is meant for Lightning's authors."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def build(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
+    """`instantiate`, but with the error of the constructor itself, not Hydra's around it."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
 
 
 def preview(cfg: DictConfig) -> None:
@@ -106,7 +124,7 @@ def preview(cfg: DictConfig) -> None:
 def build_datamodule(cfg: DictConfig, parent: LoadedModel | None) -> BaseDataModule:
     """The data module, built: read, checked and tokenised."""
     options = {key: value for key, value in cfg.data.items() if key != "preview"}
-    datamodule: BaseDataModule = instantiate(
+    datamodule: BaseDataModule = build(
         options,
         tokenizer=choose_tokenizer(cfg, parent),
         context_length=cfg.model.context_length,
@@ -132,6 +150,28 @@ def choose_tokenizer(cfg: DictConfig, parent: LoadedModel | None) -> Any:
 
 def _train_tokenizer(name: str, vocab_size: int | None, texts: Any) -> Tokenizer:
     return build_tokenizer(name, vocab_size=vocab_size, texts=texts)
+
+
+def build_module(
+    cfg: DictConfig, settings: dict[str, Any], datamodule: BaseDataModule, parent: LoadedModel | None
+) -> TaskModule:
+    """The task's module around its model; its header is what checkpoints and summary say of the run."""
+    header = {
+        "config": settings,
+        "lineage": {
+            "data": datamodule.data_digest,
+            "parent": parent.header["digest"] if parent else None,
+            "parent_name": str(cfg.init_from) if parent else None,
+        },
+    }
+    # Not through instantiate(): it would look for targets to build inside the header's copy of the settings.
+    return get_class(cfg.task._target_)(
+        model=build_model(cfg, datamodule.tokenizer, parent),
+        tokenizer=datamodule.tokenizer,
+        optimizer=build(cfg.optimizer),
+        scheduler=build(cfg.scheduler),
+        header=header,
+    )
 
 
 def build_model(cfg: DictConfig, tokenizer: Tokenizer, parent: LoadedModel | None) -> GPT:
@@ -188,17 +228,15 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
 def build_trainer(cfg: DictConfig, run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     fast = bool(cfg.trainer.fast_dev_run)
-    callbacks = [ExactResume()] + [instantiate(c) for c in cfg.callbacks.values() if c is not None]
+    callbacks = [ExactResume()] + [build(c) for c in cfg.callbacks.values() if c is not None]
     if fast:  # one batch of everything leaves no files
         callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples")]
     updates = checkpoints.read_header(run.checkpoint)["step"] if run.checkpoint else 0
     loggers = [
-        instantiate(logger, run_dir=run.path, resumed_step=updates)
-        for logger in cfg.logger.values()
-        if logger is not None
+        build(logger, run_dir=run.path, resumed_step=updates) for logger in cfg.logger.values() if logger is not None
     ]
     options = {key: value for key, value in cfg.trainer.items() if key != "precision"}
-    return instantiate(
+    return build(
         options,
         precision=choose_precision(cfg.trainer.precision, cfg.trainer.accelerator),
         default_root_dir=run.path,
