@@ -52,7 +52,8 @@ SETTINGS = [
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
-    corpus.write_text("".join(random.Random(1).choice(["to be ", "or not ", "that is\n"]) for _ in range(4000)))
+    words = random.Random(1).choices(["to be ", "or not ", "that is\n"], k=4000)
+    corpus.write_text("".join(words))
     whole, killed, marker = tmp_path / "whole", tmp_path / "killed", tmp_path / "marker"
     command = [*SETTINGS, f"data.path={corpus}", f"+callbacks.marker.path={marker}"]
     marker.write_bytes(STARTING)
@@ -71,13 +72,14 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *command, f"hydra.run.dir={folder}"],
-        env=environment,
-        cwd=folder.parent,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with folder.with_suffix(".log").open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *command, f"hydra.run.dir={folder}"],
+            env=environment,
+            cwd=folder.parent,
+            stdout=output,
+            stderr=output,
+        )
 
 
 def kill(process: subprocess.Popen[bytes], kind: str, folder: Path, marker: Path, moments: random.Random) -> bool:

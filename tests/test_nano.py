@@ -1,0 +1,93 @@
+"""The README's main command reaches the number that the README states, beside n-gram baselines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_lightning.data.pretraining import PretrainingDataModule
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def unigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
+    """Nats per token of the training frequencies, every id counted once more so that none is impossible."""
+    counts = np.bincount(train, minlength=vocab_size) + 1.0
+    return float(-np.log(counts / counts.sum())[val].mean())
+
+
+def trigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
+    """Nats per token of interpolated uniform, uni-, bi- and trigram frequencies.
+
+    The four weights are fitted by EM on the validation text itself, which flatters the baseline.
+    """
+    sequence = train.tolist()
+    counts = [Counter(zip(*(sequence[i:] for i in range(n)), strict=False)) for n in (1, 2, 3)]
+    target = val.tolist()
+    rows = []
+    for i in range(2, len(target)):
+        a, b, c = target[i - 2 : i + 1]
+        pairs = [(counts[0][(c,)], len(sequence)), (counts[1][b, c], counts[0][(b,)]), (counts[2][a, b, c], counts[1][a, b])]
+        rows.append([1 / vocab_size, *(n / context if context else 0.0 for n, context in pairs)])
+    probabilities = np.array(rows)  # (T, 4)
+    weights = np.full(4, 0.25)
+    for _ in range(50):
+        shares = probabilities * weights
+        weights = (shares / shares.sum(1, keepdims=True)).mean(0)
+    return float(-np.log(probabilities @ weights).mean())
+
+
+def test_baselines_by_hand() -> None:
+    assert unigram_loss(np.array([0, 0]), np.array([0, 1]), 2) == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
+    cycle = np.array([0, 1, 2] * 50)
+    assert trigram_loss(cycle, cycle, 3) == pytest.approx(0, abs=1e-3)
+    coin = np.random.default_rng(0).integers(0, 2, 20_000)
+    assert trigram_loss(coin[:10_000], coin[10_000:], 2) == pytest.approx(math.log(2), rel=0.01)
+
+
+def stated(pattern: str) -> list[float]:
+    """The numbers that a sentence of the README states."""
+    match = re.search(pattern, (ROOT / "README.md").read_text())
+    assert match, f"README does not say {pattern}"
+    return [float(number) for number in match.groups()]
+
+
+@pytest.mark.slow
+def test_main_command_reaches_the_stated_loss(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "LLM_LIGHTNING_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    expected, tolerance = stated(r"validation loss of (\d\.\d+) ± (\d\.\d+) nats")
+    assert summary["best_value"] == pytest.approx(expected, abs=tolerance)
+    data = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert data["finished"]
+
+    from functools import partial
+
+    from llm_lightning.checkpoint import load_model
+    from llm_lightning.experiments.run import _train_tokenizer
+
+    loaded = load_model(tmp_path / "run")
+    settings = loaded.header["config"]["data"]
+    options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
+    make = partial(_train_tokenizer, "bpe", loaded.tokenizer.vocab_size)
+    module = PretrainingDataModule(tokenizer=make, context_length=loaded.model.config.context_length, **options)
+    module.build()
+    assert module.val_file is not None
+    texts = module.train_file.tokens, module.val_file.tokens, loaded.tokenizer.vocab_size
+    unigram, trigram = unigram_loss(*texts), trigram_loss(*texts)
+    assert summary["best_value"] < trigram - 0.2 < unigram
+    # The corpus differs a little between Python versions.
+    assert unigram == pytest.approx(stated(r"unigram baseline has (\d\.\d+)")[0], abs=0.05)
+    assert trigram == pytest.approx(stated(r"trigram baseline has (\d\.\d+)")[0], abs=0.05)
