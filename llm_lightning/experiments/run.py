@@ -23,6 +23,7 @@ from llm_lightning import checkpoint as checkpoints
 from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
+from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.checkpoint import LoadedModel, load_model
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments.config_checks import refuse_changes
@@ -88,6 +89,8 @@ def conclude(run: RunFolder, trainer: L.Trainer, module: TaskModule, *, seconds:
     summary = build_summary(run, trainer, module, module.header, seconds=seconds)
     write_summary(run.path, summary)
     for logger in trainer.loggers:
+        if isinstance(logger, TensorBoard):
+            logger.log_hyperparams(module.header["config"], summary["metrics"], step=trainer.global_step)
         logger.finalize("success")
     print("\n".join(closing_lines(summary, run.path)))
 
