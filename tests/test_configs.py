@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,11 @@ def relative(file: Path) -> str:
     return file.relative_to(CONF).as_posix()
 
 
-def every_choice() -> Iterator[str]:
-    yield from (f"{group}={option}" for group in GROUPS for option in group_options(CONF, group))
+def covering_choices() -> list[list[str]]:
+    """Few command lines that choose every option of every group at least once."""
+    options = {group: group_options(CONF, group) for group in GROUPS if group != "experiment"}
+    rows = range(max(map(len, options.values())))
+    return [[f"{group}={names[row % len(names)]}" for group, names in options.items()] for row in rows]
 
 
 def composed(*overrides: str, hydra: bool = False) -> DictConfig:
@@ -43,10 +45,16 @@ def composed(*overrides: str, hydra: bool = False) -> DictConfig:
 # --- composition ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", every_choice())
-def test_every_option_composes_resolves_and_passes_the_checks(choice: str) -> None:
-    config = check_overrides([choice, *NEEDED.get(choice, [])], CONF)
+@pytest.mark.parametrize("choices", covering_choices(), ids=" ".join)
+def test_every_option_composes_resolves_and_passes_the_checks(choices: list[str]) -> None:
+    needed = [value for choice in choices for value in NEEDED.get(choice, [])]
+    config = check_overrides([*choices, *needed], CONF)
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("choice", [f"experiment={name}" for name in group_options(CONF, "experiment")])
+def test_every_experiment_passes_the_checks_on_its_own(choice: str) -> None:
+    check_overrides([choice], CONF)
 
 
 def test_the_defaults_list_has_the_promised_order() -> None:
