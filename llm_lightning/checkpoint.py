@@ -177,10 +177,13 @@ def load_model(name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dt
     else:
         checkpoint = load(path, mmap=True)
         header = checkpoint[HEADER]
-        config = GPTConfig(**header["model"])
-        prefix = "model."
-        state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        tokenizer = from_description(header["tokenizer"])
+        try:
+            config = GPTConfig(**header["model"])
+            tokenizer = from_description(header["tokenizer"])
+            tensors = checkpoint["state_dict"].items()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not hold what a model needs ({error!r}); {_REMEDY}") from error
+        state = {name.removeprefix("model."): tensor for name, tensor in tensors if name.startswith("model.")}
     model = build_model(config, state).to(device=device, dtype=dtype)
     return LoadedModel(model.eval(), tokenizer, header)
 
@@ -230,7 +233,12 @@ def _from_pretrained(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dic
     from llm_lightning.pretrained import load_pretrained
 
     config, state, description, info = load_pretrained(name)
-    tokenizer = from_description(description if description is not None else {"name": "gpt2"})
+    if description is None:
+        raise ValueError(
+            f"{name} does not say which tokenizer its {config.vocab_size:,} tokens belong to; "
+            "export the model with llm-lightning export, which writes the tokenizer beside the weights"
+        )
+    tokenizer = from_description(description)
     header = describe(task="pretraining", model_config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"])
     return config, state, header, tokenizer
 
@@ -256,7 +264,7 @@ class _Writer:
 def _write(file: BinaryIO, state: dict[str, Any]) -> str:
     writer = _Writer(file)
     try:
-        torch.save(state, writer)
+        torch.save(state, writer)  # type: ignore[arg-type]
     except Exception:
         if writer.error is not None:
             raise writer.error from None

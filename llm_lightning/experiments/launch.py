@@ -1,16 +1,22 @@
-"""What `python train.py ...` does before and after a run: help, checks, resume, one process per job, one-line errors."""
+"""What `python train.py` does before and after a run: help, checks, resume, one process per job, one-line errors."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.experiments.run_folder import is_main_process
+
+COMMAND = "command.json"
+"""In a run folder: the arguments that started the run, and where they were typed."""
 USAGE_ERROR = 2
 SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
 
@@ -30,62 +36,91 @@ def _main(script: Path) -> None:
         return
     from llm_lightning.experiments.config_checks import check_overrides
 
-    sys.argv[1:] = continue_run(sys.argv[1:])
+    sys.argv = [str(script), *continue_run(sys.argv[1:])]
     check_overrides(sys.argv[1:], config_dir)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
+    logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback
 
     import hydra
 
-    hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(_job)()
+    failures: list[str] = []
+
+    def job(cfg: Any) -> float | None:
+        return _job(cfg, failures)
+
+    hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(job)()
+    if failures:
+        raise ChildProcessError(f"{len(failures)} of the runs failed: {'; '.join(failures)}")
 
 
-def _job(cfg: Any) -> float | None:
+def _job(cfg: Any, failures: list[str]) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
-        return _own_process(list(hydra_config.overrides.task), run_dir)
-    code, result = guarded(lambda: _train(cfg, run_dir, list(hydra_config.overrides.task)), log_dir=run_dir)
+        return _own_process(list(hydra_config.overrides.task), run_dir, failures)
+    code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir)
     if code:
         sys.exit(code)
     return result
 
 
-def _train(cfg: Any, run_dir: Path, overrides: list[str]) -> float | None:
+def _train(cfg: Any, run_dir: Path) -> float | None:
     from llm_lightning.experiments.run import train  # late: it imports lightning
 
-    return train(cfg, run_dir, overrides)
+    return train(cfg, run_dir, {"folder": str(Path.cwd()), "arguments": sys.argv[1:]})
 
 
-def _own_process(overrides: list[str], run_dir: Path) -> float | None:
-    """Run one job of a multirun in a fresh process: nothing (devices, seeds, process groups) leaks into the next."""
-    command = [sys.executable, sys.argv[0], *overrides, f"hydra.run.dir={run_dir}"]
+def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> float | None:
+    """Run one job of a multirun in a fresh process: nothing (devices, seeds, process groups) leaks into the next.
+
+    One that fails is added to `failures`; the others still run.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    config_dir = get_args_parser().parse_args(sys.argv[1:]).config_dir
+    options = [f"--config-dir={config_dir}"] if config_dir else []
+    command = [sys.executable, sys.argv[0], *options, *overrides, _run_dir_is(run_dir)]
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise ChildProcessError(f"job in {run_dir} ended with exit code {code}: {' '.join(overrides)}")
-    return json.loads((run_dir / "summary.json").read_text())["best_value"]
+        failures.append(f"{' '.join(overrides)} (exit code {code}, {run_dir})")
+        return None
+    summary = run_dir / "summary.json"
+    return json.loads(summary.read_text())["best_value"] if summary.is_file() else None
 
 
-def continue_run(argv: list[str]) -> list[str]:
-    """Replace `resume=FOLDER` by the overrides that FOLDER was started with; what else stands in `argv` wins.
+def continue_run(argv: Sequence[str]) -> list[str]:
+    """Replace `resume=FOLDER` by the arguments that FOLDER was started with; what else stands in `argv` wins.
+
+    Changes to the folder where they were typed, if it is still there, so that relative paths mean what they meant.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
     """
     folders = [word.removeprefix("resume=") for word in argv if word.startswith("resume=") and word != "resume=null"]
     if not folders:
-        return argv
-    folder = Path(folders[-1])
-    recorded = folder / "overrides.yaml"
-    if not recorded.is_file():
-        raise FileNotFoundError(f"resume={folder}: no run in that folder (it has no overrides.yaml)")
-    import yaml
+        return list(argv)
+    folder = Path(folders[-1]).absolute()
+    if not (folder / COMMAND).is_file():
+        raise FileNotFoundError(f"resume={folders[-1]}: no run in that folder (it has no {COMMAND})")
+    recorded = json.loads((folder / COMMAND).read_text())
+    if Path(recorded["folder"]).is_dir():
+        os.chdir(recorded["folder"])
+    new = [word for word in argv if not word.startswith("resume=")] + [_run_dir_is(folder)]
+    names = {_key(word) for word in new}
+    return [*(word for word in recorded["arguments"] if _key(word) not in names), *new]
 
-    new = [word for word in argv if not word.startswith("resume=")]
-    names = {word.lstrip("+~").split("=")[0] for word in new}
-    old = [word for word in yaml.safe_load(recorded.read_text()) if word.lstrip("+~").split("=")[0] not in names]
-    return [*old, *new, f"hydra.run.dir={folder}"]
+
+def _key(word: str) -> str:
+    """`optimizer.lr` of `++optimizer.lr=1`; a word without `=` is its own key."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def _run_dir_is(folder: Path) -> str:
+    escaped = str(folder).replace("'", r"\'")
+    return f"hydra.run.dir='{escaped}'"
 
 
 def run_guarded(action: Callable[[], Any]) -> None:
@@ -109,13 +144,15 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         exit_code = getattr(error, "exit_code", None)  # callbacks.checkpoints.Interrupted
         if exit_code is None:
             raise
-        print(error, file=sys.stderr)
+        if is_main_process():  # all processes of a run stop together, with the same words
+            print(error, file=sys.stderr)
         return exit_code, None
 
 
 def _report(error: BaseException, log_dir: Path | None) -> None:
     if os.environ.get(SHOW_TRACEBACK):
         traceback.print_exception(error)
-    elif log_dir is not None and log_dir.is_dir():
-        (log_dir / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+    elif log_dir is not None:
+        with contextlib.suppress(OSError):  # the disk may be what is wrong
+            (log_dir / "traceback.txt").write_text("".join(traceback.format_exception(error)))
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

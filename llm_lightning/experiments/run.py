@@ -24,6 +24,7 @@ from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.run_logs import TensorBoard
+from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.checkpoint import LoadedModel, load_model
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments.config_checks import refuse_changes
@@ -51,7 +52,8 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
     _quieten()
     try:
         if cfg.data.preview:
-            return preview(cfg)
+            preview(cfg)
+            return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
                 refuse_changes(checkpoints.read_header(run.checkpoint)["config"], settings)
@@ -78,7 +80,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         # Only the trunk: it is what training calls, and an attribute leaves the names of the weights alone.
         module.model.hidden_states = torch.compile(module.model.hidden_states)  # type: ignore[method-assign]
     trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
-    if trainer.is_global_zero and not trainer.fast_dev_run:
+    if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
         conclude(run, trainer, module, seconds=time.monotonic() - started)
     best = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     return best.best_value if best is not None else None
