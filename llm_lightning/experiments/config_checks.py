@@ -101,7 +101,7 @@ class ConfigDirs:
 
     def compose(self, overrides: Iterable[str]) -> DictConfig:
         """The config, Hydra's own part included; Hydra's errors become one line."""
-        added = [f"hydra.searchpath=[file://{folder}]" for folder in self.folders[:-1]]
+        added = [f"hydra.searchpath=['file://{folder}']" for folder in self.folders[:-1]]
         try:
             with initialize_config_dir(str(self.folders[-1]), version_base="1.3"):
                 return compose("train", [*overrides, *added], return_hydra_config=True)

@@ -126,11 +126,12 @@ def test_a_wrong_experiment_file_is_refused_in_one_line(tmp_path: Path, text: st
 
 
 def test_a_right_experiment_file_of_the_users_own_passes(tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text(
+    folder = tmp_path / "my configs, old"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: gpt2_small\noptimizer: {lr: 0.25}\n"
     )
-    config = check_overrides(["--config-dir", str(tmp_path), "experiment=mine"], CONF)
+    config = check_overrides(["--config-dir", str(folder), "experiment=mine"], CONF)
     assert (config.model.n_embd, config.optimizer.lr) == (768, 0.25)
 
 
