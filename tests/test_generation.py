@@ -120,9 +120,7 @@ def test_on_token_sees_every_token_in_order(model: GPT) -> None:
     assert seen == new_ids
 
 
-def test_generation_ends_at_the_context_limit_and_says_so_once(
-    model: GPT, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_generation_ends_at_the_context_limit_and_says_so_once(model: GPT, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         new_ids = generate(model, [[1] * 30, [2] * 32, [3] * 4], max_new_tokens=5)
     assert [len(ids) for ids in new_ids] == [3, 1, 5]

@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(name_or_path: str) -> dict[str, Any]:
-    """Return a checkpoint's header, with the number of parameters and the file it was read from.
+    """Return a checkpoint's header, the file it was read from, its number of parameters, and whether its bytes were
+    compared with a digest written beforehand.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -38,12 +39,14 @@ def describe(name_or_path: str) -> dict[str, Any]:
 
     from llm_lightning.checkpoint import load_model, read_header, resolve
     from llm_lightning.models.gpt import GPT, GPTConfig
+    from llm_lightning.pretrained import GPT2_WEIGHTS
 
     path = resolve(name_or_path)
     header = load_model(name_or_path).header if path is None else read_header(path)
     with torch.device("meta"):
         parameters = GPT(GPTConfig(**header["model"]), init="torch").num_parameters()
-    return {"path": str(path or name_or_path), "parameters": parameters, **header}
+    verified = path is not None or name_or_path in GPT2_WEIGHTS
+    return {"path": str(path or name_or_path), "parameters": parameters, "verified": verified, **header}
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -56,7 +59,7 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if facts.get(name):
             yield name, "  ".join(_flat(facts[name]))
     if "digest" in facts:
-        yield "digest", f"{facts['digest']} (verified)"
+        yield "digest", f"{facts['digest']} ({'verified' if facts['verified'] else 'nothing to compare it with'})"
     for setting in _flat(facts.get("config", {})):
         yield "setting", setting
 
