@@ -41,7 +41,7 @@ LEVELS = [
     ("llm_lightning.cli*", 3),
     ("train", 3),
 ]
-FILES = sorted(PACKAGE.rglob("*.py")) + [ROOT / "train.py"]
+FILES = [*sorted(PACKAGE.rglob("*.py")), ROOT / "train.py"]
 
 
 def module_name(file: Path) -> str:
