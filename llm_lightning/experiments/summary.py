@@ -34,10 +34,14 @@ def build_summary(
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
     from llm_lightning.callbacks.throughput import Throughput
+    from llm_lightning.checkpoint import read_header
 
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
     checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
     best = run.checkpoints / "best.ckpt"
+    metrics = dict(trainer.callback_metrics)
+    if not metrics and run.checkpoint is not None:  # killed after the last update: this session trained nothing
+        metrics = read_header(run.checkpoint)["metrics"]
     return {
         "finished": True,
         "task": module.task,
@@ -52,7 +56,7 @@ def build_summary(
         "best_value": checkpoints.best_value if checkpoints else None,
         "best_step": checkpoints.best_step if checkpoints else None,
         "checkpoint": str((best if best.is_file() else run.checkpoints / "last.ckpt").relative_to(run.path)),
-        "metrics": {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if "/" in k},
+        "metrics": {k: float(v) for k, v in sorted(metrics.items()) if "/" in k},
         "parameters": {
             "total": sum(p.numel() for p in module.parameters()),
             "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),

@@ -53,6 +53,22 @@ def test_a_run_that_left_a_summary_is_finished(tmp_path: Path, summary: dict[str
         assert run.state(summary["total_steps"] + 1) == "resumable"
 
 
+def test_a_run_killed_before_its_summary_sums_up_the_same(
+    tmp_path: Path, summary: dict[str, Any], make_module: Any, make_trainer: Any, make_data: Any
+) -> None:
+    (tmp_path / "summary.json").unlink()
+    with open_run(tmp_path, {}) as run:
+        trainer = make_trainer(tmp_path, [Checkpoints(every_n_steps=5), Throughput()], accumulate_grad_batches=2)
+        module, data = make_module(), make_data(batch_size=2, seed=5)
+        trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+        again = build_summary(run, trainer, module, {"lineage": summary["lineage"]}, seconds=1.0)
+    measured = ("ended", "seconds", "tokens_per_second")
+    assert {k: v for k, v in again.items() if k not in measured} == {
+        k: v for k, v in summary.items() if k not in measured
+    }
+    assert again["seconds"] >= summary["seconds"]
+
+
 def test_closing_lines_say_what_where_and_what_next(
     tmp_path: Path, summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
