@@ -233,7 +233,7 @@ class GPT(nn.Module):
             positions = torch.arange(start, end, device=input_ids.device)
         x = self.embedding_dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, attention_mask, use_reentrant=False)
             else:
                 x = block(x, attention_mask, cache, layer)
@@ -247,15 +247,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_weights(self, input_ids: Tensor) -> list[Tensor]:
-        """Attention weights (B, H, T, T) of every layer, by the explicit path. For teaching and plots."""
+        """Attention weights (B, H, T, T) of every layer, by the explicit path; switch dropout off with `eval()` first."""
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         maps = []
         for block in self.blocks:
-            mixed, weights = block.attn.explicit(block.attn_norm(x))
-            x = x + mixed
-            x = x + block.mlp(block.mlp_norm(x))
-            maps.append(weights)
+            maps.append(block.attn.explicit(block.attn_norm(x))[1])
+            x = block(x)
         return maps
 
     def num_parameters(self) -> int:
