@@ -120,7 +120,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def newest_valid(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest step in `folder` that passes `verify`; damaged ones are passed over, and said so."""
+    """The checkpoint of the highest step in `folder` that passes `verify`; damaged ones are passed over, saying so."""
     damaged: list[str] = []
     for path in sorted(Path(folder).glob("step_*.ckpt"), reverse=True):
         try:
