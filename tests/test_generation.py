@@ -88,6 +88,19 @@ def test_draws_follow_the_distribution(settings: dict, expected: list[float]) ->
     torch.testing.assert_close(counts / steps, torch.tensor(expected), atol=2 / steps, rtol=0)
 
 
+@pytest.mark.parametrize("spread", [0.01, 5.0])  # more tokens than the short list holds, and fewer
+def test_top_p_over_a_large_vocabulary(spread: float) -> None:
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)) * spread
+    ordered = logits.double().softmax(-1).sort(descending=True)
+    cumulative = ordered.values.cumsum(-1)[0]
+    nucleus = cumulative[: int((cumulative < 0.9).sum()) + 1]
+    uniform = torch.linspace(0, 1 - 2**-24, 200)[:, None]
+    expected = torch.searchsorted(nucleus, uniform[:, 0].double() * nucleus[-1], right=True)
+    drawn = next_ids(logits.expand(200, -1), uniform, Sampling(temperature=1.0, top_p=0.9))
+    ranks = (ordered.indices == drawn[:, None]).int().argmax(-1)
+    assert (ranks - expected).abs().max() <= 1  # rounding may move a boundary to its neighbour
+
+
 def test_largest_uniform_number_draws_a_token_that_exists() -> None:
     logits = torch.tensor([[0.0, 1.0, -float("inf"), 2.0, -float("inf")]])
     uniform = torch.tensor([[1 - 2**-24]])
