@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 
 import pytest
 import torch
 
-from llm_lightning.generation import Sampling, generate, next_ids
+from llm_lightning.generation import PACKING_PAYS_FROM, Sampling, generate, next_ids, packed_linears
 from llm_lightning.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=61, context_length=32, n_layer=2, n_head=2, n_embd=16, tied_head=False)
@@ -123,6 +124,38 @@ def test_weights_can_still_be_trained_afterwards(model: GPT) -> None:
     generate(model, PROMPTS, max_new_tokens=40)
     model(torch.tensor(PROMPTS[:1])).sum().backward()
     assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_packed_weights_give_the_same_logits(model: GPT, dtype: torch.dtype, tolerance: float) -> None:
+    model.to(dtype)
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.inference_mode():
+        plain = model(ids)
+        with packed_linears(model, PACKING_PAYS_FROM):
+            packed = model(ids)
+    torch.testing.assert_close(packed, plain, rtol=tolerance, atol=tolerance * float(plain.abs().max()))
+
+
+def test_an_interrupted_generation_leaves_the_model_as_it_was(model: GPT) -> None:
+    def interrupt(_row: int, _token: int) -> None:
+        raise KeyboardInterrupt
+
+    model.train()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [[5]], max_new_tokens=PACKING_PAYS_FROM, on_token=interrupt)
+    assert all(module.training and "forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(model: GPT, dtype: torch.dtype) -> None:
+    on_gpu = copy.deepcopy(model).to("cuda", dtype)
+    settings = {"max_new_tokens": 20, "temperature": 0.8, "top_p": 0.9, "seed": 1}
+    assert generate(on_gpu, PROMPTS, **settings) == generate(on_gpu, PROMPTS, **settings)
+    if dtype is torch.float32:
+        assert generate(on_gpu, PROMPTS, max_new_tokens=20) == generate(model, PROMPTS, max_new_tokens=20)
+        assert generate(on_gpu, PROMPTS, **settings) == generate(model, PROMPTS, **settings)
 
 
 def test_on_token_sees_every_token_in_order(model: GPT) -> None:
