@@ -20,6 +20,10 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise type(error)(
+            error.errno, error.strerror, str(path)
+        ) from error  # a failed write does not say of which file
     finally:
         temporary.unlink(missing_ok=True)
     if os.name != "nt":  # a folder cannot be opened there

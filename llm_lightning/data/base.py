@@ -91,7 +91,13 @@ class BaseDataModule(L.LightningDataModule):
 
     def batches_per_epoch(self, world_size: int) -> int:
         """Micro-batches that each process sees in one epoch."""
-        return len(self._order(self.train_samples, drop_last=self.drop_last, world_size=world_size))
+        batches = len(self._order(self.train_samples, drop_last=self.drop_last, world_size=world_size))
+        if batches == 0:
+            raise ValueError(
+                f"{len(self.train_samples)} training samples do not fill one batch of data.batch_size="  # type: ignore[arg-type]
+                f"{self.batch_size} on {world_size} process(es); lower it, or set data.drop_last=false"
+            )
+        return batches
 
     def _order(self, samples: Any, *, world_size: int | None = None, **options: Any) -> BatchOrder:
         options = {"shuffle": False, "seed": self.seed, **options}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,8 +17,19 @@ from typing import Any
 from llm_lightning.experiments.run_folder import is_main_process
 
 COMMAND = "command.json"
-"""In a run folder: the arguments that started the run, and where they were typed."""
+"""In a run folder: what was typed to start the run, and where."""
 USAGE_ERROR = 2
+_ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
+_MAKE_ROOM = "make room and run the same command again; what was written before is intact"
+_REMEDIES = {
+    errno.EACCES: f"make it accessible, or {_ELSEWHERE}",
+    errno.EROFS: _ELSEWHERE,
+    errno.EEXIST: _ELSEWHERE,
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: _MAKE_ROOM,
+}
 SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
 
 
@@ -70,7 +82,20 @@ def _job(cfg: Any, failures: list[str]) -> float | None:
 def _train(cfg: Any, run_dir: Path) -> float | None:
     from llm_lightning.experiments.run import train  # late: it imports lightning
 
-    return train(cfg, run_dir, {"folder": str(Path.cwd()), "arguments": sys.argv[1:]})
+    config_dir, overrides = _typed()
+    return train(cfg, run_dir, {"folder": str(Path.cwd()), "config_dir": config_dir, "overrides": overrides})
+
+
+def _typed() -> tuple[str | None, list[str]]:
+    """`--config-dir` and the overrides of this command line."""
+    from hydra._internal.utils import get_args_parser
+
+    arguments = get_args_parser().parse_args(sys.argv[1:])
+    return arguments.config_dir, arguments.overrides
+
+
+def _options(config_dir: str | None) -> list[str]:
+    return [f"--config-dir={config_dir}"] if config_dir else []
 
 
 def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> float | None:
@@ -78,11 +103,7 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
 
     One that fails is added to `failures`; the others still run.
     """
-    from hydra._internal.utils import get_args_parser
-
-    config_dir = get_args_parser().parse_args(sys.argv[1:]).config_dir
-    options = [f"--config-dir={config_dir}"] if config_dir else []
-    command = [sys.executable, sys.argv[0], *options, *overrides, _run_dir_is(run_dir)]
+    command = [sys.executable, sys.argv[0], *_options(_typed()[0]), *overrides, _run_dir_is(run_dir)]
     code = subprocess.run(command, check=False).returncode
     if code:
         failures.append(f"{' '.join(overrides)} (exit code {code}, {run_dir})")
@@ -92,7 +113,7 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
 
 
 def continue_run(argv: Sequence[str]) -> list[str]:
-    """Replace `resume=FOLDER` by the arguments that FOLDER was started with; what else stands in `argv` wins.
+    """Replace `resume=FOLDER` by what FOLDER was started with; what else stands in `argv` wins.
 
     Changes to the folder where they were typed, if it is still there, so that relative paths mean what they meant.
 
@@ -110,7 +131,8 @@ def continue_run(argv: Sequence[str]) -> list[str]:
         os.chdir(recorded["folder"])
     new = [word for word in argv if not word.startswith("resume=")] + [_run_dir_is(folder)]
     names = {_key(word) for word in new}
-    return [*(word for word in recorded["arguments"] if _key(word) not in names), *new]
+    old = [word for word in recorded["overrides"] if _key(word) not in names]
+    return [*_options(recorded["config_dir"]), *old, *new]
 
 
 def _key(word: str) -> str:
@@ -155,4 +177,11 @@ def _report(error: BaseException, log_dir: Path | None) -> None:
     elif log_dir is not None:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
             (log_dir / "traceback.txt").write_text("".join(traceback.format_exception(error)))
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {' '.join(_message(error).split())}", file=sys.stderr)
+
+
+def _message(error: BaseException) -> str:
+    """The error's words; one of the system's own, which name no remedy, is given one."""
+    if not isinstance(error, OSError) or error.errno not in _REMEDIES:  # ours have no errno
+        return str(error)
+    return f"{error.filename or 'cannot write'}: {error.strerror}; {_REMEDIES[error.errno]}"

@@ -42,7 +42,7 @@ TRAINED_TOKENIZERS = ("bpe", "word")
 def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float | None:
     """Build everything that `cfg` names, fit it in `run_dir`, and return the best monitored metric.
 
-    `command` (`folder` and `arguments`) is what was typed; it is kept for `resume=FOLDER`.
+    `command` is what was typed, and where; it is kept for `resume=FOLDER`.
 
     Raises:
         ValueError, OSError: for whatever is wrong with the settings, the data, a checkpoint or the disk.

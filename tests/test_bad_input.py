@@ -1,0 +1,379 @@
+"""Bad input, through the real entry points: one clear line that names the remedy, exit code 2, earlier files intact."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_run import ROOT, SETTINGS, Outcome, digests, train_here, write_checkpoint, write_corpus
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.cli.main import main as cli
+from llm_lightning.data import sources
+from llm_lightning.data.download import Pinned
+from llm_lightning.experiments.run_folder import open_run
+
+Prepare = Callable[[Path], list[str]]
+
+
+class Gadget:
+    """Unpickling one runs a command."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.canary}'",)
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def data(name: str, content: bytes | str) -> Prepare:
+    """A corpus with this content."""
+    return lambda folder: [f"data.path={put(folder / name, content)}"]
+
+
+def settings(*arguments: str) -> Prepare:
+    return lambda _: list(arguments)
+
+
+def experiment(text: str) -> Prepare:
+    """An experiment file of the user's own."""
+
+    def prepare(folder: Path) -> list[str]:
+        put(folder / "mine" / "experiment" / "bad.yaml", f"# @package _global_\n{text}\n")
+        return [f"--config-dir={folder / 'mine'}", "experiment=bad"]
+
+    return prepare
+
+
+# --- checkpoints that are none -----------------------------------------------------------------------------------
+
+
+def corrupt(path: Path) -> None:
+    content = bytearray(write_checkpoint(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncated(path: Path) -> None:
+    content = write_checkpoint(path).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def foreign(path: Path) -> None:
+    torch.save({"state_dict": {"weight": torch.zeros(2)}, "pytorch-lightning_version": "2.6.6"}, path)
+
+
+def malicious(path: Path) -> None:
+    torch.save({"state_dict": Gadget(path.parents[1] / "canary")}, path)
+
+
+def malicious_and_signed(path: Path) -> None:
+    """As a forger who knows the format writes it."""
+    malicious(path)
+    archive = path.read_bytes()
+    mark = checkpoints._MARK + hashlib.sha256(archive[:-2]).hexdigest().encode()
+    path.write_bytes(archive[:-2] + len(mark).to_bytes(2, "little") + mark)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Gadget(path.parents[1] / "canary")))
+
+
+DAMAGED = {
+    corrupt: r"is corrupt: its digest is \w{64}, but it was written as \w{64}; use another checkpoint",
+    truncated: r"is not a complete llm-lightning checkpoint \(truncated.*; use another checkpoint",
+    foreign: r"is not a complete llm-lightning checkpoint .*written by another program.*\.safetensors",
+    malicious: r"is not a complete llm-lightning checkpoint .*written by another program",
+    malicious_and_signed: r"cannot be loaded safely \(Weights only load failed.*; use another checkpoint",
+    pickled: r"is not a complete llm-lightning checkpoint .*written by another program",
+}
+
+
+def weights(damage: Callable[[Path], None]) -> Prepare:
+    """Weights to start from."""
+
+    def prepare(folder: Path) -> list[str]:
+        (folder / "weights").mkdir()
+        damage(folder / "weights" / "given.ckpt")
+        return [f"init_from={folder / 'weights' / 'given.ckpt'}"]
+
+    return prepare
+
+
+def run_folder(damage: Callable[[Path], None]) -> Prepare:
+    """A run to be continued, all of whose checkpoints are bad."""
+
+    def prepare(folder: Path) -> list[str]:
+        (folder / "run" / "checkpoints").mkdir(parents=True)
+        damage(folder / "run" / "checkpoints" / "step_00000002.ckpt")
+        put(folder / "run" / "metrics.csv", "step,train/loss\n0,5.5\n")
+        return []
+
+    return prepare
+
+
+def longer_context(folder: Path) -> list[str]:
+    return [f"init_from={write_checkpoint(folder / 'given.ckpt')}", "model.context_length=32"]
+
+
+def pickled_weights(folder: Path) -> list[str]:
+    return [f"init_from={put(folder / 'weights' / 'pytorch_model.bin', b'x').parent}"]
+
+
+def damaged_safetensors(folder: Path) -> list[str]:
+    file = folder / "model.safetensors"
+    save_file({"wte.weight": torch.zeros(3, 4)}, file)
+    file.write_bytes(file.read_bytes()[:-1])
+    return [f"init_from={file}"]
+
+
+def run_folder_is_a_file(folder: Path) -> list[str]:
+    return [f"hydra.run.dir={put(folder / 'file', 'precious')}"]
+
+
+# (name, what is prepared and typed beside the tiny settings, what the one line says)
+CASES: list[tuple[str, Prepare, str]] = [
+    ("missing file", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check data\.path"),
+    ("empty file", data("empty.txt", ""), r"empty\.txt holds no text: it is empty; give a file or folder with text"),
+    ("blank jsonl", data("blank.jsonl", "\n\n"), r"blank\.jsonl holds no text"),
+    ("invalid UTF-8", data("latin.txt", b"a\ncaf\xe9 au lait"), r"latin\.txt, line 2: byte 5 \(0xe9\) .*iconv"),
+    ("UTF-16", data("utf16.txt", "hello".encode("utf-16")), r"utf16\.txt, line 1: byte 0 .*not valid UTF-8"),
+    ("malformed line", data("x.jsonl", '{"text": "a"}\n{"text": \n'), r"1 bad line; .*x\.jsonl:2: not JSON"),
+    ("missing field", data("x.jsonl", '{"body": "a"}'), r"data\.text_field.*x\.jsonl:1: no field 'text'.*'body'"),
+    ("folder without text", lambda folder: [f"data.path={folder}/run"], r"run does not exist|holds no .*\.txt"),
+    ("short corpus", data("short.txt", "hello"), r"do not fill one window of 16 .*use more text, or lower model\.cont"),
+    ("unknown corpus", settings("data.path=null", "data.name=the_verdit"), r"did you mean the_verdict\?"),
+    ("long prompt", settings("callbacks.samples.prompts=['12345678901234567']"), r"prompts\[0\] has 17 tokens.*= 15;"),
+    ("long warmup", settings("scheduler.warmup=4"), r"warmup.*4.*4.*steps"),
+    ("unknown key", settings("optimizer.lrr=1"), r"unknown key 'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),
+    ("unknown key behind +", settings("+optimizer.lrr=1"), r"unknown key .*did you mean 'optimizer\.lr'\?"),
+    ("unknown key behind ++", settings("++optimizer.lrr=1"), r"unknown key .*did you mean 'optimizer\.lr'\?"),
+    ("unknown group", settings("optimzer=adamw"), r"'optimzer'; did you mean 'optimizer'\?"),
+    ("unknown option", settings("model=nanno"), r"model=nanno: no such option; did you mean 'nano'\?"),
+    (
+        "unknown key in a file",
+        experiment("optimizer:\n  lrr: 1"),
+        r"'optimizer\.lrr' in .*bad\.yaml; did you mean 'optimizer\.lr'\?",
+    ),
+    ("unknown group in a file", experiment("defaults:\n  - override /modle: nano"), r"'modle'.* mean 'model'\?"),
+    ("unknown option in a file", experiment("defaults:\n  - override /model: nanno"), r"model=nanno.*mean 'nano'\?"),
+    ("broken file", experiment("seed: ["), r"bad\.yaml"),
+    (
+        "foreign target",
+        settings("task._target_=os.system"),
+        r"task\._target_='os\.system' is not allowed.*allow_targets",
+    ),
+    ("foreign target in a file", experiment("task:\n  _target_: builtins.eval"), r"builtins\.eval' is not allowed"),
+    ("no batch", settings("data.batch_size=0"), r"data\.batch_size=0 must be at least 1"),
+    (
+        "batch over corpus",
+        settings("data.batch_size=9999", "data.drop_last=true"),
+        r"do not fill one batch of data\.batch_size=9999 .*drop_last=false",
+    ),
+    ("heads", settings("model.n_head=3"), r"n_embd=16 .*n_head=3"),
+    ("small vocabulary", settings("model.vocab_size=9"), r"model\.vocab_size=9 is smaller than the tokenizer's 257; "),
+    (
+        "no end",
+        settings("trainer.max_steps=-1", "trainer.max_epochs=-1"),
+        r"no end: set trainer\.max_epochs or trainer",
+    ),
+    ("precision", settings("trainer.precision=bf17"), r"bf17.*bf16-mixed"),
+    ("tokenizer", settings("tokenizer=tiktoken", "tokenizer.name=cl100k"), r"cl100k.*cl100k_base"),
+    ("split", settings("data.split=half"), r"data\.split=half.*document"),
+    ("fraction", settings("data.val_fraction=2"), r"val_fraction=2"),
+    ("learning rate", settings("optimizer.lr=-1"), r"optimizer\.lr=-1"),
+    ("checkpoints kept", settings("callbacks.checkpoints.keep=1"), r"keep=1 must be at least 2"),
+    ("validation interval", settings("trainer.val_check_interval=999"), r"val_check_interval"),
+    ("device", settings("accelerator=mps"), r"(?i)mps"),
+    ("missing weights", settings("init_from=gpt3"), r"no weights at gpt3; give .*gpt2-small"),
+    ("longer context", longer_context, r"model\.context_length=32 exceeds the 16 positions .*=16 or less"),
+    ("pickled weights", pickled_weights, r"pytorch_model\.bin is not read.*save the model as safetensors"),
+    ("damaged safetensors", damaged_safetensors, r"model\.safetensors is damaged .*; get it again"),
+    ("nothing to resume", lambda folder: [f"resume={folder}"], r"resume=.*: no run in that folder"),
+    ("run folder is a file", run_folder_is_a_file, r"/file: File exists; choose another"),
+]
+CASES += [(f"{damage.__name__} weights", weights(damage), text) for damage, text in DAMAGED.items()]
+CASES += [(f"{damage.__name__} run", run_folder(damage), text) for damage, text in DAMAGED.items()]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str], str], None]:
+    """Type a command; it must end as bad input should."""
+    folder = tmp_path / "work"
+    base = [*SETTINGS, f"data.path={write_corpus(folder.with_suffix('.txt'))}", f"hydra.run.dir={folder / 'run'}"]
+
+    def check(arguments: list[str], message: str) -> None:
+        before = digests(tmp_path)
+        names = {word.partition("=")[0] for word in arguments}
+        kept = [word for word in base if word.partition("=")[0] not in names]
+        typed = sorted(kept + arguments, key=lambda word: not word.startswith("--"))  # options stand first
+        assert_refused(train_here(typed, capsys), message)
+        after = digests(tmp_path)
+        assert {path: after.get(path) for path in before} == before
+        assert not [path for path in after if path.name == "canary" or path.suffix == ".tmp"]
+
+    return check
+
+
+def assert_refused(outcome: Outcome, message: str, prefix: str = "error: ") -> None:
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith(prefix)
+    assert re.search(message, lines[0]), lines[0]
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.out
+
+
+@pytest.mark.parametrize(("prepare", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_bad_input_ends_in_one_line(tmp_path: Path, refused: Any, prepare: Prepare, message: str) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    refused(prepare(folder), message)
+
+
+def test_a_run_folder_in_use_names_the_process(tmp_path: Path, refused: Any) -> None:
+    with open_run(tmp_path / "work" / "run", {}):
+        refused([], rf"run folder .*run is in use by process {os.getpid()} .*wait for it to end, stop it, or choose")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_run_folder(tmp_path: Path, refused: Any) -> None:
+    run = tmp_path / "work" / "run"
+    run.mkdir(parents=True, mode=0o500)
+    refused([], r"run/\.lock: Permission denied; ")
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """A web server that answers everything with the same six bytes."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "6")
+            self.end_headers()
+            self.wfile.write(b"forged")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
+
+
+def test_a_download_with_the_wrong_digest(refused: Any, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = Pinned(f"{server}/the-verdict.txt", "0" * 64, None, "the-verdict.txt")
+    monkeypatch.setitem(sources.NAMED, "the_verdict", pinned)
+    message = r"cannot download .*: the 6 bytes received have sha256 \w{64}, expected 0{64}; .*put a copy"
+    refused(["data.path=null", "data.name=the_verdict"], message)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1000, 10_000])
+def test_a_full_disk(tmp_path: Path, refused: Any, n_bytes: int) -> None:
+    """No file of more than `n_bytes` can be written: not the configuration, not the tokens, not the checkpoint."""
+    put(tmp_path / "work" / "run" / "notes.txt", "precious")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        refused(["callbacks.plots=null"], r"File too large.*make room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# --- the tools ---------------------------------------------------------------------------------------------------
+
+VERBS = {
+    "generate": lambda checkpoint, _: ["generate", checkpoint, "to be"],
+    "evaluate": lambda checkpoint, folder: ["evaluate", checkpoint, "--text", str(write_corpus(folder / "text.txt"))],
+    "export": lambda checkpoint, folder: ["export", checkpoint, str(folder / "exported")],
+    "inspect": lambda checkpoint, _: ["inspect", checkpoint],
+}
+
+
+def run_cli(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
+    capsys.readouterr()
+    return Outcome(cli(arguments), *capsys.readouterr())
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_tool_refuses_a_bad_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    damage(folder / "last.ckpt")
+    for given in (folder / "last.ckpt", tmp_path / "run"):
+        arguments = VERBS[verb](str(given), tmp_path)
+        before = digests(tmp_path)
+        assert_refused(run_cli(arguments, capsys), DAMAGED[damage], prefix=f"llm-lightning {verb}: ")
+        assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_tool_refuses_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    for given, message in (("nowhere.ckpt", "no checkpoint at"), ("nowhere", "no weights at nowhere; give")):
+        outcome = run_cli(VERBS[verb](given, tmp_path), capsys)
+        assert_refused(outcome, message, prefix=f"llm-lightning {verb}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "GOOD", "12345678901234567"], r"17 tokens.*16"),
+        (["generate", "GOOD"], r"no prompt: give one"),
+        (["generate", "GOOD", "a", "--temperature", "-1"], r"temperature"),
+        (["generate", "GOOD", "a", "--device", "cuda:77"], r"--device cuda:77 is not available here; use .*cpu"),
+        (["evaluate", "GOOD", "--text", "nowhere.txt"], r"nowhere\.txt does not exist"),
+        (["evaluate", "GOOD", "--split", "val"], r"does not say which text .*use --text FILE"),
+        (["export", "GOOD", "FOLDER"], r"is not empty; choose another folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_tools_refuse_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    words = {"GOOD": str(write_checkpoint(tmp_path / "good.ckpt")), "FOLDER": str(tmp_path)}
+    before = digests(tmp_path)
+    outcome = run_cli([words.get(word, word) for word in arguments], capsys)
+    assert_refused(outcome, message, prefix=f"llm-lightning {arguments[0]}: ")
+    assert digests(tmp_path) == before
+
+
+# --- as the shell sees it ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train.py", "optimizer.lrr=1"], r"^error: unknown key 'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),
+        (["train.py", *SETTINGS, "data.path=nowhere.txt"], r"^error: nowhere\.txt does not exist"),
+        (["train.py", "resume=nowhere"], r"^error: resume=nowhere: no run in that folder"),
+        (["-m", "llm_lightning.cli.main", "inspect", "nowhere.ckpt"], r"^llm-lightning inspect: no checkpoint at"),
+    ],
+    ids=["unknown key", "missing file", "nothing to resume", "missing checkpoint"],
+)
+def test_exit_codes_of_real_processes(tmp_path: Path, command: list[str], message: str) -> None:
+    script = [str(ROOT / "train.py"), *command[1:]] if command[0] == "train.py" else command
+    done = subprocess.run([sys.executable, *script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), message, prefix="")

@@ -1,0 +1,108 @@
+"""Runs through the real entry points, small enough for tests: in this process, or in one of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.tokenizers import build_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTEXT_LENGTH = 16
+SETTINGS = [
+    "tokenizer=byte",
+    "accelerator=cpu",
+    "model.n_layer=1",
+    "model.n_embd=16",
+    "model.n_head=2",
+    f"model.context_length={CONTEXT_LENGTH}",
+    "trainer.max_steps=4",
+    "trainer.precision=32-true",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "callbacks.samples.prompts=['to be ']",
+]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def train_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
+    """What `python train.py ARGUMENTS` does, in this process, which is then left as it was."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from llm_lightning.experiments.launch import main
+
+    capsys.readouterr()
+    root, folder = logging.getLogger(), Path.cwd()
+    handlers, level = root.handlers[:], root.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *arguments])
+        patch.setattr(logging, "raiseExceptions", True)
+        for name in ("HYDRA_FULL_ERROR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
+        try:
+            main(ROOT / "train.py")
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            os.chdir(folder)
+            GlobalHydra.instance().clear()
+            torch.use_deterministic_algorithms(False)
+            for handler in set(root.handlers) - set(handlers):
+                handler.close()
+            root.handlers[:] = handlers
+            root.setLevel(level)
+    return Outcome(code, *capsys.readouterr())
+
+
+def start(arguments: Sequence[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
+    """`python train.py ARGUMENTS`, typed in `folder`."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, **options)
+
+
+def finish(process: subprocess.Popen[str]) -> Outcome:
+    """Wait for the end of a process."""
+    out, err = process.communicate(timeout=300)
+    return Outcome(process.returncode, out, err)
+
+
+def write_corpus(path: Path, n_words: int = 400) -> Path:
+    """A text of few words, in random order."""
+    path.write_text("".join(random.Random(1).choices(["to be ", "or not ", "that is\n"], k=n_words)))
+    return path
+
+
+def write_checkpoint(path: Path) -> Path:
+    """An untrained model of the sizes above."""
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=257, context_length=CONTEXT_LENGTH, n_layer=1, n_head=2, n_embd=16)
+    header = checkpoints.describe(task="pretraining", model_config=config, tokenizer=build_tokenizer("byte"), config={})
+    state = {f"model.{name}": tensor for name, tensor in GPT(config).state_dict().items()}
+    checkpoints.save(path, {"state_dict": state, checkpoints.HEADER: header})
+    return path
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    """sha256 of every file below `folder`."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
