@@ -92,7 +92,7 @@ def test_the_run_folder_is_named_by_task_and_run() -> None:
     assert OmegaConf.create({"x": "${run_folder:first}"}).x == "first"
     assert OmegaConf.create({"x": "${run_folder:7}"}).x == "7"
     unnamed = OmegaConf.create({"x": "${run_folder:null}", "y": "${run_folder:null}"})
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[0-9a-f]{4}", unnamed.x)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[0-9a-f]{8}", unnamed.x)
     assert unnamed.x == unnamed.y, "every process of a run sees the same folder"
 
 

@@ -50,7 +50,7 @@ class PretrainingDataModule(BaseDataModule):
     Args:
         tokenizer: or a function that trains one on the training documents.
         context_length: tokens per window.
-        name, path, hf_dataset: the corpus; exactly one (see `open_source`).
+        name, path, hf_dataset and what belongs to them: the corpus (see `open_source`).
         split: `document`, `character` (the book's) or `auto` (see `build_token_files`).
         val_fraction: of the documents or characters.
         stride: distance of two training windows; default: `context_length`.
@@ -72,6 +72,7 @@ class PretrainingDataModule(BaseDataModule):
         hf_dataset: str | None = None,
         hf_config: str | None = None,
         hf_split: str = "train",
+        hf_revision: str | None = None,
         split: str = "auto",
         val_fraction: float = 0.1,
         stride: int | None = None,
@@ -94,6 +95,7 @@ class PretrainingDataModule(BaseDataModule):
             hf_dataset=hf_dataset,
             hf_config=hf_config,
             hf_split=hf_split,
+            hf_revision=hf_revision,
         )
 
     def build(self) -> None:

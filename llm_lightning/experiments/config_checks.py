@@ -49,6 +49,7 @@ SET_ELSEWHERE = {
     "trainer.logger": "logger",
     "trainer.default_root_dir": "hydra.run.dir",
     "trainer.enable_checkpointing": "callbacks.checkpoints",
+    "trainer.plugins": "trainer.strategy or trainer.precision",
     "trainer.gradient_clip_val": "optimizer.max_grad_norm",
     "data.seed": "seed",
     "data.tokenizer": "tokenizer",
@@ -246,10 +247,10 @@ def register_resolvers() -> None:
 
 @functools.cache  # one name per process: Hydra and every launched process must see the same folder
 def _run_folder(run_name: Any) -> str:
-    """The name of the run, or date, time and four random digits: runs started in the same second stay apart."""
+    """The name of the run, or date, time and eight random digits: runs started in the same second stay apart."""
     if run_name is not None:
         return str(run_name)
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(4)}"
 
 
 def _parse_arguments(argv: Sequence[str]) -> Any:

@@ -90,7 +90,7 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
         lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
-    return [*lines, f"Run folder: {folder}", f'Next: llm-lightning generate {checkpoint} "The "']
+    return [*lines, f"Run folder: {folder}", f'Next: llm-lightning generate {checkpoint} "The"']
 
 
 def steps_per_epoch(trainer: Any) -> int:

@@ -79,7 +79,7 @@ def test_closing_lines_say_what_where_and_what_next(
         "Finished 12 steps, 2 epochs, 1,234,567 tokens in 1 min 28 s, 14,029 tokens/s.",
         "Best val/loss 2.5000 after 9 steps; last val/perplexity 13.4637.",
         f"Run folder: {tmp_path.name}",
-        f'Next: llm-lightning generate {tmp_path.name}/checkpoints/best.ckpt "The "',
+        f'Next: llm-lightning generate {tmp_path.name}/checkpoints/best.ckpt "The"',
     ]
     monkeypatch.chdir("/")
     assert f"Run folder: {tmp_path.relative_to('/')}" in closing_lines(fixed, tmp_path)
