@@ -10,7 +10,9 @@ Steps are numbered from 0: row s of the logs belongs to update s, and a checkpoi
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from abc import abstractmethod
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -116,6 +118,9 @@ class TaskModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._window:  # the update is still to come
             return
+        # Lightning would free them only after the next forward pass: 0.5 GB of 3 GB at the peak with 124M parameters.
+        for parameter in self.parameters():
+            parameter.grad = None
         step = self.global_step - 1
         self.log("loss", self._step_means["loss"], prog_bar=True, logger=False)
         if step % self.trainer.log_every_n_steps == 0:
@@ -179,6 +184,10 @@ class TaskModule(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def configure_model(self) -> None:
         """Shard the model under FSDP2, block by block. Embeddings, final norm and head form the root's own group."""
@@ -270,6 +279,19 @@ def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     if steps == math.inf:
         raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
     return int(steps)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step instead of giving it back to the system. Elsewhere: nothing.
+
+    By default every large tensor is mapped afresh and zeroed page by page at its first touch: at 124M parameters half
+    a million page faults, and a third of the time, of each step on a CPU. Costs a few percent more memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in glibc's malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)  # as an unsigned size: never
 
 
 def _sums(output: StepOutput) -> dict[str, Tensor]:
