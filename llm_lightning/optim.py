@@ -51,7 +51,7 @@ class AdamWConfig:
         ]
         if not groups:
             raise ValueError("nothing to train: every parameter is frozen")
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(experiment: str, data_dir: Path, folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The curves of the experiment; its checkpoints (2 GB each) are removed."""
     arguments = [f"experiment={experiment}", f"data.path={data_dir / 'the-verdict.txt'}", f"hydra.run.dir={folder}"]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, check=False, env=os.environ
-    )
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["parameters"]["total"] == 162_419_712

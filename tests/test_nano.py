@@ -36,8 +36,10 @@ def trigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
     rows = []
     for i in range(2, len(target)):
         a, b, c = target[i - 2 : i + 1]
-        pairs = [(counts[0][(c,)], len(sequence)), (counts[1][b, c], counts[0][(b,)]), (counts[2][a, b, c], counts[1][a, b])]
-        rows.append([1 / vocab_size, *(n / context if context else 0.0 for n, context in pairs)])
+        unigram = counts[0][(c,)] / len(sequence)
+        bigram = counts[1][b, c] / max(counts[0][(b,)], 1)
+        trigram = counts[2][a, b, c] / max(counts[1][a, b], 1)
+        rows.append([1 / vocab_size, unigram, bigram, trigram])
     probabilities = np.array(rows)  # (T, 4)
     weights = np.full(4, 0.25)
     for _ in range(50):
@@ -47,7 +49,9 @@ def trigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
 
 
 def test_baselines_by_hand() -> None:
-    assert unigram_loss(np.array([0, 0]), np.array([0, 1]), 2) == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
+    assert unigram_loss(np.array([0, 0]), np.array([0, 1]), 2) == pytest.approx(
+        -(math.log(3 / 4) + math.log(1 / 4)) / 2
+    )
     cycle = np.array([0, 1, 2] * 50)
     assert trigram_loss(cycle, cycle, 3) == pytest.approx(0, abs=1e-3)
     coin = np.random.default_rng(0).integers(0, 2, 20_000)

@@ -22,8 +22,8 @@ class LMBatch(NamedTuple):
     """(B, T) int64."""
     labels: Tensor
     """(B, T) int64, IGNORE_INDEX where there is no target."""
-    count: int
-    """Targets in this batch, known on the CPU so that counting never waits for the device."""
+    n_targets: int
+    """Known on the CPU so that counting never waits for the device."""
     sample_ids: tuple[int, ...]
     """Which samples these are, for error messages."""
 
@@ -49,5 +49,5 @@ def collate_lm(samples: Sequence[Sample], *, pad_id: int) -> LMBatch:
         tokens = torch.from_numpy(sample.token_ids.astype(np.int64))
         input_ids[row, : len(tokens) - 1] = tokens[:-1]
         labels[row, : len(tokens) - 1] = tokens[1:]
-    count = sum(len(sample.token_ids) - 1 for sample in samples)
-    return LMBatch(input_ids, labels, count, tuple(sample.sample_id for sample in samples))
+    n_targets = sum(len(sample.token_ids) - 1 for sample in samples)
+    return LMBatch(input_ids, labels, n_targets, tuple(sample.sample_id for sample in samples))

@@ -87,7 +87,7 @@ class PretrainingDataModule(BaseDataModule):
             stride or context_length,
             last_window,
         )
-        self._split = {"split": split, "val_fraction": val_fraction, "add_eot": add_eot}
+        self._split, self._val_fraction, self._add_eot = split, val_fraction, add_eot
         self._source = open_source(
             name=name,
             path=path,
@@ -99,7 +99,13 @@ class PretrainingDataModule(BaseDataModule):
         )
 
     def build(self) -> None:
-        files = build_token_files(self._source, self._make_tokenizer, **self._split)
+        files = build_token_files(
+            self._source,
+            self._make_tokenizer,
+            split=self._split,
+            val_fraction=self._val_fraction,
+            add_eot=self._add_eot,
+        )
         self.train_file, self.val_file = files["train"], files.get("val")
         self.tokenizer = self.train_file.tokenizer
         self.data_digest = self._source.digest()

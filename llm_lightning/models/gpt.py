@@ -92,7 +92,10 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C). `attention_mask`: bool, broadcast to (B, H, T, S), True = may attend; None = causal."""
+        """(B, T, C) -> (B, T, C).
+
+        `attention_mask`: bool, broadcast to (B, H, T, S), True = may attend; None = causal.
+        """
         query, key, value = self._heads(x)
         dtype = query.dtype
         if cache is not None:
@@ -247,12 +250,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_weights(self, input_ids: Tensor) -> list[Tensor]:
-        """Attention weights (B, H, T, T) of every layer, by the explicit path; switch dropout off with `eval()` first."""
+        """Attention weights (B, H, T, T) of every layer, by the explicit path. Call `eval()` first."""
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         maps = []
         for block in self.blocks:
-            maps.append(block.attn.explicit(block.attn_norm(x))[1])
+            maps.append(block.attn.explicit(block.attn_norm(x))[1])  # type: ignore[operator, union-attr]
             x = block(x)
         return maps
 

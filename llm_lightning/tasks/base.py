@@ -33,8 +33,8 @@ class StepOutput(NamedTuple):
     """What one batch costs."""
 
     loss_sum: Tensor
-    """() summed over `count` items."""
-    count: int
+    """() summed over `n_items` items."""
+    n_items: int
     """Target tokens, sequences or pairs, known on the CPU."""
     metrics: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012
     """name -> (sum, count), each over whatever items that metric counts."""
@@ -123,7 +123,7 @@ class TaskModule(L.LightningModule):
             parameter.grad = None
         step = self.global_step - 1
         self.log("loss", self._step_means["loss"], prog_bar=True, logger=False)
-        if step % self.trainer.log_every_n_steps == 0:
+        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             metrics = {f"train/{name}": value for name, value in self._step_means.items()}
             metrics |= {
                 "lr": self.last_lr,
@@ -297,5 +297,5 @@ def keep_freed_memory() -> None:
 def _sums(output: StepOutput) -> dict[str, Tensor]:
     """name -> (2,) sum and count."""
     loss = output.loss_sum.detach()
-    pairs = {"loss": torch.stack([loss.float(), torch.tensor(float(output.count), device=loss.device)])}
+    pairs = {"loss": torch.stack([loss.float(), torch.tensor(float(output.n_items), device=loss.device)])}
     return pairs | {name: torch.stack([s.float(), n.float()]) for name, (s, n) in output.metrics.items()}

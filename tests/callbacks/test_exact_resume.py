@@ -16,7 +16,7 @@ from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.exact_resume import rng_state, set_rng_state
 
 
-class Killed(Exception): ...
+class Killed(Exception): ...  # noqa: N818
 
 
 class KillAt(L.Callback):

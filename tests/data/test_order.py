@@ -25,10 +25,10 @@ def test_every_sample_once_whatever_the_number_of_processes(n_samples: int, worl
     ]
     batches = [list(order) for order in orders]
     assert {len(rank) for rank in batches} == {len(orders[0])}
-    together = [sum((rank[step] for rank in batches), []) for step in range(len(orders[0]))]
+    together = [[sample for rank in batches for sample in rank[step]] for step in range(len(orders[0]))]
     one = BatchOrder(n_samples, 2 * world_size, shuffle=True, seed=3)
     assert together == list(one)
-    assert sorted(sum(together, [])) == list(range(n_samples))
+    assert sorted(sample for batch in together for sample in batch) == list(range(n_samples))
 
 
 def test_drop_last_leaves_out_what_fills_no_global_batch() -> None:
