@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,16 +44,16 @@ class Outcome(NamedTuple):
     err: str
 
 
-def train_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Outcome:
+def train_here(arguments: Sequence[str]) -> Outcome:
     """What `python train.py ARGUMENTS` does, in this process, which is then left as it was."""
     from hydra.core.global_hydra import GlobalHydra
 
     from llm_lightning.experiments.launch import main
 
-    capsys.readouterr()
     root, folder = logging.getLogger(), Path.cwd()
     handlers, level = root.handlers[:], root.level
-    with pytest.MonkeyPatch.context() as patch:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["train.py", *arguments])
         patch.setattr(logging, "raiseExceptions", True)
         for name in ("HYDRA_FULL_ERROR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
@@ -69,7 +71,7 @@ def train_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> 
                 handler.close()
             root.handlers[:] = handlers
             root.setLevel(level)
-    return Outcome(code, *capsys.readouterr())
+    return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def start(arguments: Sequence[str], folder: Path, **options: Any) -> subprocess.Popen[str]:

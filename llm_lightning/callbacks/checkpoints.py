@@ -77,17 +77,11 @@ class Checkpoints(L.Callback):
         self._last_saved_step = 0
         self._last_saved_time = time.monotonic()
         self._signal: int | None = None
-        self._old_handlers: dict[int, Any] = {}
 
     # --- when ------------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning's own handler for SIGTERM ends the run without a checkpoint and with exit code 0.
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._take_signals(trainer)
         self._last_saved_step, self._last_saved_time = trainer.global_step, time.monotonic()
         path = self._path(trainer)
         if trainer.is_global_zero and path.is_file():
@@ -115,11 +109,6 @@ class Checkpoints(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > self._last_saved_step or self._best_is_new:
             self.save(trainer)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for signum, handler in self._old_handlers.items():
-            signal.signal(signum, handler)
-        self._old_handlers.clear()
 
     # --- what ------------------------------------------------------------------------------------------------------
 
@@ -162,6 +151,15 @@ class Checkpoints(L.Callback):
             return False
         late = time.monotonic() - self._last_saved_time > 60 * self.every_n_minutes
         return trainer.strategy.reduce_boolean_decision(late, all=False)  # clocks differ between processes
+
+    def _take_signals(self, trainer: L.Trainer) -> None:
+        # Lightning's own handler for SIGTERM ends the run without a checkpoint and with exit code 0. It is installed
+        # after on_fit_start; at the end, whatever happens, Lightning puts back what stood before it.
+        if trainer.received_sigterm:
+            self._signal = signal.SIGTERM
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _: Any) -> None:
         if self._signal is not None:  # a second one: the user insists

@@ -106,7 +106,7 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
     command = [sys.executable, sys.argv[0], *_options(_typed()[0]), *overrides, _run_dir_is(run_dir)]
     code = subprocess.run(command, check=False).returncode
     if code:
-        failures.append(f"{' '.join(overrides)} (exit code {code}, {run_dir})")
+        failures.append(f"{run_dir} (exit code {code})")
         return None
     summary = run_dir / "summary.json"
     return json.loads(summary.read_text())["best_value"] if summary.is_file() else None
@@ -156,7 +156,10 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
     """Call `action` and return (exit code, result), with errors of the user's kind turned into one line on stderr."""
     try:
         return 0, action()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns a KeyboardInterrupt that comes before training into an exit with code 1.
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
         print("interrupted", file=sys.stderr)
         return 130, None
     except (ValueError, OSError) as error:

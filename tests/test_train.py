@@ -1,0 +1,267 @@
+"""`python train.py`, end to end: what a run leaves, how it goes on, how it stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_run import SETTINGS, Outcome, digests, finish, start, train_here, write_checkpoint, write_corpus
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks.run_logs import read_metrics
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus.txt")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, Outcome]:
+    """One epoch of 10 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    return folder, train_here(one_epoch(corpus, folder))
+
+
+@pytest.fixture
+def run(first: tuple[Path, Outcome], tmp_path: Path) -> Path:
+    """A copy of that run, to go on with."""
+    return Path(shutil.copytree(first[0], tmp_path / "run"))
+
+
+def one_epoch(corpus: Path, folder: Path, *more: str) -> list[str]:
+    """A command line; `more` wins."""
+    base = [*SETTINGS, "trainer.max_epochs=1", "trainer.max_steps=-1", f"data.path={corpus}", f"hydra.run.dir={folder}"]
+    return list({word.partition("=")[0]: word for word in [*base, *more]}.values())
+
+
+def steps(folder: Path, name: str = "train/loss") -> list[int]:
+    return [step for step, _ in read_metrics(folder / "metrics.csv")[name]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.load(folder / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_is_promised(first: tuple[Path, Outcome], corpus: Path) -> None:
+    folder, outcome = first
+    assert (outcome.code, outcome.err) == (0, "")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    promised = {"config.yaml", "command.json", "train.log", "metrics.csv", "samples.md", "summary.json"}
+    promised |= {"plots/loss.png", "plots/lr.png"}
+    promised |= {f"checkpoints/{name}.ckpt" for name in ("last", "best", "step_00000010")}
+    assert promised <= files
+    assert files - promised - {".lock"} == {name for name in files if name.startswith("tensorboard/events")}
+    assert (folder / "metrics.csv").read_text().startswith("step,train/loss,val/loss,train/eval_loss,")
+    assert steps(folder) == list(range(10))
+    assert steps(folder, "val/loss") == steps(folder, "train/eval_loss") == [9]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config == checkpoints.read_header(folder / "checkpoints" / "last.ckpt")["config"]
+    assert (config["data"]["path"], config["model"]["attention_dropout"]) == (str(corpus), config["model"]["dropout"])
+    assert "    to be " in (folder / "samples.md").read_text()
+
+
+def test_the_numbers_of_a_run_agree(first: tuple[Path, Outcome], corpus: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, outcome = first
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = read_metrics(folder / "metrics.csv")
+    best = checkpoints.read_header(folder / "checkpoints" / "best.ckpt")
+    assert (summary["finished"], summary["steps"], summary["total_steps"], summary["epochs"]) == (True, 10, 10, 1)
+    assert summary["tokens"] == len(corpus.read_bytes()) * 9 // 10 - 1  # every training byte but the first
+    assert summary["best_value"] == best["metrics"]["val/loss"] == pytest.approx(metrics["val/loss"][-1][1])
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(10))
+    for name in ("lr", "val/loss", "val/perplexity", "train/grad_norm"):
+        assert events.Scalars(name)[-1].value == pytest.approx(metrics[name][-1][1], rel=1e-6)
+    assert "Batch: 16 a step = 16 samples x 1 accumulated x 1 processes; 10 steps" in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("Next: llm-lightning generate ")
+
+
+# --- the same command, and others --------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(run: Path, corpus: Path) -> None:
+    before = digests(run)
+    code, out, err = train_here(one_epoch(corpus, run))
+    assert (code, err) == (0, "")
+    assert "This run is finished. To train on, raise trainer.max_epochs or trainer.max_steps." in out
+    assert digests(run) == before
+
+
+def test_more_epochs_continue(run: Path, corpus: Path, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+    code, out, err = train_here(one_epoch(corpus, run, "trainer.max_epochs=2"))
+    assert (code, err) == (0, "")
+    assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert "Resuming from " in out
+    assert steps(run) == list(range(20))
+    assert steps(run, "val/loss") == [9, 19]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 20
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+
+def test_a_changed_setting_is_refused_by_name_old_and_new_value(run: Path, corpus: Path) -> None:
+    before = digests(run)
+    code, _, err = train_here(one_epoch(corpus, run, "optimizer.lr=0.5", "trainer.max_epochs=2"))
+    assert code == 2
+    assert err.startswith("error: cannot resume with other settings: optimizer.lr was 0.001 and is 0.5; ")
+    assert err.count("\n") == 1
+    assert {path: digest for path, digest in digests(run).items() if path in before} == before
+
+
+def test_resume_continues_a_run_from_any_folder(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run was started with relative paths and a `--config-dir`, and is continued from elsewhere."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    (home / "mine" / "experiment").mkdir(parents=True)
+    (home / "mine" / "experiment" / "warm.yaml").write_text("# @package _global_\nseed: 77\n")
+    elsewhere.mkdir()
+    shutil.copy(corpus, home / "corpus.txt")
+    monkeypatch.chdir(home)
+    more = ["experiment=warm", "hydra.run.dir='run=1'", "callbacks.samples=null"]
+    base = [word for word in one_epoch(Path("corpus.txt"), Path(), *more) if "samples.prompts" not in word]
+    assert train_here(["--config-dir=mine", *base]).code == 0
+    monkeypatch.chdir(elsewhere)
+    code, out, err = train_here(["resume=../home/run=1"])
+    assert (code, err) == (0, "")
+    assert "This run is finished" in out
+    code, out, err = train_here(["resume=../home/run=1", "trainer.max_epochs=2"])
+    assert (code, err) == (0, "")
+    assert steps(home / "run=1") == list(range(20))
+    assert checkpoints.read_header(home / "run=1" / "checkpoints" / "last.ckpt")["config"]["seed"] == 77
+    assert not list(elsewhere.iterdir())
+
+
+def test_preview_shows_windows_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    code, out, err = train_here(one_epoch(corpus, tmp_path / "run", "data.preview=true"))
+    assert (code, err) == (0, "")
+    text = corpus.read_text()
+    assert out.startswith(f"--- window 0: 16 targets\n{text[:17]}\n--- window 1: 16 targets\n{text[16:33]}")
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+def test_init_from_starts_at_the_given_weights(corpus: Path, tmp_path: Path) -> None:
+    """At a learning rate of almost nothing they stay what they were; the shorter context takes its positions."""
+    given = write_checkpoint(tmp_path / "given.ckpt")
+    more = ["scheduler=constant", "optimizer.lr=1e-12", "trainer.max_steps=1", "model.context_length=8"]
+    more += [f"init_from={given}", "tokenizer=word", "model.n_layer=3"]
+    code, out, err = train_here(one_epoch(corpus, tmp_path / "run", *more))
+    assert (code, err) == (0, "")
+    assert "model.n_layer=3 is ignored: the weights of init_from have 1" in out
+    assert "tokenizer=word is ignored" in out
+    before, after = checkpoints.load(given)["state_dict"], weights(tmp_path / "run")
+    before["model.position_embedding.weight"] = before["model.position_embedding.weight"][:8]
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
+    header = checkpoints.read_header(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert header["lineage"]["parent"] == checkpoints.verify(given)
+    assert header["model"]["context_length"] == 8
+
+
+def test_fast_dev_run_leaves_no_results(corpus: Path, tmp_path: Path) -> None:
+    code, _, err = train_here(one_epoch(corpus, tmp_path / "run", "debug=fast_dev_run"))
+    assert (code, err) == (0, "")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# --- how a run stops ---------------------------------------------------------------------------------------------
+
+LONG = [
+    "trainer.max_steps=150",
+    "trainer.max_epochs=-1",
+    "trainer.check_val_every_n_epoch=20",
+    "model.dropout=0.1",
+    "trainer.accumulate_grad_batches=2",
+    "callbacks.checkpoints.every_n_steps=10",
+    "callbacks.plots=null",
+]
+
+
+def long_run(corpus: Path, folder: Path) -> list[str]:
+    return one_epoch(corpus, folder, *LONG)
+
+
+def wait_for_a_checkpoint(process: Any, folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
+    corpus: Path, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    command = long_run(corpus, tmp_path / "stopped")
+    process = start(command, tmp_path)
+    wait_for_a_checkpoint(process, tmp_path / "stopped")
+    process.send_signal(signum)
+    outcome = finish(process)
+    assert outcome.code == code
+    step = checkpoints.read_header(tmp_path / "stopped" / "checkpoints" / "last.ckpt")["step"]
+    assert 10 <= step < 150
+    saved = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert outcome.err == f"stopped by {signum.name}; saved {saved}; the same command continues\n"
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    for arguments in (command, long_run(corpus, tmp_path / "whole")):
+        assert train_here(arguments).code == 0
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+    assert steps(tmp_path / "stopped") == steps(tmp_path / "whole") == list(range(150))
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_losses_of_one_with_the_double_batch(corpus: Path, tmp_path: Path) -> None:
+    two = [
+        "accelerator=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "data.batch_size=8",
+        "data.eval_batches=16",
+    ]
+    outcome = finish(start(one_epoch(corpus, tmp_path / "two", *two, "trainer.max_epochs=2"), tmp_path))
+    assert outcome.code == 0, outcome.err
+    assert train_here(one_epoch(corpus, tmp_path / "one", "trainer.max_epochs=2")).code == 0
+    curves = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    for name in ("train/loss", "val/loss", "train/eval_loss", "lr", "tokens_seen", "train/loss_epoch"):
+        assert [step for step, _ in curves[0][name]] == [step for step, _ in curves[1][name]]
+        for (_, one), (_, other) in zip(curves[0][name], curves[1][name], strict=True):
+            assert one == pytest.approx(other, rel=1e-5), name
+    assert outcome.out.count("Finished 20 steps") == 1
+
+
+@pytest.mark.slow
+def test_a_failed_run_of_a_multirun_leaves_the_others(corpus: Path, tmp_path: Path) -> None:
+    sweep = ["model.n_head=2,3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    outcome = finish(start(["-m", *one_epoch(corpus, tmp_path, *sweep)], tmp_path))
+    assert outcome.code == 2
+    assert json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())["finished"]
+    assert not (tmp_path / "sweep" / "1" / "summary.json").exists()
+    first_error, last_error = (line for line in outcome.err.splitlines() if line.startswith("error: "))
+    assert "n_head=3" in first_error
+    assert last_error == f"error: 1 of the runs failed: {tmp_path / 'sweep' / '1'} (exit code 2)"
+    assert "Traceback" not in outcome.err
