@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -56,6 +57,7 @@ def train_here(arguments: Sequence[str]) -> Outcome:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["train.py", *arguments])
         patch.setattr(logging, "raiseExceptions", True)
+        patch.setattr(threading, "excepthook", threading.excepthook)
         for name in ("HYDRA_FULL_ERROR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
             patch.setenv(name, "0")
         try:

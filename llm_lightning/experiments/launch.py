@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ def _main(script: Path) -> None:
     sys.argv = [str(script), *continue_run(sys.argv[1:])]
     check_overrides(sys.argv[1:], config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
-    logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback
+    logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback,
+    threading.excepthook = _thread_failed  # nor must TensorBoard's
 
     import hydra
 
@@ -172,6 +174,11 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         if is_main_process():  # all processes of a run stop together, with the same words
             print(error, file=sys.stderr)
         return exit_code, None
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    if not issubclass(failure.exc_type, OSError):  # that one, TensorBoard raises again in the main thread
+        threading.__excepthook__(failure)
 
 
 def _report(error: BaseException, log_dir: Path | None) -> None:
