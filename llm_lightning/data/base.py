@@ -27,6 +27,7 @@ class BaseDataModule(L.LightningDataModule):
     Args:
         batch_size: samples per process and micro-batch.
         num_workers: loader processes; 0 is fastest for memory-mapped tokens.
+        shuffle: a new order of the training samples every epoch.
         drop_last: leave out the last samples of an epoch that do not fill a batch.
         eval_batches: how many batches of training data are evaluated, without dropout, for `train/eval_loss`.
         seed: of the shuffle.
@@ -42,6 +43,7 @@ class BaseDataModule(L.LightningDataModule):
         *,
         batch_size: int,
         num_workers: int = 0,
+        shuffle: bool = True,
         drop_last: bool = False,
         eval_batches: int = 8,
         seed: int = 0,
@@ -49,7 +51,8 @@ class BaseDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
-        self.batch_size, self.num_workers, self.drop_last = batch_size, num_workers, drop_last
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.shuffle, self.drop_last = shuffle, drop_last
         self.eval_batches, self.seed = eval_batches, seed
         self._train_order: BatchOrder | None = None
         self._resume_at = (0, 0)
@@ -67,7 +70,7 @@ class BaseDataModule(L.LightningDataModule):
         """The first `n` training samples as a person reads them."""
 
     def train_dataloader(self) -> DataLoader:
-        self._train_order = self._order(self.train_samples, shuffle=True, drop_last=self.drop_last)
+        self._train_order = self._order(self.train_samples, shuffle=self.shuffle, drop_last=self.drop_last)
         self._train_order.resume(*self._resume_at)
         return self._loader(self.train_samples, self._train_order)
 
@@ -85,7 +88,7 @@ class BaseDataModule(L.LightningDataModule):
 
     def expected_samples(self, epoch: int, batch: int) -> tuple[int, ...]:
         """The sample ids of this process's batch number `batch` in `epoch`, computed afresh."""
-        order = self._order(self.train_samples, shuffle=True, drop_last=self.drop_last)
+        order = self._order(self.train_samples, shuffle=self.shuffle, drop_last=self.drop_last)
         order.resume(epoch, batch)
         return tuple(next(iter(order)))
 

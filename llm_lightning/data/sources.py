@@ -316,6 +316,12 @@ def _words(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
     return [os.fspath(word) for word in path]
 
 
+def absolute_paths(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str | list[str]:
+    """`data.path` as it reads from any folder."""
+    words = [str(Path(word).expanduser().absolute()) for word in _words(path)]
+    return words[0] if len(words) == 1 else words
+
+
 def _find(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
     files = [file for word in _words(path) for file in _files_of(word)]
     if not files:

@@ -73,7 +73,6 @@ MAY_CHANGE = (
     "allow_targets",  # how this start of the run is done, not what it computes
     "resume",
     "run_name",
-    "test",
 )
 """Settings that may differ when a run is resumed, as patterns."""
 

@@ -26,6 +26,7 @@ from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.checkpoint import LoadedModel, load_model
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.sources import absolute_paths
 from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
@@ -48,6 +49,8 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
         ValueError, OSError: for whatever is wrong with the settings, the data, a checkpoint or the disk.
     """
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    if settings["data"].get("path"):
+        settings["data"]["path"] = absolute_paths(settings["data"]["path"])  # tools find the data from anywhere
     _quieten()
     try:
         if cfg.data.preview:
@@ -68,6 +71,8 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     parent = load_model(cfg.init_from) if cfg.init_from else None
     datamodule = build_datamodule(cfg, parent)
     module = build_module(cfg, settings, datamodule, parent)
+    if run.checkpoint is not None:
+        refuse_other_inputs(run.checkpoint, module.header["lineage"])
     trainer = build_trainer(cfg, run)
     if run.state(total_steps(trainer, datamodule)) == "finished":
         return say_finished(run)
@@ -96,6 +101,21 @@ def conclude(run: RunFolder, trainer: L.Trainer, module: TaskModule, *, seconds:
     print("\n".join(closing_lines(summary, run.path)))
 
 
+def refuse_other_inputs(checkpoint: Path, lineage: Mapping[str, Any]) -> None:
+    """Refuse to continue on other data or from other weights that go by the same name.
+
+    Raises:
+        ValueError: naming what changed, its old and its new digest.
+    """
+    before = checkpoints.read_header(checkpoint)["lineage"]
+    for name, what in (("data", "the text of data.*"), ("parent", "the weights of init_from")):
+        if before[name] != lineage[name]:
+            raise ValueError(
+                f"cannot resume: {what} changed since the run began (digest {before[name]}, now {lineage[name]}); "
+                "put the old content back, or start a new run under another run_name"
+            )
+
+
 def say_finished(run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
@@ -108,7 +128,8 @@ def _quieten() -> None:
     """No advertisements, no list of absent accelerators, no advice that is meant for Lightning's authors."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    for message in (".*LeafSpec.*", ".*sync_dist=True.*"):  # what we log is summed over all processes already
+        warnings.filterwarnings("ignore", message=message)
 
 
 def build(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
@@ -236,8 +257,11 @@ def build_trainer(cfg: DictConfig, run: RunFolder) -> L.Trainer:
     if fast:  # one batch of everything leaves no files
         callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples")]
     updates = checkpoints.read_header(run.checkpoint)["step"] if run.checkpoint else 0
+    ours = {"run_dir": run.path, "resumed_step": updates}
     loggers = [
-        build(logger, run_dir=run.path, resumed_step=updates) for logger in cfg.logger.values() if logger is not None
+        build(logger, **ours if logger._target_.startswith("llm_lightning.") else {})
+        for logger in cfg.logger.values()
+        if logger is not None
     ]
     options = {key: value for key, value in cfg.trainer.items() if key != "precision"}
     return build(

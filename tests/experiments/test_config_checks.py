@@ -53,7 +53,7 @@ WRONG = [
     ("+trainer.gradient_clip_val=1", "trainer.gradient_clip_val would have no effect; set optimizer.max_grad_norm"),
     ("tokenizer=tiktoken", "tokenizer.name has no default: add tokenizer.name=VALUE"),
     ("optimizer.lr=fast", "optimizer.lr='fast' must be a number"),
-    ("test=flase", "test='flase' must be true or false"),
+    ("compile=flase", "compile='flase' must be true or false"),
     ("data.batch_size=1.5", "data.batch_size=1.5 must be a whole number"),
     ("run_name=../x", "run_name='../x' names a folder"),
     ("~optimizer.lr", "cannot be removed"),
