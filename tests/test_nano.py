@@ -26,13 +26,24 @@ def unigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
 
 
 def trigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
-    """Nats per token of interpolated uniform, uni-, bi- and trigram frequencies.
+    """Nats per token of interpolated uniform, uni-, bi- and trigram frequencies (Jelinek and Mercer 1980).
 
-    The four weights are fitted by EM on the validation text itself, which flatters the baseline.
+    The four weights are fitted by EM on the last tenth of the training text, with the frequencies of the rest.
     """
+    cut = len(train) * 9 // 10
+    held_out = ngram_probabilities(train[:cut], train[cut:], vocab_size)
+    weights = np.full(4, 0.25)
+    for _ in range(50):
+        shares = held_out * weights
+        weights = (shares / shares.sum(1, keepdims=True)).mean(0)
+    return float(-np.log(ngram_probabilities(train, val, vocab_size) @ weights).mean())
+
+
+def ngram_probabilities(train: np.ndarray, text: np.ndarray, vocab_size: int) -> np.ndarray:
+    """(T - 2, 4): of every token from the third on, under uniform, uni-, bi- and trigram frequencies of `train`."""
     sequence = train.tolist()
     counts = [Counter(zip(*(sequence[i:] for i in range(n)), strict=False)) for n in (1, 2, 3)]
-    target = val.tolist()
+    target = text.tolist()
     rows = []
     for i in range(2, len(target)):
         a, b, c = target[i - 2 : i + 1]
@@ -40,19 +51,14 @@ def trigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
         bigram = counts[1][b, c] / max(counts[0][(b,)], 1)
         trigram = counts[2][a, b, c] / max(counts[1][a, b], 1)
         rows.append([1 / vocab_size, unigram, bigram, trigram])
-    probabilities = np.array(rows)  # (T, 4)
-    weights = np.full(4, 0.25)
-    for _ in range(50):
-        shares = probabilities * weights
-        weights = (shares / shares.sum(1, keepdims=True)).mean(0)
-    return float(-np.log(probabilities @ weights).mean())
+    return np.array(rows)
 
 
 def test_baselines_by_hand() -> None:
     assert unigram_loss(np.array([0, 0]), np.array([0, 1]), 2) == pytest.approx(
         -(math.log(3 / 4) + math.log(1 / 4)) / 2
     )
-    cycle = np.array([0, 1, 2] * 50)
+    cycle = np.array([0, 1, 2] * 1000)
     assert trigram_loss(cycle, cycle, 3) == pytest.approx(0, abs=1e-3)
     coin = np.random.default_rng(0).integers(0, 2, 20_000)
     assert trigram_loss(coin[:10_000], coin[10_000:], 2) == pytest.approx(math.log(2), rel=0.01)
@@ -91,7 +97,7 @@ def test_main_command_reaches_the_stated_loss(tmp_path: Path) -> None:
     assert module.val_file is not None
     texts = module.train_file.tokens, module.val_file.tokens, loaded.tokenizer.vocab_size
     unigram, trigram = unigram_loss(*texts), trigram_loss(*texts)
-    assert summary["best_value"] < trigram - 0.2 < unigram
+    assert summary["best_value"] < trigram < unigram
     # The corpus differs a little between Python versions.
     assert unigram == pytest.approx(stated(r"unigram baseline has (\d\.\d+)")[0], abs=0.05)
     assert trigram == pytest.approx(stated(r"trigram baseline has (\d\.\d+)")[0], abs=0.05)

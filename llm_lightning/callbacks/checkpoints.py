@@ -99,8 +99,13 @@ class Checkpoints(L.Callback):
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        if value is None or trainer.sanity_checking or not math.isfinite(value):
+        if self.monitor is None or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"monitor={self.monitor} is not among the metrics of this run, which are {known}")
+        value = trainer.callback_metrics[self.monitor]
+        if not math.isfinite(value):
             return
         sign = 1 if self.mode == "min" else -1
         if self.best_value is None or sign * float(value) < sign * self.best_value:

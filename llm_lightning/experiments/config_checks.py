@@ -374,6 +374,8 @@ def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
     """Refuse a missing value, a word for a number or a switch, and a run name that is no folder name."""
     for key, value in _nodes(_plain(config)).items():
         default = known.get(key)
+        while isinstance(default, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", default)):
+            default = known.get(other[1])
         if key in SET_ELSEWHERE:
             raise ValueError(f"{key} would have no effect; set {SET_ELSEWHERE[key]} instead")
         if isinstance(value, str) and value == "???":

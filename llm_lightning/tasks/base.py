@@ -121,6 +121,8 @@ class TaskModule(L.LightningModule):
         # Lightning would free them only after the next forward pass: 0.5 GB of 3 GB at the peak with 124M parameters.
         for parameter in self.parameters():
             parameter.grad = None
+        if self.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # inside an epoch, too, the last update is then followed by a validation
         step = self.global_step - 1
         self.log("loss", self._step_means["loss"], prog_bar=True, logger=False)
         if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
