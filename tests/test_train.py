@@ -123,7 +123,7 @@ def test_a_changed_setting_is_refused_by_name_old_and_new_value(run: Path, corpu
     before = digests(run)
     code, _, err = train_here(one_epoch(corpus, run, "optimizer.lr=0.5", "trainer.max_epochs=2"))
     assert code == 2
-    assert err.startswith("error: cannot resume with other settings: optimizer.lr was 0.001 and is 0.5; ")
+    assert err.startswith("error: cannot resume with other settings: optimizer.lr was 0.003 and is 0.5; ")
     assert err.count("\n") == 1
     assert {path: digest for path, digest in digests(run).items() if path in before} == before
 

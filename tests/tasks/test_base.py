@@ -39,7 +39,9 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], tolerance: float, u
     assert one["val/loss"] == pytest.approx(other["val/loss"], rel=tolerance * 10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-12), pytest.param("float32", 1e-6, marks=pytest.mark.slow)]
+)
 def test_same_gradients_however_the_batch_is_cut(tmp_path: Path, dtype: str, tolerance: float) -> None:
     precision = {"float64": "64-true", "float32": "32-true"}[dtype]
     common = {"dtype": dtype, "precision": precision}
