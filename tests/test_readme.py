@@ -1,0 +1,71 @@
+"""Every command of the README runs, on a tiny model and text where it leaves the choice."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
+
+from llm_lightning.cli.main import main as cli
+from llm_lightning.experiments.config_checks import check_overrides
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"`((?:python train\.py|llm-lightning)[^`]*)`", README)))
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+SET_UP = [line for block in BLOCKS for line in block.splitlines() if line.startswith("pip install")]
+RUNS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python train.py")]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) > 8
+    assert len(RUNS) >= 2
+    assert SET_UP[:2] == ["pip install -e . && python train.py", 'pip install -e ".[dev]" && pytest']
+
+
+@pytest.mark.parametrize("line", SET_UP)
+def test_set_up_is_what_ci_runs(line: str) -> None:
+    assert line in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and "--help" not in c])
+def test_settings_compose(command: str) -> None:
+    arguments = shlex.split(command.replace("CKPT", "x.ckpt"))[2:]
+    assert check_overrides(arguments, ROOT / "conf").seed is not None
+
+
+def test_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    corpus = write_corpus(tmp_path / "corpus.txt", 60)
+    for line in RUNS:
+        arguments = shlex.split(line)[2:]
+        tiny = [s for s in SETTINGS if "max_steps" not in s]
+        outcome = train_here([*tiny, f"data.path={corpus}", "hydra.run.dir=outputs/pretraining/first", *arguments])
+        assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" in c])
+def test_help(command: str) -> None:
+    outcome = train_here(shlex.split(command)[2:])
+    assert outcome.code == 0
+    assert "optimizer.lr=" in outcome.out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "CKPT" in c])
+def test_tools(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "model.ckpt")
+    write_corpus(tmp_path / "text.txt", 60)
+    words = {"CKPT": "model.ckpt", "FILE": "text.txt", "FOLDER": "exported"}
+    arguments = [words.get(word, word) for word in shlex.split(command)[1:]]
+    assert cli(arguments) in (0, None)
+
+
+def test_three_lines_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "outputs" / "pretraining" / "first" / "checkpoints" / "best.ckpt")
+    (lines,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(lines, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("The")
