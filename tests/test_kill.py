@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from kill_marker import STARTING, TRAINING, VALIDATING
+from tiny_run import assert_same
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
@@ -132,18 +132,3 @@ def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     names = set(events.Tags()["scalars"]) - CLOCK_METRICS
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in sorted(names)}
-
-
-def assert_same(one: Any, other: Any, path: str) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}.{index}")
-    else:
-        assert one == other, path

@@ -110,3 +110,19 @@ def digests(folder: Path) -> dict[Path, str]:
     """sha256 of every file below `folder`."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    """Equal to the last bit, whatever it is made of; `path` says where it is not."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}.{index}")
+    else:
+        assert one == other, path

@@ -274,7 +274,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_weights(self, input_ids: Tensor) -> list[Tensor]:
-        """Attention weights (B, H, T, T) of every layer, by the explicit path. Call `eval()` first."""
+        """Attention weights (B, H, T, T) of every layer, by the explicit path. Be in eval mode."""
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         maps = []

@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from tiny_run import assert_same
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.checkpoints import Checkpoints
@@ -44,21 +45,6 @@ class Seen(L.Callback):
 def final_state(folder: Path) -> dict[str, Any]:
     state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "task_module")}
-
-
-def assert_same(one: Any, other: Any, path: str = "") -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}.{index}")
-    else:
-        assert one == other, path
 
 
 @pytest.mark.parametrize("val", [{}, {"val_check_interval": 4, "check_val_every_n_epoch": None}])
