@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -233,26 +235,24 @@ def test_what_cannot_be_pickled_leaves_the_old_file(saved: Path) -> None:
     assert list(saved.parent.iterdir()) == [saved]
 
 
-@pytest.fixture
-def largest_file() -> Any:
-    """A function that limits the size of files this process writes: a write beyond it fails as on a full disk."""
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """A larger file cannot be written, as on a full disk. No longer than needed: the test runner writes files too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, 4096, -100, -2])
-def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_needed(
-    saved: Path, largest_file: Any, n_bytes: int
-) -> None:
+def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_needed(saved: Path, n_bytes: int) -> None:
     before = saved.read_bytes()
-    largest_file(n_bytes if n_bytes >= 0 else len(before) + n_bytes)
     needed = sum(tensor.nbytes for tensor in model_state()["state_dict"].values())
-    with pytest.raises(
-        OSError, match=rf"cannot write checkpoint .*one.ckpt: .*\({needed:,} bytes needed, [\d,]+ free\)"
-    ):
+    message = rf"cannot write checkpoint .*one.ckpt: .*\({needed:,} bytes needed, [\d,]+ free\)"
+    limit = n_bytes if n_bytes >= 0 else len(before) + n_bytes
+    with pytest.raises(OSError, match=message), largest_file(limit):
         checkpoints.save(saved, model_state(step=4))
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
