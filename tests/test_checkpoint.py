@@ -9,7 +9,6 @@ import pickle
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
