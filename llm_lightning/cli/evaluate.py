@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llm_lightning.models.gpt import GPT
 
 TOKENS_PER_BATCH = 4096
-SOURCE_SETTINGS = ("name", "path", "text_field", "hf_dataset", "hf_config", "hf_split")
+SOURCE_SETTINGS = ("name", "path", "text_field", "hf_dataset", "hf_config", "hf_split", "hf_revision")
 SPLIT_SETTINGS = ("split", "val_fraction", "add_eot")
 
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from llm_lightning.pretrained import export_hf
 
     loaded = load_model(args.checkpoint)
-    export_hf(
+    report = export_hf(
         loaded.model,
         loaded.model.config,
         loaded.tokenizer,
@@ -34,4 +34,9 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         overwrite=args.overwrite,
     )
-    print(f"{args.folder}: {loaded.model.num_parameters():,} parameters in {args.dtype}, read back and compared")
+    for note in report["notes"]:
+        print(note)
+    version = report["transformers"]
+    alone = "read back by llm-lightning; transformers is not installed"
+    checked = f"compared with transformers {version}" if version else alone
+    print(f"{args.folder}: {loaded.model.num_parameters():,} parameters in {args.dtype}, {checked}")

@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text to continue")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="per prompt (default: %(default)s)"
+        "--max-new-tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="per prompt, at most up to the model's context (default: %(default)s)",
     )
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument(

@@ -276,14 +276,18 @@ def _parse_override(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot read '{text}' ({reason}); write KEY=VALUE, quoted where it has blanks") from None
+        advice = "write KEY=VALUE, and quote a value with any of ()=,'\"{}[] twice: 'KEY=\"VALUE\"'"
+        raise ValueError(f"cannot read '{text}' ({reason}); {advice}") from None
 
 
 def _jobs(overrides: list[Override], dirs: ConfigDirs, *, multirun: bool) -> list[list[Override]]:
     """Lists of single-valued overrides: the first values of all, then each further value of each swept key."""
     swept = next((override for override in overrides if override.is_sweep_override()), None)
     if swept and not multirun:
-        raise ValueError(f"'{swept.input_line}' has several values: add -m to run them all, or quote it as one value")
+        raise ValueError(
+            f"'{swept.input_line}' has several values: add -m to run them all, write a list ('KEY=[A,B]'), "
+            "or quote it twice ('KEY=\"A,B\"')"
+        )
     values = [_values(override, dirs) for override in overrides]
     first = [found[0] for found in values]
     return [first] + [
@@ -313,8 +317,8 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
         _check_override(override, groups, dirs)
     # Hydra names no near miss, so that unknown keys are let in here, and found and named below.
     full = dirs.compose(_forced(override, groups) for override in overrides)
+    allow = _allowed(overrides, dirs)
     reference = _reference(full.hydra.runtime.choices, overrides, dirs)
-    allow = reference.allow_targets
     known = _nodes(reference) | _nodes({"task": _plain(full.task, resolve=False)})
     config = _ours(full)
     for key, right in unknown_keys(_plain(config, resolve=False), known, allow):
@@ -356,8 +360,16 @@ def _text(override: Override) -> str:
 def _reference(choices: Mapping[str, Any], overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
     """The config of the chosen groups without any preset: every key in it is one that something reads."""
     groups = [f"{group}={choice}" for group, choice in choices.items() if group in set(dirs.groups()) - set(PRESETS)]
-    allowed = [_text(override) for override in overrides if override.key_or_group == "allow_targets"]
-    return _ours(_compose_once(dirs, (*groups, *allowed, "~task")))
+    return _ours(_compose_once(dirs, (*groups, *_of_allow_targets(overrides), "~task")))
+
+
+def _allowed(overrides: list[Override], dirs: ConfigDirs) -> Sequence[str]:
+    """`allow_targets` of the command line or the project's own train.yaml: no file of `--config-dir` has a say."""
+    return _compose_once(ConfigDirs(dirs.folders[-1:]), (*_of_allow_targets(overrides), "~task")).allow_targets
+
+
+def _of_allow_targets(overrides: list[Override]) -> list[str]:
+    return [_text(override) for override in overrides if override.key_or_group == "allow_targets"]
 
 
 @functools.cache  # the jobs of a multirun mostly choose the same groups

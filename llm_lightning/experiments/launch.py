@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,11 +18,13 @@ from typing import Any
 
 from llm_lightning.experiments.run_folder import is_main_process
 
+STARTED_IN = Path.cwd()
+"""Where the user stands; `resume=` works in the folder of the run's first command."""
 COMMAND = "command.json"
 """In a run folder: what was typed to start the run, and where."""
 USAGE_ERROR = 2
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
-_MAKE_ROOM = "make room and run the same command again; what was written before is intact"
+_MAKE_ROOM = "make room and continue with resume=RUN_FOLDER; what was written before is intact"
 _REMEDIES = {
     errno.EACCES: f"make it accessible, or {_ELSEWHERE}",
     errno.EROFS: _ELSEWHERE,
@@ -106,7 +109,7 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
     One that fails is added to `failures`; the others still run.
     """
     command = [sys.executable, sys.argv[0], *_options(_typed()[0]), *overrides, _run_dir_is(run_dir)]
-    code = subprocess.run(command, check=False).returncode
+    code = _wait(subprocess.Popen(command))
     if code:
         failures.append(f"{run_dir} (exit code {code})")
         return None
@@ -114,9 +117,28 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
     return json.loads(summary.read_text())["best_value"] if summary.is_file() else None
 
 
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of `process`, which is given the time to save itself when this one is told to stop."""
+
+    def stop(signum: int, _: Any) -> None:
+        process.terminate()
+        process.wait()
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal sends it to both
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def continue_run(argv: Sequence[str]) -> list[str]:
     """Replace `resume=FOLDER` by what FOLDER was started with; what else stands in `argv` wins.
 
+    `allow_targets` is left out: a folder of someone else's must not allow code to run here.
     Changes to the folder where they were typed, if it is still there, so that relative paths mean what they meant.
 
     Raises:
@@ -132,7 +154,7 @@ def continue_run(argv: Sequence[str]) -> list[str]:
     if Path(recorded["folder"]).is_dir():
         os.chdir(recorded["folder"])
     new = [word for word in argv if not word.startswith("resume=")] + [_run_dir_is(folder)]
-    names = {_key(word) for word in new}
+    names = {_key(word) for word in new} | {"allow_targets"}
     old = [word for word in recorded["overrides"] if _key(word) not in names]
     return [*_options(recorded["config_dir"]), *old, *new]
 

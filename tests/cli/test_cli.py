@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 import llm_lightning
 from llm_lightning.checkpoint import HEADER, LoadedModel, describe, load_model, save
 from llm_lightning.cli import generate as generate_verb
-from llm_lightning.cli.evaluate import evaluate_texts, windows
+from llm_lightning.cli.evaluate import SOURCE_SETTINGS, evaluate_texts, windows
 from llm_lightning.cli.main import VERBS, main
 from llm_lightning.data.sources import open_source
 from llm_lightning.data.token_files import build_token_files
@@ -167,11 +168,21 @@ def test_evaluate_finds_the_split_of_the_training_data(
         assert result == asdict(expected)
 
 
+def test_evaluate_opens_the_same_source_as_training() -> None:
+    assert set(SOURCE_SETTINGS) == set(inspect.signature(open_source).parameters)
+
+
 # -- export, inspect ---------------------------------------------------------------------------------------------------
 
 
-def test_exported_weights_are_the_same_model(run_folder: Path, tmp_path: Path, loaded: LoadedModel) -> None:
+def test_exported_weights_are_the_same_model(
+    run_folder: Path, tmp_path: Path, loaded: LoadedModel, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["export", str(run_folder), str(tmp_path / "exported")]) == 0
+    report = json.loads((tmp_path / "exported" / "export_report.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == report["notes"] != []
+    assert lines[-1].endswith(f" parameters in float32, compared with transformers {report['transformers']}")
     ids = torch.arange(10)[None]
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path / "exported").model(ids), loaded.model(ids), rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import json
 import shlex
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from llm_lightning.experiments.config_checks import (
     resolve_target,
 )
 from llm_lightning.experiments.help import read_settings
+from llm_lightning.experiments.launch import COMMAND, continue_run
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -44,6 +46,8 @@ WRONG = [
     ("-m model=glob(x*)", "has no values"),
     ("-m data.batch_size=1,many", "data.batch_size='many' must be a number"),
     ("optimizer.lr=1,2", "several values: add -m"),
+    ("data.path=a.txt,b.txt", """write a list ('KEY=[A,B]'), or quote it twice ('KEY="A,B"')"""),
+    ("data.path=a(1).txt", """quote a value with any of ()=,'"{}[] twice: 'KEY="VALUE"'"""),
     ("optimizer.lr=[1,", "cannot read 'optimizer.lr=[1,'"),
     ("optimizer", "cannot read 'optimizer'"),
     ("--bogus", "unrecognized arguments: --bogus"),
@@ -81,6 +85,9 @@ RIGHT = [
     "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor +callbacks.lr.logging_interval=step",
     "trainer.strategy={_target_:lightning.pytorch.strategies.DDPStrategy,find_unused_parameters:true}",
     "callbacks.samples=null ~callbacks.plots optimizer.max_grad_norm=null",
+    """'data.path="a.txt,b.txt"'""",
+    "'data.path=[a.txt,b.txt]'",
+    """'data.path="a(1)=b.txt"'""",
     'hydra.run.dir="/tmp/a b" hydra.job.name=train_ddp_process_1 hydra.output_subdir=null',
     "-m optimizer.lr=1e-3,1e-4 data.batch_size=range(1,3) tokenizer=choice(byte,word) model=glob(n*)",
     "-m optimizer.lr=interval(0.1,1)",
@@ -329,6 +336,27 @@ def test_one_setting_allows_a_package_of_the_users_own(tmp_path: Path, monkeypat
     check_targets({"x": {"_target_": "my_package.make"}}, ["my_package"])
     with pytest.raises(ValueError, match="is not allowed"):
         check_targets({"x": {"_target_": "my_package.os.system"}}, ["my_package"])
+
+
+def test_no_file_of_the_users_folder_allows_a_package(tmp_path: Path) -> None:
+    for group, header in (("optimizer", "defaults: [adamw]"), ("experiment", "seed: 1"), ("logger", "csv: null")):
+        folder = tmp_path / group
+        (folder / group).mkdir(parents=True)
+        (folder / group / "mine.yaml").write_text(f"# @package _global_\n{header}\nallow_targets: [shutil]\n")
+        with pytest.raises(ValueError, match="allow_targets lets code run: set it on the command line"):
+            check_overrides(["--config-dir", str(folder), f"{group}=mine"], CONF)
+
+
+@pytest.mark.parametrize("word", ["allow_targets=[shutil]", "++allow_targets=[shutil]", "+allow_targets=[shutil]"])
+def test_resume_does_not_take_over_what_a_folder_allows(tmp_path: Path, word: str) -> None:
+    words = ["+callbacks.x._target_=shutil.rmtree", "+callbacks.x.path=x", "seed=3", word]
+    recorded = {"folder": str(tmp_path / "gone"), "config_dir": None, "overrides": words}
+    (tmp_path / COMMAND).write_text(json.dumps(recorded))
+    continued = continue_run([f"resume={tmp_path}"])
+    assert continued == [*words[:3], f"hydra.run.dir='{tmp_path}'"]
+    with pytest.raises(ValueError, match=r"'shutil.rmtree' is not allowed.*add allow_targets=\[PACKAGE\]"):
+        check_overrides(continued, CONF)
+    check_overrides(continue_run([f"resume={tmp_path}", "allow_targets=[shutil]"]), CONF)
 
 
 # --- resume --------------------------------------------------------------------------------------------------------
