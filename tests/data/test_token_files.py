@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llm_lightning.atomic import write_atomically
 from llm_lightning.data import token_files as module
+from llm_lightning.data.download import commit
 from llm_lightning.data.sources import InMemory, Source, open_source
-from llm_lightning.data.token_files import TokenFile, build_token_files
+from llm_lightning.data.token_files import build_token_files
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 
 WORDS = [
@@ -348,31 +353,40 @@ def test_eight_processes_build_once(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "built\n"
 
 
-def test_killed_builders_leave_nothing_behind_for_the_next_one(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(random_text(300_000), encoding="utf-8")
-    code = f"""
-from llm_lightning.data.sources import open_source
-from llm_lightning.data.token_files import build_token_files
-from llm_lightning.tokenizers import build_tokenizer
-source, tokenizer = open_source(path={str(tmp_path / "a.txt")!r}), build_tokenizer("gpt2")
-print("ready", flush=True)
-build_token_files(source, tokenizer)
-print("done", flush=True)
-"""
-    draw, n_killed = random.Random(2), 0
-    for _ in range(4):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(draw.uniform(0.0, 0.2))
-        os.kill(child.pid, signal.SIGKILL)
-        n_killed += b"done" not in child.stdout.read()
-        child.stdout.close()
-        child.wait()
-    assert n_killed
-    files = build_token_files(open_source(path=tmp_path / "a.txt"), build_tokenizer("gpt2"))
-    assert folders() == [files["train"].path.parent]
-    assert all(isinstance(file, TokenFile) and len(file.tokens) == file.n_tokens for file in files.values())
+def _build_and_die(source: Source, n_lines: int) -> None:
+    """Build, but die before line number `n_lines` of the code that touches the disk."""
+    writers = {module._build, module._write_parts, module._Part.write, module._Part.finish, write_atomically, commit}
+    codes, left = {inspect.unwrap(function).__code__ for function in writers}, n_lines
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal left
+        if event == "line" and frame.f_code in codes:
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace if frame.f_code in codes else None
+
+    sys.settrace(trace)
+    build_token_files(source, build_tokenizer("byte"))
+    sys.settrace(None)
+
+
+def test_builders_killed_at_any_line_leave_nothing_behind_for_the_next_one(tmp_path: Path) -> None:
+    source, fork = source_of(random_text(200)), multiprocessing.get_context("fork")
+    expected = build_token_files(source, build_tokenizer("byte"), cache=tmp_path / "undisturbed")
+    digests = {name: file.digest for name, file in expected.items()}
+    for n_killed in itertools.count():
+        child = fork.Process(target=_build_and_die, args=(source, n_killed))
+        child.start()
+        child.join()
+        files = build_token_files(source, build_tokenizer("byte"))
+        assert folders() == [files["train"].path.parent], n_killed
+        assert {name: file.digest for name, file in files.items()} == digests
+        shutil.rmtree(folders()[0])
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+    assert n_killed > 30  # the lines that a whole build takes, so that the writers are still those named above
 
 
 @pytest.mark.slow
