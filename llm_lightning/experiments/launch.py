@@ -138,8 +138,8 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 def continue_run(argv: Sequence[str]) -> list[str]:
     """Replace `resume=FOLDER` by what FOLDER was started with; what else stands in `argv` wins.
 
-    `allow_targets` is left out: a folder of someone else's must not allow code to run here.
     Changes to the folder where they were typed, if it is still there, so that relative paths mean what they meant.
+    `allow_targets` is left out: a folder of someone else's must not allow code to run here.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
