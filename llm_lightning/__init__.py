@@ -1,4 +1,4 @@
-"""Pretrain, finetune, align and compare GPT models with code you can read.
+"""Pretrain GPT models with code you can read.
 
 from llm_lightning import generate_text, load_model
 

@@ -59,7 +59,7 @@ def save(path: str | Path, state: dict[str, Any]) -> str:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             f"cannot write checkpoint {path}: {error.strerror or error} ({needed:,} bytes needed, {free:,} free); "
-            "earlier checkpoints are intact: make room and run the same command again"
+            "earlier checkpoints are intact: make room and continue with resume=RUN_FOLDER"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -138,6 +138,8 @@ def newest_valid(folder: str | Path) -> Path | None:
 
 def link(source: Path, target: Path) -> None:
     """Make `target` another name of the file `source`, atomically (a copy where the file system has no hard links)."""
+    if target.is_file() and target.samefile(source):
+        return  # renaming one name of a file to another of its names does nothing, and would leave the temporary one
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:

@@ -39,7 +39,9 @@ class Interrupted(Exception):  # noqa: N818
     """A signal asked the run to stop, and it saved itself. Not an error."""
 
     def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}; the same command continues")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; saved {path}; continue with resume={path.parents[1]}"
+        )
         self.exit_code = 128 + signum
 
 
@@ -84,8 +86,11 @@ class Checkpoints(L.Callback):
         self._take_signals(trainer)
         self._last_saved_step, self._last_saved_time = trainer.global_step, time.monotonic()
         path = self._path(trainer)
-        if trainer.is_global_zero and path.is_file():
-            self._name(path, is_best=self.best_step == trainer.global_step)  # a kill may have come in between
+        if trainer.is_global_zero:
+            for damaged in path.parent.glob("step_*.ckpt"):
+                if damaged.name > path.name:  # the run fell back to `path`
+                    damaged.unlink()
+        self._repair_names(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -115,12 +120,16 @@ class Checkpoints(L.Callback):
         if trainer.global_step > self._last_saved_step or self._best_is_new:
             self.save(trainer)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._repair_names(trainer)  # here too: a run that was killed after its last checkpoint never starts to train
+
     # --- what ------------------------------------------------------------------------------------------------------
 
     def save(self, trainer: L.Trainer) -> Path:
         """Write the current state, give it its names, and remove what is no longer kept."""
         for logger in trainer.loggers:
             logger.save()  # the rows that this checkpoint covers
+        _refuse_non_finite(trainer)
         path = self._path(trainer)
         self._best_is_new = False
         trainer.save_checkpoint(path)
@@ -142,6 +151,11 @@ class Checkpoints(L.Callback):
     def _path(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints" / f"step_{trainer.global_step:08d}.ckpt"
 
+    def _repair_names(self, trainer: L.Trainer) -> None:
+        path = self._path(trainer)
+        if trainer.is_global_zero and path.is_file():
+            self._name(path, is_best=self.best_step == trainer.global_step)  # a kill may have come in between
+
     def _name(self, path: Path, *, is_best: bool) -> None:
         for name in ["last.ckpt"] + ["best.ckpt"] * is_best:
             checkpoints.link(path, path.with_name(name))
@@ -162,6 +176,7 @@ class Checkpoints(L.Callback):
         # after on_fit_start; at the end, whatever happens, Lightning puts back what stood before it.
         if trainer.received_sigterm:
             self._signal = signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False  # or Lightning exits with 0 before our next step
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._on_signal)
@@ -179,3 +194,14 @@ class Checkpoints(L.Callback):
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return None
         return self._signal or signal.SIGTERM
+
+
+def _refuse_non_finite(trainer: L.Trainer) -> None:
+    """A loss and gradient that were finite can still have led to weights that are not."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.lightning_module.parameters()]
+    finite = all(bool(part.isfinite().all()) for part in parts)
+    if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+        raise ValueError(
+            f"non-finite weights after {trainer.global_step} updates: not saved, the last checkpoint is finite; "
+            "lower optimizer.lr"
+        )

@@ -7,7 +7,6 @@ then makes the data module continue behind batch k, and checks that the first ba
 
 from __future__ import annotations
 
-import logging
 import random
 import warnings
 from typing import Any
@@ -16,21 +15,21 @@ import lightning as L
 import numpy as np
 import torch
 
-log = logging.getLogger(__name__)
-
 
 class ExactResume(L.Callback):
     def __init__(self) -> None:
         self._position: tuple[int, int] | None = None
         self._rng: dict[str, Any] | None = None
+        self._stopped_of: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Our data module continues at the right batch without the loader's help.
         warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         epoch, batches_done = position(trainer)
         checkpoint["position"] = {"epoch": epoch, "batches_done": batches_done}
+        checkpoint["stopped_of"] = pl_module.total_steps if trainer.should_stop else None
         checkpoint["rng"] = _gather(trainer, rng_state())
         _write_position(checkpoint["loops"]["fit_loop"], epoch, batches_done)
 
@@ -38,14 +37,17 @@ class ExactResume(L.Callback):
         self._position = (checkpoint["position"]["epoch"], checkpoint["position"]["batches_done"])
         trainer.datamodule.resume(*self._position)  # type: ignore[attr-defined]
         states = checkpoint["rng"]
-        if len(states) == trainer.world_size:
-            self._rng = states[trainer.global_rank]
-        else:
-            log.warning(
-                "The checkpoint was written by %d processes and is continued by %d: dropout will differ",
-                len(states),
-                trainer.world_size,
+        if len(states) != trainer.world_size:
+            raise ValueError(
+                f"cannot resume: the run has {len(states)} processes, this start has {trainer.world_size}, and its "
+                "batches would differ; start as many (trainer.devices), or a new run under another run_name"
             )
+        self._rng = states[trainer.global_rank]
+        self._stopped_of = checkpoint["stopped_of"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._stopped_of == pl_module.total_steps:
+            trainer.should_stop = True  # it had stopped early; where more steps are asked for, it goes on
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -83,7 +83,8 @@ class Throughput(L.Callback):
             self.total_seconds += now - self._since
         self._updates, self._tokens_seen = trainer.global_step, tokens
         self._since, self._is_whole, self._in_update = now, True, False
-        if (trainer.global_step - 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        is_last = trainer.global_step == pl_module.total_steps
+        if (trainer.global_step - 1) % trainer.log_every_n_steps == 0 or is_last:  # type: ignore[attr-defined]
             self._log(trainer, pl_module, batch.input_ids.size(1))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -32,7 +32,7 @@ from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.tasks.base import TaskModule, total_steps
+from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     if settings["data"].get("path"):
         settings["data"]["path"] = absolute_paths(settings["data"]["path"])  # tools find the data from anywhere
+    settings["trainer"]["precision"] = choose_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     _quieten()
     try:
         if cfg.data.preview:
@@ -58,7 +59,7 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
             return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
-                refuse_changes(checkpoints.read_header(run.checkpoint)["config"], settings)
+                refuse_changes(run.header["config"], settings)
             return fit(cfg, settings, run, command)
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
         raise ValueError(str(error)) from error
@@ -68,14 +69,20 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     """Train, from the folder's newest checkpoint on if there is one, and leave a summary."""
     started = time.monotonic()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    parent = load_model(cfg.init_from) if cfg.init_from else None
+    # A run that continues has all it needs in its own checkpoint: the first weights may be gone, or trained on.
+    parent = load_model(run.checkpoint or cfg.init_from) if cfg.init_from else None
+    if parent is not None and run.checkpoint is not None:
+        parent.header["digest"] = run.header["lineage"]["parent"]
     datamodule = build_datamodule(cfg, parent)
+    if "val" not in datamodule.eval_samples and str(cfg.monitor).startswith("val/"):
+        raise ValueError(f"monitor={cfg.monitor}, but there is no validation text; set monitor=train/eval_loss")
     module = build_module(cfg, settings, datamodule, parent)
     if run.checkpoint is not None:
-        refuse_other_inputs(run.checkpoint, module.header["lineage"])
-    trainer = build_trainer(cfg, run)
+        refuse_other_data(run.header["lineage"]["data"], datamodule.data_digest)
+    trainer = build_trainer(cfg, settings, run)
+    refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if run.state(total_steps(trainer, datamodule)) == "finished":
-        return say_finished(run)
+        return say_finished(cfg, run)
     if is_main_process():
         run.write_config(settings)
         write_atomically(run.path / COMMAND, json.dumps(command, indent=2) + "\n")
@@ -98,29 +105,48 @@ def conclude(run: RunFolder, trainer: L.Trainer, module: TaskModule, *, seconds:
         if isinstance(logger, TensorBoard):
             logger.log_hyperparams(module.header["config"], summary["metrics"], step=trainer.global_step)
         logger.finalize("success")
-    print("\n".join(closing_lines(summary, run.path)))
+    for line in closing_lines(summary, run.path):
+        log.info(line)
 
 
-def refuse_other_inputs(checkpoint: Path, lineage: Mapping[str, Any]) -> None:
-    """Refuse to continue on other data or from other weights that go by the same name.
-
-    Raises:
-        ValueError: naming what changed, its old and its new digest.
-    """
-    before = checkpoints.read_header(checkpoint)["lineage"]
-    for name, what in (("data", "the text of data.*"), ("parent", "the weights of init_from")):
-        if before[name] != lineage[name]:
-            raise ValueError(
-                f"cannot resume: {what} changed since the run began (digest {before[name]}, now {lineage[name]}); "
-                "put the old content back, or start a new run under another run_name"
-            )
+def refuse_other_data(before: str, now: str) -> None:
+    """Refuse to continue on a text that has changed under its name."""
+    if before != now:
+        raise ValueError(
+            f"cannot resume: the text of data.* changed since the run began (digest {before}, now {now}); "
+            "put the old text back, or start a new run under another run_name"
+        )
 
 
-def say_finished(run: RunFolder) -> float | None:
+def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
+    """Refuse validation between the micro-batches of one update, where no checkpoint can be written."""
+    window, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+    if window == 1 or interval in (None, 1.0):
+        return
+    every = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    if every % window:
+        raise ValueError(
+            f"trainer.val_check_interval={interval} is every {every} batches, inside a window of "
+            f"trainer.accumulate_grad_batches={window}; make it a multiple"
+        )
+    if trainer.check_val_every_n_epoch is None and batches % window:
+        raise ValueError(
+            f"an epoch has {batches} batches, no multiple of trainer.accumulate_grad_batches={window}, so that "
+            "validation counted across epochs would fall inside a window; set trainer.check_val_every_n_epoch=1"
+        )
+
+
+def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
-    print("This run is finished. To train on, raise trainer.max_epochs or trainer.max_steps.")
-    print("\n".join(closing_lines(summary, run.path)))
+    log.info(
+        "This run is finished: it ends at the first of trainer.max_epochs=%s and trainer.max_steps=%s. To train on, "
+        "raise the one that was reached",
+        cfg.trainer.max_epochs,
+        cfg.trainer.max_steps,
+    )
+    for line in closing_lines(summary, run.path):
+        log.info(line)
     return summary["best_value"]
 
 
@@ -224,6 +250,8 @@ def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool) -> GPT:
             f"model.context_length={wanted.context_length} exceeds the {own.context_length} positions of the weights "
             f"in init_from; set model.context_length={own.context_length} or less"
         )
+    if wanted.context_length < own.context_length:
+        log.info("model.context_length=%d cuts the %d of the weights", wanted.context_length, own.context_length)
     kept = ("vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "tied_head", "layer_norm_eps")
     for name in kept[1:]:
         if getattr(own, name) != getattr(wanted, name):
@@ -250,14 +278,13 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
     return wanted or tokenizer.vocab_size
 
 
-def build_trainer(cfg: DictConfig, run: RunFolder) -> L.Trainer:
+def build_trainer(cfg: DictConfig, settings: dict[str, Any], run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     fast = bool(cfg.trainer.fast_dev_run)
     callbacks = [ExactResume()] + [build(c) for c in cfg.callbacks.values() if c is not None]
     if fast:  # one batch of everything leaves no files
         callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples")]
-    updates = checkpoints.read_header(run.checkpoint)["step"] if run.checkpoint else 0
-    ours = {"run_dir": run.path, "resumed_step": updates}
+    ours = {"run_dir": run.path, "resumed_step": run.header["step"] if run.checkpoint else 0}
     loggers = [
         build(logger, **ours if logger._target_.startswith("llm_lightning.") else {})
         for logger in cfg.logger.values()
@@ -266,7 +293,7 @@ def build_trainer(cfg: DictConfig, run: RunFolder) -> L.Trainer:
     options = {key: value for key, value in cfg.trainer.items() if key != "precision"}
     return build(
         options,
-        precision=choose_precision(cfg.trainer.precision, cfg.trainer.accelerator),
+        precision=settings["trainer"]["precision"],
         default_root_dir=run.path,
         callbacks=callbacks,
         logger=loggers,

@@ -43,6 +43,8 @@ class RunFolder:
     path: Path
     checkpoint: Path | None
     """The newest valid checkpoint when the folder was opened."""
+    header: dict[str, Any]
+    """What that checkpoint says of itself; empty if there is none."""
     previous_summary: dict[str, Any]
     """`summary.json` of an earlier session, empty if there is none."""
 
@@ -81,7 +83,7 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
     path.mkdir(parents=True, exist_ok=True)
     main = is_main_process()
     with _owned(path) if main else contextlib.nullcontext():
-        run = RunFolder(path, _newest_checkpoint(path), _read_json(path / "summary.json"))
+        run = RunFolder(path, *_newest_checkpoint(path), _read_json(path / "summary.json"))
         if run.checkpoint is None and main:
             run.write_config(config)
         yield run
@@ -137,12 +139,13 @@ def _sweep(path: Path) -> None:
             stray.unlink(missing_ok=True)
 
 
-def _newest_checkpoint(path: Path) -> Path | None:
+def _newest_checkpoint(path: Path) -> tuple[Path | None, dict[str, Any]]:
     if not (path / "checkpoints").is_dir():
-        return None
-    from llm_lightning.checkpoint import newest_valid
+        return None, {}
+    from llm_lightning.checkpoint import newest_valid, read_header
 
-    return newest_valid(path / "checkpoints")
+    checkpoint = newest_valid(path / "checkpoints")
+    return checkpoint, read_header(checkpoint) if checkpoint else {}
 
 
 def is_main_process() -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.atomic import write_atomically
+from llm_lightning.experiments.launch import STARTED_IN
 from llm_lightning.experiments.run_folder import RunFolder
 
 PACKAGES = ("llm-lightning", "torch", "lightning", "hydra-core")
@@ -34,14 +35,11 @@ def build_summary(
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
     from llm_lightning.callbacks.throughput import Throughput
-    from llm_lightning.checkpoint import read_header
 
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
     checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
     best = run.checkpoints / "best.ckpt"
-    metrics = dict(trainer.callback_metrics)
-    if not metrics and run.checkpoint is not None:  # killed after the last update: this session trained nothing
-        metrics = read_header(run.checkpoint)["metrics"]
+    metrics = module.latest_metrics()
     return {
         "finished": True,
         "task": module.task,
@@ -149,6 +147,6 @@ def _version(package: str) -> str | None:
 def _shown(path: Path) -> Path:
     """Relative to where the user stands, if that is shorter to type."""
     try:
-        return path.resolve().relative_to(Path.cwd())
+        return path.resolve().relative_to(STARTED_IN)
     except ValueError:
         return path.resolve()

@@ -77,6 +77,7 @@ class TaskModule(L.LightningModule):
         self.total_steps = 0
         self._window: list[tuple[StepOutput, int, tuple[int, ...]]] = []
         self._step_means: dict[str, float] = {}
+        self._earlier_metrics: dict[str, float] = {}
         self._epoch_sums: dict[str, list[float]] = {}
         self._eval_sums: dict[str, dict[str, list[Tensor]]] = {}
 
@@ -125,7 +126,8 @@ class TaskModule(L.LightningModule):
             self.trainer.should_stop = True  # inside an epoch, too, the last update is then followed by a validation
         step = self.global_step - 1
         self.log("loss", self._step_means["loss"], prog_bar=True, logger=False)
-        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        is_last = self.global_step == self.total_steps
+        if step % self.trainer.log_every_n_steps == 0 or is_last:  # type: ignore[attr-defined]
             metrics = {f"train/{name}": value for name, value in self._step_means.items()}
             metrics |= {
                 "lr": self.last_lr,
@@ -159,7 +161,7 @@ class TaskModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for stage, sums in self._eval_sums.items():
-            totals = {name: torch.stack(pairs).double().cpu().sum(0) for name, pairs in sums.items()}
+            totals = {name: torch.stack(pairs).cpu().double().sum(0) for name, pairs in sums.items()}
             reduced = self._all_reduce(totals)
             means = {name: total / max(number, 1) for name, (total, number) in reduced.items()}
             prefix = "train/eval_" if stage == "train_eval" else f"{stage}/"
@@ -191,15 +193,24 @@ class TaskModule(L.LightningModule):
         if self.device.type == "cpu":
             keep_freed_memory()
 
+    def on_train_start(self) -> None:
+        # The rate in a checkpoint belongs to the length that the run had when it was saved.
+        schedule: Any = self.lr_schedulers()
+        factor = schedule.lr_lambdas[0](schedule.last_epoch)
+        for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = peak * factor
+
     def configure_model(self) -> None:
         """Shard the model under FSDP2, block by block. Embeddings, final norm and head form the root's own group."""
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         if isinstance(self.model, FSDPModule):
             return
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        # Not the strategy's mesh: by default all processes of a node stand on its tensor-parallel axis.
+        mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
         for block in self.model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
@@ -213,23 +224,30 @@ class TaskModule(L.LightningModule):
             step=self.global_step,
             epoch=self.current_epoch,
             tokens_seen=self.tokens_seen,
-            metrics={name: float(value) for name, value in self.trainer.callback_metrics.items()},
+            metrics=self.latest_metrics(),
             **self.header,
         )
         checkpoint["task_module"] = {"tokens_seen": self.tokens_seen, "epoch_sums": self._epoch_sums}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._earlier_metrics = dict(checkpoint[checkpoints.HEADER]["metrics"])
         state = checkpoint["task_module"]
         self.tokens_seen, self._epoch_sums = state["tokens_seen"], state["epoch_sums"]
+
+    def latest_metrics(self) -> dict[str, float]:
+        """The newest value of every metric, those of earlier sessions of the run included."""
+        return self._earlier_metrics | {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     # --- details ---------------------------------------------------------------------------------------------------
 
     def _fused(self) -> bool:
         setting = self.optimizer_config.fused
-        if setting != "auto":
-            return bool(setting)
         # Under fp16 a fused optimizer would unscale only inside its step, after we measured and clipped the norm.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if setting is True and scaled:
+            raise ValueError("optimizer.fused=true and trainer.precision=16-mixed do not go together; use fused=auto")
+        if setting != "auto":
+            return bool(setting)
         return not scaled and not isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def _max_norm(self) -> float | None:
@@ -242,7 +260,7 @@ class TaskModule(L.LightningModule):
         for output, _, _ in self._window:
             for name, pair in _sums(output).items():
                 sums[name].append(pair)
-        return self._all_reduce({name: torch.stack(pairs).double().cpu().sum(0) for name, pairs in sums.items()})
+        return self._all_reduce({name: torch.stack(pairs).cpu().double().sum(0) for name, pairs in sums.items()})
 
     def _all_reduce(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
         """(sum, count) pairs summed over all processes."""
@@ -253,8 +271,10 @@ class TaskModule(L.LightningModule):
         return {name: pair.tolist() for name, pair in sums.items()}
 
     def _check_finite(self, loss_sum: float, norm: float) -> None:
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if math.isfinite(loss_sum) and (math.isfinite(norm) or scaled):  # the fp16 scaler skips such an update itself
+        # The fp16 scaler skips an update that overflows, and halves its scale. If no scale is small enough, it is nan.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        overflows = scaler is not None and scaler.get_scale() > 2**-14
+        if math.isfinite(loss_sum) and (math.isfinite(norm) or overflows):
             return
         what = "loss" if not math.isfinite(loss_sum) else "gradient"
         raise NonFiniteError(
@@ -268,13 +288,18 @@ class TaskModule(L.LightningModule):
         return f"epoch {self.current_epoch}, " + ", ".join(parts)
 
 
-def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
-    """Optimizer updates of the whole run, from the data module's sizes and the trainer's limits."""
+def batches_per_epoch(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
+    """Micro-batches of one epoch and process, within the trainer's limit."""
     batches = datamodule.batches_per_epoch(trainer.world_size)
     limit = trainer.limit_train_batches
-    if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
+    """Optimizer updates of the whole run, from the data module's sizes and the trainer's limits."""
+    per_epoch = math.ceil(batches_per_epoch(trainer, datamodule) / trainer.accumulate_grad_batches)
     steps = per_epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
     if trainer.max_steps != -1:
         steps = min(steps, trainer.max_steps)

@@ -47,7 +47,7 @@ def final_state(folder: Path) -> dict[str, Any]:
     return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "task_module")}
 
 
-@pytest.mark.parametrize("val", [{}, {"val_check_interval": 4, "check_val_every_n_epoch": None}])
+@pytest.mark.parametrize("val", [{}, {"val_check_interval": 4}])
 @pytest.mark.parametrize(
     ("step", "hook"),
     [
@@ -112,3 +112,24 @@ def test_rng_state_round_trip() -> None:
     first = (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
     set_rng_state(state)
     assert first == (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
+
+
+def test_an_extended_run_follows_the_schedule_of_its_new_length(
+    tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any
+) -> None:
+    for max_steps in (5, 9):
+        module = make_module()
+        path = checkpoints.newest_valid(tmp_path / "checkpoints")
+        rates: dict[int, float] = {}
+        trainer = make_trainer(tmp_path, [Checkpoints(), Rates(rates)], max_epochs=-1, max_steps=max_steps)
+        trainer.fit(module, datamodule=make_data(batch_size=2), ckpt_path=path, weights_only=True)
+    expected = [module.schedule.lr_at(step, 1e-2, 9) for step in range(5, 9)]
+    assert [rates[step] for step in range(5, 9)] == pytest.approx(expected)
+
+
+class Rates(L.Callback):
+    def __init__(self, rates: dict[int, float]) -> None:
+        self.rates = rates
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.rates[trainer.global_step - 1] = pl_module.last_lr

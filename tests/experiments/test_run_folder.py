@@ -37,7 +37,9 @@ def test_a_new_folder_is_fresh_and_says_who_owns_it(tmp_path: Path) -> None:
 
 def test_state_follows_checkpoint_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoints").mkdir()
-    monkeypatch.setattr(run_folder, "_newest_checkpoint", lambda path: path / "checkpoints" / "step_00000010.ckpt")
+    monkeypatch.setattr(
+        run_folder, "_newest_checkpoint", lambda path: (path / "checkpoints" / "step_00000010.ckpt", {"step": 10})
+    )
     with open_run(tmp_path, {"max_steps": 11}) as run:
         assert run.state() == "resumable"
         assert not (tmp_path / "config.yaml").exists()  # the caller may still refuse the change

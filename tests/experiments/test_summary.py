@@ -72,7 +72,7 @@ def test_a_run_killed_before_its_summary_sums_up_the_same(
 def test_closing_lines_say_what_where_and_what_next(
     tmp_path: Path, summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr("llm_lightning.experiments.summary.STARTED_IN", tmp_path.parent)
     fixed = summary | {"seconds": 88.0, "tokens": 1234567, "tokens_per_second": 14029.2}
     fixed |= {"monitor": "val/loss", "best_value": 2.5, "best_step": 9, "metrics": {"val/perplexity": 13.4637}}
     assert closing_lines(fixed, tmp_path) == [
@@ -81,7 +81,7 @@ def test_closing_lines_say_what_where_and_what_next(
         f"Run folder: {tmp_path.name}",
         f'Next: llm-lightning generate {tmp_path.name}/checkpoints/best.ckpt "The"',
     ]
-    monkeypatch.chdir("/")
+    monkeypatch.setattr("llm_lightning.experiments.summary.STARTED_IN", Path("/"))
     assert f"Run folder: {tmp_path.relative_to('/')}" in closing_lines(fixed, tmp_path)
     assert len(closing_lines(fixed | {"best_value": None, "tokens_per_second": None}, tmp_path)) == 3
 
