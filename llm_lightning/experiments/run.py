@@ -139,14 +139,11 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
 def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
-    log.info(
-        "This run is finished: it ends at the first of trainer.max_epochs=%s and trainer.max_steps=%s. To train on, "
-        "raise the one that was reached",
-        cfg.trainer.max_epochs,
-        cfg.trainer.max_steps,
+    print(
+        f"This run is finished: it ends at the first of trainer.max_epochs={cfg.trainer.max_epochs} and "
+        f"trainer.max_steps={cfg.trainer.max_steps}. To train on, raise the one that was reached."
     )
-    for line in closing_lines(summary, run.path):
-        log.info(line)
+    print("\n".join(closing_lines(summary, run.path)))
     return summary["best_value"]
 
 
@@ -309,14 +306,12 @@ def choose_precision(setting: str, accelerator: str) -> str:
     if setting != "auto":
         return setting
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        fast, device = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        fast, device = False, "Apple MPS"  # bf16 saves memory there, but was measured slower
+        fast = False  # bf16 saves memory there, but was measured slower
     else:
-        fast, device = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), "this CPU"
-    precision = "bf16-mixed" if fast else "32-true"
-    log.info("Precision %s: %s %s", precision, device, "is fast at bf16" if fast else "is not faster at bf16")
-    return precision
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if fast else "32-true"
 
 
 def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFolder) -> None:
@@ -327,6 +322,7 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFo
     accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
     effective = datamodule.batch_size * accumulate * world
     log.info("Data: %s", datamodule.describe())
+    log.info("Precision: %s", trainer.precision)
     log.info(
         "Model: %s parameters, vocabulary %s", f"{module.model.num_parameters():,}", module.model.config.vocab_size
     )
