@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-STARTING, TRAINING, VALIDATING = b"s", b"t", b"v"
+STARTING, TRAINING, VALIDATING, SAVING = b"s", b"t", b"v", b"w"
 
 
 class Marker(L.Callback):
@@ -21,6 +21,9 @@ class Marker(L.Callback):
 
     def on_validation_batch_start(self, *_: Any) -> None:
         self.byte[0:1] = VALIDATING
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self.byte[0:1] = SAVING  # until the next batch: what is written comes after this hook
 
     def on_validation_end(self, *_: Any) -> None:
         self.byte[0:1] = TRAINING
