@@ -37,7 +37,7 @@ def main() -> None:
     if options.contender:
         print(json.dumps(measure(CONTENDERS[options.contender], options.steps)))
         return
-    n_rounds, steps = (1, 3) if options.quick else (5, 8)
+    n_rounds, steps = (1, 3) if options.quick else (3, 5)
     rounds = run_rounds(__file__, list(CONTENDERS), n_rounds, ["--steps", str(steps)])
     report(rounds, {"parameters": "124M", "batch": f"{BATCH} x {TIME}", "steps": steps})
 
