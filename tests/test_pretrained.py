@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_lightning import pretrained
+from llm_lightning import hf_export
+from llm_lightning.hf_export import export_hf
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.gpt2_weights import config_to_hf, to_hf
-from llm_lightning.pretrained import GPT2_WEIGHTS, Release, export_hf, load_pretrained
+from llm_lightning.pretrained import GPT2_WEIGHTS, Release, load_pretrained
 from llm_lightning.tokenizers import build_tokenizer, from_description
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=128)
@@ -317,7 +318,7 @@ def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_one(
             export_hf(model, config, tokenizer, target, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.setattr(pretrained, "_compare_with_transformers", lambda *_: (1.0, 10.0))
+    monkeypatch.setattr(hf_export, "_compare_with_transformers", lambda *_: (1.0, 10.0))
     with pytest.raises(ValueError, match="differ by 1; nothing was written"):
         export_hf(model, config, tokenizer, target, overwrite=True)
     with torch.no_grad():

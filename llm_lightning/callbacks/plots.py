@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from llm_lightning.atomic import write_atomically
-from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.callbacks.run_logs import TensorBoard, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ LOSSES = {
     "train/eval_loss": "training, dropout off",
     "val/loss": "validation",
 }
+ACCURACIES = {"train/eval_accuracy": "training", "val/accuracy": "validation"}
 
 
 class Plots(L.Callback):
@@ -47,8 +48,11 @@ class Plots(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.draw(trainer)
 
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.draw(trainer)
+
     def draw(self, trainer: L.Trainer) -> None:
-        """Draw both plots, as far as there is something to draw."""
+        """Draw the curves, and the figures of the task, as far as there is something to draw."""
         if not trainer.is_global_zero or self._is_broken:
             return
         for logger in trainer.loggers:
@@ -56,10 +60,21 @@ class Plots(L.Callback):
         try:
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             draw_plots(Path(trainer.default_root_dir), steps_per_epoch)
+            self._draw_figures(trainer)
         except Exception as error:  # whatever matplotlib, a font or a full disk come up with
             rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
             self._is_broken = True
         self._drawn = time.monotonic()
+
+    def _draw_figures(self, trainer: L.Trainer) -> None:
+        folder = Path(trainer.default_root_dir) / "plots"
+        for name, figure in trainer.lightning_module.figures().items():  # type: ignore[operator]
+            folder.mkdir(exist_ok=True)
+            _save(figure, folder / f"{name}.png")
+            for logger in trainer.loggers:
+                # Only what will not be drawn again under this step: a killed run continues with each picture once.
+                if isinstance(logger, TensorBoard) and trainer.state.fn == "test":
+                    logger.log_figure(name, figure, trainer.global_step)
 
 
 def draw_plots(run_dir: Path, steps_per_epoch: int) -> None:
@@ -71,6 +86,8 @@ def draw_plots(run_dir: Path, steps_per_epoch: int) -> None:
     (run_dir / "plots").mkdir(exist_ok=True)
     if any(name in curves for name in LOSSES):
         _save(loss_figure(curves, steps_per_epoch), run_dir / "plots" / "loss.png")
+    if any(name in curves for name in ACCURACIES):
+        _save(accuracy_figure(curves, steps_per_epoch), run_dir / "plots" / "accuracy.png")
     if "lr" in curves:
         _save(lr_figure(curves), run_dir / "plots" / "lr.png")
 
@@ -85,15 +102,29 @@ def loss_figure(curves: Curves, steps_per_epoch: int) -> Figure:
             style = {"alpha": 0.4} if name == "train/loss" else {"marker": "."}
             axes.plot(epochs, [value for _, value in curves[name]], label=label, **style)  # type: ignore[arg-type]
     axes.set_xlabel("epochs")
-    axes.set_ylabel("loss (nats per token)")
     axes.legend()
-    if curves.get("tokens_seen"):
-        step, tokens = curves["tokens_seen"][-1]
-        tokens_per_epoch = tokens / (step + 1) * steps_per_epoch
+    counted = next((name for name in ("tokens_seen", "sequences_seen") if curves.get(name)), None)
+    if counted is not None:
+        step, seen = curves[counted][-1]
+        per_epoch = seen / (step + 1) * steps_per_epoch
         above = axes.secondary_xaxis(
-            "top", functions=(lambda epochs: epochs * tokens_per_epoch, lambda tokens: tokens / tokens_per_epoch)
+            "top", functions=(lambda epochs: epochs * per_epoch, lambda items: items / per_epoch)
         )
-        above.set_xlabel("tokens seen")
+        above.set_xlabel(counted.replace("_", " "))
+    axes.set_ylabel("loss (nats per token)" if counted == "tokens_seen" else "loss (nats)")
+    return figure
+
+
+def accuracy_figure(curves: Curves, steps_per_epoch: int) -> Figure:
+    """Accuracies over epochs."""
+    figure, axes = _figure()
+    for name, label in ACCURACIES.items():
+        if name in curves:
+            epochs = [(step + 1) / steps_per_epoch for step, _ in curves[name]]
+            axes.plot(epochs, [value for _, value in curves[name]], label=label, marker=".")
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("accuracy")
+    axes.legend()
     return figure
 
 

@@ -220,6 +220,11 @@ class TensorBoard(Logger):
         self.experiment.add_text(name, text, step)
 
     @rank_zero_only
+    def log_figure(self, name: str, figure: Any, step: int) -> None:
+        """Add a matplotlib figure under the Images tab; it is closed."""
+        self.experiment.add_figure(name, figure, step)
+
+    @rank_zero_only
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, metrics: Mapping[str, float] | None = None, step: int | None = None
     ) -> None:

@@ -1,4 +1,4 @@
-"""How fast training runs: target tokens per second, share of the hardware's peak, peak memory."""
+"""How fast training runs: target tokens (or sequences) per second, share of the hardware's peak, peak memory."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ PEAK_TFLOPS = {
 
 
 class Throughput(L.Callback):
-    """Log `train/tokens_per_second`, `train/mfu` and `train/peak_memory_gib` in the rows that the task logs.
+    """Log `train/tokens_per_second` (or `sequences`), `train/mfu` and `train/peak_memory_gib` in the rows that the task logs.
 
-    Target tokens of all processes are counted, and the time between updates including the wait for data; validation,
+    Items of the loss (target tokens, sequences) of all processes are counted, and the time between updates including the wait for data; validation,
     sampling, saving and the first update, which compiles and allocates, are left out.
 
     Args:
@@ -45,19 +45,19 @@ class Throughput(L.Callback):
         if peak_tflops is not None and peak_tflops <= 0:
             raise ValueError(f"callbacks.throughput.peak_tflops={peak_tflops} must be positive; null: look it up")
         self.peak_tflops = peak_tflops
-        self.total_tokens, self.total_seconds = 0, 0.0  # this session's, as far as they were timed
+        self.total_items, self.total_seconds = 0, 0.0  # this session's, as far as they were timed
         self._earlier_wall_seconds = 0.0
         self._session_start = time.monotonic()
         self._since: float | None = None  # the clock stands while this is None
-        self._updates = self._tokens_seen = 0
+        self._updates = self._items_seen = 0
         self._in_update = True  # a micro-batch of the coming update has begun; at first: not timed, it compiles
         self._is_whole = False  # the clock has run for all of the coming update
         self._logged = (0, 0.0)
 
     @property
-    def tokens_per_second(self) -> float | None:
+    def items_per_second(self) -> float | None:
         """Of this session; None before the second update."""
-        return self.total_tokens / self.total_seconds if self.total_seconds else None
+        return self.total_items / self.total_seconds if self.total_seconds else None
 
     @property
     def wall_seconds(self) -> float:
@@ -65,7 +65,7 @@ class Throughput(L.Callback):
         return self._earlier_wall_seconds + time.monotonic() - self._session_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._updates, self._tokens_seen = trainer.global_step, pl_module.tokens_seen
+        self._updates, self._items_seen = trainer.global_step, pl_module.items_seen
         if self.peak_tflops is None and pl_module.device.type == "cuda":
             self.peak_tflops = known_peak(torch.cuda.get_device_name(pl_module.device))
 
@@ -77,11 +77,11 @@ class Throughput(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._updates:  # the update is still to come
             return
-        now, tokens = time.monotonic(), pl_module.tokens_seen
+        now, items = time.monotonic(), pl_module.items_seen
         if self._is_whole and self._since is not None:
-            self.total_tokens += tokens - self._tokens_seen
+            self.total_items += items - self._items_seen
             self.total_seconds += now - self._since
-        self._updates, self._tokens_seen = trainer.global_step, tokens
+        self._updates, self._items_seen = trainer.global_step, items
         self._since, self._is_whole, self._in_update = now, True, False
         is_last = trainer.global_step == pl_module.total_steps
         if (trainer.global_step - 1) % trainer.log_every_n_steps == 0 or is_last:  # type: ignore[attr-defined]
@@ -106,12 +106,12 @@ class Throughput(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: Any, sequence_length: int) -> None:
         metrics = {"train/peak_memory_gib": peak_memory(pl_module.device) / 2**30}
-        tokens, seconds = self.total_tokens - self._logged[0], self.total_seconds - self._logged[1]
-        self._logged = (self.total_tokens, self.total_seconds)
+        items, seconds = self.total_items - self._logged[0], self.total_seconds - self._logged[1]
+        self._logged = (self.total_items, self.total_seconds)
         if seconds > 0:
-            rate = metrics["train/tokens_per_second"] = tokens / seconds
-            if self.peak_tflops is not None:
-                flops = rate * pl_module.model.flops_per_token(sequence_length)
+            rate = metrics[f"train/{pl_module.item}s_per_second"] = items / seconds
+            if self.peak_tflops is not None and pl_module.item == "token":
+                flops = rate * pl_module.trunk.flops_per_token(sequence_length)
                 metrics["train/mfu"] = flops / (self.peak_tflops * 1e12 * trainer.world_size)
         pl_module.log_row(metrics)
 

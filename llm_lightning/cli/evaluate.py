@@ -1,7 +1,9 @@
-"""Loss and perplexity of a model on text.
+"""Loss and perplexity of a GPT on text; accuracy of a classifier on labelled text.
 
   llm-lightning evaluate outputs/pretraining/my_run --split val
   llm-lightning evaluate gpt2-small --text book.txt more.jsonl --stride 512
+  llm-lightning evaluate outputs/classification/my_run --split test
+  llm-lightning evaluate outputs/classification/my_run --text labelled.csv --label-column kind
 
 Every token after the first of a document is scored exactly once. Windows of the model's context follow each other
 without overlap, as in training; a smaller --stride shows each token more of what stands before it, and takes longer.
@@ -58,18 +60,33 @@ class Window(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", nargs="+", metavar="FILE", help="text or JSONL files, folders or globs")
-    what.add_argument("--split", choices=("train", "val"), help="a part of the data that the model was trained with")
-    parser.add_argument("--text-field", default="text", metavar="KEY", help="of JSONL records (default: %(default)s)")
+    what.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text or JSONL files, folders or globs; a CSV, TSV or JSONL with labels",
+    )
+    what.add_argument(
+        "--split", choices=("train", "val", "test"), help="a part of the data that the model was trained with"
+    )
+    parser.add_argument(
+        "--text-field", default="text", metavar="KEY", help="of records: where the text is (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--label-column", default="label", metavar="KEY", help="of records: where the class is (default: %(default)s)"
+    )
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (default: the context)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     loaded = open_model(args)
+    if isinstance(loaded.model, _classifier()):
+        _run_classifier(loaded, args)
+        return
     if args.split:
         file = open_split(loaded, args.split)
-        result = _evaluate(loaded.model, [file.tokens], file.n_bytes, args.stride, progress=True)
+        result = _evaluate(loaded.gpt, [file.tokens], file.n_bytes, args.stride, progress=True)
     else:
         texts = _read_texts(args.text, args.text_field)
         result = evaluate_texts(loaded, texts, stride=args.stride, progress=True)
@@ -102,7 +119,97 @@ def evaluate_texts(
     """
     documents = [loaded.tokenizer.encode_array(text) for text in texts]
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    return _evaluate(loaded.model, documents, n_bytes, stride, progress)
+    return _evaluate(loaded.gpt, documents, n_bytes, stride, progress)
+
+
+def evaluate_labelled(
+    loaded: LoadedModel, records: Sequence[tuple[str, str]], *, progress: bool = False
+) -> dict[str, Any]:
+    """Score a classifier on (text, label) pairs.
+
+    Returns:
+        loss (nats per text), accuracy and its 95% interval, precision, recall, f1, auroc, n, and the confusion matrix
+        (rows: true classes).
+
+    Raises:
+        ValueError: if there is none, or a label is not among the model's classes.
+    """
+    import torch
+
+    from llm_lightning.cli.classify import classify_texts
+    from llm_lightning.tasks.classification import class_metrics, confusion, wilson_interval
+
+    index = {label: number for number, label in enumerate(loaded.labels)}
+    unknown = sorted({label for _, label in records} - index.keys())
+    if unknown or not records:
+        what = f"label {unknown[0]!r} is not a class of this model" if unknown else "there is no labelled text"
+        raise ValueError(f"{what}; its classes are {', '.join(loaded.labels)}")
+    found = list(classify_texts(loaded, [text for text, _ in records], progress=progress))
+    labels = torch.tensor([index[label] for _, label in records])
+    predicted = torch.tensor([index[one.label] for one in found])
+    logits = torch.tensor([list(one.probabilities.values()) for one in found], dtype=torch.float64).log()
+    right = int((predicted == labels).sum())
+    low, high = wilson_interval(right, len(labels))
+    return {
+        "loss": -logits[range(len(labels)), labels].mean().item(),
+        "accuracy": right / len(labels),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        **class_metrics(logits, predicted, labels),
+        "n": len(labels),
+        "confusion": confusion(predicted, labels, len(loaded.labels)).tolist(),
+    }
+
+
+def _run_classifier(loaded: LoadedModel, args: argparse.Namespace) -> None:
+    records = _records_of_split(loaded, args.split) if args.split else _labelled(args)
+    result = evaluate_labelled(loaded, records, progress=True)
+    if args.json:
+        print(json.dumps(result))
+        return
+    interval = f"95% interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}"
+    print(f"accuracy   {result['accuracy']:.4f} ({interval}), {result['n']:,} texts")
+    for name in ("loss", "precision", "recall", "f1", "auroc"):
+        print(f"{name:<10} {result[name]:.4f}")
+    width = max(map(len, loaded.labels)) + 2
+    print(f"{'true | said':<{width + 4}}" + "".join(f"{label:>{width}}" for label in loaded.labels))
+    for label, counts in zip(loaded.labels, result["confusion"], strict=True):
+        print(f"{label:<{width + 4}}" + "".join(f"{count:>{width},}" for count in counts))
+
+
+def _records_of_split(loaded: LoadedModel, split: str) -> list[tuple[str, str]]:
+    """A part of the data that the checkpoint's own configuration names.
+
+    Raises:
+        ValueError: if the checkpoint names no such data, or the data has changed since.
+    """
+    from llm_lightning.data.classification import ClassificationDataModule
+
+    settings = dict(loaded.header.get("config", {}).get("data", {}))
+    if not settings:
+        raise ValueError("this model does not say which texts it was trained on; use --text FILE")
+    for key in ("_target_", "preview"):  # a class that a checkpoint names is never built
+        settings.pop(key, None)
+    length = loaded.classifier.trunk.config.context_length
+    data = ClassificationDataModule(tokenizer=loaded.tokenizer, context_length=length, **settings)
+    data.build()
+    trained_on = loaded.header.get("lineage", {}).get("data")
+    if trained_on not in (None, data.data_digest):
+        raise ValueError(f"{data.describe()}: not the data that the model was trained with; use --text FILE")
+    return data.split_of(split)
+
+
+def _labelled(args: argparse.Namespace) -> list[tuple[str, str]]:
+    from llm_lightning.data.labelled_records import read_labelled
+
+    files = [read_labelled(path, text_column=args.text_field, label_column=args.label_column) for path in args.text]
+    return [(record.text, record.label) for records in files for record in records]
+
+
+def _classifier() -> type:
+    from llm_lightning.models.classifier import Classifier
+
+    return Classifier
 
 
 def windows(tokens: np.ndarray, length: int, stride: int) -> Iterator[Window]:
@@ -127,7 +234,9 @@ def open_split(loaded: LoadedModel, split: str) -> TokenFile:
     from llm_lightning.data.token_files import build_token_files
 
     settings = loaded.header.get("config", {}).get("data", {})
-    if not set(SPLIT_SETTINGS) <= settings.keys():
+    if split == "test" or not set(SPLIT_SETTINGS) <= settings.keys():
+        if split == "test":
+            raise ValueError("pretraining data has no test split; use --split val or --text FILE")
         raise ValueError("this model does not say which text it was pretrained on; use --text FILE")
     source = open_source(**_chosen(settings, SOURCE_SETTINGS))
     trained_on = loaded.header.get("lineage", {}).get("data")

@@ -1,20 +1,28 @@
-"""Write the weights as a folder that transformers loads as GPT2LMHeadModel; `load_model` reads it too.
+"""Write the weights as a folder that transformers loads, adapters merged; or the adapter alone, as PEFT has it.
 
 llm-lightning export outputs/pretraining/my_run exported --dtype bfloat16
+llm-lightning export outputs/classification/my_run exported
+llm-lightning export outputs/classification/my_lora_run adapter --format peft
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_lightning.cli.main import add_checkpoint_argument
+
+if TYPE_CHECKING:
+    from llm_lightning.checkpoint import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made; must be new or empty")
-    parser.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face (the default)")
+    parser.add_argument(
+        "--format", choices=("hf", "peft"), default="hf", help="hf: the model (the default); peft: the adapter alone"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
     )
@@ -22,21 +30,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.checkpoint import load_model
-    from llm_lightning.pretrained import export_hf
+    from llm_lightning.checkpoint import load_model, merged_trunk
+    from llm_lightning.hf_export import export_classifier, export_hf
+    from llm_lightning.models.classifier import Classifier
 
     loaded = load_model(args.checkpoint)
-    report = export_hf(
-        loaded.model,
-        loaded.model.config,
-        loaded.tokenizer,
-        args.folder,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-    )
+    if args.format == "peft":
+        _export_adapter(loaded, args.folder)
+        return
+    trunk, options = merged_trunk(loaded.model), {"dtype": args.dtype, "overwrite": args.overwrite}
+    if isinstance(loaded.model, Classifier):
+        report = export_classifier(loaded.model, loaded.labels, loaded.tokenizer, args.folder, **options)
+    else:
+        report = export_hf(trunk, trunk.config, loaded.tokenizer, args.folder, **options)
     for note in report["notes"]:
         print(note)
     version = report["transformers"]
     alone = "read back by llm-lightning; transformers is not installed"
     checked = f"compared with transformers {version}" if version else alone
-    print(f"{args.folder}: {loaded.model.num_parameters():,} parameters in {args.dtype}, {checked}")
+    n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    print(f"{args.folder}: {n_parameters:,} parameters in {args.dtype}, {checked}")
+
+
+def _export_adapter(loaded: LoadedModel, folder: Path) -> None:
+    from llm_lightning.models.lora import LoRAConfig
+    from llm_lightning.peft_format import export_peft
+
+    if not loaded.header.get("lora"):
+        raise ValueError("this model has no adapter (it was not trained with lora=...); leave --format peft out")
+    config, base = LoRAConfig(**loaded.header["lora"]), loaded.header["lineage"]["parent_name"] or ""
+    export_peft(loaded.model, config, folder, base_name=base)
+    print(f"{folder}: adapter of rank {config.rank}{f' for {base}' if base else ''}")

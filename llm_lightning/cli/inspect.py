@@ -35,27 +35,23 @@ def describe(name_or_path: str) -> dict[str, Any]:
         FileNotFoundError: if there is nothing at the path.
         ValueError: if what is there is damaged or not a GPT.
     """
-    import torch
-
-    from llm_lightning.checkpoint import load_model, read_header, resolve
-    from llm_lightning.models.gpt import GPT, GPTConfig
+    from llm_lightning.checkpoint import described_model, load_model, read_header, resolve
     from llm_lightning.pretrained import GPT2_WEIGHTS
 
     path = resolve(name_or_path)
     header = load_model(name_or_path).header if path is None else read_header(path)
-    with torch.device("meta"):
-        parameters = GPT(GPTConfig(**header["model"]), init="torch").num_parameters()
+    parameters = sum(parameter.numel() for parameter in described_model(header).parameters())
     verified = path is not None or name_or_path in GPT2_WEIGHTS
     return {"path": str(path or name_or_path), "parameters": parameters, "verified": verified, **header}
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What a person wants to see, in that order; long lists are counted."""
-    for name in ("path", "format", "task", "step", "epoch", "tokens_seen", "parameters"):
+    for name in ("path", "format", "task", "step", "epoch", "tokens_seen", "sequences_seen", "parameters"):
         if name in facts:
             value = facts[name]
             yield name, f"{value:,}" if isinstance(value, int) else value
-    for name in ("model", "tokenizer", "metrics", "lineage"):
+    for name in ("model", "classifier", "lora", "tokenizer", "metrics", "lineage"):
         if facts.get(name):
             yield name, "  ".join(_flat(facts[name]))
     if "digest" in facts:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 VERBS = {
     "generate": "continue one or more prompts",
-    "evaluate": "loss and perplexity on a text, or on the data a model was trained with",
+    "classify": "say which class texts belong to",
+    "evaluate": "loss of a GPT or accuracy of a classifier, on a text or on the data it was trained with",
     "export": "write the weights as a folder that transformers loads",
     "inspect": "what is in this checkpoint",
 }

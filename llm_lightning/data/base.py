@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +22,8 @@ class BaseDataModule(L.LightningDataModule):
 
     - `tokenizer`
     - `train_samples`: a map-style Dataset of samples
-    - `eval_samples`: stage name (`val`, `train_eval`, later `test`) to Dataset, in the order they are evaluated
+    - `eval_samples`: stage name (`val`, `train_eval`) to Dataset, in the order they are evaluated
+    - `test_samples`: the same for what is evaluated once, at the end, with the best weights
     - `data_digest`: names the data, for lineage
 
     Args:
@@ -36,6 +38,7 @@ class BaseDataModule(L.LightningDataModule):
     tokenizer: Tokenizer
     train_samples: Dataset
     eval_samples: dict[str, Dataset]
+    test_samples: dict[str, Dataset]
     data_digest: str
 
     def __init__(
@@ -54,6 +57,7 @@ class BaseDataModule(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.shuffle, self.drop_last = shuffle, drop_last
         self.eval_batches, self.seed = eval_batches, seed
+        self.test_samples = {}
         self._train_order: BatchOrder | None = None
         self._resume_at = (0, 0)
 
@@ -69,13 +73,28 @@ class BaseDataModule(L.LightningDataModule):
     def preview(self, n: int) -> str:
         """The first `n` training samples as a person reads them."""
 
+    @abstractmethod
+    def describe(self) -> str:
+        """One line on what is trained on."""
+
+    def report(self) -> dict[str, Any]:
+        """Plain values for `summary.json`: what the data is like. Subclasses may override."""
+        return {}
+
+    def order_of(self, samples: Dataset, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
+        """epoch -> the order of `samples`; None: shuffled for training, as they stand otherwise. May be overridden."""
+        return None
+
     def train_dataloader(self) -> DataLoader:
-        self._train_order = self._order(self.train_samples, shuffle=self.shuffle, drop_last=self.drop_last)
+        self._train_order = self._train_batches()
         self._train_order.resume(*self._resume_at)
         return self._loader(self.train_samples, self._train_order)
 
     def val_dataloader(self) -> list[DataLoader]:
-        return [self._loader(samples, self._order(samples)) for samples in self.eval_samples.values()]
+        return [self._eval_loader(samples) for samples in self.eval_samples.values()]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [self._eval_loader(samples) for samples in self.test_samples.values()]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the coming epoch."""
@@ -88,19 +107,26 @@ class BaseDataModule(L.LightningDataModule):
 
     def expected_samples(self, epoch: int, batch: int) -> tuple[int, ...]:
         """The sample ids of this process's batch number `batch` in `epoch`, computed afresh."""
-        order = self._order(self.train_samples, shuffle=self.shuffle, drop_last=self.drop_last)
+        order = self._train_batches()
         order.resume(epoch, batch)
         return tuple(next(iter(order)))
 
     def batches_per_epoch(self, world_size: int) -> int:
         """Micro-batches that each process sees in one epoch."""
-        batches = len(self._order(self.train_samples, drop_last=self.drop_last, world_size=world_size))
+        batches = len(self._train_batches(world_size=world_size))
         if batches == 0:
             raise ValueError(
                 f"{len(self.train_samples)} training samples do not fill one batch of data.batch_size="  # type: ignore[arg-type]
                 f"{self.batch_size} on {world_size} process(es); lower it, or set data.drop_last=false"
             )
         return batches
+
+    def _train_batches(self, world_size: int | None = None) -> BatchOrder:
+        options = {"shuffle": self.shuffle, "drop_last": self.drop_last, "world_size": world_size}
+        return self._order(self.train_samples, order=self.order_of(self.train_samples, is_training=True), **options)
+
+    def _eval_loader(self, samples: Dataset) -> DataLoader:
+        return self._loader(samples, self._order(samples, order=self.order_of(samples, is_training=False)))
 
     def _order(self, samples: Any, *, world_size: int | None = None, **options: Any) -> BatchOrder:
         options = {"shuffle": False, "seed": self.seed, **options}

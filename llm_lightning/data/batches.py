@@ -51,3 +51,44 @@ def collate_lm(samples: Sequence[Sample], *, pad_id: int) -> LMBatch:
         labels[row, : len(tokens) - 1] = tokens[1:]
     n_targets = sum(len(sample.token_ids) - 1 for sample in samples)
     return LMBatch(input_ids, labels, n_targets, tuple(sample.sample_id for sample in samples))
+
+
+class ClassificationBatch(NamedTuple):
+    """Whole sequences and the class of each."""
+
+    input_ids: Tensor
+    """(B, T) int64, padded on the right."""
+    lengths: Tensor
+    """(B,) int64, real tokens of each row, at least 1."""
+    labels: Tensor
+    """(B,) int64 class index, IGNORE_INDEX for the dummy row of an empty batch."""
+    n_targets: int
+    """Labelled rows, known on the CPU."""
+    sample_ids: tuple[int, ...]
+    """Which samples these are, for error messages."""
+
+
+class LabelledSample(NamedTuple):
+    """One text before collation."""
+
+    sample_id: int
+    token_ids: np.ndarray
+    """(n,)."""
+    label: int
+
+
+def collate_classification(
+    samples: Sequence[LabelledSample], *, pad_id: int, pad_to: int | None = None
+) -> ClassificationBatch:
+    """Pad on the right to `pad_to` tokens, or to the longest sample.
+
+    Without samples (a process that ran out of data before the others) the batch is one pad without a label.
+    """
+    longest = max((len(sample.token_ids) for sample in samples), default=1)
+    input_ids = torch.full((max(len(samples), 1), pad_to or longest), pad_id, dtype=torch.int64)
+    lengths = torch.ones(len(input_ids), dtype=torch.int64)
+    labels = torch.full_like(lengths, IGNORE_INDEX)
+    for row, sample in enumerate(samples):
+        lengths[row], labels[row] = len(sample.token_ids), sample.label
+        input_ids[row, : len(sample.token_ids)] = torch.from_numpy(sample.token_ids.astype(np.int64))
+    return ClassificationBatch(input_ids, lengths, labels, len(samples), tuple(s.sample_id for s in samples))

@@ -16,6 +16,8 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +57,10 @@ class Pinned:
     n_bytes: int | None
     filename: str
     """Name under which it is kept; unique within its folder."""
+    member: str | None = None
+    """The file inside a zip archive that is meant; `sha256` is then its digest, whatever archive it comes in."""
+    member_bytes: int = 0
+    """Its size, beyond which nothing is unpacked."""
 
 
 def cache_dir() -> Path:
@@ -78,7 +84,8 @@ def download(pinned: Pinned, folder: Path | None = None) -> Path:
             part = target.with_name(target.name + ".part")
             try:
                 _fetch(pinned, part)
-                commit(part, target)
+                commit(_unpacked(part, pinned) if pinned.member else part, target)
+                part.unlink(missing_ok=True)
             except DownloadError:
                 raise
             except OSError as error:  # the disk's, not the network's
@@ -164,7 +171,7 @@ def _fetch(pinned: Pinned, part: Path) -> None:
         except _NETWORK_ERRORS as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         else:
-            actual = sha256_of(part)
+            actual = _digest_of_member(part, pinned) if pinned.member else sha256_of(part)
             if actual == pinned.sha256:
                 return
             reason = f"the {part.stat().st_size} bytes received have sha256 {actual}, expected {pinned.sha256}"
@@ -172,6 +179,29 @@ def _fetch(pinned: Pinned, part: Path) -> None:
             if not resuming:  # all of it came from this server: asking again would bring the same
                 break
     raise _failure(pinned, part, reason)
+
+
+def _member_bytes(archive: Path, pinned: Pinned) -> bytes:
+    assert pinned.member is not None
+    try:
+        with zipfile.ZipFile(archive) as opened, opened.open(pinned.member) as member:
+            return member.read(pinned.member_bytes + 1)  # never more, whatever the archive says
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
+        return repr(error).encode()  # has no right digest either
+
+
+def _digest_of_member(archive: Path, pinned: Pinned) -> str:
+    return hashlib.sha256(_member_bytes(archive, pinned)).hexdigest()
+
+
+def _unpacked(archive: Path, pinned: Pinned) -> Path:
+    """The member beside the archive, flushed."""
+    unpacked = archive.with_suffix(".tmp")
+    with unpacked.open("wb") as file:
+        file.write(_member_bytes(archive, pinned))
+        file.flush()
+        os.fsync(file.fileno())
+    return unpacked
 
 
 def _failure(pinned: Pinned, part: Path, reason: str) -> DownloadError:

@@ -7,7 +7,7 @@ batch g holds samples g*W*b .. (g+1)*W*b - 1 of the epoch's order, and process r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -18,6 +18,51 @@ def epoch_order(n_samples: int, *, seed: int, epoch: int, shuffle: bool) -> np.n
     if not shuffle:
         return np.arange(n_samples)
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_samples)
+
+
+BUCKET = 32
+"""Samples of similar length that stand together; a batch of 1, 2, 4 ... 32 lies within one bucket."""
+POOL = 8 * BUCKET
+"""Samples among which lengths are compared: fewer would pad more, more would make the batches of all epochs alike."""
+
+
+def bucketed_order(lengths: Sequence[int], classes: Sequence[int], *, seed: int, epoch: int) -> np.ndarray:
+    """Order samples so that a batch has similar lengths within each class, and the classes in their proportion.
+
+    Classes differ in length (spam is twice as long as other messages), so that sorting all samples together would
+    give batches of one class. It does not depend on the batch size.
+
+    Args:
+        lengths, classes: of each sample.
+
+    Returns:
+        (n,) int64.
+    """
+    draw = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    size, kind = np.asarray(lengths), np.asarray(classes)
+    shuffled = draw.permutation(len(size))
+    mixed = shuffled[_interleave(kind[shuffled], np.arange(len(size)))]
+    whole = len(mixed) // BUCKET * BUCKET
+    buckets = []
+    for start in range(0, whole, POOL):
+        pool = mixed[start : min(start + POOL, whole)]
+        by_length = pool[_interleave(kind[pool], size[pool])]
+        for bucket in by_length.reshape(-1, BUCKET):
+            shuffled = draw.permutation(bucket)
+            buckets.append(shuffled[_interleave(kind[shuffled], np.arange(BUCKET))])
+    order = [buckets[index] for index in draw.permutation(len(buckets))]
+    return np.concatenate([*order, mixed[whole:]]).astype(np.int64)
+
+
+def _interleave(kind: np.ndarray, rank_by: np.ndarray) -> np.ndarray:
+    """Sort each class by `rank_by`, then merge the classes so that every stretch holds them in their proportion."""
+    place = np.empty(len(kind))
+    for one in np.unique(kind):
+        members = np.flatnonzero(kind == one)
+        ranks = np.empty(len(members))
+        ranks[np.argsort(rank_by[members], kind="stable")] = np.arange(len(members))
+        place[members] = (ranks + 0.5) / len(members)
+    return np.argsort(place, kind="stable")
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -32,6 +77,7 @@ class BatchOrder(Sampler[list[int]]):
         batch_size: samples per batch and process.
         shuffle: a new order every epoch; otherwise 0..n-1.
         seed: of the shuffle.
+        order: epoch -> the order of its samples, instead of a shuffle.
         drop_last: leave out the samples that do not fill a whole global batch.
         rank, world_size: this process among all.
     """
@@ -43,6 +89,7 @@ class BatchOrder(Sampler[list[int]]):
         *,
         shuffle: bool,
         seed: int = 0,
+        order: Callable[[int], np.ndarray] | None = None,
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -51,6 +98,7 @@ class BatchOrder(Sampler[list[int]]):
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.n_samples, self.batch_size, self.shuffle, self.seed = n_samples, batch_size, shuffle, seed
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
+        self.order = order
         self.epoch = 0
         self.start = 0
 
@@ -69,7 +117,10 @@ class BatchOrder(Sampler[list[int]]):
         return self.n_samples // per_step if self.drop_last else -(-self.n_samples // per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(self.n_samples, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
+        if self.order is not None:
+            order = self.order(self.epoch)
+        else:
+            order = epoch_order(self.n_samples, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
         start, self.start = self.start, 0
         for position in range(start, len(self)):
             first = (position * self.world_size + self.rank) * self.batch_size

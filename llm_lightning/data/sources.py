@@ -226,7 +226,7 @@ def _text_of(line: bytes, text_field: str) -> str:
         ValueError: the reason, without the place.
     """
     try:
-        record = json.loads(line.decode(), object_pairs_hook=_unique)
+        record = json.loads(line.decode(), object_pairs_hook=unique_fields)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} of the line is not valid UTF-8") from error
     except json.JSONDecodeError as error:
@@ -251,7 +251,12 @@ def _checked_text(record: Any, text_field: str) -> str:
     return text
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the dict of a JSON object, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: if a field stands twice.
+    """
     record = dict(pairs)
     if len(record) < len(pairs):  # json would silently keep the last one
         names = [name for name, _ in pairs]
@@ -287,9 +292,9 @@ def open_source(
         files = _find(path)
         return Source(", ".join(_words(path)), [_reader(file, text_field) for file in files])
     if hf_dataset is not None:
-        file = _hugging_face(hf_dataset, hf_config, hf_split, hf_revision, text_field)
+        file = hugging_face_file(hf_dataset, hf_config, hf_split, hf_revision, (text_field,))
         label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
-        return Source(f"Hugging Face dataset {label}", [JsonLines(file, "text")])
+        return Source(f"Hugging Face dataset {label}", [JsonLines(file, text_field)])
     if name == EMBEDDED:
         from llm_lightning.data.embedded import python_reference
 
@@ -356,13 +361,18 @@ def _texts_in(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _hugging_face(name: str, config: str | None, split: str, revision: str | None, text_field: str) -> Path:
+def hugging_face_file(
+    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...]
+) -> Path:
     """Stream a dataset into one JSONL file of the cache, once; return the file.
 
+    Args:
+        wanted_fields: the text, and others; a class index becomes the name that the dataset gives it.
+
     Raises:
-        ValueError: the dataset, its split or its text field cannot be had, with the reason.
+        ValueError: the dataset, its split or its fields cannot be had, with the reason.
     """
-    wanted = [name, config, split, revision, text_field, _local_state(Path(name))]
+    wanted = [name, config, split, revision, *wanted_fields, _local_state(Path(name))]
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     target = cache_dir() / "huggingface" / f"{Path(name).name}-{key}.jsonl"
     manifest = target.with_suffix(".sha256")
@@ -370,7 +380,7 @@ def _hugging_face(name: str, config: str | None, split: str, revision: str | Non
         if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
             temporary = target.with_suffix(".tmp")
             try:
-                _write_rows(_rows(name, config, split, revision, text_field), temporary)
+                _write_rows(_rows(name, config, split, revision, wanted_fields), temporary)
                 manifest.write_text(sha256_of(temporary))
                 commit(temporary, target)
             finally:
@@ -384,14 +394,18 @@ def _local_state(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _rows(name: str, config: str | None, split: str, revision: str | None, text_field: str) -> Iterator[str]:
+def _rows(
+    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        text_field, *others = wanted_fields
         for number, row in enumerate(rows):
             try:
-                yield _checked_text(row, text_field)
+                record: dict[str, Any] = {text_field: _checked_text(row, text_field)}
+                yield record | {field: _class_name(row, field, rows.features) for field in others}
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
     except Exception as error:  # the library and the hub behind it raise dozens of types, network errors included
@@ -402,11 +416,19 @@ def _rows(name: str, config: str | None, split: str, revision: str | None, text_
         ) from error
 
 
-def _write_rows(texts: Iterable[str], temporary: Path) -> None:
+def _class_name(row: Mapping[str, Any], field: str, features: Any) -> Any:
+    """The value of a field, a class index by its name."""
+    if field not in row:
+        raise ValueError(f"no field '{field}'; its fields: {', '.join(map(repr, row))}")
+    feature = features.get(field) if features is not None else None
+    return feature.int2str(row[field]) if hasattr(feature, "int2str") and row[field] is not None else row[field]
+
+
+def _write_rows(rows: Iterable[dict[str, Any]], temporary: Path) -> None:
     from tqdm import tqdm
 
     with temporary.open("w", encoding="utf-8") as file:
-        for text in tqdm(texts, desc="downloading rows", unit=" rows", disable=None):
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        for row in tqdm(rows, desc="downloading rows", unit=" rows", disable=None):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -54,6 +54,15 @@ SET_ELSEWHERE = {
     "data.seed": "seed",
     "data.tokenizer": "tokenizer",
     "data.context_length": "model.context_length",
+    "task.labels": "data.labels",
+    "task.class_counts": "data.balance",
+    "task.pad_to": "data.pad_to",
+    "task.pad_id": "tokenizer",
+    "task.lora": "lora",
+    "task.optimizer": "optimizer",
+    "task.scheduler": "scheduler",
+    "task.model": "model",
+    "task.tokenizer": "tokenizer",
 }
 """Arguments that the run itself fills in, and the setting it takes them from."""
 
@@ -319,7 +328,8 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
     full = dirs.compose(_forced(override, groups) for override in overrides)
     allow = _allowed(overrides, dirs)
     reference = _reference(full.hydra.runtime.choices, overrides, dirs)
-    known = _nodes(reference) | _nodes({"task": _plain(full.task, resolve=False)})
+    declared = _compose_once(dirs, (f"task={full.hydra.runtime.choices.task}", *_of_allow_targets(overrides))).task
+    known = _nodes(reference) | _nodes({"task": _plain(declared, resolve=False)})
     config = _ours(full)
     for key, right in unknown_keys(_plain(config, resolve=False), known, allow):
         file = dirs.file_that_sets(key, full.hydra.runtime.choices)
@@ -359,7 +369,11 @@ def _text(override: Override) -> str:
 
 def _reference(choices: Mapping[str, Any], overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
     """The config of the chosen groups without any preset: every key in it is one that something reads."""
-    groups = [f"{group}={choice}" for group, choice in choices.items() if group in set(dirs.groups()) - set(PRESETS)]
+    groups = [
+        f"~{group}" if choice is None else f"{group}={choice}"
+        for group, choice in choices.items()
+        if group in set(dirs.groups()) - set(PRESETS)
+    ]
     return _ours(_compose_once(dirs, (*groups, *_of_allow_targets(overrides), "~task")))
 
 

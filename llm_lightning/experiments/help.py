@@ -87,11 +87,11 @@ def _full_help(config_dir: Path) -> Iterator[str]:
     for group, default in defaults:
         options = group_options(config_dir, group)
         yield f"  {group:<12} " + "  ".join(f"*{name}" if name == default else name for name in options)
-    for group, title in (("task", "Tasks"), ("experiment", "Experiments"), ("debug", "Debugging")):
+    for group, title in (("task", "Tasks"), ("experiment", "Experiments"), ("sweep", "Sweeps"), ("debug", "Debugging")):
         yield f"\n{title}"
         for name in group_options(config_dir, group):
             choice = f"{group}={name}"
-            yield f"  {choice:<28} {read_headline(config_dir / group / f'{name}.yaml')}"
+            yield f"  {choice:<46} {read_headline(config_dir / group / f'{name}.yaml')}"
     yield "\nSettings of every run"
     yield from _rows(read_settings(main, ""))
     for group, default in defaults:

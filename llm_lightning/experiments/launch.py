@@ -52,7 +52,7 @@ def _main(script: Path) -> None:
         return
     from llm_lightning.experiments.config_checks import check_overrides
 
-    sys.argv = [str(script), *continue_run(sys.argv[1:])]
+    sys.argv = [str(script), *expand_sweep(continue_run(sys.argv[1:]), config_dir)]
     check_overrides(sys.argv[1:], config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
     logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback,
@@ -157,6 +157,28 @@ def continue_run(argv: Sequence[str]) -> list[str]:
     names = {_key(word) for word in new} | {"allow_targets"}
     old = [word for word in recorded["overrides"] if _key(word) not in names]
     return [*_options(recorded["config_dir"]), *old, *new]
+
+
+def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
+    """Replace `sweep=NAME` by `-m` and the `KEY=VALUE,...` of conf/sweep/NAME.yaml; what else stands in `argv` wins.
+
+    Raises:
+        ValueError: if there is no such sweep.
+    """
+    names = [word.partition("=")[2] for word in argv if _key(word) == "sweep"]
+    if not names or names[-1] == "null":
+        return list(argv)
+    import yaml
+
+    from llm_lightning.experiments.help import group_options
+
+    known = group_options(config_dir, "sweep")
+    if names[-1] not in known:
+        raise ValueError(f"sweep={names[-1]}: no such sweep; there are {', '.join(known)}")
+    swept = yaml.safe_load((config_dir / "sweep" / f"{names[-1]}.yaml").read_text("utf-8"))
+    typed = [word for word in argv if _key(word) != "sweep"]
+    keys = {_key(word) for word in typed}
+    return ["-m", *(f"{key}={value}" for key, value in swept.items() if key not in keys), *typed]
 
 
 def _key(word: str) -> str:

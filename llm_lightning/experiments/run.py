@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.run_logs import TensorBoard
-from llm_lightning.checkpoint import LoadedModel, load_model
+from llm_lightning.callbacks.throughput import Throughput
+from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.sources import absolute_paths
 from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
+from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
@@ -88,18 +90,27 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         write_atomically(run.path / COMMAND, json.dumps(command, indent=2) + "\n")
     announce(trainer, datamodule, module, run)
     if cfg.compile:
-        # Only the trunk: it is what training calls, and an attribute leaves the names of the weights alone.
-        module.model.hidden_states = torch.compile(module.model.hidden_states)  # type: ignore[method-assign]
+        module.compile_model()
     trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+    throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    seconds = throughput.wall_seconds if throughput else time.monotonic() - started
+    if datamodule.test_samples:
+        best = run.checkpoints / "best.ckpt"
+        trainer.test(module, datamodule=datamodule, ckpt_path=best if best.is_file() else None, weights_only=True,
+                     verbose=False)  # fmt: skip
     if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
-        conclude(run, trainer, module, seconds=time.monotonic() - started)
-    best = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
-    return best.best_value if best is not None else None
+        conclude(run, trainer, module, datamodule, seconds=seconds)
+    kept = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+    return kept.best_value if kept is not None else None
 
 
-def conclude(run: RunFolder, trainer: L.Trainer, module: TaskModule, *, seconds: float) -> None:
-    """Write the summary, close the logs, and say what was reached."""
-    summary = build_summary(run, trainer, module, module.header, seconds=seconds)
+def conclude(
+    run: RunFolder, trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, *, seconds: float
+) -> None:
+    """Write the summary and the adapter alone, close the logs, and say what was reached."""
+    if module.lora is not None and module.header["lineage"]["base"] is not None:
+        checkpoints.save_adapter(checkpoints.resolve(run.path), run.checkpoints / "adapter.ckpt")
+    summary = build_summary(run, trainer, module, datamodule, seconds=seconds)
     write_summary(run.path, summary)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoard):
@@ -204,39 +215,63 @@ def build_module(
     cfg: DictConfig, settings: dict[str, Any], datamodule: BaseDataModule, parent: LoadedModel | None
 ) -> TaskModule:
     """The task's module around its model; its header is what checkpoints and summary say of the run."""
+    task: type[TaskModule] = get_class(cfg.task._target_)
+    options = {key: value for key, value in settings["task"].items() if key != "_target_"}
+    options |= task.options_from(datamodule)
+    model = build_model(cfg, task, datamodule.tokenizer, parent)
+    if isinstance(parent and parent.model, Classifier) and options.get("labels") == parent.labels:  # type: ignore[union-attr]
+        model = with_head_of(parent, model, options)  # type: ignore[arg-type]
+    lora = build(cfg.lora) if cfg.get("lora") else None
     header = {
         "config": settings,
         "lineage": {
             "data": datamodule.data_digest,
             "parent": parent.header["digest"] if parent else None,
-            "parent_name": str(cfg.init_from) if parent else None,
+            "parent_name": _place(cfg.init_from) if parent else None,
+            "base": checkpoints.base_digest(model) if parent and lora is not None else None,
         },
     }
     # Not through instantiate(): it would look for targets to build inside the header's copy of the settings.
-    return get_class(cfg.task._target_)(
-        model=build_model(cfg, datamodule.tokenizer, parent),
+    return task(
+        model=model,
         tokenizer=datamodule.tokenizer,
         optimizer=build(cfg.optimizer),
         scheduler=build(cfg.scheduler),
+        lora=lora,
         header=header,
+        **options,
     )
 
 
-def build_model(cfg: DictConfig, tokenizer: Tokenizer, parent: LoadedModel | None) -> GPT:
-    """A fresh GPT, or one with the weights of `parent`."""
+def build_model(cfg: DictConfig, task: type[TaskModule], tokenizer: Tokenizer, parent: LoadedModel | None) -> GPT:
+    """A fresh GPT, or one with the weights of `parent`, adapters merged."""
     chosen = {field.name: cfg.model[field.name] for field in fields(GPTConfig) if field.name in cfg.model}
     chosen["vocab_size"] = _vocabulary(cfg.model.vocab_size, tokenizer)
+    if not task.uses_lm_head:
+        chosen["tied_head"] = True  # costs nothing
     if parent is None:
         return GPT(
             GPTConfig(**chosen),
             init=cfg.model.init,
             activation_checkpointing=cfg.model.activation_checkpointing,
         )
-    return adapt(parent.model, GPTConfig(**chosen), cfg.model.activation_checkpointing)
+    if isinstance(parent.model, Classifier) and task.uses_lm_head:
+        raise ValueError(f"init_from={cfg.init_from} is a classifier without a language-model head; give a GPT")
+    return adapt(merged_trunk(parent.model), GPTConfig(**chosen), cfg.model.activation_checkpointing, task.uses_lm_head)
 
 
-def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool) -> GPT:
+def with_head_of(parent: LoadedModel, trunk: GPT, options: Mapping[str, Any]) -> Classifier:
+    """`trunk` with the head of a classifier of the same classes, which is then trained on."""
+    log.info("The head comes with the weights of init_from: the classes are the same")
+    classifier = Classifier(trunk, len(parent.labels), pooling=options["pooling"], causal=options["causal"])
+    classifier.head.load_state_dict(parent.classifier.head.state_dict())
+    return classifier
+
+
+def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool, keep_head: bool = True) -> GPT:
     """`model` with the dropouts and the (at most as long) context of `wanted`; the rest comes with the weights.
+
+    Without `keep_head` the language-model head is left behind.
 
     Raises:
         ValueError: if the wanted context is longer than the weights have positions for.
@@ -249,7 +284,7 @@ def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool) -> GPT:
         )
     if wanted.context_length < own.context_length:
         log.info("model.context_length=%d cuts the %d of the weights", wanted.context_length, own.context_length)
-    kept = ("vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "tied_head", "layer_norm_eps")
+    kept = ["vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "layer_norm_eps"] + ["tied_head"] * keep_head
     for name in kept[1:]:
         if getattr(own, name) != getattr(wanted, name):
             log.info(
@@ -261,9 +296,19 @@ def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool) -> GPT:
     config = replace(wanted, **{name: getattr(own, name) for name in kept})
     state = dict(model.state_dict())
     state["position_embedding.weight"] = state["position_embedding.weight"][: config.context_length].clone()
-    adapted = checkpoints.build_model(config, {name: tensor.float() for name, tensor in state.items()})
+    if not keep_head:
+        state["lm_head.weight"] = state["token_embedding.weight"]
+    adapted = checkpoints.build_model(
+        {"model": asdict(config)}, {name: tensor.float() for name, tensor in state.items()}
+    )
+    assert isinstance(adapted, GPT)
     adapted.activation_checkpointing = activation_checkpointing
     return adapted.train()
+
+
+def _place(init_from: str) -> str:
+    """Where weights are, in words that mean the same from any folder."""
+    return str(Path(init_from).absolute()) if Path(init_from).exists() else str(init_from)
 
 
 def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
@@ -323,9 +368,10 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFo
     effective = datamodule.batch_size * accumulate * world
     log.info("Data: %s", datamodule.describe())
     log.info("Precision: %s", trainer.precision)
-    log.info(
-        "Model: %s parameters, vocabulary %s", f"{module.model.num_parameters():,}", module.model.config.vocab_size
-    )
+    total = sum(parameter.numel() for parameter in module.model.parameters())
+    trained = sum(parameter.numel() for parameter in module.model.parameters() if parameter.requires_grad)
+    share = f", {trained:,} of them trained" if trained < total else ""
+    log.info("Model: %s parameters%s, vocabulary %s", f"{total:,}", share, module.trunk.config.vocab_size)
     log.info(
         "Batch: %d a step = %d samples x %d accumulated x %d processes; %d steps",
         effective,

@@ -20,18 +20,17 @@ from llm_lightning.experiments.run_folder import RunFolder
 
 PACKAGES = ("llm-lightning", "torch", "lightning", "hydra-core")
 SHOWN_METRICS = ("val/perplexity", "val/bits_per_byte", "val/accuracy", "train/eval_loss")
+NEXT = {"classification": 'llm-lightning classify {} "Hello, are you free tonight?"'}
 
 
-def build_summary(
-    run: RunFolder, trainer: Any, module: Any, header: dict[str, Any], *, seconds: float
-) -> dict[str, Any]:
+def build_summary(run: RunFolder, trainer: Any, module: Any, datamodule: Any, *, seconds: float) -> dict[str, Any]:
     """Collect the summary of a run that has ended by itself, as plain values.
 
     Args:
         run: its folder.
-        trainer, module: after `fit`.
-        header: of its checkpoints; `lineage` names data and parent.
-        seconds: of this session, for a run without the throughput callback, which knows those of earlier sessions.
+        trainer, module: after `fit`, and `test` where there is a test split.
+        datamodule: whose report, if it has one, says what the data is like.
+        seconds: that training took, in all sessions of the run that are known.
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
     from llm_lightning.callbacks.throughput import Throughput
@@ -47,9 +46,10 @@ def build_summary(
         "steps": trainer.global_step,
         "total_steps": module.total_steps,
         "epochs": round(trainer.global_step / steps_per_epoch(trainer), 2),
-        "tokens": module.tokens_seen,
-        "seconds": round(throughput.wall_seconds if throughput else seconds, 1),
-        "tokens_per_second": throughput.tokens_per_second if throughput else None,
+        "item": module.item,
+        f"{module.item}s": module.items_seen,
+        "seconds": round(seconds, 1),
+        f"{module.item}s_per_second": throughput.items_per_second if throughput else None,
         "monitor": checkpoints.monitor if checkpoints else None,
         "best_value": checkpoints.best_value if checkpoints else None,
         "best_step": checkpoints.best_step if checkpoints else None,
@@ -59,7 +59,9 @@ def build_summary(
             "total": sum(p.numel() for p in module.parameters()),
             "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         },
-        "lineage": header.get("lineage", {}),
+        **module.results(),
+        "data": datamodule.report(),
+        "lineage": module.header.get("lineage", {}),
         "precision": trainer.precision,
         "processes": trainer.world_size,
         "device": device_name(module.device),
@@ -78,17 +80,30 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
     """What the run reached, where it is, and what to type next."""
     metrics, folder = summary["metrics"], _shown(run_dir)
-    speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary["tokens_per_second"] else ""
+    items = f"{summary['item']}s"
+    rate = summary[f"{items}_per_second"]
+    speed = f", {rate:,.0f} {items}/s" if rate else ""
     lines = [
-        f"Finished {summary['steps']:,} steps, {summary['epochs']:g} epochs, {summary['tokens']:,} tokens "
+        f"Finished {summary['steps']:,} steps, {summary['epochs']:g} epochs, {summary[items]:,} {items} "
         f"in {duration(summary['seconds'])}{speed}."
     ]
     if summary["best_value"] is not None:
         reached = [f"Best {summary['monitor']} {summary['best_value']:.4f} after {summary['best_step']:,} steps"]
         reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
         lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
+    lines += _tested(metrics)
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
-    return [*lines, f"Run folder: {folder}", f'Next: llm-lightning generate {checkpoint} "The"']
+    command = NEXT.get(summary["task"], 'llm-lightning generate {} "The"').format(checkpoint)
+    return [*lines, f"Run folder: {folder}", f"Next: {command}"]
+
+
+def _tested(metrics: dict[str, float]) -> list[str]:
+    """What the best checkpoint reached on the test split."""
+    if "test/accuracy" not in metrics:
+        return []
+    interval = f"95% interval {metrics['test/accuracy_low']:.4f} to {metrics['test/accuracy_high']:.4f}"
+    more = ", ".join(f"{name} {metrics[f'test/{name}']:.4f}" for name in ("f1", "auroc") if f"test/{name}" in metrics)
+    return [f"Test accuracy of the best checkpoint {metrics['test/accuracy']:.4f} ({interval}), {more}."]
 
 
 def steps_per_epoch(trainer: Any) -> int:

@@ -90,14 +90,22 @@ class CausalSelfAttention(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C).
+        """(B, T, C) -> (B, T, C), or (B, 1, C) for the one position `at` (B,) of each row, with its own mask.
 
         `attention_mask`: bool, broadcast to (B, H, T, S), True = may attend; None = causal.
         """
         query, key, value = self._heads(x)
         dtype = query.dtype
+        if at is not None:
+            assert attention_mask is not None, "what a single position may see does not follow from its place"
+            query = query[torch.arange(len(at), device=at.device), :, at].unsqueeze(2)  # (B, H, 1, D)
         if cache is not None:
             key, value = cache.append(layer, key, value)
             query = query.to(key.dtype)  # a cache may be kept in a wider type than the weights
@@ -183,9 +191,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        at: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), attention_mask, cache, layer)
+        """(B, T, C) -> (B, T, C), or with `at` (B,) the one wanted position of each row, (B, 1, C), for a quarter of
+        the work: only its keys and values are computed for all positions.
+        """
+        mixed = self.attn(self.attn_norm(x), attention_mask, cache, layer, at)
+        if at is not None:
+            x = x[torch.arange(len(at), device=at.device), at].unsqueeze(1)
+        x = x + mixed
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -249,7 +268,18 @@ class GPT(nn.Module):
         Raises:
             ValueError: if the sequence does not fit into `context_length`.
         """
-        start = 0 if cache is None else cache.length
+        x = self.embed(input_ids, positions, start=0 if cache is None else cache.length)
+        x = self.run_blocks(x, attention_mask, cache)
+        if cache is not None:
+            cache.length += input_ids.size(1)
+        return self.final_norm(x)
+
+    def embed(self, input_ids: Tensor, positions: Tensor | None = None, start: int = 0) -> Tensor:
+        """Token plus position embedding (B, T, C); the default positions are `start`..`start` + T - 1.
+
+        Raises:
+            ValueError: if the sequence does not fit into `context_length`.
+        """
         end = start + input_ids.size(1)
         if positions is None:
             if end > self.config.context_length:
@@ -258,15 +288,27 @@ class GPT(nn.Module):
                     "shorten it or use a model with a longer context"
                 )
             positions = torch.arange(start, end, device=input_ids.device)
-        x = self.embedding_dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
-        for layer, block in enumerate(self.blocks):
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        # A frozen embedding may be kept in a narrower type than what is trained; the residual stream is not.
+        return self.embedding_dropout(x.to(self.final_norm.weight.dtype))
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Blocks `start`..`stop` - 1 (default: all) in turn: (B, T, C) -> (B, T, C)."""
+        layers = range(start, self.config.n_layer if stop is None else stop)
+        for layer in layers:
+            block = self.blocks[layer]
             if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, attention_mask, use_reentrant=False)
             else:
                 x = block(x, attention_mask, cache, layer)
-        if cache is not None:
-            cache.length = end
-        return self.final_norm(x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., C) -> (..., V)."""

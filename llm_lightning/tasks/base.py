@@ -15,7 +15,9 @@ import math
 import sys
 from abc import abstractmethod
 from collections import defaultdict
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import torch
@@ -24,9 +26,14 @@ from torch import Tensor
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
+from llm_lightning.models.lora import LoRAConfig, apply_lora
 from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
 from llm_lightning.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class StepOutput(NamedTuple):
@@ -39,7 +46,7 @@ class StepOutput(NamedTuple):
     metrics: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012
     """name -> (sum, count), each over whatever items that metric counts."""
     outputs: dict[str, Tensor] = {}  # noqa: RUF012
-    """What metric objects need, such as predictions and labels."""
+    """What metrics of a whole evaluation need, such as logits and labels: (items, ...) each."""
 
 
 class NonFiniteError(ValueError):
@@ -50,28 +57,36 @@ class TaskModule(L.LightningModule):
     """Optimizer, schedule, token-exact gradients, clipping, exact metrics and the checkpoint's header.
 
     Args:
-        model: the GPT to train.
+        model: what to train.
         tokenizer: kept for samples and written into checkpoints.
         optimizer, scheduler: settings, see `optim.py`.
+        lora: adapters to train instead of the weights.
         header: plain values for the checkpoint's header (resolved config, lineage).
     """
 
     task: str
+    item: str
+    """What a loss is the mean over: token, sequence, pair."""
+    uses_lm_head: bool = True
+    """Whether the language-model head is run."""
 
     def __init__(
         self,
         *,
-        model: GPT,
+        model: GPT | Classifier,
         tokenizer: Tokenizer,
         optimizer: AdamWConfig,
         scheduler: ScheduleConfig,
+        lora: LoRAConfig | None = None,
         header: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.lora = model, tokenizer, lora
+        if lora is not None:
+            apply_lora(model, lora)
         self.optimizer_config, self.schedule = optimizer, scheduler
         self.header = header or {}
-        self.tokens_seen = 0
+        self.items_seen = 0
         self.last_gradient_norm = math.nan
         self.last_lr = math.nan
         self.total_steps = 0
@@ -80,14 +95,41 @@ class TaskModule(L.LightningModule):
         self._earlier_metrics: dict[str, float] = {}
         self._epoch_sums: dict[str, list[float]] = {}
         self._eval_sums: dict[str, dict[str, list[Tensor]]] = {}
+        self._eval_outputs: dict[str, dict[str, list[Tensor]]] = {}
 
     @abstractmethod
     def step_output(self, batch: Any) -> StepOutput:
         """What `batch` costs."""
 
-    def eval_metrics(self, stage: str, means: dict[str, float]) -> dict[str, float]:
-        """Metrics derived from the means of a whole evaluation. Tasks may override."""
+    def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics of a whole evaluation, from the means and all `StepOutput.outputs` of it. Tasks may override."""
         return means
+
+    @classmethod
+    def options_from(cls, datamodule: Any) -> dict[str, Any]:
+        """Constructor arguments that only the data can tell, such as the names of the classes. Tasks may override."""
+        return {}
+
+    @property
+    def trunk(self) -> GPT:
+        """The GPT inside the model."""
+        return self.model.trunk if isinstance(self.model, Classifier) else self.model
+
+    def describe_model(self) -> dict[str, Any]:
+        """What a checkpoint's header says of the model beside its `GPTConfig`. Tasks may extend."""
+        return {"lora": asdict(self.lora)} if self.lora is not None else {}
+
+    def figures(self) -> dict[str, Figure]:
+        """name -> what the last evaluations look like. Tasks may override."""
+        return {}
+
+    def results(self) -> dict[str, Any]:
+        """Plain values for `summary.json` that are not one number each. Tasks may override."""
+        return {}
+
+    def compile_model(self) -> None:
+        """Compile what training calls; an attribute of the instance leaves the names of the weights alone."""
+        self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
 
     # --- one micro-batch, one update -------------------------------------------------------------------------------
 
@@ -107,7 +149,7 @@ class TaskModule(L.LightningModule):
         scale = self.trainer.world_size / count
         norm = scale_and_clip_gradients(self.parameters(), scale, self._max_norm())
         self._check_finite(sums["loss"][0], norm)
-        self.tokens_seen += int(count)
+        self.items_seen += int(count)
         self.last_gradient_norm, self.last_lr = norm, optimizer.param_groups[0]["lr"]
         self._step_means = {name: total / max(number, 1) for name, (total, number) in sums.items()}
         for name, (total, number) in sums.items():
@@ -134,7 +176,7 @@ class TaskModule(L.LightningModule):
                 "train/grad_norm": self.last_gradient_norm,
                 "epoch": self.current_epoch,
             }
-            self.log_row(metrics | {"tokens_seen": self.tokens_seen})
+            self.log_row(metrics | {f"{self.item}s_seen": self.items_seen})
 
     def on_train_epoch_start(self) -> None:
         self._epoch_sums = {}
@@ -143,35 +185,58 @@ class TaskModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.log_row({f"train/{name}_epoch": s / max(n, 1) for name, (s, n) in self._epoch_sums.items()})
 
-    def log_row(self, metrics: dict[str, float]) -> None:
-        """Send metrics to every logger under the last update's step, and to callbacks that monitor one."""
+    def log_row(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Send metrics to every logger under a step; default: the last update's."""
         for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.global_step - 1)
+            logger.log_metrics(metrics, step=self.global_step - 1 if step is None else step)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._eval_sums = {stage: defaultdict(list) for stage in self.trainer.datamodule.eval_samples}  # type: ignore[attr-defined]
+        self._begin_evaluation(self.trainer.datamodule.eval_samples)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        sums = list(self._eval_sums.values())[dataloader_idx]
-        output = self.step_output(batch)
-        for name, pair in _sums(output).items():
-            sums[name].append(pair)
+        self._evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
+        self._end_evaluation(step=self.global_step - 1)
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_evaluation(self.trainer.datamodule.test_samples)  # type: ignore[attr-defined]
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        # A row of its own behind the last update: a run that is trained on drops it, and tests again.
+        self._end_evaluation(step=self.global_step)
+
+    def _begin_evaluation(self, stages: Iterable[str]) -> None:
+        self._eval_sums = {stage: defaultdict(list) for stage in stages}
+        self._eval_outputs = {stage: defaultdict(list) for stage in self._eval_sums}
+
+    def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
+        stage = list(self._eval_sums)[dataloader_idx]
+        output = self.step_output(batch)
+        for name, pair in _sums(output).items():
+            self._eval_sums[stage][name].append(pair)
+        for name, values in output.outputs.items():
+            self._eval_outputs[stage][name].append(values.detach().cpu())
+
+    def _end_evaluation(self, step: int) -> None:
         for stage, sums in self._eval_sums.items():
             totals = {name: torch.stack(pairs).cpu().double().sum(0) for name, pairs in sums.items()}
             reduced = self._all_reduce(totals)
             means = {name: total / max(number, 1) for name, (total, number) in reduced.items()}
             prefix = "train/eval_" if stage == "train_eval" else f"{stage}/"
-            metrics = {f"{prefix}{name}": value for name, value in self.eval_metrics(stage, means).items()}
+            found = self.eval_metrics(stage, means, self._all_gather(self._eval_outputs[stage]))
+            metrics = {f"{prefix}{name}": value for name, value in found.items()}
             self.log_dict(metrics, logger=False)
             if stage == "val":
                 self.log("val_loss", means["loss"], prog_bar=True, logger=False)
             if not self.trainer.sanity_checking:
-                self.log_row(metrics)
-        self._eval_sums = {}
+                self.log_row(metrics, step)
+        self._eval_sums, self._eval_outputs = {}, {}
 
     # --- optimizer, devices, checkpoint ----------------------------------------------------------------------------
 
@@ -211,28 +276,36 @@ class TaskModule(L.LightningModule):
             return
         # Not the strategy's mesh: by default all processes of a node stand on its tensor-parallel axis.
         mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
-        for block in self.model.blocks:
+        for block in self.trunk.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
-        register_fsdp_forward_method(self.model, "hidden_states")
+        for name in ("hidden_states", "finish"):
+            if hasattr(self.model, name):
+                register_fsdp_forward_method(self.model, name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[checkpoints.HEADER] = checkpoints.describe(
             task=self.task,
-            model_config=self.model.config,
+            model_config=self.trunk.config,
             tokenizer=self.tokenizer,
             step=self.global_step,
             epoch=self.current_epoch,
-            tokens_seen=self.tokens_seen,
             metrics=self.latest_metrics(),
+            **{f"{self.item}s_seen": self.items_seen},
+            **self.describe_model(),
             **self.header,
         )
-        checkpoint["task_module"] = {"tokens_seen": self.tokens_seen, "epoch_sums": self._epoch_sums}
+        checkpoint["task_module"] = {"items_seen": self.items_seen, "epoch_sums": self._epoch_sums}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != "fit":  # the best weights are tested, the run's own counts stand
+            return
         self._earlier_metrics = dict(checkpoint[checkpoints.HEADER]["metrics"])
         state = checkpoint["task_module"]
-        self.tokens_seen, self._epoch_sums = state["tokens_seen"], state["epoch_sums"]
+        self.items_seen, self._epoch_sums = state["items_seen"], state["epoch_sums"]
+
+    def on_fit_end(self) -> None:
+        self._earlier_metrics = self.latest_metrics()  # a test that follows clears the trainer's
 
     def latest_metrics(self) -> dict[str, float]:
         """The newest value of every metric, those of earlier sessions of the run included."""
@@ -269,6 +342,15 @@ class TaskModule(L.LightningModule):
             stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum").cpu()
             sums = dict(zip(sums, stacked, strict=True))
         return {name: pair.tolist() for name, pair in sums.items()}
+
+    def _all_gather(self, outputs: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """What all batches of all processes put out."""
+        mine = {name: torch.cat(values) for name, values in outputs.items()}
+        if self.trainer.world_size == 1:
+            return mine
+        everyone: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        return {name: torch.cat([part[name] for part in everyone]) for name in mine}
 
     def _check_finite(self, loss_sum: float, norm: float) -> None:
         # The fp16 scaler skips an update that overflows, and halves its scale. If no scale is small enough, it is nan.

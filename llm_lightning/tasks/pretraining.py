@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from llm_lightning.data.batches import LMBatch
 from llm_lightning.losses import causal_lm_loss
+from llm_lightning.models.gpt import GPT
 from llm_lightning.tasks.base import StepOutput, TaskModule
 
 
 class PretrainingModule(TaskModule):
     """Cross-entropy of the next token, over all positions."""
 
-    task = "pretraining"
+    task, item = "pretraining", "token"
+    model: GPT
 
     def step_output(self, batch: LMBatch) -> StepOutput:
         hidden = self.model.hidden_states(batch.input_ids)  # (B, T, C)
         return StepOutput(causal_lm_loss(hidden, self.model.lm_head.weight, batch.labels), batch.n_targets)
 
-    def eval_metrics(self, stage: str, means: dict[str, float]) -> dict[str, float]:
+    def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps
         metrics = {**means, "perplexity": math.exp(min(means["loss"], 700))}
         bytes_per_token = self.trainer.datamodule.bytes_per_token(stage)  # type: ignore[attr-defined]

@@ -94,6 +94,9 @@ def ours(steps: int) -> tuple[float, Run]:
         def preview(self, n: int) -> str:
             return ""
 
+        def describe(self) -> str:
+            return ""
+
     class Clock(L.Callback):
         """Times of the ends of all steps."""
 

@@ -63,8 +63,8 @@ def test_pauses_are_not_counted(
     data.train_samples.rows = [row[:1].repeat(11) for row in data.train_samples.rows]  # 20 targets a micro-batch
     trainer.fit(module, datamodule=data)
     # 1.5 seconds a micro-batch; 1 where the wait for data coincides with a pause.
-    assert 20 / 1.5 <= speed.tokens_per_second < 20 / 1.2
-    assert 0.2 < speed.total_tokens / module.tokens_seen < 1
+    assert 20 / 1.5 <= speed.items_per_second < 20 / 1.2
+    assert 0.2 < speed.total_items / module.items_seen < 1
     assert speed.wall_seconds == clock.now > 1000
 
 

@@ -1,0 +1,444 @@
+"""Classification data: labelled texts, balanced, split so that no text stands on two sides, batched by length.
+
+What flows: records (text, label) -> class indices -> splits -> balancing -> token ids -> batches of similar length.
+Everything that was dropped, cut or repeated is counted in `report()` and said once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.download import Pinned, download
+from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
+from llm_lightning.data.order import bucketed_order
+from llm_lightning.data.pretraining import evenly_spaced
+from llm_lightning.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set that is known by name."""
+
+    file: Path | Pinned
+    labels: tuple[str, ...]
+    columns: tuple[str, ...] | None
+
+
+NAMED = {
+    "short_messages": NamedSet(Path(__file__).with_name("embedded") / "short_messages.tsv", ("ham", "spam"), None),
+    # SMS Spam Collection, UCI data set 228, CC BY 4.0 (Almeida, Gomez Hidalgo and Yamakami 2011)
+    "sms_spam": NamedSet(
+        Pinned(
+            url="https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+            sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
+            n_bytes=None,
+            filename="SMSSpamCollection.tsv",
+            member="SMSSpamCollection",
+            member_bytes=477_907,
+        ),
+        ("ham", "spam"),
+        ("label", "text"),
+    ),
+}
+
+
+class LabelledSamples(Dataset):
+    """Token ids and class of each text of a split."""
+
+    def __init__(self, rows: list[LabelledSample]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LabelledSample:
+        return self.rows[index]
+
+
+class ClassificationDataModule(BaseDataModule):
+    """Labelled texts in a training, a validation and a test split.
+
+    Args:
+        tokenizer: or a function that trains one on the training texts.
+        context_length: most tokens that the model reads.
+        name: `short_messages` (embedded), `sms_spam`, or null for a file of your own.
+        path: the file; with a name, a local copy of that set.
+        text_column, label_column: of your file or Hugging Face dataset.
+        hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
+        labels: names of the classes in the order of their indices; default: sorted.
+        split: `grouped` (texts that are equal but for case, digits, white space and punctuation stay together) or
+            `book` (the book's own split of sms_spam, in which equal texts stand on both sides).
+        val_fraction, test_fraction: of the records.
+        split_seed: of the split; another than that of training, so that a sweep over seeds sees one split.
+        balance: `undersample` draws from each class as many as the smallest has, or `none`.
+        max_length: tokens a text is cut to; default: `context_length`.
+        pad_to: `longest_train`, `context`, a number of tokens, or null: the longest of a batch.
+        bucket: batches of similar length; false: a plain shuffle.
+    """
+
+    labels: list[str]
+    pad_to: int | None
+    pad_id: int
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | Callable[[Iterable[str]], Tokenizer],
+        context_length: int,
+        name: str | None = "short_messages",
+        path: str | None = None,
+        text_column: str = "text",
+        label_column: str = "label",
+        hf_dataset: str | None = None,
+        hf_config: str | None = None,
+        hf_split: str = "train",
+        hf_revision: str | None = None,
+        labels: Sequence[str] | None = None,
+        split: str = "grouped",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 123,
+        balance: str = "undersample",
+        max_length: int | None = None,
+        pad_to: int | str | None = None,
+        bucket: bool = True,
+        **loading: Any,
+    ) -> None:
+        super().__init__(**loading)
+        _check_settings(split, balance, val_fraction, test_fraction, max_length, pad_to)
+        if name is not None and name not in NAMED:
+            near = difflib.get_close_matches(name, NAMED, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(NAMED)}, or null with data.path=FILE")
+        if split == "book" and name != "sms_spam":
+            raise ValueError("data.split=book is the book's split of data.name=sms_spam; use data.split=grouped")
+        self._make_tokenizer, self.context_length = tokenizer, context_length
+        self._name, self._path = name, path
+        self._columns = (text_column, label_column)
+        self._hub = (hf_dataset, hf_config, hf_split, hf_revision)
+        self._labels, self._split, self._fractions = labels, split, (val_fraction, test_fraction)
+        self._split_seed, self._balance = split_seed, balance
+        self._max_length, self._pad_to, self._bucket = max_length, pad_to, bucket
+        self._texts: dict[str, list[tuple[str, int]]] = {}
+        self._report: dict[str, Any] = {}
+
+    def build(self) -> None:
+        records, merged = self._read()
+        self.labels = list(self._labels or self._named_labels() or sorted({record.label for record in records}))
+        classes = _class_indices(records, self.labels)
+        if self._split == "book":
+            parts = book_split(classes, self._fractions, self._split_seed)
+        else:
+            keys = [normalized(record.text) for record in records]
+            parts = grouped_split(keys, classes, self._fractions, self._split_seed)
+            if self._balance == "undersample":
+                parts = {split: undersampled(part, classes, self._split_seed) for split, part in parts.items()}
+        self._check_classes(parts, classes)
+        self._texts = {split: [(records[i].text, classes[i]) for i in part] for split, part in parts.items()}
+        self._tokenize()
+        self.data_digest = self._digest()
+        self._report |= {"records": len(records), "records_over_several_lines": merged, "split": self._split}
+        self._report |= _duplicates([record.text for record in records]) | {"leaks": leaks(self._texts, self.labels)}
+        for line in self._lines():
+            log.info(line)
+
+    def collate(self, samples: Sequence[LabelledSample]) -> ClassificationBatch:
+        return collate_classification(samples, pad_id=self.pad_id, pad_to=self.pad_to)
+
+    def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
+        if not self._bucket or (is_training and not self.shuffle):
+            return None
+        rows = [samples[index] for index in range(len(samples))]
+        lengths, classes = [len(row.token_ids) for row in rows], [row.label for row in rows]
+        if not is_training:
+            return lambda epoch: np.argsort(lengths, kind="stable")
+        return lambda epoch: bucketed_order(lengths, classes, seed=self.seed, epoch=epoch)
+
+    def preview(self, n: int) -> str:
+        lines = []
+        for index in range(min(n, len(self.train_samples))):  # type: ignore[arg-type]
+            sample = self.train_samples[index]
+            lines += [f"--- {self.labels[sample.label]}, {len(sample.token_ids)} tokens"]
+            lines += [self.tokenizer.decode(sample.token_ids.tolist())]
+        return "\n".join(lines)
+
+    def describe(self) -> str:
+        sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._texts.items())
+        return f"{self._source()}: {sizes}; classes {', '.join(self.labels)}"
+
+    def report(self) -> dict[str, Any]:
+        return self._report
+
+    def split_of(self, name: str) -> list[tuple[str, str]]:
+        """The (text, label) pairs of `train`, `val` or `test`."""
+        return [(text, self.labels[label]) for text, label in self._texts[name]]
+
+    # --- reading and splitting -------------------------------------------------------------------------------------
+
+    def _read(self) -> tuple[list[LabelledText], list[str]]:
+        """All records, and the places of those that a lenient reading merged."""
+        dataset, config, split, revision = self._hub
+        if dataset is not None:
+            return read_hugging_face(dataset, config, split, revision, *self._columns), []
+        named = NAMED.get(self._name or "")
+        if named is None:
+            if self._path is None:
+                raise ValueError("data.name and data.path are both null; give data.path=FILE, .csv, .tsv or .jsonl")
+            return read_labelled(self._path, text_column=self._columns[0], label_column=self._columns[1]), []
+        file = Path(self._path) if self._path else _local(named)
+        if self._split == "book":
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} does not exist; check data.path")
+            return read_like_pandas(file, named.columns or ())
+        return read_labelled(file, columns=named.columns), []
+
+    def _named_labels(self) -> tuple[str, ...] | None:
+        return NAMED[self._name].labels if self._name and not self._hub[0] else None
+
+    def _check_classes(self, parts: dict[str, list[int]], classes: Sequence[int]) -> None:
+        for split, part in parts.items():
+            present = {classes[index] for index in part}
+            missing = [label for index, label in enumerate(self.labels) if index not in present]
+            if missing:
+                raise ValueError(
+                    f"the {split} split has no text of class {missing[0]!r} ({len(part)} texts in all); "
+                    "give more texts, or raise data.val_fraction and data.test_fraction"
+                )
+
+    # --- tokens ----------------------------------------------------------------------------------------------------
+
+    def _tokenize(self) -> None:
+        make = self._make_tokenizer
+        self.tokenizer = make if isinstance(make, Tokenizer) else make(text for text, _ in self._texts["train"])
+        self.pad_id = 0 if self.tokenizer.eot_id is None else self.tokenizer.eot_id
+        whole = {split: [self.tokenizer.encode_array(text) for text, _ in rows] for split, rows in self._texts.items()}
+        limit = min(self._max_length or self.context_length, self.context_length)
+        self.pad_to = self._padded_length(max(min(len(ids), limit) for ids in whole["train"]))
+        limit = min(limit, self.pad_to or limit)
+        samples = {
+            split: LabelledSamples(
+                [
+                    LabelledSample(index, ids[:limit], label)
+                    for index, (ids, (_, label)) in enumerate(zip(whole[split], rows, strict=True))
+                ]
+            )
+            for split, rows in self._texts.items()
+        }
+        self.train_samples, self.test_samples = samples["train"], {"test": samples["test"]}
+        self.eval_samples = {"val": samples["val"]}
+        if self.eval_batches > 0:
+            self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
+        self._report = {
+            "splits": {split: _facts(whole[split], self._texts[split], self.labels, limit) for split in whole},
+            "pad_to": self.pad_to,
+        }
+
+    def _padded_length(self, longest_train: int) -> int | None:
+        if self._pad_to == "longest_train":
+            return longest_train
+        if self._pad_to == "context":
+            return self.context_length
+        assert self._pad_to is None or isinstance(self._pad_to, int)
+        if self._pad_to is not None and self._pad_to > self.context_length:
+            raise ValueError(
+                f"data.pad_to={self._pad_to} exceeds model.context_length={self.context_length}; lower one, raise the other"
+            )
+        return self._pad_to
+
+    # --- words -----------------------------------------------------------------------------------------------------
+
+    def _source(self) -> str:
+        return self._hub[0] or (f"{self._name}" if self._name else str(self._path))
+
+    def _digest(self) -> str:
+        content = {split: [[text, label] for text, label in rows] for split, rows in self._texts.items()}
+        return hashlib.sha256(json.dumps([content, self.labels]).encode()).hexdigest()
+
+    def _lines(self) -> Iterable[str]:
+        """What a person should know of the data before believing a number about it."""
+        facts = self._report
+        for split, part in facts["splits"].items():
+            counts = ", ".join(f"{count:,} {label}" for label, count in part["classes"].items())
+            cut = f", {part['cut']} cut to {part['limit']}" if part["cut"] else ""
+            yield f"{split}: {counts}; {part['mean_tokens']:.1f} tokens each, at most {part['most_tokens']}{cut}"
+        if facts["records_over_several_lines"]:
+            places = ", ".join(facts["records_over_several_lines"])
+            yield f"Read as pandas does: quotation marks merge lines into one record at {places}"
+        yield (
+            f"{facts['records']:,} records: {facts['exact_duplicates']} repeat another exactly, "
+            f"{facts['normalized_duplicates']} but for case, digits, white space and punctuation"
+        )
+        leak = facts["leaks"]["test"]
+        yield (
+            f"Test texts that stand in training, too: {leak['exact']} exactly, {leak['trimmed']} trimmed, "
+            f"{leak['normalized']} normalized, of {leak['of']}"
+        )
+
+
+def normalized(text: str) -> str:
+    """What is left when texts are compared: letters, folded, and digits, all alike. Emojis and signs count if alone."""
+    folded = re.sub(r"\d", "0", unicodedata.normalize("NFKC", text).casefold())
+    words = " ".join(re.sub(r"[^\w\s]|_", " ", folded).split())
+    return words or " ".join(folded.split())
+
+
+def grouped_split(
+    keys: Sequence[str], classes: Sequence[int], fractions: tuple[float, float], seed: int
+) -> dict[str, list[int]]:
+    """Split so that equal keys stay together and every class has about the wanted fractions.
+
+    Groups are visited in random order, those of a class by themselves; each goes to the split that is furthest behind.
+    Splitting comes before balancing: so each split is balanced by itself, and the fractions hold for the smallest
+    class, which decides how much there is.
+
+    Args:
+        keys: what makes two records the same.
+        fractions: of validation and test.
+
+    Returns:
+        split -> indices, in random order.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    shares = dict(zip(SPLITS, (1 - sum(fractions), *fractions), strict=True))
+    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    draw = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    by_class: dict[int, list[list[int]]] = defaultdict(list)
+    for group in groups.values():
+        by_class[Counter(classes[index] for index in group).most_common(1)[0][0]].append(group)
+    for label in sorted(by_class):
+        members = [by_class[label][index] for index in draw.permutation(len(by_class[label]))]
+        counts = dict.fromkeys(SPLITS, 0)
+        for number, group in enumerate(sorted(members, key=len, reverse=True), start=1):
+            done = sum(counts.values()) + len(group)
+            split = max(SPLITS, key=lambda name: (shares[name] * done - counts[name], shares[name], -number))
+            counts[split] += len(group)
+            parts[split] += group
+    return {split: [part[index] for index in draw.permutation(len(part))] for split, part in parts.items()}
+
+
+def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:
+    """As many of every class as the smallest has, in their order."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for index in part:
+        members[classes[index]].append(index)
+    least = min(map(len, members.values()))
+    draw = np.random.Generator(np.random.Philox(key=[seed, 1]))
+    kept = {i for label in sorted(members) for i in draw.permutation(members[label])[:least].tolist()}
+    return [index for index in part if index in kept]
+
+
+def book_split(classes: Sequence[int], fractions: tuple[float, float], seed: int) -> dict[str, list[int]]:
+    """The book's chapter 6: undersample class 0 to the size of class 1, shuffle, cut; pandas draws the numbers."""
+    import pandas
+
+    frame = pandas.DataFrame({"label": list(classes)})
+    spam = frame[frame.label == 1]
+    balanced = pandas.concat([frame[frame.label == 0].sample(len(spam), random_state=seed), spam])
+    shuffled = balanced.sample(frac=1, random_state=seed).index.tolist()
+    n_train, n_val = int(len(shuffled) * (1 - sum(fractions))), int(len(shuffled) * fractions[0])
+    return {
+        "train": shuffled[:n_train],
+        "val": shuffled[n_train : n_train + n_val],
+        "test": shuffled[n_train + n_val :],
+    }
+
+
+def leaks(texts: dict[str, list[tuple[str, int]]], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How many texts of `val` and `test` stand in `train`, too: byte for byte, trimmed, normalized."""
+    found = {}
+    ways: dict[str, Callable[[str], str]] = {"exact": str, "trimmed": str.strip, "normalized": normalized}
+    for split in ("val", "test"):
+        rows = texts[split]
+        hits = {}
+        for way, form in ways.items():
+            seen = {form(text) for text, _ in texts["train"]}
+            hits[way] = [label for text, label in rows if form(text) in seen]
+        of_class = Counter(label for _, label in rows)
+        by_class = {
+            name: {"exact": hits["exact"].count(index), "of": of_class[index]} for index, name in enumerate(labels)
+        }
+        found[split] = {way: len(hit) for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
+    return found
+
+
+def _duplicates(texts: Sequence[str]) -> dict[str, int]:
+    return {
+        "exact_duplicates": len(texts) - len(set(texts)),
+        "normalized_duplicates": len(texts) - len({normalized(text) for text in texts}),
+    }
+
+
+def _facts(
+    ids: Sequence[np.ndarray], rows: Sequence[tuple[str, int]], labels: Sequence[str], limit: int
+) -> dict[str, Any]:
+    lengths = [len(one) for one in ids]
+    counts = Counter(label for _, label in rows)
+    return {
+        "classes": {name: counts[index] for index, name in enumerate(labels)},
+        "mean_tokens": sum(lengths) / len(lengths),
+        "most_tokens": max(lengths),
+        "limit": limit,
+        "cut": sum(length > limit for length in lengths),
+    }
+
+
+def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> list[int]:
+    if len(labels) < 2:
+        raise ValueError(f"all {len(records)} records have the label {labels[0]!r}; there must be at least two classes")
+    index = {label: number for number, label in enumerate(labels)}
+    unknown = [record for record in records if record.label not in index]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].label, labels, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"{unknown[0].place}: unknown label {unknown[0].label!r} ({len(unknown)} records have unknown ones); "
+            f"{hint}data.labels: {', '.join(labels)}"
+        )
+    absent = set(labels) - {record.label for record in records}
+    if absent:
+        raise ValueError(f"no record has the label {sorted(absent)[0]!r} of data.labels; leave it out")
+    return [index[record.label] for record in records]
+
+
+def _local(named: NamedSet) -> Path:
+    return named.file if isinstance(named.file, Path) else download(named.file)
+
+
+def _check_settings(
+    split: str, balance: str, val: float, test: float, max_length: int | None, pad_to: int | str | None
+) -> None:
+    if split not in ("grouped", "book"):
+        raise ValueError(f"data.split={split!r} must be grouped or book")
+    if balance not in ("undersample", "none"):
+        raise ValueError(f"data.balance={balance!r} must be undersample or none")
+    if val <= 0 or test <= 0 or val + test >= 1:
+        raise ValueError(
+            f"data.val_fraction={val} and data.test_fraction={test} must be positive and sum to less than 1"
+        )
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"data.max_length={max_length} must be at least 1")
+    if isinstance(pad_to, str) and pad_to not in ("longest_train", "context"):
+        raise ValueError(f"data.pad_to={pad_to!r} must be longest_train, context, a number of tokens, or null")
+    if isinstance(pad_to, int) and pad_to < 1:
+        raise ValueError(f"data.pad_to={pad_to} must be at least 1")

@@ -1,0 +1,182 @@
+"""Texts with a label each, read strictly from CSV, TSV, JSONL or a Hugging Face dataset.
+
+Every record has the place it comes from; what is wrong with a file is collected over all of it and told at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm_lightning.data.sources import JSONL_SUFFIXES, LISTED, TextFile, hugging_face_file, unique_fields
+
+SUFFIXES = (".csv", ".tsv", *JSONL_SUFFIXES)
+
+
+class LabelledText(NamedTuple):
+    """One record."""
+
+    text: str
+    label: str
+    place: str
+    """file:line"""
+
+
+def read_labelled(
+    path: str | Path, *, text_column: str = "text", label_column: str = "label", columns: Sequence[str] | None = None
+) -> list[LabelledText]:
+    """Read a labelled file. Nothing is taken for a missing value: "NA" and "null" are texts like others.
+
+    Args:
+        path: `.csv` (RFC 4180: quotes), `.jsonl`, `.ndjson`; anything else is tab-separated and has no quotes.
+        text_column, label_column: columns or fields that are read; others are left alone.
+        columns: names of the columns of a file without a header line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line of everything that is wrong, the first ten.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is no file; check data.path")
+    text = "".join(TextFile(path))  # strict UTF-8
+    if path.suffix.lower() in JSONL_SUFFIXES:
+        rows = _json_rows(text)
+    else:
+        rows = _table_rows(path, text, columns, quoted=path.suffix.lower() == ".csv")
+    return _collected(path, rows, text_column, label_column)
+
+
+def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[LabelledText], list[str]]:
+    """Read a tab-separated file as `pandas.read_csv(path, sep="\\t", header=None)` does, quotes and all.
+
+    A text that begins with a quotation mark then goes on, over line ends, to the next one.
+
+    Returns:
+        the records, and the places of those that hold several lines of the file.
+    """
+    import pandas
+
+    path = Path(path)
+    frame = pandas.read_csv(path, sep="\t", header=None, names=list(columns), keep_default_na=False, dtype=str)
+    records, merged, line = [], [], 1
+    for row in frame.to_dict("records"):
+        n_lines = 1 + str(row["text"]).count("\n")
+        records.append(LabelledText(row["text"], row["label"], f"{path}:{line}"))
+        if n_lines > 1:
+            merged.append(f"{path}:{line}-{line + n_lines - 1}")
+        line += n_lines
+    return records, merged
+
+
+def read_hugging_face(
+    name: str, config: str | None, split: str, revision: str | None, text_column: str, label_column: str
+) -> list[LabelledText]:
+    """Read a dataset of the hub, through the cache; a class index becomes the name that the dataset gives it.
+
+    Raises:
+        ValueError: if the dataset, its split or a column cannot be had.
+    """
+    file = hugging_face_file(name, config, split, revision, (text_column, label_column))
+    return _collected(Path(name) / split, _json_rows(file.read_text(encoding="utf-8")), text_column, label_column)
+
+
+Rows = Iterator[tuple[int, "Mapping[str, Any] | None", "str | None"]]
+"""(line, record, what is wrong with it)"""
+
+
+def _collected(path: Path, rows: Rows, text_column: str, label_column: str) -> list[LabelledText]:
+    records: list[LabelledText] = []
+    bad: list[str] = []
+    for line, record, wrong in rows:
+        if wrong is None:
+            assert record is not None
+            wrong = _problem(record, text_column, label_column)
+        if wrong is not None:
+            bad.append(f"line {line}: {wrong}")
+            continue
+        assert record is not None
+        records.append(LabelledText(str(record[text_column]), _label(record[label_column]), f"{path}:{line}"))
+    if bad:
+        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
+        raise ValueError(f"{path}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
+    if not records:
+        raise ValueError(f"{path} holds no records; give a file with a text and a label in each line")
+    return records
+
+
+def _problem(record: Mapping[str, Any], text_column: str, label_column: str) -> str | None:
+    for setting, column in (("data.text_column", text_column), ("data.label_column", label_column)):
+        if column not in record:
+            return f"no column {column!r} ({setting}); there are {', '.join(map(repr, record)) or 'none'}"
+    text, label = record[text_column], record[label_column]
+    if not isinstance(text, str):
+        return f"column {text_column!r} holds {type(text).__name__}, not text"
+    if not text.strip():
+        return "the text is empty"
+    if "\0" in text:
+        return "the text holds a NUL byte; is the file damaged, or UTF-16?"
+    if not isinstance(label, (str, int, bool)) or not _label(label):
+        return f"the label is {label!r}; it must be a word or a whole number"
+    return None
+
+
+def _label(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+
+
+def _json_rows(text: str) -> Rows:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line, object_pairs_hook=unique_fields)
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"not JSON: {error}"
+            continue
+        if isinstance(record, Mapping):
+            yield number, record, None
+        else:
+            yield number, None, f"a JSON {type(record).__name__}, not an object"
+
+
+def _table_rows(path: Path, text: str, columns: Sequence[str] | None, *, quoted: bool) -> Rows:
+    rows = _quoted(text) if quoted else _tabbed(text)
+    names = list(columns) if columns else None
+    for number, cells, wrong in rows:
+        if wrong is not None:
+            yield number, None, wrong
+        elif names is None:
+            names = [cell.strip() for cell in cells]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}, line {number}: a column stands twice in the header: {', '.join(names)}")
+        elif len(cells) != len(names):
+            what = "more" if len(cells) > len(names) else "fewer"
+            yield number, None, f"{len(cells)} columns, {what} than the {len(names)} of the header"
+        else:
+            yield number, dict(zip(names, cells, strict=True)), None
+
+
+def _tabbed(text: str) -> Iterator[tuple[int, list[str], str | None]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip("\r"):
+            yield number, line.removesuffix("\r").split("\t"), None
+
+
+def _quoted(text: str) -> Iterator[tuple[int, list[str], str | None]]:
+    before = csv.field_size_limit(1 << 30)  # a text of more than 128 KiB is no error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield line, cells, None
+            line = reader.line_num + 1
+    except csv.Error as error:
+        yield line, [], f"quotes are not balanced from here on ({error}); double a quotation mark inside quotes"
+    finally:
+        csv.field_size_limit(before)

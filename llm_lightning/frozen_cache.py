@@ -1,0 +1,258 @@
+"""What frozen parts of a model compute, computed once and kept on disk.
+
+Where the lower blocks of a model are frozen and deterministic, they give the same rows for the same tokens in every
+epoch, restart and job of a sweep. A store belongs to one identity (weights, settings, number format); in it every
+example is found by the digest of its content. What is missing is computed under a lock and added as one more
+segment: a file of rows and an index, which appears last and is complete or absent. Nothing is ever changed in
+place, so any number of processes read while one adds. The folder can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_lightning.atomic import write_atomically
+from llm_lightning.data.download import cache_dir, commit, locked, sha256_of
+
+CODE_VERSION = 1
+"""Raise it when the same weights and tokens would give other rows."""
+
+_STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.bfloat16: np.uint16}
+
+log = logging.getLogger(__name__)
+
+
+class FrozenCacheError(OSError):
+    """The store cannot be written; training can go on without it."""
+
+
+class Segment(NamedTuple):
+    """Rows of some examples, one after the other in a memory-mapped file."""
+
+    rows: np.ndarray
+    """(n, width), bfloat16 as the bits of uint16."""
+    spans: dict[bytes, tuple[int, int]]
+    """key -> first row, and the one behind the last"""
+
+
+class FrozenCache:
+    """Rows by content key.
+
+    Args:
+        identity: plain values that decide what is computed: digest of the weights, cut, settings.
+        width: of a row.
+        dtype: of the rows: float16, bfloat16, float32 or float64.
+        folder: default: `frozen` in the cache folder.
+    """
+
+    def __init__(
+        self, identity: Mapping[str, Any], *, width: int, dtype: torch.dtype, folder: Path | None = None
+    ) -> None:
+        self.width, self.dtype = width, dtype
+        facts = {**identity, "width": width, "dtype": str(dtype), "code": CODE_VERSION, "torch": torch.__version__}
+        self._identity = json.dumps(facts, sort_keys=True, default=str, indent=1)
+        key = hashlib.sha256(self._identity.encode()).hexdigest()[:32]
+        self.folder = (folder or cache_dir() / "frozen") / key
+        self._segments: dict[str, Segment] = {}
+        self._find: dict[bytes, Segment] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_segments": {}, "_find": {}}  # memory maps are opened anew in another process
+
+    def __len__(self) -> int:
+        self._open()
+        return len(self._find)
+
+    def __contains__(self, key: bytes) -> bool:
+        self._open()
+        return key in self._find
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all rows on disk."""
+        self._open()
+        return sum(segment.rows.nbytes for segment in self._segments.values())
+
+    def ensure(
+        self,
+        keys: Sequence[bytes],
+        n_rows: Sequence[int],
+        compute: Callable[[list[int]], Tensor],
+        *,
+        rows_per_batch: int,
+        description: str,
+    ) -> int:
+        """Compute and keep what is missing of `keys`.
+
+        Of several processes that miss something, one computes and the others wait and find it.
+
+        Args:
+            keys: one per example; equal keys stand for equal rows.
+            n_rows: rows of each example.
+            compute: indices of examples -> their rows, one after the other: (sum of their n_rows, width).
+            rows_per_batch: rows of one call, the padding to its longest example included.
+            description: of the progress bar.
+
+        Returns:
+            how many examples were computed.
+
+        Raises:
+            FrozenCacheError: if the disk is too full or cannot be written.
+            ValueError: if a row is not finite.
+        """
+        if not self._missing(keys):
+            log.info("%s: all %d found in %s", description, len(keys), self.folder)
+            return 0
+        try:
+            with locked(self.folder / "segments"):
+                missing = self._missing(keys)  # another process may have added them meanwhile
+                if missing:
+                    self._add(missing, keys, n_rows, compute, rows_per_batch, description)
+        except OSError as error:
+            raise FrozenCacheError(f"cannot keep {description} in {self.folder}: {error}") from error
+        self._open()
+        return len(missing)
+
+    def rows(self, key: bytes) -> Tensor:
+        """The rows of one example, (n_rows, width)."""
+        segment = self._find.get(key)
+        if segment is None:
+            self._open()
+            segment = self._find[key]
+        start, end = segment.spans[key]
+        return self._tensor(segment.rows[start:end])
+
+    def batch(self, keys: Sequence[bytes]) -> Tensor:
+        """The rows of several examples, zeros behind the end of each: (B, longest, width)."""
+        return torch.nn.utils.rnn.pad_sequence([self.rows(key) for key in keys], batch_first=True)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def _missing(self, keys: Sequence[bytes]) -> list[int]:
+        """Indices of the first of each key that is not here."""
+        self._open()
+        first: dict[bytes, int] = {}
+        for index, key in enumerate(keys):
+            if key not in self._find:
+                first.setdefault(key, index)
+        return list(first.values())
+
+    def _open(self) -> None:
+        """Take in segments that were added since; one that is damaged is set aside."""
+        if not self.folder.is_dir():
+            return
+        for index in sorted(self.folder.glob("*.json")):
+            if index.stem in self._segments or index.stem == "identity":
+                continue
+            try:
+                segment = self._read(index)
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("%s is damaged (%s): set aside, its rows are computed again", index, error)
+                index.replace(index.with_suffix(".damaged"))
+                continue
+            self._segments[index.stem] = segment
+            self._find |= dict.fromkeys(segment.spans, segment)
+
+    def _read(self, index: Path) -> Segment:
+        facts, data = json.loads(index.read_text()), index.with_suffix(".rows")
+        actual = sha256_of(data)
+        if actual != facts["sha256"]:
+            raise ValueError(f"its digest is {actual}, written was {facts['sha256']}")
+        ends = np.cumsum(facts["n_rows"]).tolist()
+        shape = (ends[-1], self.width)
+        rows = np.memmap(data, dtype=_STORED[self.dtype], mode="r", shape=shape)
+        keys = (bytes.fromhex(key) for key in facts["keys"])
+        return Segment(rows, dict(zip(keys, zip([0, *ends[:-1]], ends, strict=True), strict=True)))
+
+    def _tensor(self, rows: np.ndarray) -> Tensor:
+        copy = torch.from_numpy(np.array(rows))
+        return copy.view(torch.bfloat16) if self.dtype == torch.bfloat16 else copy
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        missing: list[int],
+        keys: Sequence[bytes],
+        n_rows: Sequence[int],
+        compute: Callable[[list[int]], Tensor],
+        rows_per_batch: int,
+        description: str,
+    ) -> None:
+        missing.sort(key=lambda index: (n_rows[index], keys[index]))  # shortest first, always in the same order
+        total = sum(n_rows[index] for index in missing)
+        self._check_space(total * self.width * self.dtype.itemsize)
+        for stray in [*self.folder.glob("*.tmp"), *self.folder.glob("*.rows")]:  # of a process that was killed
+            if not stray.with_suffix(".json").exists():
+                stray.unlink()
+        write_atomically(self.folder / "identity.json", self._identity + "\n")
+        name = uuid.uuid4().hex
+        data, temporary = self.folder / f"{name}.rows", self.folder / f"{name}.tmp"
+        digest, bar = hashlib.sha256(), tqdm(total=total, desc=description, unit="row", leave=False, disable=None)
+        with temporary.open("wb") as file, bar:
+            for batch in _batches(missing, n_rows, rows_per_batch):
+                content = self._bytes_of(compute(batch), sum(n_rows[index] for index in batch), batch)
+                digest.update(content)
+                file.write(content)
+                bar.update(sum(n_rows[index] for index in batch))
+            file.flush()
+            os.fsync(file.fileno())
+        commit(temporary, data)
+        facts = {
+            "sha256": digest.hexdigest(),
+            "n_rows": [n_rows[index] for index in missing],
+            "keys": [keys[index].hex() for index in missing],
+        }
+        write_atomically(self.folder / f"{name}.json", json.dumps(facts))
+        log.info(
+            "%s: computed for %d examples, %.0f MB in %s", description, len(missing), data.stat().st_size / 1e6, data
+        )
+
+    def _bytes_of(self, rows: Tensor, expected: int, batch: list[int]) -> bytes:
+        assert rows.shape == (expected, self.width), f"{tuple(rows.shape)} rows for ({expected}, {self.width})"
+        assert rows.dtype == self.dtype, f"{rows.dtype} rows for {self.dtype}"
+        if not rows.isfinite().all():
+            raise ValueError(f"the frozen part gives values that are not finite for one of the examples {batch}")
+        rows = rows.detach().cpu().contiguous()
+        return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy().tobytes()
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(f"{needed:,} bytes needed, {free:,} free")
+
+
+def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _batches(indices: Sequence[int], n_rows: Sequence[int], rows_per_batch: int) -> Iterable[list[int]]:
+    """Consecutive indices, as many as fit into `rows_per_batch` padded rows; `n_rows` rises along them."""
+    batch: list[int] = []
+    for index in indices:
+        if batch and (len(batch) + 1) * n_rows[index] > rows_per_batch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,273 @@
+"""LoRA (Hu et al. 2021): a frozen linear layer learns a correction of low rank, W + scale * B A.
+
+`apply_lora` works on a built model and keeps the names of its parameters: `blocks.0.attn.qkv_proj.weight` stays, and
+`blocks.0.attn.qkv_proj.lora_A.default` stands beside it. Several adapters can share one base.
+
+Tensor letters: R rank, I inputs, O outputs, P parts of a split projection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What adapters look like and where they stand.
+
+    Args:
+        rank: R.
+        alpha: the correction is scaled by alpha / rank.
+        dropout: on the input of an adapter.
+        targets: names of linear layers, or the ends of them: `qkv_proj`, `attn.out_proj`, `blocks.3.mlp.up_proj`.
+        qkv: `fused`, one adapter for the joint projection (PEFT's form), or `split`, one each for q, k, v (the book's).
+        scaling: `standard`, or `rslora`: alpha / sqrt(rank) (Kalajdzievski 2023).
+        init: A is uniform with the bound 1 / sqrt(fan), fan being the layer's inputs (`kaiming`, PEFT's) or the rank
+            (`book`: there A lies the other way round). B is 0: at first an adapter changes nothing.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("qkv_proj", "out_proj", "up_proj", "down_proj")
+    qkv: str = "fused"
+    scaling: str = "standard"
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank} must be at least 1")
+        if self.alpha <= 0:
+            raise ValueError(f"lora.alpha={self.alpha} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+        if not self.targets:
+            raise ValueError("lora.targets is empty; name linear layers, such as [qkv_proj,out_proj]")
+        for name, options in (
+            ("qkv", ("fused", "split")),
+            ("scaling", ("standard", "rslora")),
+            ("init", ("kaiming", "book")),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"lora.{name}={getattr(self, name)!r} must be {' or '.join(options)}")
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with adapters beside its frozen weight, of which one or none is used.
+
+    A is (P * R, I), B is (O, R); P is 3 for a split qkv projection, of which part p is B[p] A[p], else 1.
+    """
+
+    def __init__(self, base: nn.Linear, parts: int = 1) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.parts = base.in_features, base.out_features, parts
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.configs: dict[str, LoRAConfig] = {}
+        self.active: str | None = None
+        self.merged: str | None = None
+
+    def add(self, name: str, config: LoRAConfig) -> None:
+        """Add an adapter that changes nothing yet, and use it."""
+        if config.rank > min(self.in_features, self.out_features // self.parts):
+            raise ValueError(
+                f"lora.rank={config.rank} exceeds what a layer of {self.in_features} x {self.out_features} can use"
+            )
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        like = {"dtype": dtype, "device": self.weight.device}
+        a, b = (
+            torch.empty(self.parts * config.rank, self.in_features, **like),
+            torch.zeros(self.out_features, config.rank, **like),
+        )
+        bound = 1 / math.sqrt(config.rank if config.init == "book" else self.in_features)
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b)
+        self.configs[name], self.active = config, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if self.active is None or self.merged == self.active:
+            return out
+        return out + self._correction(x, self.active).to(out.dtype)
+
+    def delta(self, name: str) -> Tensor:
+        """scale * B A, (O, I)."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        a, b = a.unflatten(0, (self.parts, -1)), b.unflatten(0, (self.parts, -1))  # (P, R, I), (P, O / P, R)
+        return self.configs[name].scale * (b @ a).flatten(0, 1)
+
+    def _correction(self, x: Tensor, name: str) -> Tensor:
+        config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
+        low = F.linear(F.dropout(x, config.dropout, self.training).to(a.dtype), a)  # (..., P * R)
+        if self.parts == 1:
+            return config.scale * F.linear(low, b)
+        pieces = zip(low.chunk(self.parts, -1), b.chunk(self.parts, 0), strict=True)
+        return config.scale * torch.cat([F.linear(part, matrix) for part, matrix in pieces], dim=-1)
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
+    """Freeze every parameter of `model` and put an adapter on every target.
+
+    Returns:
+        the names of the layers that have one now.
+
+    Raises:
+        ValueError: if a target names no linear layer, or one whose weight is used elsewhere too.
+    """
+    found = _targets(model, config)
+    model.requires_grad_(False)
+    for path in found:
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoRALinear):
+            assert isinstance(layer, nn.Linear)
+            is_split = config.qkv == "split" and path.endswith("qkv_proj")
+            layer = LoRALinear(layer, parts=3 if is_split else 1)
+            layer.train(model.training)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+        layer.add(name, config)
+    return found
+
+
+def add_adapter(model: nn.Module, config: LoRAConfig, name: str) -> list[str]:
+    """Put a further adapter on a model; it is the one that is used from now on.
+
+    Raises:
+        ValueError: if the name is taken, or as `apply_lora`.
+    """
+    if name in adapter_names(model):
+        raise ValueError(f"the model has an adapter named {name!r} already; choose another name")
+    return apply_lora(model, config, name)
+
+
+def use_adapter(model: nn.Module, name: str | None) -> None:
+    """Compute with one of the adapters from now on, or with none.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    if name is not None and name not in adapter_names(model):
+        raise ValueError(f"no adapter named {name!r}; there are {', '.join(adapter_names(model)) or 'none'}")
+    for _, layer in _layers(model):
+        layer.active = name if name in layer.configs else None
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters of a model, in the order in which they were added."""
+    return list(dict.fromkeys(name for _, layer in _layers(model) for name in layer.configs))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Compute what the base model computes."""
+    before = [(layer, layer.active) for _, layer in _layers(model)]
+    use_adapter(model, None)
+    try:
+        yield
+    finally:
+        for layer, name in before:
+            layer.active = name
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """`PATH.lora_A` and `PATH.lora_B` of every layer that has the adapter, without its name."""
+    state = {}
+    for path, layer in _layers(model):
+        if name in layer.configs:
+            state[f"{path}.lora_A"], state[f"{path}.lora_B"] = layer.lora_A[name], layer.lora_B[name]
+    return state
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], config: LoRAConfig, name: str = "default") -> None:
+    """Give `model` the adapter that `adapter_state` returned, adding it if it is not there.
+
+    Raises:
+        ValueError: if the layers or shapes are others.
+    """
+    if name not in adapter_names(model):
+        apply_lora(model, config, name)
+    mine = adapter_state(model, name)
+    if mine.keys() != state.keys():
+        other = sorted(mine.keys() ^ state.keys())
+        raise ValueError(f"the adapter stands on other layers than lora.targets names, such as {other[0]}")
+    for key, tensor in state.items():
+        if tensor.shape != mine[key].shape:
+            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(mine[key].shape)}")
+        mine[key].copy_(tensor)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, name: str = "default") -> None:
+    """Add an adapter to the weights, so that it costs nothing; nothing to do where there is none."""
+    for _, layer in _layers(model):
+        if name not in layer.configs:
+            continue
+        assert layer.merged is None, "an adapter is merged already"
+        layer.weight.data = _added(layer.weight, layer.delta(name))
+        layer.merged = layer.active = name
+
+
+@torch.no_grad()
+def unmerge_lora(model: nn.Module) -> None:
+    """Take the merged adapter out of the weights again, up to rounding."""
+    for _, layer in _layers(model):
+        if layer.merged is not None:
+            layer.weight.data = _added(layer.weight, -layer.delta(layer.merged))
+            layer.merged = None
+
+
+def without_lora(model: nn.Module) -> None:
+    """Replace every layer with adapters by a plain one with its current weights: merged ones, after `merge_lora`."""
+    for path, layer in list(_layers(model)):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        plain.train(layer.training)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+
+
+def _added(weight: Tensor, delta: Tensor) -> Tensor:
+    """Their sum, rounded once."""
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def _targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The paths of all targets."""
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = dict.fromkeys(path for path in linears for target in config.targets if _ends_with(path, target))
+    names = sorted({path.rpartition(".")[2] for path in linears})
+    for target in config.targets:
+        if not any(_ends_with(path, target) for path in linears):
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(names)}")
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path)
+    for path in chosen:
+        others = [owner for owner in owners[id(linears[path].weight)] if owner != f"{path}.weight"]
+        if others:
+            raise ValueError(
+                f"lora.targets: {path}.weight is tied to {others[0]}, which an adapter on it would not follow; "
+                "leave it out, or set model.tied_head=false"
+            )
+    return list(chosen)
+
+
+def _ends_with(path: str, target: str) -> bool:
+    return path == target or path.endswith(f".{target}")
