@@ -183,7 +183,7 @@ class LoadedModel:
         """
         if not isinstance(self.model, Classifier):
             raise ValueError(
-                "this model has no classification head; train one with python train.py task=classification init_from=..."
+                "this model has no classification head; train one: python train.py task=classification init_from=..."
             )
         return self.model
 
@@ -204,8 +204,8 @@ def load_model(
     """Rebuild a model and its tokenizer from a path or name alone.
 
     Args:
-        name_or_path: a checkpoint of ours, an adapter alone (`adapter.ckpt`), a run folder, a folder or .safetensors file of GPT-2 weights, or
-            `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
+        name_or_path: a checkpoint of ours, an adapter alone (`adapter.ckpt`), a run folder, a folder or .safetensors
+            file of GPT-2 weights, or `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
         device: where to put the model.
         dtype: of the weights; default: as stored.
         base: where the weights under an adapter are now; default: where they were in training.
@@ -251,6 +251,7 @@ def described_model(header: dict[str, Any]) -> GPT | Classifier:
     with torch.device("meta"):
         model: GPT | Classifier = GPT(GPTConfig(**header["model"]), init="torch")
         if head := header.get("classifier"):
+            assert isinstance(model, GPT)
             model = Classifier(model, len(head["labels"]), pooling=head["pooling"], causal=head["causal"])
         if header.get("lora"):
             apply_lora(model, LoRAConfig(**header["lora"]))

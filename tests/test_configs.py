@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm_lightning.experiments.config_checks import check_overrides, register_resolvers
 from llm_lightning.experiments.help import group_options, help_text, read_defaults, read_settings
+from llm_lightning.experiments.launch import expand_sweep
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
 
@@ -31,7 +32,7 @@ def relative(file: Path) -> str:
 
 def covering_choices() -> list[list[str]]:
     """Few command lines that choose every option of every group at least once."""
-    options = {group: group_options(CONF, group) for group in GROUPS if group != "experiment"}
+    options = {group: group_options(CONF, group) for group in GROUPS if group not in ("experiment", "sweep")}
     rows = range(max(map(len, options.values())))
     return [[f"{group}={names[row % len(names)]}" for group, names in options.items()] for row in rows]
 
@@ -55,6 +56,19 @@ def test_every_option_composes_resolves_and_passes_the_checks(choices: list[str]
 @pytest.mark.parametrize("choice", [f"experiment={name}" for name in group_options(CONF, "experiment")])
 def test_every_experiment_passes_the_checks_on_its_own(choice: str) -> None:
     check_overrides([choice], CONF)
+
+
+@pytest.mark.parametrize("name", group_options(CONF, "sweep"))
+def test_every_run_of_every_sweep_passes_the_checks(name: str) -> None:
+    argv = expand_sweep([f"sweep={name}", "seed=1,2"], CONF)
+    assert argv[0] == "-m"
+    assert argv[-1] == "seed=1,2"
+    check_overrides(argv, CONF)
+
+
+def test_a_wrong_sweep_is_refused() -> None:
+    with pytest.raises(ValueError, match="sweep=nothing: no such sweep; there are book_ch06_table"):
+        expand_sweep(["sweep=nothing"], CONF)
 
 
 def test_the_defaults_list_has_the_promised_order() -> None:
@@ -246,7 +260,7 @@ def test_every_file_begins_with_what_it_is_and_the_command_that_uses_it(file: Pa
     assert any(re.search(pattern, line) for line in head for pattern in patterns), "no command"
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("task", "experiment", "debug")])
+@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("task", "experiment", "sweep", "debug")])
 def test_every_key_has_a_sentence(group: str) -> None:
     for option in group_options(CONF, group):
         for setting in read_settings(CONF / group / f"{option}.yaml", group):

@@ -31,10 +31,10 @@ PEAK_TFLOPS = {
 
 
 class Throughput(L.Callback):
-    """Log `train/tokens_per_second` (or `sequences`), `train/mfu` and `train/peak_memory_gib` in the rows that the task logs.
+    """Log `train/tokens_per_second` (or `sequences`), `train/mfu` and `train/peak_memory_gib` in the task's rows.
 
-    Items of the loss (target tokens, sequences) of all processes are counted, and the time between updates including the wait for data; validation,
-    sampling, saving and the first update, which compiles and allocates, are left out.
+    Items of the loss (target tokens, sequences) of all processes are counted, and the time between updates including
+    the wait for data; validation, sampling, saving and the first update, which compiles and allocates, are left out.
 
     Args:
         peak_tflops: of one device, in 1e12 floating-point operations a second; default: looked up by name, and MFU

@@ -151,7 +151,8 @@ def _classification(loaded: LoadedModel, text: str, probabilities: Tensor) -> Cl
 
 def _row(found: Classification) -> str:
     text = " ".join(found.text.split())
-    return f"{found.label}\t{found.probabilities[found.label]:.3f}\t{text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}"
+    shown = text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+    return f"{found.label}\t{found.probabilities[found.label]:.3f}\t{shown}"
 
 
 def _read(name: str, text_field: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from llm_lightning.data.order import BatchOrder
 from llm_lightning.tokenizers import Tokenizer
@@ -147,3 +147,9 @@ class BaseDataModule(L.LightningDataModule):
             # tie dropout to how often the loader was made.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def evenly_spaced(samples: Dataset, n: int) -> Subset:
+    """A fixed subset of `n` samples (or all) spread over the whole data set."""
+    size = len(samples)  # type: ignore[arg-type]
+    return Subset(samples, np.unique(np.linspace(0, size - 1, min(n, size)).astype(int)).tolist())

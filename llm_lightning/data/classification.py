@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
 from llm_lightning.data.download import Pinned, download
 from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.order import bucketed_order
-from llm_lightning.data.pretraining import evenly_spaced
 from llm_lightning.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -260,7 +259,8 @@ class ClassificationDataModule(BaseDataModule):
         assert self._pad_to is None or isinstance(self._pad_to, int)
         if self._pad_to is not None and self._pad_to > self.context_length:
             raise ValueError(
-                f"data.pad_to={self._pad_to} exceeds model.context_length={self.context_length}; lower one, raise the other"
+                f"data.pad_to={self._pad_to} exceeds model.context_length={self.context_length}; lower the one "
+                "or raise the other"
             )
         return self._pad_to
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, Sample, collate_lm
 from llm_lightning.data.sources import open_source
 from llm_lightning.data.token_files import TokenFile, build_token_files
@@ -154,9 +154,3 @@ class PretrainingDataModule(BaseDataModule):
                 f"window of {self.context_length} and its last label; {remedy}"
             )
         return windows
-
-
-def evenly_spaced(samples: Dataset, n: int) -> Subset:
-    """A fixed subset of `n` samples (or all) spread over the whole data set."""
-    size = len(samples)  # type: ignore[arg-type]
-    return Subset(samples, np.unique(np.linspace(0, size - 1, min(n, size)).astype(int)).tolist())

@@ -421,7 +421,8 @@ def _class_name(row: Mapping[str, Any], field: str, features: Any) -> Any:
     if field not in row:
         raise ValueError(f"no field '{field}'; its fields: {', '.join(map(repr, row))}")
     feature = features.get(field) if features is not None else None
-    return feature.int2str(row[field]) if hasattr(feature, "int2str") and row[field] is not None else row[field]
+    to_name = getattr(feature, "int2str", None)
+    return to_name(row[field]) if to_name is not None and row[field] is not None else row[field]
 
 
 def _write_rows(rows: Iterable[dict[str, Any]], temporary: Path) -> None:

@@ -109,8 +109,10 @@ def conclude(
 ) -> None:
     """Write the summary and the adapter alone, close the logs, and say what was reached."""
     if module.lora is not None and module.header["lineage"]["base"] is not None:
-        checkpoints.save_adapter(checkpoints.resolve(run.path), run.checkpoints / "adapter.ckpt")
-    summary = build_summary(run, trainer, module, datamodule, seconds=seconds)
+        source = checkpoints.resolve(run.path)
+        assert source is not None
+        checkpoints.save_adapter(source, run.checkpoints / "adapter.ckpt")
+    summary = build_summary(run, trainer, module, data=datamodule.report(), seconds=seconds)
     write_summary(run.path, summary)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoard):
@@ -218,9 +220,10 @@ def build_module(
     task: type[TaskModule] = get_class(cfg.task._target_)
     options = {key: value for key, value in settings["task"].items() if key != "_target_"}
     options |= task.options_from(datamodule)
-    model = build_model(cfg, task, datamodule.tokenizer, parent)
-    if isinstance(parent and parent.model, Classifier) and options.get("labels") == parent.labels:  # type: ignore[union-attr]
-        model = with_head_of(parent, model, options)  # type: ignore[arg-type]
+    trunk = build_model(cfg, task, datamodule.tokenizer, parent)
+    model: GPT | Classifier = trunk
+    if parent and isinstance(parent.model, Classifier) and options.get("labels") == parent.labels:
+        model = with_head_of(parent, trunk, options)
     lora = build(cfg.lora) if cfg.get("lora") else None
     header = {
         "config": settings,

@@ -23,13 +23,13 @@ SHOWN_METRICS = ("val/perplexity", "val/bits_per_byte", "val/accuracy", "train/e
 NEXT = {"classification": 'llm-lightning classify {} "Hello, are you free tonight?"'}
 
 
-def build_summary(run: RunFolder, trainer: Any, module: Any, datamodule: Any, *, seconds: float) -> dict[str, Any]:
+def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Collect the summary of a run that has ended by itself, as plain values.
 
     Args:
         run: its folder.
         trainer, module: after `fit`, and `test` where there is a test split.
-        datamodule: whose report, if it has one, says what the data is like.
+        data: what the data is like (`BaseDataModule.report`).
         seconds: that training took, in all sessions of the run that are known.
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
@@ -60,7 +60,7 @@ def build_summary(run: RunFolder, trainer: Any, module: Any, datamodule: Any, *,
             "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         },
         **module.results(),
-        "data": datamodule.report(),
+        "data": data,
         "lineage": module.header.get("lineage", {}),
         "precision": trainer.precision,
         "processes": trainer.world_size,

@@ -152,6 +152,29 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     return result
 
 
+def module_to_hf(ours: str) -> str:
+    """`blocks.0.attn.qkv_proj` -> `transformer.h.0.attn.c_attn`: where a linear layer stands in transformers' GPT-2."""
+    if ours == "lm_head":
+        return ours
+    _, layer, part = ours.split(".", 2)
+    return f"transformer.h.{layer}.{_BLOCK[part]}"
+
+
+def module_from_hf(theirs: str) -> str:
+    """The inverse of `module_to_hf`.
+
+    Raises:
+        ValueError: if our GPT has no such linear layer.
+    """
+    if theirs == "lm_head":
+        return theirs
+    found = re.fullmatch(r"(?:transformer\.)?h\.(\d+)\.(.+)", theirs)
+    part = next((ours for ours, name in _BLOCK.items() if found and name == found[2] and "norm" not in ours), None)
+    if found is None or part is None:
+        raise ValueError(f"{theirs} is no linear layer of GPT-2")
+    return f"blocks.{found[1]}.{part}"
+
+
 def infer_config(state: Mapping[str, Tensor]) -> GPTConfig:
     """Read the sizes of a Hugging Face GPT-2 from its shapes alone. Heads are 64 wide, as in every GPT-2.
 

@@ -82,16 +82,11 @@ class LoRALinear(nn.Linear):
 
     def add(self, name: str, config: LoRAConfig) -> None:
         """Add an adapter that changes nothing yet, and use it."""
-        if config.rank > min(self.in_features, self.out_features // self.parts):
-            raise ValueError(
-                f"lora.rank={config.rank} exceeds what a layer of {self.in_features} x {self.out_features} can use"
-            )
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        like = {"dtype": dtype, "device": self.weight.device}
-        a, b = (
-            torch.empty(self.parts * config.rank, self.in_features, **like),
-            torch.zeros(self.out_features, config.rank, **like),
-        )
+        if config.rank > self.in_features:
+            raise ValueError(f"lora.rank={config.rank} exceeds the {self.in_features} inputs of a layer; lower it")
+        dtype, device = torch.promote_types(self.weight.dtype, torch.float32), self.weight.device
+        a = torch.empty(self.parts * config.rank, self.in_features, dtype=dtype, device=device)
+        b = torch.zeros(self.out_features, config.rank, dtype=dtype, device=device)
         bound = 1 / math.sqrt(config.rank if config.init == "book" else self.in_features)
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b)
         self.configs[name], self.active = config, name

@@ -129,7 +129,8 @@ class TaskModule(L.LightningModule):
 
     def compile_model(self) -> None:
         """Compile what training calls; an attribute of the instance leaves the names of the weights alone."""
-        self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
+        trunk = self.trunk
+        trunk.hidden_states = torch.compile(trunk.hidden_states)  # type: ignore[method-assign]
 
     # --- one micro-batch, one update -------------------------------------------------------------------------------
 

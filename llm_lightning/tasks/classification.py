@@ -148,7 +148,7 @@ class ClassificationModule(TaskModule):
         return self.model.finish(x, lengths, start=self.depth)
 
     def run_frozen(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """What the frozen part gives, (B, T, C), or (B, 1, C) if all of the trunk is frozen, in the type it is kept in."""
+        """What the frozen part gives, in the type it is kept in: (B, T, C), or of a wholly frozen trunk (B, 1, C)."""
         if self.depth is None:
             x = self.model.pool(self.trunk.embed(input_ids), lengths).unsqueeze(1)
         else:
@@ -164,6 +164,8 @@ class ClassificationModule(TaskModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if reason := self.why_not_stored():
+            log.info("Frozen blocks: not stored: %s", reason)
         self._open_store()
 
     def on_test_start(self) -> None:
@@ -186,8 +188,7 @@ class ClassificationModule(TaskModule):
         """Compute what frozen blocks give for every sample, as far as no earlier run did."""
         if self._stored is not None:
             return
-        if reason := self.why_not_stored():
-            log.info("Frozen blocks: not stored: %s", reason)
+        if self.why_not_stored() is not None:
             return
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         splits = [datamodule.train_samples, *datamodule.eval_samples.values(), *datamodule.test_samples.values()]
@@ -266,7 +267,7 @@ class ClassificationModule(TaskModule):
         }
         return {
             "labels": self.labels,
-            "threshold": self.model.threshold.item() if len(self.labels) == 2 else None,
+            "threshold": float(self.model.threshold) if len(self.labels) == 2 else None,
             "confusion": {stage: matrix.tolist() for stage, matrix in confusions.items()},
         }
 
@@ -305,10 +306,10 @@ def class_metrics(logits: Tensor, predicted: Tensor, labels: Tensor) -> dict[str
     if n_classes == 2:
         options, scores = {"task": "binary"}, scores[:, 1]
     return {
-        "precision": measures.precision(predicted, target, **options).item(),
-        "recall": measures.recall(predicted, target, **options).item(),
-        "f1": measures.f1_score(predicted, target, **options).item(),
-        "auroc": measures.auroc(scores, target, **options).item(),
+        "precision": float(measures.precision(predicted, target, **options)),
+        "recall": float(measures.recall(predicted, target, **options)),
+        "f1": float(measures.f1_score(predicted, target, **options)),
+        "auroc": float(measures.auroc(scores, target, **options)),  # type: ignore[arg-type]
     }
 
 

@@ -78,7 +78,7 @@ def test_what_is_frozen() -> None:
         train_only(model, blocks)
         depths.append(frozen_depth(model))
     assert depths == [0, 1, 2, None]
-    with pytest.raises(ValueError, match="between 0 and model.n_layer=3"):
+    with pytest.raises(ValueError, match=r"between 0 and model\.n_layer=3"):
         train_only(model, 4)
 
 
@@ -102,7 +102,7 @@ def test_threshold_decides_between_two_classes(threshold: float) -> None:
 
 
 def test_unusable_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="task.pooling='middle' must be one of last, first"):
+    with pytest.raises(ValueError, match=r"task\.pooling='middle' must be one of last, first"):
         Classifier(GPT(CONFIG), 2, pooling="middle")
     with pytest.raises(ValueError, match="1 class"):
         Classifier(GPT(CONFIG), 1)
