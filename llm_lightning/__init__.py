@@ -1,4 +1,4 @@
-"""Pretrain GPT models with code you can read.
+"""Pretrain and finetune GPT models with code you can read.
 
 from llm_lightning import generate_text, load_model
 
@@ -12,30 +12,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel, load_model
-    from llm_lightning.cli.evaluate import Evaluation, evaluate_text
+    from llm_lightning.cli.classify import Classification, classify_text, classify_texts
+    from llm_lightning.cli.evaluate import Evaluation, evaluate_labelled, evaluate_text
     from llm_lightning.cli.generate import generate_text, generate_texts
     from llm_lightning.models.gpt import GPT, GPTConfig
+    from llm_lightning.models.lora import use_adapter
 
 _HOMES = {
     "GPT": "llm_lightning.models.gpt",
+    "Classification": "llm_lightning.cli.classify",
     "Evaluation": "llm_lightning.cli.evaluate",
     "GPTConfig": "llm_lightning.models.gpt",
     "LoadedModel": "llm_lightning.checkpoint",
+    "classify_text": "llm_lightning.cli.classify",
+    "classify_texts": "llm_lightning.cli.classify",
+    "evaluate_labelled": "llm_lightning.cli.evaluate",
     "evaluate_text": "llm_lightning.cli.evaluate",
     "generate_text": "llm_lightning.cli.generate",
     "generate_texts": "llm_lightning.cli.generate",
     "load_model": "llm_lightning.checkpoint",
+    "use_adapter": "llm_lightning.models.lora",
 }
 
 __all__ = [
     "GPT",
+    "Classification",
     "Evaluation",
     "GPTConfig",
     "LoadedModel",
+    "classify_text",
+    "classify_texts",
+    "evaluate_labelled",
     "evaluate_text",
     "generate_text",
     "generate_texts",
     "load_model",
+    "use_adapter",
 ]
 
 

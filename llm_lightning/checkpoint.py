@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,16 @@ import torch
 from llm_lightning.frozen_cache import weights_digest
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.lora import LoRAConfig, apply_lora, merge_lora, without_lora
+from llm_lightning.models.lora import (
+    LoRAConfig,
+    adapter_names,
+    apply_lora,
+    load_adapter_state,
+    merge_lora,
+    use_adapter,
+    without_lora,
+)
+from llm_lightning.peft_format import base_name_of, import_peft, is_peft_folder
 from llm_lightning.tokenizers import Tokenizer, from_description
 
 FORMAT_VERSION = 1
@@ -200,20 +209,26 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> LoadedModel:
     """Rebuild a model and its tokenizer from a path or name alone.
 
     Args:
-        name_or_path: a checkpoint of ours, an adapter alone (`adapter.ckpt`), a run folder, a folder or .safetensors
-            file of GPT-2 weights, or `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
+        name_or_path: a checkpoint of ours, an adapter alone (`adapter.ckpt`, or a folder of PEFT's), a run folder, a
+            folder or .safetensors file of GPT-2 weights, or `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
         device: where to put the model.
         dtype: of the weights; default: as stored.
         base: where the weights under an adapter are now; default: where they were in training.
+        adapters: name -> an adapter for the model, ours or PEFT's. The first is used, until `models.lora.use_adapter`
+            chooses another, or none.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
-        CheckpointError, ValueError: if what is there is damaged or not a GPT.
+        CheckpointError, ValueError: if what is there is damaged or not a GPT, or an adapter is for another model.
     """
+    if is_peft_folder(name_or_path):
+        found = load_model(base or base_name_of(name_or_path), adapters={"default": name_or_path})
+        return LoadedModel(found.model.to(device=device, dtype=dtype), found.tokenizer, found.header)
     path = resolve(name_or_path)
     if path is None:
         header, state, tokenizer = _from_pretrained(str(name_or_path))
@@ -226,11 +241,17 @@ def load_model(
             state = {name.removeprefix("model."): tensor for name, tensor in tensors if name.startswith("model.")}
             if "base" in header:
                 state |= _base_state(path, header, base)
+            elif base is not None:
+                raise ValueError(f"{path} is no adapter, so it needs no base; leave base= out")
             described_model(header)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not hold what a model needs ({error!r}); {_REMEDY}") from error
-    model = build_model(header, state).to(device=device, dtype=dtype)
-    return LoadedModel(model.eval(), tokenizer, header)
+    model = build_model(header, state)
+    for name, adapter in (adapters or {}).items():
+        header = header | {"lora": _add_adapter(model, adapter, name)}
+    if adapters:
+        use_adapter(model, next(iter(adapters)))
+    return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer, header)
 
 
 def resolve(name_or_path: str | Path) -> Path | None:
@@ -298,19 +319,54 @@ def _base_state(path: Path, header: dict[str, Any], base: str | Path | None) -> 
         raise FileNotFoundError(
             f"{path} is an adapter for the weights of {name}, which are not there ({error}); say where with base="
         ) from error
-    state = dict(trunk.state_dict())
-    config = header["model"]
-    state["position_embedding.weight"] = state["position_embedding.weight"][: config["context_length"]]
-    if config["tied_head"]:
+    state = _cut_like(header, trunk)
+    if header["model"]["tied_head"]:
         state["lm_head.weight"] = state["token_embedding.weight"]
-    found = _digest_of(state)
-    if found != header["base"]:
-        raise CheckpointError(
-            f"{path} is an adapter for other weights than those of {name} (digest {header['base'][:12]}, "
-            f"here {found[:12]}); give the right ones with base="
-        )
+    _refuse_other_base(path, header["base"], state)
     prefix = "trunk." if "classifier" in header else ""
     return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict[str, Any]:
+    """Put the adapter at `source` on a GPT; return its settings."""
+    if not isinstance(model, GPT):
+        raise ValueError(f"{source}: an adapter goes on a GPT, not on a classifier; give the adapter alone instead")
+    if is_peft_folder(source):
+        config, state = import_peft(source)
+    else:
+        path = resolve(source)
+        checkpoint = load(path) if path is not None else {HEADER: {}}
+        header = checkpoint[HEADER]
+        if not header.get("lora") or "classifier" in header:
+            what = "a classifier's: give it alone, and its base with --base" if header.get("lora") else "none"
+            raise ValueError(f"{source} should be an adapter for a GPT, but is {what}")
+        _refuse_other_base(source, header["lineage"]["base"], _cut_like(header, model))
+        config = LoRAConfig(**header["lora"])
+        ours = {key.removeprefix("model."): tensor for key, tensor in checkpoint["state_dict"].items()}
+        state = {key.removesuffix(".default"): tensor for key, tensor in ours.items() if "lora_" in key}
+    if name in adapter_names(model):
+        raise ValueError(f"the model has an adapter named {name!r} already; merge it first, with llm-lightning export")
+    try:
+        load_adapter_state(model, state, config, name)
+    except ValueError as error:
+        raise CheckpointError(f"{source} does not fit the model: {error}") from error
+    return asdict(config)
+
+
+def _cut_like(header: dict[str, Any], trunk: GPT) -> dict[str, torch.Tensor]:
+    """The weights of a GPT without adapters, as many positions as the model of `header` has."""
+    state = {name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name}
+    state["position_embedding.weight"] = state["position_embedding.weight"][: header["model"]["context_length"]]
+    return state
+
+
+def _refuse_other_base(adapter: str | Path, expected: str, state: dict[str, torch.Tensor]) -> None:
+    found = _digest_of(state)
+    if found != expected:
+        raise CheckpointError(
+            f"{adapter} is an adapter for other weights than these (their digest is {found[:12]}, it was trained on "
+            f"{expected[:12]}); give the right ones"
+        )
 
 
 def save_adapter(source: str | Path, target: str | Path) -> str:

@@ -33,6 +33,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # key of adapter_config.json -> values
 }
 
 
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether PEFT wrote an adapter there."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def base_name_of(folder: str | Path) -> str:
+    """The model that an adapter of PEFT's was made for, in the words that `checkpoint.load_model` takes.
+
+    Raises:
+        ValueError: if the folder does not say it.
+    """
+    name = str(_read_config(Path(folder)).get("base_model_name_or_path") or "")
+    if not name:
+        raise ValueError(f"{Path(folder) / CONFIG} does not name the model that the adapter is for; say it with base=")
+    size = name.removeprefix("openai-community/")
+    return {"gpt2": "gpt2-small", "gpt2-medium": size, "gpt2-large": size, "gpt2-xl": size}.get(size, name)
+
+
 def export_peft(
     model: nn.Module, config: LoRAConfig, folder: str | Path, *, name: str = "default", base_name: str = ""
 ) -> None:
@@ -85,24 +103,24 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         FileNotFoundError: if a file is missing.
         ValueError: if it is of another kind than ours, or made for another model.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             hint = "; pickled adapters (.bin) can run code and are not read" if file == WEIGHTS else ""
             raise FileNotFoundError(f"{folder} has no {file}{hint}; save the adapter with PEFT's save_pretrained")
-    facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    facts = _read_config(folder)
     for key, allowed in _NEUTRAL.items():
         if facts.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{folder / CONFIG}: {key}={facts[key]!r} is not supported; it must be {allowed[0]!r}")
     state = {}
-    for key, tensor in load_file(folder / WEIGHTS).items():
+    for key, tensor in _tensors(folder / WEIGHTS).items():
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(_PREFIX))
         if not found:
             raise ValueError(f"{folder / WEIGHTS}: {key} is no matrix of a LoRA adapter")
         state[f"{module_from_hf(found[1])}.lora_{found[2]}"] = tensor
     targets = tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in state))
+    if missing := [key for key in ("r", "lora_alpha") if key not in facts]:
+        raise ValueError(f"{folder / CONFIG} has no {missing[0]}; save the adapter with PEFT's save_pretrained")
     config = LoRAConfig(
         rank=facts["r"],
         alpha=facts["lora_alpha"],
@@ -111,6 +129,26 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         scaling="rslora" if facts.get("use_rslora") else "standard",
     )
     return config, state
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON ({error}); get it again") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{folder / CONFIG} must hold a JSON object; get it again")
+    return facts
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from error
 
 
 def _paths(model: nn.Module, name: str) -> list[str]:

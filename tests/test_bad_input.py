@@ -208,6 +208,52 @@ CASES: list[tuple[str, Prepare, str]] = [
     ("nothing to resume", lambda folder: [f"resume={folder}"], r"resume=.*: no run in that folder"),
     ("run folder is a file", run_folder_is_a_file, r"/file: File exists; choose another"),
 ]
+
+
+def labelled(name: str, content: bytes | str, *arguments: str) -> Prepare:
+    """Labelled texts with this content."""
+    return lambda folder: ["task=classification", f"data.path={put(folder / name, content)}", *arguments]
+
+
+def table(n_ham: int, n_spam: int, more: str = "") -> str:
+    """As many labelled texts, no two alike, and further lines."""
+    letters = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(n_ham + n_spam)]
+    rows = [
+        f"{'spam' if i < n_spam else 'ham'} {word}\t{'spam' if i < n_spam else 'ham'}" for i, word in enumerate(letters)
+    ]
+    return "\n".join(["text\tlabel", *rows, more])
+
+
+GOOD = table(40, 40)
+CASES += [
+    ("unknown label", labelled("x.tsv", table(40, 40, "hi\tspma"), "data.labels=[ham,spam]"),
+     r"x\.tsv:82: unknown label 'spma' .*did you mean 'spam'\?"),
+    ("one class", labelled("x.tsv", table(40, 0)), r"all 40 records have the label 'ham'; there must be at least two"),
+    ("class missing in a split", labelled("x.tsv", table(40, 1)),
+     r"the val split has no text of class 'spam' .*give more texts, or raise data\.val_fraction"),
+    ("empty text", labelled("x.tsv", table(9, 9, " \tham")), r"x\.tsv: 1 bad record: line 20: the text is empty"),
+    ("wrong columns", labelled("x.csv", "body,kind\nhi,ham\n"),
+     r"no column 'text' \(data\.text_column\); there are 'body', 'kind'"),
+    ("unbalanced quotes", labelled("x.csv", 'text,label\nfine,ham\n"open,ham\n'),
+     r"x\.csv: 1 bad record: line 3: quotes are not balanced from here on .*; double a quotation mark"),
+    ("extra columns", labelled("x.tsv", table(9, 9, "a\tb\tham")), r"line 20: 3 columns, more than the 2 of the header"),
+    ("NUL byte", labelled("x.tsv", table(9, 9, "a\0b\tham")), r"line 20: the text holds a NUL byte; is the file damaged"),
+    ("labels in latin-1", labelled("x.tsv", b"text\tlabel\ncaf\xe9\tham"), r"x\.tsv, line 2: byte 3 \(0xe9\) .*iconv"),
+    ("bad labelled JSON", labelled("x.jsonl", '{"text": "a", "label": "x"}\n{"text"'), r"line 2: not JSON"),
+    ("missing labelled file", lambda _: ["task=classification", "data.path=nowhere.csv"],
+     r"nowhere\.csv does not exist or is no file; check data\.path"),
+    ("too many blocks", labelled("x.tsv", GOOD, "task.trained_blocks=7"), r"trained_blocks=7 must be between 0 and .*=1"),
+    ("pads that are read", labelled("x.tsv", GOOD, "task.pooling=last_position"), r"reads the padding.*set data\.pad_to"),
+    ("pooling", labelled("x.tsv", GOOD, "task.pooling=middle"), r"task\.pooling='middle' must be one of last, first"),
+    ("class weights", labelled("x.tsv", GOOD, "task.class_weights=[1,2,3]"), r"class_weights=.*2 positive numbers"),
+    ("LoRA target without a layer", labelled("x.tsv", GOOD, "lora=default", "lora.targets=[q_proj]"),
+     r"lora\.targets: 'q_proj' matches no linear layer; there are down_proj, head, lm_head, out_proj"),
+    ("LoRA on a tied weight", lambda _: ["lora=default", "lora.targets=[lm_head]"],
+     r"lora\.targets: lm_head\.weight is tied to token_embedding\.weight.*set model\.tied_head=false"),
+    ("LoRA rank", lambda _: ["lora=default", "lora.rank=0"], r"lora\.rank=0 must be at least 1"),
+    ("LoRA rank over a layer", lambda _: ["lora=default", "lora.rank=17"], r"lora\.rank=17 exceeds the 16 inputs"),
+    ("unknown sweep", lambda _: ["sweep=nothing"], r"sweep=nothing: no such sweep; there are book_ch06_table"),
+]  # fmt: skip
 for bad, text in DAMAGED.items():
     CASES += [(f"{bad.__name__} weights", weights(bad), text), (f"{bad.__name__} run", run_folder(bad), text)]
 
@@ -221,6 +267,8 @@ def refused(tmp_path: Path) -> Callable[[list[str], str], None]:
     def check(arguments: list[str], message: str) -> None:
         before = digests(tmp_path)
         names = {word.partition("=")[0] for word in arguments}
+        if "task=classification" in arguments:  # it has no samples of text
+            names.add("callbacks.samples.prompts")
         kept = [word for word in base if word.partition("=")[0] not in names]
         typed = sorted(kept + arguments, key=lambda word: not word.startswith("--"))  # options stand first
         assert_refused(train_here(typed), message)
@@ -245,6 +293,27 @@ def test_bad_input_ends_in_one_line(tmp_path: Path, refused: Any, prepare: Prepa
     folder = tmp_path / "work"
     folder.mkdir()
     refused(prepare(folder), message)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("lora.rank=3", r"cannot resume.*lora\.rank.*2.*3"),
+        ("lora.targets=[qkv_proj]", r"cannot resume.*lora\.targets"),
+        ("lora=null", r"cannot resume.*lora"),
+        ("task.trained_blocks=0", r"cannot resume.*task\.trained_blocks.*auto.*0"),
+        ("data.split_seed=7", r"cannot resume.*data\.split_seed.*123.*7"),
+    ],
+)
+def test_what_may_not_change_on_resume(tmp_path: Path, refused: Any, changed: str, message: str) -> None:
+    folder = tmp_path / "work" / "run"
+    settings = [word for word in SETTINGS if "samples" not in word]
+    command = ["task=classification", "lora=default", "lora.rank=2", "trainer.max_steps=4", f"hydra.run.dir={folder}"]
+    assert train_here([*settings, *command]).code == 0
+    (folder / "summary.json").unlink()  # as if it had been killed
+    names = {changed.partition("=")[0]} | ({"lora.rank"} if changed == "lora=null" else set())
+    kept = [word for word in command if word.partition("=")[0] not in names]
+    refused([*kept, changed, "data.path=null"], message)
 
 
 def test_a_run_folder_in_use_names_the_process(tmp_path: Path, refused: Any) -> None:

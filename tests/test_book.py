@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from tiny_run import train_here
 
 from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.data.labelled_records import read_labelled
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.gpt2_weights import to_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +57,90 @@ def test_appendix_d(data_dir: Path, tmp_path: Path) -> None:
     rates = dict(curves["lr"])
     published = {0: 1e-5, 26: 9.633e-4, 27: 1e-3, 134: 1.0209e-5}
     assert {step: rates[step] for step in published} == pytest.approx(published, rel=1e-4)
+
+
+# --- chapter 6: the table of variants --------------------------------------------------------------------------------
+
+TABLE = sorted((ROOT / "conf" / "experiment" / "book" / "ch06_table").glob("*.yaml"))
+SIZES = {  # of the weights that the rows start from; beyond 355M two of the layers, because AdamW would not fit
+    "gpt2-small": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (2, 20, 1280),
+    "gpt2-xl": (2, 25, 1600),
+}
+TRAINED = {  # of GPT-2 small: the head 1,538; a block 7,087,872; final norm 1,536; the book's adapters 2,666,528
+    "02_first_token": 7_090_946,
+    "03_head_alone": 1_538,
+    "04_last_two_blocks": 7_090_946 + 7_087_872,
+    "05_all": 124_441_346,
+    "11_lora": 2_666_528,
+    "17_no_causal_mask": 7_090_946,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Random weights of a size of GPT-2, in a file as the hub has it."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    @functools.cache
+    def of(name: str) -> Path:
+        n_layer, n_head, n_embd = SIZES[name]
+        torch.manual_seed(0)
+        config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        path = folder / f"{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in to_hf(GPT(config).state_dict(), config).items()}, path)
+        return path
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def few_messages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 400 of the real messages, 50 to 60 of them spam."""
+    folder = os.environ.get("LLM_LIGHTNING_DATA")
+    if not folder:
+        pytest.skip("needs real data: set LLM_LIGHTNING_DATA to the folder that holds it")
+    path = tmp_path_factory.mktemp("messages") / "few.tsv"
+    records = read_labelled(Path(folder) / "SMSSpamCollection.tsv", columns=("label", "text"))[:400]
+    path.write_text("".join(f"{record.label}\t{record.text}\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TABLE, ids=lambda path: path.stem)
+def test_rows_of_the_table_run(
+    row: Path, weights: Callable[[str], Path], few_messages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each from its own file, with random weights of its size in place of the download."""
+    settings = yaml.safe_load((row.parents[1] / "ch06.yaml").read_text()) | yaml.safe_load(row.read_text())
+    arguments = [
+        f"experiment=book/ch06_table/{row.stem}",
+        f"data.path={few_messages}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        "trainer.max_steps=3",
+        "trainer.limit_val_batches=2",
+        "+trainer.limit_test_batches=2",
+        "data.eval_batches=1",
+        "trainer.log_every_n_steps=1",
+        "trainer.enable_progress_bar=false",
+    ]
+    if settings["init_from"] is not None:
+        arguments.append(f"init_from={weights(settings['init_from'])}")
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(few_messages.parent / "cache"))  # rows share what is frozen
+    outcome = train_here(arguments)
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert 0 <= summary["metrics"]["test/accuracy"] <= 1
+    if row.stem in TRAINED:
+        assert summary["parameters"]["trainable"] == TRAINED[row.stem]
+    curves = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert [step for step, _ in curves["train/loss"]] == [0, 1, 2]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+def test_the_table_has_every_row_and_the_sweep_runs_it() -> None:
+    assert [path.stem.partition("_")[0] for path in TABLE] == [f"{number:02d}" for number in range(1, 20)]
+    sweep = yaml.safe_load((ROOT / "conf" / "sweep" / "book_ch06_table.yaml").read_text())
+    assert sweep == {"experiment": "glob(book/ch06_table/*)"}

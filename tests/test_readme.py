@@ -32,7 +32,7 @@ def test_set_up_is_what_ci_runs(line: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and "--help" not in c])
 def test_settings_compose(command: str) -> None:
-    arguments = shlex.split(command.replace("CKPT", "x.ckpt"))[2:]
+    arguments = shlex.split(command)[2:]
     assert check_overrides(arguments, ROOT / "conf").seed is not None
 
 
@@ -53,19 +53,52 @@ def test_help(command: str) -> None:
     assert "optimizer.lr=" in outcome.out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "CKPT" in c])
-def test_tools(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs that the README speaks of: a GPT, a classifier, adapters for that GPT."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = write_checkpoint(folder / "outputs" / "pretraining" / "first" / "checkpoints" / "best.ckpt")
+    classify = [word for word in SETTINGS if "samples" not in word]
+    speak = [*SETTINGS, f"data.path={write_corpus(folder / 'text.txt', 60)}", "lora=default", f"init_from={base}"]
+    for name, arguments in (
+        ("outputs/classification/first", [*classify, "task=classification", f"init_from={base}"]),
+        ("polite", speak),
+    ):
+        outcome = train_here([*arguments, f"hydra.run.dir={folder / name}"])
+        assert outcome.code == 0, outcome.err
+    assert cli(["export", str(folder / "polite"), str(folder / "rude_from_peft"), "--format", "peft"]) == 0
+    return folder
+
+
+TOOLS = [command for command in COMMANDS if any(word in command for word in ("CKPT", "CLASSIFIER", "ADAPTED"))]
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_tools(command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_checkpoint(tmp_path / "model.ckpt")
     write_corpus(tmp_path / "text.txt", 60)
-    words = {"CKPT": "model.ckpt", "FILE": "text.txt", "FOLDER": "exported"}
+    words = {
+        "CKPT": str(runs / "outputs" / "pretraining" / "first"),
+        "CLASSIFIER": str(runs / "outputs" / "classification" / "first"),
+        "ADAPTED": str(runs / "polite"),
+        "FILE": "text.txt",
+        "FOLDER": "exported",
+    }
     arguments = [words.get(word, word) for word in shlex.split(command)[1:]]
     assert cli(arguments) in (0, None)
 
 
-def test_three_lines_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_checkpoint(tmp_path / "outputs" / "pretraining" / "first" / "checkpoints" / "best.ckpt")
-    (lines,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(lines, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("The")
+def test_every_tool_command_is_run() -> None:
+    others = [c for c in COMMANDS if c.startswith("llm-lightning") and c not in TOOLS]
+    assert others == ["llm-lightning generate"], "mentioned by name, not as a command"
+
+
+def test_lines_of_python(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(runs)
+    adapters, tools = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(tools, "README.md", "exec"), {})
+    text, classified = capsys.readouterr().out.split("Classification(")
+    assert text.startswith("The")
+    assert "probabilities={'ham':" in classified
+    exec(compile(adapters.replace("gpt2-small", "outputs/pretraining/first"), "README.md", "exec"), names := {})
+    assert names["generate_text"](names["loaded"], "to", max_new_tokens=3).startswith("to")

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.main import add_checkpoint_argument
+from llm_lightning.cli.main import add_base_argument, add_checkpoint_argument
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    add_base_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from llm_lightning.hf_export import export_classifier, export_hf
     from llm_lightning.models.classifier import Classifier
 
-    loaded = load_model(args.checkpoint)
+    loaded = load_model(args.checkpoint, base=args.base)
     if args.format == "peft":
         _export_adapter(loaded, args.folder)
         return

@@ -2,6 +2,7 @@
 
 llm-lightning generate outputs/pretraining/my_run "The value of"
 llm-lightning generate gpt2-small "Hello, I am" "Every effort moves you" --greedy --max-new-tokens 25
+llm-lightning generate gpt2-small "Dear Sir" --adapter polite/checkpoints/adapter.ckpt --adapter rude_from_peft/
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text to continue")
+    parser.add_argument(
+        "--adapter",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="for CHECKPOINT: an adapter.ckpt, a LoRA run, a folder of PEFT's; several: each prompt once with each",
+    )
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line")
     parser.add_argument(
         "--max-new-tokens",
@@ -65,10 +73,22 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError('no prompt: give one in quotes, such as "Every effort moves you", or --prompts-file FILE')
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one text as it grows, and there are {len(prompts)} prompts; give one")
-    loaded = open_model(args)
     settings = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, **_sampling(args)}
+    adapters = {str(number): path for number, path in enumerate(args.adapter, start=1)}
+    loaded = open_model(args, adapters)
+    for name, path in adapters.items() or [(None, None)]:
+        if name is not None:
+            from llm_lightning.models.lora import use_adapter
+
+            use_adapter(loaded.model, name)
+        if len(adapters) > 1:
+            print(f"=== {path}")
+        _write(loaded, prompts, args.stream, settings)
+
+
+def _write(loaded: LoadedModel, prompts: list[str], stream: bool | None, settings: dict[str, Any]) -> None:
     on_terminal = sys.stdout.isatty()
-    if args.stream or (args.stream is None and on_terminal and len(prompts) == 1):
+    if stream or (stream is None and on_terminal and len(prompts) == 1):
         _stream(loaded, prompts[0], on_terminal, settings)
         return
     texts = generate_texts(loaded, prompts, **settings)

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -74,6 +75,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)"
     )
+    add_base_argument(parser)
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +83,20 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a .ckpt file, a run folder (its best checkpoint), a folder or .safetensors file of GPT-2 weights, "
-        "or gpt2-small, gpt2-medium, gpt2-large, gpt2-xl",
+        help="a .ckpt file, a run folder (its best checkpoint), an adapter alone (adapter.ckpt or a folder of PEFT's), "
+        "a folder or .safetensors file of GPT-2 weights, or gpt2-small, gpt2-medium, gpt2-large, gpt2-xl",
     )
 
 
-def open_model(args: argparse.Namespace) -> LoadedModel:
-    """Load the model that the arguments of `add_model_arguments` name.
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --base: an adapter alone has to find the weights that it belongs to."""
+    parser.add_argument(
+        "--base", metavar="CHECKPOINT", help="of an adapter alone: its weights (default: where they were in training)"
+    )
+
+
+def open_model(args: argparse.Namespace, adapters: Mapping[str, str] | None = None) -> LoadedModel:
+    """Load the model that the arguments of `add_model_arguments` name, `adapters` on it.
 
     Raises:
         ValueError: if the device is not there, or the checkpoint is damaged.
@@ -98,7 +107,7 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     from llm_lightning.checkpoint import load_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    return load_model(args.checkpoint, device=_device(args.device), dtype=dtype)
+    return load_model(args.checkpoint, device=_device(args.device), dtype=dtype, base=args.base, adapters=adapters)
 
 
 def _device(name: str) -> str:

@@ -79,8 +79,8 @@ class ClassificationDataModule(BaseDataModule):
     Args:
         tokenizer: or a function that trains one on the training texts.
         context_length: most tokens that the model reads.
-        name: `short_messages` (embedded), `sms_spam`, or null for a file of your own.
-        path: the file; with a name, a local copy of that set.
+        name: `short_messages` (embedded), or `sms_spam` (downloaded).
+        path: a file of your own; with `sms_spam`, a local copy of it.
         text_column, label_column: of your file or Hugging Face dataset.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
         labels: names of the classes in the order of their indices; default: sorted.
@@ -128,6 +128,8 @@ class ClassificationDataModule(BaseDataModule):
             near = difflib.get_close_matches(name, NAMED, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(NAMED)}, or null with data.path=FILE")
+        if path is not None and name is not None and isinstance(NAMED[name].file, Path):
+            name = None  # a file of one's own wins over the embedded set, of which nobody has a copy
         if split == "book" and name != "sms_spam":
             raise ValueError("data.split=book is the book's split of data.name=sms_spam; use data.split=grouped")
         self._make_tokenizer, self.context_length = tokenizer, context_length

@@ -121,6 +121,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> l
     Raises:
         ValueError: if a target names no linear layer, or one whose weight is used elsewhere too.
     """
+    if not name or "." in name:
+        raise ValueError(f"an adapter cannot be named {name!r}; choose a name without dots")
     found = _targets(model, config)
     model.requires_grad_(False)
     for path in found:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.data.base import BaseDataModule
@@ -241,6 +241,11 @@ class TaskModule(L.LightningModule):
 
     # --- optimizer, devices, checkpoint ----------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        # Under autocast a frozen matrix would be cast at every step; kept in bfloat16 it also takes half the memory.
+        if self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            freeze_in_bfloat16(self.model)
+
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
         # restored (Lightning's issue 20550).
@@ -256,6 +261,9 @@ class TaskModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        # With deterministic algorithms PyTorch also fills all fresh memory with nan, to show who reads it; nothing here
+        # does, and it takes a tenth of each step on a CPU.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -389,6 +397,16 @@ def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     if steps == math.inf:
         raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
     return int(steps)
+
+
+def freeze_in_bfloat16(model: nn.Module) -> None:
+    """Keep the frozen matrices, and the biases beside them, in bfloat16; norms stay as they are."""
+    for module in model.modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
 
 
 def keep_freed_memory() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional import classification as measures
 
 from llm_lightning.data.batches import ClassificationBatch
@@ -157,11 +157,6 @@ class ClassificationModule(TaskModule):
 
     # --- frozen blocks ---------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        # Under autocast a frozen matrix would be cast at every step; kept in bfloat16 it also takes half the memory.
-        if self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            freeze_in_bfloat16(self.model)
-
     def on_train_start(self) -> None:
         super().on_train_start()
         if reason := self.why_not_stored():
@@ -286,16 +281,6 @@ class ClassificationModule(TaskModule):
 def _key(token_ids: np.ndarray) -> bytes:
     """The name of a sequence in the store."""
     return hashlib.sha256(token_ids.astype(np.int64).tobytes()).digest()
-
-
-def freeze_in_bfloat16(model: nn.Module) -> None:
-    """Keep the frozen matrices, and the biases beside them, in bfloat16; norms stay as they are."""
-    for module in model.modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            continue
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
 
 
 def class_metrics(logits: Tensor, predicted: Tensor, labels: Tensor) -> dict[str, float]:

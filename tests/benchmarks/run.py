@@ -1,7 +1,7 @@
 """Run the side-by-side benchmarks and write their results to outputs/benchmarks/.
 
 pip install -e ".[bench]"
-python tests/benchmarks/run.py [training|generation|token_files|all] [--quick]
+python tests/benchmarks/run.py [training|generation|token_files|classification|lora|all] [--quick]
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ BENCHMARKS = {  # name -> arguments that make it quick
     "training": ["--quick"],
     "generation": ["--quick"],
     "token_files": ["--megabytes", "20", "--repeats", "1"],
+    "classification": ["--quick"],
+    "lora": ["--quick"],
 }
 
 

@@ -16,7 +16,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -25,34 +25,38 @@ from contest import Run, peak_mib, ratio, run_rounds, timed, write_results
 
 BATCH, TIME, VOCABULARY = 4, 256, 50257
 WARMUP_STEPS = 2
+SETTINGS = {"parameters": "124M", "batch": f"{BATCH} x {TIME}"}
+
+Contender = Callable[[int], tuple[float, Run]]
+"""Steps -> memory after imports, and times per step."""
 
 
-def main() -> None:
-    """Run all contenders in turn, or one of them in this process."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def contest_of(script: str, doc: str, contenders: Mapping[str, Contender], name: str, settings: dict[str, Any]) -> None:
+    """Run all contenders in turn, or one of them in this process; the first is ours."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round of three steps")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=contenders, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        print(json.dumps(measure(CONTENDERS[options.contender], options.steps)))
+        print(json.dumps(measure(contenders[options.contender], options.steps)))
         return
     n_rounds, steps = (1, 3) if options.quick else (3, 5)
-    rounds = run_rounds(__file__, list(CONTENDERS), n_rounds, ["--steps", str(steps)])
-    report(rounds, {"parameters": "124M", "batch": f"{BATCH} x {TIME}", "steps": steps})
+    rounds = run_rounds(script, list(contenders), n_rounds, ["--steps", str(steps)])
+    report(rounds, name, settings | {"steps": steps})
 
 
-def report(rounds: list[dict[str, Run]], settings: dict[str, Any]) -> None:
+def report(rounds: list[dict[str, Run]], name: str, settings: dict[str, Any]) -> None:
     """Ours over each peer."""
     ratios = {}
-    for peer in (name for name in CONTENDERS if name != "ours"):
+    for peer in (contender for contender in rounds[0] if contender != "ours"):
         ratios[f"times the tokens/s of {peer}"] = ratio(rounds, "ours", peer, "tokens_per_second")
         ratios[f"times less CPU time than {peer}"] = ratio(rounds, peer, "ours", "cpu_seconds")
         ratios[f"of the peak memory of {peer}"] = ratio(rounds, "ours", peer, "peak_mib_above_imports")
-    write_results("training", settings, rounds, ratios)
+    write_results(name, settings, rounds, ratios)
 
 
-def measure(contender: Callable[[int], tuple[float, Run]], steps: int) -> Run:
+def measure(contender: Contender, steps: int) -> Run:
     """Run one contender, which returns its memory after imports and its times per step."""
     warnings.filterwarnings("ignore")
     baseline, times = contender(steps)
@@ -64,6 +68,11 @@ def measure(contender: Callable[[int], tuple[float, Run]], steps: int) -> Run:
 
 
 def ours(steps: int) -> tuple[float, Run]:
+    """Every weight is trained."""
+    return train_ours(steps)
+
+
+def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
     """Train a PretrainingModule with a Trainer, and time it from update to update."""
     import lightning as L
     import torch
@@ -111,7 +120,7 @@ def ours(steps: int) -> tuple[float, Run]:
     data, clock = RandomTokens(batch_size=BATCH), Clock()
     data.build()
     module = PretrainingModule(
-        model=GPT(GPTConfig()), tokenizer=tokenizer, optimizer=AdamWConfig(), scheduler=WarmupCosineConfig()
+        model=GPT(GPTConfig()), tokenizer=tokenizer, optimizer=AdamWConfig(), scheduler=WarmupCosineConfig(), **options
     )
     trainer = L.Trainer(
         accelerator="cpu", devices=1, precision="bf16-mixed", deterministic=True, max_epochs=1, logger=False,
@@ -193,4 +202,4 @@ CONTENDERS = {
 
 
 if __name__ == "__main__":
-    main()
+    contest_of(__file__, __doc__, CONTENDERS, "training", SETTINGS)

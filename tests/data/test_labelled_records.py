@@ -1,0 +1,133 @@
+"""Labelled files are read strictly: every record intact, or one error that names file, line and remedy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from llm_lightning.data.labelled_records import read_hugging_face, read_labelled, read_like_pandas
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def pairs(path: Path, **options: object) -> list[tuple[str, str]]:
+    return [(record.text, record.label) for record in read_labelled(path, **options)]  # type: ignore[arg-type]
+
+
+def test_words_that_look_like_missing_values_are_texts(tmp_path: Path) -> None:
+    words = ["NA", "null", "NaN", "None", "N/A", "-", "1e5", "007"]
+    for name, separator in (("x.csv", ","), ("x.tsv", "\t")):
+        content = f"text{separator}label\n" + "".join(f"{word}{separator}a\n" for word in words)
+        assert pairs(put(tmp_path / name, content)) == [(word, "a") for word in words]
+
+
+def test_a_tsv_has_no_quotes_and_keeps_spaces(tmp_path: Path) -> None:
+    rows = [('"unbalanced', "a"), (" leading and trailing ", "b"), ('say ""this""', "a"), ("a, b", "b")]
+    content = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows)
+    assert pairs(put(tmp_path / "x.tsv", content)) == rows
+    windows = put(tmp_path / "crlf.tsv", content.replace("\n", "\r\n"))
+    assert pairs(windows) == rows
+
+
+def test_csv_as_the_standard_library_writes_it(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    letters = "ab ,\"\n\r;\t\u00e9\U0001f600'"
+    rows = [("".join(draw.choices(letters, k=draw.randrange(1, 20))) + "x", draw.choice("yz")) for _ in range(500)]
+    written = io.StringIO(newline="")
+    writer = csv.writer(written)
+    writer.writerows([("text", "label"), *rows])
+    assert pairs(put(tmp_path / "x.csv", written.getvalue())) == rows
+
+
+def test_jsonl_with_labels_of_any_plain_kind(tmp_path: Path) -> None:
+    records = [("a\nb", "x"), ("b", 3), ("c", True)]
+    content = "\n\n".join(json.dumps({"body": text, "kind": label, "other": [1]}) for text, label in records)
+    found = pairs(put(tmp_path / "x.jsonl", content), text_column="body", label_column="kind")
+    assert found == [("a\nb", "x"), ("b", "3"), ("c", "true")]
+
+
+def test_other_columns_and_the_place_of_each_record(tmp_path: Path) -> None:
+    file = put(tmp_path / "x.csv", 'id,label,text\n1,a,"two\nlines"\n2,b,one\n')
+    assert [record.place for record in read_labelled(file)] == [f"{file}:2", f"{file}:4"]
+
+
+def test_a_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
+    assert pairs(put(tmp_path / "x.csv", "\ufefftext,label\nhello,a\n")) == [("hello", "a")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "txt,label\na,b\n", r"line 2: no column 'text' \(data.text_column\); there are 'txt', 'label'"),
+        ("x.tsv", "text\tlabel\na\tb\tc\n", r"line 2: 3 columns, more than the 2 of the header"),
+        ("x.tsv", "text\tlabel\nok\ta\nonly\n", r"line 3: 1 columns, fewer than the 2"),
+        ("x.csv", 'text,label\nok,a\n"open,b\n', r"line 3: quotes are not balanced"),
+        ("x.csv", "text,text\na,b\n", r"line 1: a column stands twice"),
+        ("x.tsv", "text\tlabel\n  \ta\n", r"line 2: the text is empty"),
+        ("x.tsv", "text\tlabel\na\0b\ta\n", r"line 2: the text holds a NUL byte"),
+        ("x.tsv", "text\tlabel\na\t\n", r"line 2: the label is ''"),
+        ("x.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', r"line 2: not JSON"),
+        ("x.jsonl", '["a"]\n', r"line 1: a JSON list, not an object"),
+        ("x.jsonl", '{"text": 3, "label": "x"}\n', r"line 1: column 'text' holds int, not text"),
+        ("x.jsonl", '{"text": "a", "label": 1.5}\n', r"line 1: the label is 1.5"),
+        ("x.jsonl", '{"text": "a", "text": "b", "label": "x"}\n', r"line 1: not JSON: .*text"),
+        ("x.csv", "text,label\n", r"holds no records"),
+        ("x.csv", "", r"holds no"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    file = put(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_labelled(file)
+    assert str(file) in str(error.value)
+
+
+def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
+    file = put(tmp_path / "x.tsv", "text\tlabel\n" + "x\n" * 25)
+    with pytest.raises(ValueError, match=r"25 bad records \(the first 10 of 25\)") as error:
+        read_labelled(file)
+    assert str(error.value).count("line ") == 10
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"line 2: byte 3 \(0xe9\)"):
+        read_labelled(put(tmp_path / "x.tsv", b"text\tlabel\ncaf\xe9\ta\n"))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.csv does not exist or is no file; check data.path"):
+        read_labelled(tmp_path / "nowhere.csv")
+
+
+def test_a_hugging_face_set_by_its_class_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    made = datasets.Dataset.from_dict({"text": ["bad", "good"], "label": [0, 1]}, features=features)
+    made.to_parquet(str(tmp_path / "set" / "train.parquet"))
+    found = read_hugging_face(str(tmp_path / "set"), None, "train", None, "text", "label")
+    assert [(record.text, record.label) for record in found] == [("bad", "neg"), ("good", "pos")]
+
+
+def test_reading_as_pandas_does_merges_quoted_lines(tmp_path: Path) -> None:
+    file = put(tmp_path / "x.tsv", 'a\tone\nb\t"two\na\tthree"\nb\tNA\n')
+    records, merged = read_like_pandas(file, ("label", "text"))
+    assert [(record.label, record.text) for record in records] == [("a", "one"), ("b", "two\na\tthree"), ("b", "NA")]
+    assert merged == [f"{file}:2-3"]
+    assert [record.place for record in records] == [f"{file}:{line}" for line in (1, 2, 4)]
+
+
+def test_all_messages_of_the_real_file(data_dir: Path) -> None:
+    file = data_dir / "SMSSpamCollection.tsv"
+    strict = read_labelled(file, columns=("label", "text"))
+    assert len(strict) == 5574
+    assert sum(record.label == "spam" for record in strict) == 747
+    by_hand = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [[record.label, record.text] for record in strict] == by_hand
+    lenient, merged = read_like_pandas(file, ("label", "text"))
+    assert len(lenient) == 5572
+    assert sum(place.count("-") for place in merged) >= 1
