@@ -159,7 +159,7 @@ class FrozenCache:
                 continue
             try:
                 segment = self._read(index)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("%s is damaged (%s): set aside, its rows are computed again", index, error)
                 index.replace(index.with_suffix(".damaged"))
                 continue

@@ -282,7 +282,7 @@ def test_help_lists_every_group_option_and_key_with_its_value() -> None:
 def _leaf_keys(node: dict, path: str = "") -> list[str]:
     found = []
     for key, value in node.items():
-        found += _leaf_keys(value, f"{path}{key}.") if isinstance(value, dict) and value else [f"{path}{key}"]
+        found += _leaf_keys(value, f"{path}{key}.") if isinstance(value, dict) else [f"{path}{key}"]
     return found
 
 

@@ -11,6 +11,7 @@ from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.experiments.config_checks import check_overrides
+from llm_lightning.experiments.launch import expand_sweep
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`((?:python train\.py|llm-lightning)[^`]*)`", README)))
@@ -32,7 +33,7 @@ def test_set_up_is_what_ci_runs(line: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and "--help" not in c])
 def test_settings_compose(command: str) -> None:
-    arguments = shlex.split(command)[2:]
+    arguments = expand_sweep(shlex.split(command)[2:], ROOT / "conf")
     assert check_overrides(arguments, ROOT / "conf").seed is not None
 
 

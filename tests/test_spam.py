@@ -47,10 +47,10 @@ def test_nano_from_scratch(split: str, data_dir: Path, tmp_path: Path, capsys: p
     yardstick, n = bag_of_words(data), len(data.split_of("test"))
     low, high = wilson_interval(round(yardstick * n), n)
     with capsys.disabled():
+        interval = f"{metrics['test/accuracy_low']:.4f} to {metrics['test/accuracy_high']:.4f}"
         print(
             f"\n{split}: {summary['data']['records']} records, {leak['exact']} of {n} test texts in training; accuracy "
-            f"{metrics['test/accuracy']:.4f} ({metrics['test/accuracy_low']:.4f} to {metrics['test/accuracy_high']:.4f}), "
-            f"bag of words {yardstick:.4f} ({low:.4f} to {high:.4f})"
+            f"{metrics['test/accuracy']:.4f} ({interval}), bag of words {yardstick:.4f} ({low:.4f} to {high:.4f})"
         )
     assert summary["data"]["records"] == RECORDS[split]
     assert (leak["exact"] == 0) == (split == "grouped")

@@ -378,7 +378,8 @@ def leaks(texts: dict[str, list[tuple[str, int]]], labels: Sequence[str]) -> dic
             hits[way] = [label for text, label in rows if form(text) in seen]
         of_class = Counter(label for _, label in rows)
         by_class = {
-            name: {"exact": hits["exact"].count(index), "of": of_class[index]} for index, name in enumerate(labels)
+            name: {way: hit.count(index) for way, hit in hits.items()} | {"of": of_class[index]}
+            for index, name in enumerate(labels)
         }
         found[split] = {way: len(hit) for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
     return found

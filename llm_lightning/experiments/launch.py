@@ -52,7 +52,8 @@ def _main(script: Path) -> None:
         return
     from llm_lightning.experiments.config_checks import check_overrides
 
-    sys.argv = [str(script), *expand_sweep(continue_run(sys.argv[1:]), config_dir)]
+    typed = without_null_groups(continue_run(sys.argv[1:]), config_dir)
+    sys.argv = [str(script), *expand_sweep(typed, config_dir)]
     check_overrides(sys.argv[1:], config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
     logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback,
@@ -157,6 +158,18 @@ def continue_run(argv: Sequence[str]) -> list[str]:
     names = {_key(word) for word in new} | {"allow_targets"}
     old = [word for word in recorded["overrides"] if _key(word) not in names]
     return [*_options(recorded["config_dir"]), *old, *new]
+
+
+def without_null_groups(argv: Sequence[str], config_dir: Path) -> list[str]:
+    """`GROUP=null` is what a user types for none, and Hydra refuses: say `GROUP=none`, or nothing where that is all."""
+    words = []
+    for word in argv:
+        group, _, option = word.partition("=")
+        if option != "null" or not (config_dir / group).is_dir():
+            words.append(word)
+        elif (config_dir / group / "none.yaml").is_file():
+            words.append(f"{group}=none")
+    return words
 
 
 def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:

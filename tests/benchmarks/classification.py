@@ -143,7 +143,8 @@ def train(folder: Path, name: str, arguments: list[str]) -> tuple[float, float, 
     sys.argv = [
         "train.py", "experiment=book/ch06", f"init_from={folder / 'gpt2.safetensors'}", *data, *arguments,
         f"hydra.run.dir={folder / name}", "trainer.enable_progress_bar=false", "trainer.precision=bf16-mixed",
-        "allow_targets=[epoch_clock]", "+callbacks.clock._target_=epoch_clock.EpochClock", f"+callbacks.clock.path={clock}",
+        "allow_targets=[epoch_clock]", "+callbacks.clock._target_=epoch_clock.EpochClock",
+        f"+callbacks.clock.path={clock}",
     ]  # fmt: skip
     start = time.perf_counter()
     train_main(ROOT / "train.py")

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/run.py lora [--quick]
 
-Rank 16 on every linear layer of the blocks, adapters in fp32, next-token loss on random tokens, AdamW and clipping, bf16
-autocast. Ours keeps the frozen weights in bf16. PEFT does so in `peft_bf16`, its strongest form; `peft` has them in
-fp32, as its examples leave them.
+Rank 16 on every linear layer of the blocks, adapters in fp32, next-token loss on random tokens, AdamW and clipping,
+bf16 autocast. Ours keeps the frozen weights in bf16. PEFT does so in `peft_bf16`, its strongest form; `peft` has them
+in fp32, as its examples leave them.
 """
 
 from __future__ import annotations

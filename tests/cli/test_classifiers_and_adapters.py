@@ -16,8 +16,8 @@ from tiny_run import CONTEXT_LENGTH, SETTINGS, train_here, write_checkpoint, wri
 import llm_lightning
 from llm_lightning.checkpoint import HEADER, CheckpointError, load, load_model, resolve, save
 from llm_lightning.cli.main import main as cli
-from llm_lightning.models.lora import LoRAConfig, adapter_state, load_adapter_state, use_adapter
 from llm_lightning.models.gpt import GPT
+from llm_lightning.models.lora import LoRAConfig, adapter_state, load_adapter_state, use_adapter
 from llm_lightning.peft_format import export_peft
 
 CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification", "model.n_layer=2"]
@@ -71,8 +71,9 @@ def test_a_run_leaves_figures_a_summary_and_the_adapter_alone(plain: Path, lora:
     for name in ("accuracy", "accuracy_low", "accuracy_high", "precision", "recall", "f1", "auroc", "loss"):
         assert 0 <= metrics[f"test/{name}"] <= 5
     matrix = torch.tensor(summary["confusion"]["test"])
-    assert matrix.sum() == 72
-    assert matrix.diagonal().sum() / 72 == pytest.approx(metrics["test/accuracy"])
+    n = sum(summary["data"]["splits"]["test"]["classes"].values())
+    assert matrix.sum() == n
+    assert matrix.diagonal().sum() / n == pytest.approx(metrics["test/accuracy"])
     assert summary["parameters"]["trainable"] < summary["parameters"]["total"]
     assert summary["data"]["leaks"]["test"]["exact"] == 0
     full, adapter = resolve(lora), lora / "checkpoints" / "adapter.ckpt"
@@ -211,8 +212,8 @@ def test_evaluate_on_a_file_of_ones_own(plain: Path, tmp_path: Path, capsys: pyt
         ("classify PLAIN --file TMP/gap.txt", "gap.txt, line 2 is empty; every line is one text"),
         ("classify BASE hello", "this model has no classification head; train one"),
         ("generate PLAIN hello", "this model classifies and cannot continue text"),
-        ("evaluate PLAIN --text TMP/wrong.csv", "line 2: no column 'text' (data.text_column); there are 'body', 'label'"),
-        ("evaluate PLAIN --text TMP/unknown.csv", "label 'eggs' is not a class of this model; its classes are ham, spam"),
+        ("evaluate PLAIN --text TMP/wrong.csv", "no column 'text' (data.text_column); there are 'body', 'label'"),
+        ("evaluate PLAIN --text TMP/unknown.csv", "'eggs' is not a class of this model; its classes are ham, spam"),
         ("evaluate TMP/changed.ckpt --split test", "not the data that the model was trained with"),
         ("export PLAIN TMP/new --format peft", "this model has no adapter"),
         ("generate BASE hello --adapter LORA", "should be an adapter for a GPT, but is a classifier's"),
@@ -319,7 +320,7 @@ def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> N
     export_peft(model, LoRAConfig(rank=2), tmp_path / "peft", base_name="gpt2")
     with pytest.raises(ValueError, match="does not fit the model"):
         load_model(base, adapters={"x": tmp_path / "peft"})
-    with pytest.raises(ValueError, match="cannot be named 'a.b'"):
+    with pytest.raises(ValueError, match=r"cannot be named 'a\.b'"):
         load_adapter_state(load_model(base).model, {}, LoRAConfig(), "a.b")
 
 

@@ -101,7 +101,10 @@ def test_leaks_by_hand() -> None:
     texts = {"train": [("win", 1), ("hello ", 0)], "val": [("new", 0)], "test": [("win", 1), ("hello", 0), ("WIN!", 1)]}
     found = leaks(texts, ["ham", "spam"])["test"]
     assert (found["exact"], found["trimmed"], found["normalized"], found["of"]) == (1, 2, 3, 3)
-    assert found["classes"] == {"ham": {"exact": 0, "of": 1}, "spam": {"exact": 1, "of": 2}}
+    assert found["classes"] == {
+        "ham": {"exact": 0, "trimmed": 1, "normalized": 1, "of": 1},
+        "spam": {"exact": 1, "trimmed": 1, "normalized": 2, "of": 2},
+    }
 
 
 # --- the module ------------------------------------------------------------------------------------------------------
@@ -114,13 +117,14 @@ def test_the_embedded_messages_in_three_splits(caplog: pytest.LogCaptureFixture)
     assert data.labels == ["ham", "spam"]
     sizes = {split: sum(facts["classes"].values()) for split, facts in report["splits"].items()}
     assert sizes == {split: len(data.split_of(split)) for split in ("train", "val", "test")}
-    assert sum(sizes.values()) >= 340
+    assert sum(sizes.values()) >= 440
     for facts in report["splits"].values():
         assert facts["classes"]["ham"] == facts["classes"]["spam"]
     assert report["leaks"]["test"]["normalized"] == 0
     assert report["exact_duplicates"] == report["normalized_duplicates"] == 0
     said = caplog.text
-    assert "train: 125 ham, 125 spam; " in said
+    n = sizes["train"] // 2
+    assert f"train: {n} ham, {n} spam; " in said
     assert "Test texts that stand in training, too: 0 exactly, 0 trimmed, 0 normalized" in said
 
 
@@ -137,7 +141,7 @@ def test_no_single_word_tells_the_embedded_classes_apart() -> None:
     assert 0.5 < best < 0.7  # 90% is the most that is allowed
     lengths = np.array([len(record.text) for record in records])
     by_length = max(((lengths >= limit) == is_spam).mean() for limit in range(200))
-    assert by_length < 0.8
+    assert by_length < 0.75
 
 
 def test_duplicates_never_stand_on_two_sides(tmp_path: Path) -> None:
@@ -173,7 +177,7 @@ def test_long_texts_are_cut_and_counted(caplog: pytest.LogCaptureFixture) -> Non
     caplog.set_level(logging.INFO)
     data = module(max_length=20)
     assert max(len(data.train_samples[i].token_ids) for i in range(len(data.train_samples))) == 20  # type: ignore
-    assert data.report()["splits"]["train"]["cut"] > 100
+    assert data.report()["splits"]["train"]["cut"] > 200
     assert "cut to 20" in caplog.text
 
 
@@ -229,7 +233,7 @@ def test_a_batch_of_the_embedded_messages_has_both_classes_and_little_padding() 
         real += int(batch.lengths.sum())
     plain = module(bucket=False)
     unsorted = sum(batch.input_ids.numel() for batch in plain.train_dataloader())
-    assert real <= used < 0.85 * unsorted
+    assert real <= used < 0.95 * unsorted  # both classes in a batch cost padding
 
 
 def test_evaluation_visits_every_text_once() -> None:
@@ -318,7 +322,7 @@ def test_the_books_split_of_the_real_messages(data_dir: Path) -> None:
     assert leak["exact"] / leak["of"] == pytest.approx(0.12, abs=0.005)
     assert leak["trimmed"] / leak["of"] == pytest.approx(0.13, abs=0.005)
     spam = leak["classes"]["spam"]
-    assert spam["exact"] / spam["of"] == pytest.approx(0.25, abs=0.03)
+    assert spam["trimmed"] / spam["of"] == pytest.approx(0.25, abs=0.02), "a quarter of the spam"
 
 
 def test_the_grouped_split_of_the_real_messages_leaks_nothing(data_dir: Path) -> None:
