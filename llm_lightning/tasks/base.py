@@ -90,6 +90,7 @@ class TaskModule(L.LightningModule):
         self.last_gradient_norm = math.nan
         self.last_lr = math.nan
         self.total_steps = 0
+        self.is_sharded = False
         self._window: list[tuple[StepOutput, int, tuple[int, ...]]] = []
         self._step_means: dict[str, float] = {}
         self._earlier_metrics: dict[str, float] = {}
@@ -281,6 +282,7 @@ class TaskModule(L.LightningModule):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+        self.is_sharded = True
         if isinstance(self.model, FSDPModule):
             return
         # Not the strategy's mesh: by default all processes of a node stand on its tensor-parallel axis.

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics.functional import classification as measures
 
-from llm_lightning.data.batches import ClassificationBatch
+from llm_lightning.data.batches import ClassificationBatch, LabelledSample
 from llm_lightning.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.classifier import Classifier, frozen_depth, train_only
@@ -134,7 +133,7 @@ class ClassificationModule(TaskModule):
 
     def logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """(B, T), (B,) -> (B, K); frozen blocks run without gradients, or not at all."""
-        if self.depth == 0:
+        if self.depth == 0 or self.is_sharded:  # FSDP gathers a module's weights when the module itself is called
             return self.model(input_ids, lengths)
         if self._stored is None:
             with torch.no_grad():
@@ -175,7 +174,7 @@ class ClassificationModule(TaskModule):
             return "task.frozen_cache=false"
         if config.embedding_dropout or config.attention_dropout or config.residual_dropout:
             return "with model.dropout above 0 they give something else every time"
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self.is_sharded:
             return "their weights are sharded"
         return None
 
@@ -188,6 +187,8 @@ class ClassificationModule(TaskModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         splits = [datamodule.train_samples, *datamodule.eval_samples.values(), *datamodule.test_samples.values()]
         samples = [split[index] for split in splits for index in range(len(split))]
+        # The one pad that stands for a batch without texts, in a process that ran out of them before the others.
+        samples.append(LabelledSample(-1, np.array([self.pad_id]), IGNORE_INDEX))
 
         def compute(indices: list[int]) -> Tensor:
             part = datamodule.collate([samples[index] for index in indices])

@@ -20,13 +20,13 @@ from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, adapter_state, load_adapter_state, use_adapter
 from llm_lightning.peft_format import export_peft
 
-CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification", "model.n_layer=2"]
+CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification"]
 TEXTS = ["Win a car!", "Dinner at eight?", "Your account is blocked, call now", "ok"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("base") / "gpt.ckpt")
+    return write_checkpoint(tmp_path_factory.mktemp("base") / "gpt.ckpt", n_layer=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,44 @@
+"""Classification in two processes: the same losses and exact metrics as in one, with frozen blocks and adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import SETTINGS, finish, start, write_checkpoint
+
+from llm_lightning.callbacks.run_logs import read_metrics
+
+CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification", "data.bucket=false"]
+FORMS = {
+    "last_block": [],
+    "lora": ["lora=default"],
+    "head": ["task.trained_blocks=0"],
+    "all": ["task.trained_blocks=all"],
+}
+
+
+def run(folder: Path, base: Path, arguments: list[str]) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+    """Training losses and final metrics."""
+    outcome = finish(start([*CLASSIFY, f"init_from={base}", f"hydra.run.dir={folder}", *arguments], folder.parent))
+    assert outcome.code == 0, outcome.err[-3000:]
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    return read_metrics(folder / "metrics.csv")["train/loss"], metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_are_one(tmp_path: Path, strategy: str, form: str) -> None:
+    base = write_checkpoint(tmp_path / "base.ckpt", n_layer=3)
+    losses, metrics = run(tmp_path / "one", base, [*FORMS[form], "data.batch_size=6"])
+    two = [f"accelerator={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=3"]
+    other_losses, other_metrics = run(tmp_path / "two", base, [*FORMS[form], *two])
+    assert [step for step, _ in losses] == [step for step, _ in other_losses] == [0, 1, 2, 3]
+    for (_, one), (_, other) in zip(losses, other_losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    for name in ("loss", "accuracy", "accuracy_low", "precision", "recall", "f1", "auroc"):
+        for split in ("val", "test"):
+            assert metrics[f"{split}/{name}"] == pytest.approx(other_metrics[f"{split}/{name}"], rel=1e-4), name
