@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ WEIGHTS = "model.safetensors"
 NOTE = "llm_lightning.json"
 """Our file in an exported folder: the tokenizer's description, whatever tokenizer it is."""
 
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _MOST_HEADER = 1 << 24  # bytes; that of GPT-2 xl has some 60,000
 
 
@@ -129,7 +133,9 @@ def _load_local(path: Path) -> Pretrained:
         state |= _read(file)
     with _naming(path):
         config = _local_config(folder, state)
-        ours = _owned(from_hf(state, config), config)
+        views = from_hf(state, config)
+        state.clear()
+        ours = _owned(views, config)
     digests = [sha256_of(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Pretrained(config, ours, _tokenizer_description(folder, config), _info(str(path), digest, ours))
@@ -161,11 +167,12 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, mapped into memory, not copied.
+    """The tensors of one safetensors file, each in memory of its own.
 
-    A length is compared with the file before memory of that size is asked for.
+    A length is compared with the file before memory of that size is asked for. The library checks the header; the
+    tensors are read here, because it maps the whole file, whose pages then count beside what is copied from them.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     if path.suffix != ".safetensors":
         raise ValueError(
@@ -178,11 +185,26 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not 0 < header <= min(rest, _MOST_HEADER):
         raise ValueError(f"{path} is no complete safetensors file: it states a header of {header} bytes; get it again")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            file.seek(8)
+            facts = json.loads(file.read(header))
+            return {name: _tensor(file, 8 + header, **entry) for name, entry in facts.items() if name != "__metadata__"}
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes the library raise
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from error
+
+
+def _tensor(file: BinaryIO, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+    """One tensor, by its entry in the header, which the library has checked."""
+    content = torch.empty(data_offsets[1] - data_offsets[0], dtype=torch.uint8)
+    file.seek(start + data_offsets[0])
+    buffer: Any = content.numpy()
+    if content.numel() and file.readinto(buffer) != content.numel():  # type: ignore[attr-defined]
+        raise ValueError("it ends inside a tensor")
+    return content.view(_DTYPES[dtype]).view(shape)
 
 
 def _local_config(folder: Path, state: Mapping[str, Tensor]) -> GPTConfig:
@@ -194,10 +216,12 @@ def _local_config(folder: Path, state: Mapping[str, Tensor]) -> GPTConfig:
 
 
 def _owned(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Contiguous tensors that do not depend on the file any more; a tied head is the token embedding itself."""
-    head = {"lm_head.weight"} if config.tied_head else set()
-    owned = {name: state[name].clone(memory_format=torch.contiguous_format) for name in state.keys() - head}
-    return {name: owned["token_embedding.weight" if name in head else name] for name in state}
+    """Contiguous tensors; a tied head is the token embedding itself. Empties `state`, so that each is there once."""
+    names = list(state)
+    if config.tied_head:
+        state.pop("lm_head.weight")
+    owned = {name: state.pop(name).contiguous() for name in list(state)}
+    return {name: owned.get(name, owned["token_embedding.weight"]) for name in names}
 
 
 def _tokenizer_description(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
