@@ -135,9 +135,12 @@ class FrozenCache:
         start, end = segment.spans[key]
         return self._tensor(segment.rows[start:end])
 
-    def batch(self, keys: Sequence[bytes]) -> Tensor:
-        """The rows of several examples, zeros behind the end of each: (B, longest, width)."""
-        return torch.nn.utils.rnn.pad_sequence([self.rows(key) for key in keys], batch_first=True)
+    def batch(self, keys: Sequence[bytes], length: int) -> Tensor:
+        """The rows of several examples, zeros behind the end of each: (B, length, width)."""
+        padded = torch.zeros(len(keys), length, self.width, dtype=self.dtype)
+        for place, rows in zip(padded, map(self.rows, keys), strict=True):
+            place[: len(rows)] = rows
+        return padded
 
     # --- reading ---------------------------------------------------------------------------------------------------
 

@@ -67,8 +67,9 @@ def test_rows_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     for again in (cache, store(tmp_path, dtype), pickle.loads(pickle.dumps(cache))):
         for index, key in enumerate(KEYS):
             assert torch.equal(again.rows(key), rows_of(index, dtype))
-    batch = cache.batch([KEYS[1], KEYS[2]])
-    assert batch.shape == (2, 5, 4)
+    batch = cache.batch([KEYS[1], KEYS[2]], 6)
+    assert batch.shape == (2, 6, 4)
+    assert torch.equal(batch[1, :5], rows_of(2, dtype))
     assert torch.equal(batch[0, :1], rows_of(1, dtype))
     assert not batch[0, 1:].any()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from llm_lightning import checkpoint as checkpoints
@@ -198,8 +199,10 @@ class Checkpoints(L.Callback):
 
 def _refuse_non_finite(trainer: L.Trainer) -> None:
     """A loss and gradient that were finite can still have led to weights that are not."""
-    parts = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.lightning_module.parameters()]
-    finite = all(bool(part.isfinite().all()) for part in parts)
+    trained = [parameter for parameter in trainer.lightning_module.parameters() if parameter.requires_grad]
+    parts = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained]
+    # The least and the largest value: nan wins either way, and nothing as large as the weights is made.
+    finite = all(bool(torch.stack(part.detach().aminmax()).isfinite().all()) for part in parts if part.numel())
     if not trainer.strategy.reduce_boolean_decision(finite, all=True):
         raise ValueError(
             f"non-finite weights after {trainer.global_step} updates: not saved, the last checkpoint is finite; "

@@ -31,6 +31,9 @@ from llm_lightning.tokenizers import Tokenizer
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+WIDTHS = 8
+"""Batches are as wide as a multiple of it: for each new width a CPU's kernels are compiled and kept, and tensor cores
+want multiples of 8."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,11 @@ class ClassificationDataModule(BaseDataModule):
             log.info(line)
 
     def collate(self, samples: Sequence[LabelledSample]) -> ClassificationBatch:
-        return collate_classification(samples, pad_id=self.pad_id, pad_to=self.pad_to)
+        return collate_classification(samples, pad_id=self.pad_id, pad_to=self.pad_to or self._width(samples))
+
+    def _width(self, samples: Sequence[LabelledSample]) -> int:
+        longest = max((len(sample.token_ids) for sample in samples), default=1)
+        return min(-(-longest // WIDTHS) * WIDTHS, self.context_length)
 
     def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
         if not self._bucket or (is_training and not self.shuffle):

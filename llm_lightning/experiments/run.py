@@ -96,13 +96,19 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
     seconds = throughput.wall_seconds if throughput else time.monotonic() - started
     if datamodule.test_samples:
-        best = run.checkpoints / "best.ckpt"
-        trainer.test(module, datamodule=datamodule, ckpt_path=best if best.is_file() else None, weights_only=True,
-                     verbose=False)  # fmt: skip
+        test_best(trainer, module, datamodule, run.checkpoints / "best.ckpt")
     if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
         conclude(run, trainer, module, datamodule, seconds=seconds)
     kept = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     return kept.best_value if kept is not None else None
+
+
+def test_best(trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, best: Path) -> None:
+    """Measure the test split with the weights of `best`, or with those of the end if no best ones were kept."""
+    if best.is_file() and not module.is_sharded:
+        module.load_trained(best)
+    path = best if best.is_file() and module.is_sharded else None  # only the strategy can load sharded weights
+    trainer.test(module, datamodule=datamodule, ckpt_path=path, weights_only=True, verbose=False)
 
 
 def conclude(

@@ -17,6 +17,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
@@ -246,6 +247,7 @@ class TaskModule(L.LightningModule):
         # Under autocast a frozen matrix would be cast at every step; kept in bfloat16 it also takes half the memory.
         if self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             freeze_in_bfloat16(self.model)
+            give_back_freed_memory()
 
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
@@ -314,6 +316,14 @@ class TaskModule(L.LightningModule):
         self._earlier_metrics = dict(checkpoint[checkpoints.HEADER]["metrics"])
         state = checkpoint["task_module"]
         self.items_seen, self._epoch_sums = state["items_seen"], state["epoch_sums"]
+
+    def load_trained(self, path: Path) -> None:
+        """Take what was trained from a checkpoint of this run; what was frozen is there already, and not read."""
+        frozen = {
+            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        }
+        state = checkpoints.load(path, mmap=True)["state_dict"]
+        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in frozen}, strict=False)
 
     def on_fit_end(self) -> None:
         self._earlier_metrics = self.latest_metrics()  # a test that follows clears the trainer's
@@ -409,6 +419,13 @@ def freeze_in_bfloat16(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc return what is free between what is in use, such as the fp32 form of cast weights. Elsewhere: nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def keep_freed_memory() -> None:

@@ -140,7 +140,8 @@ class ClassificationModule(TaskModule):
                 x = self.run_frozen(input_ids, lengths)
         else:
             rows = zip(input_ids.cpu().numpy(), lengths.tolist(), strict=True)
-            x = self._stored.batch([_key(row[:length]) for row, length in rows]).to(input_ids.device)
+            n_rows = 1 if self.depth is None else input_ids.size(1)
+            x = self._stored.batch([_key(row[:length]) for row, length in rows], n_rows).to(input_ids.device)
         x = x.to(self.model.head.weight.dtype)
         if self.depth is None:
             return self.model.head(x[:, 0])

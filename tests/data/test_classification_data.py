@@ -228,6 +228,7 @@ def test_a_batch_of_the_embedded_messages_has_both_classes_and_little_padding() 
     data = module()
     used = real = 0
     for batch in data.train_dataloader():
+        assert batch.input_ids.shape[1] % 8 == 0
         assert batch.n_targets < 8 or 0 < batch.labels.sum() < len(batch.labels)
         used += batch.input_ids.numel()
         real += int(batch.lengths.sum())
