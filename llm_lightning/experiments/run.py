@@ -105,6 +105,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
 
 def test_best(trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, best: Path) -> None:
     """Measure the test split with the weights of `best`, or with those of the end if no best ones were kept."""
+    trainer.strategy.barrier()  # until the first process has given the best checkpoint its name
     if best.is_file() and not module.is_sharded:
         module.load_trained(best)
     path = best if best.is_file() and module.is_sharded else None  # only the strategy can load sharded weights

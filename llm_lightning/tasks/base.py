@@ -422,7 +422,7 @@ def freeze_in_bfloat16(model: nn.Module) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let glibc return what is free between what is in use, such as the fp32 form of cast weights. Elsewhere: nothing."""
+    """Let glibc return what is free amid what is in use, such as the fp32 form of cast weights. Elsewhere: nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
