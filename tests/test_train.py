@@ -234,6 +234,22 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
     assert steps(tmp_path / "stopped") == steps(tmp_path / "whole") == list(range(150))
 
 
+def test_adapters_on_a_frozen_bfloat16_model(corpus: Path, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base.ckpt")
+    command = one_epoch(corpus, tmp_path / "run", f"init_from={base}", "lora=default", "trainer.precision=bf16-mixed")
+    outcome = train_here(command)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run" / "samples.md").read_text().startswith("## step")
+    losses = [loss for _, loss in read_metrics(tmp_path / "run" / "metrics.csv")["train/loss"]]
+    assert losses[-1] < losses[0]
+    saved = checkpoints.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert saved["model.blocks.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert saved["model.blocks.0.mlp.up_proj.lora_A.default"].dtype == torch.float32
+    kept = checkpoints.load(base)["state_dict"]["model.blocks.0.mlp.up_proj.weight"]
+    assert torch.equal(saved["model.blocks.0.mlp.up_proj.weight"], kept.bfloat16()), "the base is not trained"
+    assert checkpoints.load_model(tmp_path / "run").gpt.lm_head.weight.dtype == torch.float32
+
+
 # --- several processes -------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,10 @@ class Samples(L.Callback):
         stop_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
         # A compiled model would be compiled once more for every length.
         is_compiling = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if is_compiling else nullcontext():
+        eager = torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
+        # Frozen weights may be in bfloat16 under trained ones in float32, which go together under autocast only.
+        is_mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
+        with eager, pl_module.trainer.precision_plugin.forward_context() if is_mixed else nullcontext():
             continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, **options)
         pairs = zip(self._prompt_ids, continuations, strict=True)
         return [_printable(tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
