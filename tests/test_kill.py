@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KILLS = ["save"] * 3 + ["validation"] * 3 + ["training"] * 10 + ["any time"] * 4
 CLOCK_METRICS = {
     "train/tokens_per_second",
+    "train/sequences_per_second",
     "train/mfu",
     "train/peak_memory_gib",
 }  # what a clock or the allocator decides
