@@ -24,15 +24,15 @@ from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.classifier import Classifier, frozen_depth, train_only
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRALinear
-from llm_lightning.tasks.base import StepOutput, TaskModule
+from llm_lightning.tasks.base import StepOutput, TaskModule, give_back_freed_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 4096
-"""Tokens that frozen blocks compute at once, padding included."""
+TOKENS_PER_BATCH = 1024
+"""Tokens that frozen blocks compute at once, padding included: enough for a CPU, and little memory."""
 
 
 class ClassificationModule(TaskModule):
@@ -207,7 +207,7 @@ class ClassificationModule(TaskModule):
                 [_key(sample.token_ids) for sample in samples],
                 self._rows([len(sample.token_ids) for sample in samples]),
                 compute,
-                rows_per_batch=TOKENS_PER_BATCH if self.depth is not None else TOKENS_PER_BATCH // 32,
+                rows_per_batch=TOKENS_PER_BATCH if self.depth is not None else TOKENS_PER_BATCH // 8,
                 description="frozen blocks",
             )
         except FrozenCacheError as error:
@@ -215,6 +215,7 @@ class ClassificationModule(TaskModule):
             return
         finally:
             self.model.train(training)
+        give_back_freed_memory()
         self._stored = store
 
     def _identity(self) -> dict[str, Any]:
