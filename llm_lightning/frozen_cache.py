@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 import uuid
@@ -29,6 +30,9 @@ from llm_lightning.data.download import cache_dir, commit, locked, sha256_of
 
 CODE_VERSION = 1
 """Raise it when the same weights and tokens would give other rows."""
+
+MOST_TOUCHED = 1 << 22
+"""Bytes read before mapped pages are let go."""
 
 _STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.bfloat16: np.uint16}
 
@@ -68,6 +72,7 @@ class FrozenCache:
         self.folder = (folder or cache_dir() / "frozen") / key
         self._segments: dict[str, Segment] = {}
         self._find: dict[bytes, Segment] = {}
+        self._touched = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_segments": {}, "_find": {}}  # memory maps are opened anew in another process
@@ -140,6 +145,9 @@ class FrozenCache:
         padded = torch.zeros(len(keys), length, self.width, dtype=self.dtype)
         for place, rows in zip(padded, map(self.rows, keys), strict=True):
             place[: len(rows)] = rows
+        self._touched += padded.nbytes
+        if self._touched > MOST_TOUCHED:
+            self._release_pages()
         return padded
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -168,6 +176,14 @@ class FrozenCache:
                 continue
             self._segments[index.stem] = segment
             self._find |= dict.fromkeys(segment.spans, segment)
+
+    def _release_pages(self) -> None:
+        """Let the system count pages that were read as its cache, no longer as memory of this process."""
+        self._touched = 0
+        for segment in self._segments.values():
+            mapped = getattr(segment.rows, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _read(self, index: Path) -> Segment:
         facts, data = json.loads(index.read_text()), index.with_suffix(".rows")

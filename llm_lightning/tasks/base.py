@@ -196,6 +196,7 @@ class TaskModule(L.LightningModule):
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        give_back_freed_memory()  # what varying batch widths have left between them
         self._begin_evaluation(self.trainer.datamodule.eval_samples)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -319,6 +320,7 @@ class TaskModule(L.LightningModule):
 
     def load_trained(self, path: Path) -> None:
         """Take what was trained from a checkpoint of this run; what was frozen is there already, and not read."""
+        give_back_freed_memory()
         frozen = {
             name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
         }
