@@ -24,6 +24,9 @@ from llm_lightning.models.gpt import GPT, KVCache, causal_mask
 PACKING_PAYS_FROM = 32
 """Steps from which `packed_linears` is worth its preparation."""
 
+COMPACT_AT = 0.75
+"""Share of running rows at which the others leave the batch: they cost little beside the copy of the cache."""
+
 SHORTLIST = 1024
 """Tokens that `top_p` looks at first: sorting all 50,257 takes a fifth of the time of a step."""
 
@@ -162,29 +165,35 @@ def _decode(
     stop_ids: frozenset[int],
     on_token: OnToken | None,
 ) -> list[list[int]]:
-    """Feed the prompts, then one token per running row and step; rows that end leave the batch."""
+    """Feed the prompts, then one token per row and step; rows that have ended leave the batch in groups."""
     device = model.token_embedding.weight.device
     new_ids: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch continues
     numbers = [random.Random(None if sampling.seed is None else f"{sampling.seed} {row}") for row in rows]
     batch = _Batch(model, prompts, max(limits))
     logits = batch.prefill(prompts)
+    ended: set[int] = set()
     while True:
         # 24 random bits are exact in float32 and below 1 after any rounding.
         uniform = torch.tensor([[numbers[row].getrandbits(24) / 2**24] for row in rows], device=device)
         chosen = next_ids(logits, uniform, sampling).tolist()
         running = []
         for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            if row in ended:
+                continue
             if token in stop_ids:
+                ended.add(row)
                 continue
             new_ids[row].append(token)
             if on_token is not None:
                 on_token(row, token)
             if len(new_ids[row]) < limits[row]:
                 running.append(index)
+            else:
+                ended.add(row)
         if not running:
             return new_ids
-        if len(running) < len(rows):
+        if len(running) <= COMPACT_AT * len(rows):
             rows, chosen = [rows[index] for index in running], [chosen[index] for index in running]
             batch.keep(running)
         logits = batch.step(chosen)
@@ -221,11 +230,13 @@ class _Batch:
     def step(self, tokens: list[int]) -> Tensor:
         """Feed one token per row; return the next logits (B, V)."""
         input_ids = torch.tensor(tokens, device=self.slots.device)[:, None]
-        if not self.is_padded:
-            return self._last_logits(input_ids, None, None)
         slot = self.cache.length
+        if not self.is_padded and slot < self.model.config.context_length:
+            return self._last_logits(input_ids, None, None)
         visible = (self.slots[: slot + 1] >= self.padding[:, None])[:, None, None]  # (B, 1, 1, S)
-        return self._last_logits(input_ids, slot - self.padding[:, None], visible)
+        # A row that has ended may run beyond the positions there are; what it gives is not read.
+        positions = (slot - self.padding[:, None]).clamp(max=self.model.config.context_length - 1)
+        return self._last_logits(input_ids, positions, visible)
 
     def keep(self, rows: list[int]) -> None:
         """Drop every other row."""

@@ -26,7 +26,8 @@ class Samples(L.Callback):
     The same settings and weights give the same text; the global random generators are left alone.
 
     Args:
-        prompts: beginnings of text.
+        prompts: beginnings of text; None: prompts of the validation data.
+        n_prompts: how many of the validation data.
         max_new_tokens: per prompt, at most.
         temperature: 0 is greedy.
         top_k: draw from the k likeliest tokens only; null: from all.
@@ -36,19 +37,21 @@ class Samples(L.Callback):
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         *,
+        n_prompts: int = 3,
         max_new_tokens: int = 50,
         temperature: float = 0.0,
         top_k: int | None = None,
         seed: int = 1234,
         every_n_epochs: int = 1,
     ) -> None:
-        if not prompts:
+        if (prompts is not None and not prompts) or n_prompts < 1:
             raise ValueError("callbacks.samples.prompts is empty; give at least one, or set callbacks.samples=null")
         if every_n_epochs < 1:
             raise ValueError(f"callbacks.samples.every_n_epochs={every_n_epochs} must be at least 1")
-        self.prompts, self.every_n_epochs = list(prompts), every_n_epochs
+        self.prompts = None if prompts is None else list(prompts)
+        self.n_prompts, self.every_n_epochs = n_prompts, every_n_epochs
         self.options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -58,6 +61,9 @@ class Samples(L.Callback):
         self._prompt_ids: list[list[int]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.prompts is None:
+            self._prompt_ids = _prompts_of(trainer, self.n_prompts)
+            return
         context_length = pl_module.model.config.context_length
         self._prompt_ids = [pl_module.tokenizer.encode(prompt) for prompt in self.prompts]
         for number, ids in enumerate(self._prompt_ids):
@@ -75,20 +81,22 @@ class Samples(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        texts = self.write(pl_module)  # in every process: sharded weights need them all
+        pairs = self.write(pl_module)  # in every process: sharded weights need them all
         if not trainer.is_global_zero:
             return
         step = trainer.global_step - 1
         title = f"step {step}, val/loss {float(trainer.callback_metrics.get('val/loss', float('nan'))):.4f}"
-        pl_module.print(_one_line(f"{title} | {texts[0]}"))
-        body = "\n\n".join(_indented(text) for text in texts)
+        # Of an instruction only the answer: the line has no room for both.
+        first = "".join(pairs[0]) if self.prompts is not None else pairs[0][1]
+        pl_module.print(_one_line(f"{title} | {first}"))
+        body = "\n\n".join(_indented("".join(pair)) for pair in pairs)
         append_section(self.path(trainer), f"## {title}\n\n{body}\n\n")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoard):
                 logger.log_text("samples", body, step)
 
-    def write(self, pl_module: Any) -> list[str]:
-        """Each prompt with its continuation."""
+    def write(self, pl_module: Any) -> list[tuple[str, str]]:
+        """Each prompt and its continuation."""
         model, tokenizer = pl_module.model, pl_module.tokenizer
         room = model.config.context_length - max(map(len, self._prompt_ids))
         options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
@@ -101,10 +109,23 @@ class Samples(L.Callback):
         with eager, pl_module.trainer.precision_plugin.forward_context() if is_mixed else nullcontext():
             continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, **options)
         pairs = zip(self._prompt_ids, continuations, strict=True)
-        return [_printable(tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
+        # Decoded together, because words may be joined by a space.
+        whole = [(tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
+        return [(_printable(prompt), _printable(text[len(prompt) :])) for prompt, text in whole]
 
     def path(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "samples.md"
+
+
+def _prompts_of(trainer: L.Trainer, n: int) -> list[list[int]]:
+    sample_prompts = getattr(trainer.datamodule, "sample_prompts", None)  # type: ignore[attr-defined]
+    prompts = sample_prompts(n) if sample_prompts is not None else []
+    if not prompts:
+        raise ValueError(
+            "callbacks.samples.prompts=null takes prompts of the validation data, and there are none that leave room "
+            "for an answer; give some, or set callbacks.samples=null"
+        )
+    return prompts
 
 
 def append_section(path: Path, section: str) -> None:

@@ -136,8 +136,9 @@ def evaluate_labelled(
     """
     import torch
 
+    from llm_lightning.answer_metrics import wilson_interval
     from llm_lightning.cli.classify import classify_texts
-    from llm_lightning.tasks.classification import class_metrics, confusion, wilson_interval
+    from llm_lightning.tasks.classification import class_metrics, confusion
 
     index = {label: number for number, label in enumerate(loaded.labels)}
     unknown = sorted({label for _, label in records} - index.keys())

@@ -22,6 +22,11 @@ VERBS = {
     "generate": "continue one or more prompts",
     "classify": "say which class texts belong to",
     "evaluate": "loss of a GPT or accuracy of a classifier, on a text or on the data it was trained with",
+    "respond": "answer the questions of a file",
+    "judge": "score answers, by a language model or by their words",
+    "inspect-data": "show instruction records as the model sees them",
+    "statistics": "lengths, repetitions and frequent answers of a file",
+    "near-duplicates": "find records that are almost the same, and remove them",
     "export": "write the weights as a folder that transformers loads",
     "inspect": "what is in this checkpoint",
 }
@@ -33,7 +38,7 @@ BROKEN_PIPE = 141
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     verb, rest = _choose_verb(argv)
-    module = import_module(f"llm_lightning.cli.{verb}")
+    module = import_module(f"llm_lightning.cli.{verb.replace('-', '_')}")
     parser = argparse.ArgumentParser(prog=f"llm-lightning {verb}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
-    verbs = "\n".join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())
+    verbs = "\n".join(f"  {verb:<16} {summary}" for verb, summary in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="llm-lightning",
         description="Use a trained model. Training is `python train.py`.",
@@ -71,11 +76,16 @@ def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every verb that runs a model needs; `open_model` reads it."""
     add_checkpoint_argument(parser)
+    add_device_arguments(parser)
+    add_base_argument(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --dtype."""
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)"
     )
-    add_base_argument(parser)
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +105,10 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(args: argparse.Namespace, adapters: Mapping[str, str] | None = None) -> LoadedModel:
-    """Load the model that the arguments of `add_model_arguments` name, `adapters` on it.
+def open_model(
+    args: argparse.Namespace, adapters: Mapping[str, str] | None = None, checkpoint: str | None = None
+) -> LoadedModel:
+    """Load the model that the arguments of `add_model_arguments` name, or `checkpoint`, `adapters` on it.
 
     Raises:
         ValueError: if the device is not there, or the checkpoint is damaged.
@@ -107,7 +119,8 @@ def open_model(args: argparse.Namespace, adapters: Mapping[str, str] | None = No
     from llm_lightning.checkpoint import load_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    return load_model(args.checkpoint, device=_device(args.device), dtype=dtype, base=args.base, adapters=adapters)
+    path = args.checkpoint if checkpoint is None else checkpoint
+    return load_model(path, device=_device(args.device), dtype=dtype, base=args.base, adapters=adapters)
 
 
 def _device(name: str) -> str:

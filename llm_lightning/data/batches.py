@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 from llm_lightning.losses import IGNORE_INDEX
+from llm_lightning.models.gpt import Packing
+
+WIDTHS = 8
+"""Batches are as wide as a multiple of it: for each new width a CPU's kernels are compiled and kept, and tensor cores
+want multiples of 8."""
 
 
 class LMBatch(NamedTuple):
@@ -26,6 +31,8 @@ class LMBatch(NamedTuple):
     """Known on the CPU so that counting never waits for the device."""
     sample_ids: tuple[int, ...]
     """Which samples these are, for error messages."""
+    packing: Packing | None = None
+    """Where the one row of `input_ids` holds several sequences end to end."""
 
 
 class Sample(NamedTuple):
@@ -51,6 +58,66 @@ def collate_lm(samples: Sequence[Sample], *, pad_id: int) -> LMBatch:
         labels[row, : len(tokens) - 1] = tokens[1:]
     n_targets = sum(len(sample.token_ids) - 1 for sample in samples)
     return LMBatch(input_ids, labels, n_targets, tuple(sample.sample_id for sample in samples))
+
+
+class MaskedSample(NamedTuple):
+    """One sequence of which some tokens are to be learnt."""
+
+    sample_id: int
+    token_ids: np.ndarray
+    """(n,) the whole sequence, inputs and labels."""
+    is_target: np.ndarray
+    """(n,) bool: whether the model learns to write this token. The first cannot be."""
+
+    @property
+    def n_targets(self) -> int:
+        return int(self.is_target[1:].sum())
+
+
+def collate_padded(samples: Sequence[MaskedSample], *, pad_id: int, context_length: int) -> LMBatch:
+    """One row per sample, padded on the right to the longest, rounded up to `WIDTHS`; see `collate_lm`."""
+    longest = max((len(sample.token_ids) - 1 for sample in samples), default=1)
+    width = max(longest, min(_rounded(longest), context_length))
+    input_ids = torch.full((max(len(samples), 1), width), pad_id, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, sample in enumerate(samples):
+        end = len(sample.token_ids) - 1
+        input_ids[row, :end], labels[row, :end] = _inputs_and_labels(sample)
+    return _lm_batch(input_ids, labels, samples, None)
+
+
+def collate_packed(samples: Sequence[MaskedSample], *, pad_id: int) -> LMBatch:
+    """All samples end to end in one row, so that only attention sees padding; the last few tokens fill up `WIDTHS`."""
+    lengths = [len(sample.token_ids) - 1 for sample in samples] or [1]
+    width, total = _rounded(max(lengths)), _rounded(sum(lengths))
+    input_ids = torch.full((1, total), pad_id, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    rows = torch.zeros((len(lengths), width), dtype=torch.int64)
+    places, positions = torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.int64)
+    start = 0
+    for row, length in enumerate(lengths):
+        piece, time = slice(start, start + length), torch.arange(length)
+        rows[row, :length] = start + time
+        places[piece], positions[piece] = row * width + time, time
+        if samples:
+            input_ids[0, piece], labels[0, piece] = _inputs_and_labels(samples[row])
+        start += length
+    return _lm_batch(input_ids, labels, samples, Packing(rows, places, positions))
+
+
+def _inputs_and_labels(sample: MaskedSample) -> tuple[Tensor, Tensor]:
+    tokens = torch.from_numpy(sample.token_ids.astype(np.int64))
+    labels = tokens[1:].masked_fill(~torch.from_numpy(sample.is_target[1:]), IGNORE_INDEX)
+    return tokens[:-1], labels
+
+
+def _lm_batch(input_ids: Tensor, labels: Tensor, samples: Sequence[MaskedSample], packing: Packing | None) -> LMBatch:
+    n_targets = sum(sample.n_targets for sample in samples)
+    return LMBatch(input_ids, labels, n_targets, tuple(sample.sample_id for sample in samples), packing)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // WIDTHS) * WIDTHS
 
 
 class ClassificationBatch(NamedTuple):

@@ -10,8 +10,6 @@ import difflib
 import hashlib
 import json
 import logging
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,18 +20,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
-from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.batches import WIDTHS, ClassificationBatch, LabelledSample, collate_classification
 from llm_lightning.data.download import Pinned, download
 from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.order import bucketed_order
+from llm_lightning.data.splits import grouped_split, normalized
 from llm_lightning.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "val", "test")
-WIDTHS = 8
-"""Batches are as wide as a multiple of it: for each new width a CPU's kernels are compiled and kept, and tensor cores
-want multiples of 8."""
 
 
 @dataclass(frozen=True)
@@ -301,49 +295,6 @@ class ClassificationDataModule(BaseDataModule):
             f"Test texts that stand in training, too: {leak['exact']} exactly, {leak['trimmed']} trimmed, "
             f"{leak['normalized']} normalized, of {leak['of']}"
         )
-
-
-def normalized(text: str) -> str:
-    """What is left when texts are compared: letters, folded, and digits, all alike. Emojis and signs count if alone."""
-    folded = re.sub(r"\d", "0", unicodedata.normalize("NFKC", text).casefold())
-    words = " ".join(re.sub(r"[^\w\s]|_", " ", folded).split())
-    return words or " ".join(folded.split())
-
-
-def grouped_split(
-    keys: Sequence[str], classes: Sequence[int], fractions: tuple[float, float], seed: int
-) -> dict[str, list[int]]:
-    """Split so that equal keys stay together and every class has about the wanted fractions.
-
-    Groups are visited in random order, those of a class by themselves; each goes to the split that is furthest behind.
-    Splitting comes before balancing: so each split is balanced by itself, and the fractions hold for the smallest
-    class, which decides how much there is.
-
-    Args:
-        keys: what makes two records the same.
-        fractions: of validation and test.
-
-    Returns:
-        split -> indices, in random order.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, key in enumerate(keys):
-        groups[key].append(index)
-    shares = dict(zip(SPLITS, (1 - sum(fractions), *fractions), strict=True))
-    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
-    draw = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    by_class: dict[int, list[list[int]]] = defaultdict(list)
-    for group in groups.values():
-        by_class[Counter(classes[index] for index in group).most_common(1)[0][0]].append(group)
-    for label in sorted(by_class):
-        members = [by_class[label][index] for index in draw.permutation(len(by_class[label]))]
-        counts = dict.fromkeys(SPLITS, 0)
-        for number, group in enumerate(sorted(members, key=len, reverse=True), start=1):
-            done = sum(counts.values()) + len(group)
-            split = max(SPLITS, key=lambda name: (shares[name] * done - counts[name], shares[name], -number))
-            counts[split] += len(group)
-            parts[split] += group
-    return {split: [part[index] for index in draw.permutation(len(part))] for split, part in parts.items()}
 
 
 def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:

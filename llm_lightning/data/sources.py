@@ -362,12 +362,12 @@ def _texts_in(folder: Path) -> Iterator[Path]:
 
 
 def hugging_face_file(
-    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...]
+    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...] = ()
 ) -> Path:
     """Stream a dataset into one JSONL file of the cache, once; return the file.
 
     Args:
-        wanted_fields: the text, and others; a class index becomes the name that the dataset gives it.
+        wanted_fields: the text, and others; none: all. A class index becomes the name that the dataset gives it.
 
     Raises:
         ValueError: the dataset, its split or its fields cannot be had, with the reason.
@@ -401,11 +401,11 @@ def _rows(
 
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        text_field, *others = wanted_fields
         for number, row in enumerate(rows):
             try:
-                record: dict[str, Any] = {text_field: _checked_text(row, text_field)}
-                yield record | {field: _class_name(row, field, rows.features) for field in others}
+                if wanted_fields:
+                    _checked_text(row, wanted_fields[0])
+                yield {field: _class_name(row, field, rows.features) for field in wanted_fields or row}
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
     except Exception as error:  # the library and the hub behind it raise dozens of types, network errors included
@@ -430,6 +430,6 @@ def _write_rows(rows: Iterable[dict[str, Any]], temporary: Path) -> None:
 
     with temporary.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, desc="downloading rows", unit=" rows", disable=None):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         file.flush()
         os.fsync(file.fileno())

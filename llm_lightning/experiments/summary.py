@@ -20,7 +20,10 @@ from llm_lightning.experiments.run_folder import RunFolder
 
 PACKAGES = ("llm-lightning", "torch", "lightning", "hydra-core")
 SHOWN_METRICS = ("val/perplexity", "val/bits_per_byte", "val/accuracy", "train/eval_loss")
-NEXT = {"classification": 'llm-lightning classify {} "Hello, are you free tonight?"'}
+NEXT = {
+    "classification": 'llm-lightning classify {} "Hello, are you free tonight?"',
+    "sft": "llm-lightning respond {} --split test -o responses.json",
+}
 
 
 def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -99,11 +102,26 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
 
 def _tested(metrics: dict[str, float]) -> list[str]:
     """What the best checkpoint reached on the test split."""
-    if "test/accuracy" not in metrics:
-        return []
-    interval = f"95% interval {metrics['test/accuracy_low']:.4f} to {metrics['test/accuracy_high']:.4f}"
-    more = ", ".join(f"{name} {metrics[f'test/{name}']:.4f}" for name in ("f1", "auroc") if f"test/{name}" in metrics)
-    return [f"Test accuracy of the best checkpoint {metrics['test/accuracy']:.4f} ({interval}), {more}."]
+    lines = []
+    if "test/accuracy" in metrics:
+        more = ", ".join(
+            f"{name} {metrics[f'test/{name}']:.4f}" for name in ("f1", "auroc") if f"test/{name}" in metrics
+        )
+        lines.append(f"Test accuracy of the best checkpoint {_with_interval(metrics, 'test/accuracy')}, {more}.")
+    if "test/perplexity" in metrics:
+        perplexity = f"perplexity {metrics['test/perplexity']:.4f}"
+        lines.append(f"Test loss of the best checkpoint {metrics['test/loss']:.4f}, {perplexity}.")
+    if "test/exact_match" in metrics:
+        frequent = metrics["test/exact_match_of_most_frequent"]
+        lines.append(
+            f"Exact match of its answers {_with_interval(metrics, 'test/exact_match')}; "
+            f"the most frequent answer alone has {frequent:.4f}."
+        )
+    return lines
+
+
+def _with_interval(metrics: dict[str, float], name: str) -> str:
+    return f"{metrics[name]:.4f} (95% interval {metrics[f'{name}_low']:.4f} to {metrics[f'{name}_high']:.4f})"
 
 
 def steps_per_epoch(trainer: Any) -> int:

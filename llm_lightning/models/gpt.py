@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,28 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row of the batch that is not in `rows`, (new B,) int64."""
-        self.keys = [key[rows] for key in self.keys]
-        self.values = [value[rows] for value in self.values]
+        self.keys = [self._kept(key, rows) for key in self.keys]
+        self.values = [self._kept(value, rows) for value in self.values]
+
+    def _kept(self, old: Tensor, rows: Tensor) -> Tensor:
+        new = old.new_empty((len(rows), *old.shape[1:]))
+        new[:, :, : self.length] = old[rows, :, : self.length]  # what lies behind was never written
+        return new
+
+
+class Packing(NamedTuple):
+    """Sequences laid end to end in one row of N tokens, without padding between them.
+
+    Linear layers and norms see the N tokens; attention puts every sequence into a row of its own, S rows of T places.
+    So no sequence sees another one, the result is that of padded rows, and no mask is needed.
+    """
+
+    rows: Tensor
+    """(S, T) int64: which of the N tokens stands at each place of each sequence. Behind its end: any token."""
+    places: Tensor
+    """(N,) int64: at which of the S x T places, row by row, each token's result is read."""
+    positions: Tensor
+    """(N,) int64: the position of each token in its sequence, from 0."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -96,12 +117,13 @@ class CausalSelfAttention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         at: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or (B, 1, C) for the one position `at` (B,) of each row, with its own mask.
 
         `attention_mask`: bool, broadcast to (B, H, T, S), True = may attend; None = causal.
         """
-        query, key, value = self._heads(x)
+        query, key, value = self._heads(x, packing)
         dtype = query.dtype
         if at is not None:
             assert attention_mask is not None, "what a single position may see does not follow from its place"
@@ -120,7 +142,7 @@ class CausalSelfAttention(nn.Module):
             mixed, _ = attend(query, key, value, attention_mask, dropout)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal)
-        return self._merge(mixed.to(dtype))
+        return self._merge(mixed.to(dtype), packing)
 
     def explicit(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same attention written out, for teaching and plots; it ignores attention dropout.
@@ -132,14 +154,19 @@ class CausalSelfAttention(nn.Module):
         mixed, weights = attend(*self._heads(x), mask)
         return self._merge(mixed), weights
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, time, width = x.shape
-        qkv = self.qkv_proj(x).view(batch, time, 3, self.n_head, width // self.n_head)  # (B, T, 3, H, D)
+    def _heads(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv_proj(x)
+        if packing is not None:
+            qkv = qkv[0].index_select(0, packing.rows.flatten()).unflatten(0, packing.rows.shape)  # (1, N, 3C) -> rows
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
         return query, key, value
 
-    def _merge(self, mixed: Tensor) -> Tensor:
-        return self.residual_dropout(self.out_proj(mixed.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
+    def _merge(self, mixed: Tensor, packing: Packing | None = None) -> Tensor:
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+        if packing is not None:
+            mixed = mixed.flatten(0, 1).index_select(0, packing.places).unsqueeze(0)  # (1, N, C)
+        return self.residual_dropout(self.out_proj(mixed))
 
 
 def attend(
@@ -197,11 +224,12 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         at: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or with `at` (B,) the one wanted position of each row, (B, 1, C), for a quarter of
         the work: only its keys and values are computed for all positions.
         """
-        mixed = self.attn(self.attn_norm(x), attention_mask, cache, layer, at)
+        mixed = self.attn(self.attn_norm(x), attention_mask, cache, layer, at, packing)
         if at is not None:
             x = x[torch.arange(len(at), device=at.device), at].unsqueeze(1)
         x = x + mixed
@@ -252,6 +280,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """The trunk: final-norm output for every position.
 
@@ -261,6 +290,7 @@ class GPT(nn.Module):
             attention_mask: bool, broadcast to (B, H, T, S), True = may attend; default: causal. With right padding
                 the causal mask is enough: no real position sees a pad.
             cache: keys and values of earlier positions; extended in place.
+            packing: `input_ids` (1, N) are several sequences end to end; brings the positions along.
 
         Returns:
             (B, T, C).
@@ -268,8 +298,10 @@ class GPT(nn.Module):
         Raises:
             ValueError: if the sequence does not fit into `context_length`.
         """
+        if packing is not None:
+            positions = packing.positions
         x = self.embed(input_ids, positions, start=0 if cache is None else cache.length)
-        x = self.run_blocks(x, attention_mask, cache)
+        x = self.run_blocks(x, attention_mask, cache, packing=packing)
         if cache is not None:
             cache.length += input_ids.size(1)
         return self.final_norm(x)
@@ -299,15 +331,16 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         start: int = 0,
         stop: int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Blocks `start`..`stop` - 1 (default: all) in turn: (B, T, C) -> (B, T, C)."""
         layers = range(start, self.config.n_layer if stop is None else stop)
         for layer in layers:
             block = self.blocks[layer]
             if self.activation_checkpointing and self.training and cache is None:
-                x = checkpoint(block, x, attention_mask, use_reentrant=False)
+                x = checkpoint(block, x, attention_mask, packing=packing, use_reentrant=False)
             else:
-                x = block(x, attention_mask, cache, layer)
+                x = block(x, attention_mask, cache, layer, packing=packing)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional import classification as measures
 
+from llm_lightning.answer_metrics import wilson_interval
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample
 from llm_lightning.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
 from llm_lightning.losses import IGNORE_INDEX
@@ -304,16 +304,6 @@ def class_metrics(logits: Tensor, predicted: Tensor, labels: Tensor) -> dict[str
 def confusion(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     """(K, K) counts: rows are the true classes, columns the predicted ones."""
     return measures.confusion_matrix(predicted, labels, task="multiclass", num_classes=n_classes)
-
-
-def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a proportion (Wilson 1927), which also holds near 0 and 1, where p +- z s.e. does not."""
-    if total == 0:
-        return 0.0, 1.0
-    share = right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def best_threshold(scores: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,150 @@
+"""How alike a response and its reference are, and how sure a mean over records is. Standard library only.
+
+Exact match, ROUGE-L and chrF need no judge: they compare words and characters, and know nothing of meaning.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from statistics import stdev
+
+CHRF_ORDER = 6
+CHRF_BETA = 2  # recall counts twice as much as precision; both are the numbers of Popovic 2015 and of sacrebleu
+NORMAL_QUANTILE = 1.959964
+_WORD = re.compile(r"[^\W_]+")
+
+
+def exact_match(response: str, reference: str) -> bool:
+    """Say whether two texts are the same but for case, white space and one full stop at the end."""
+    return _normalised(response) == _normalised(reference)
+
+
+def most_frequent_answer_score(references: Sequence[str]) -> tuple[str, float]:
+    """Find the reference that is given most often, and the exact match (0 to 1) of always saying it.
+
+    What a model has to beat: of equally frequent ones, the first.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not references:
+        raise ValueError("no references, so none is the most frequent; give at least one")
+    (answer, count), *_ = Counter(map(_normalised, references)).most_common(1)
+    return next(one for one in references if _normalised(one) == answer), count / len(references)
+
+
+def rouge_l(responses: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Compute ROUGE-L of each record: F1 (0 to 1) of the longest common subsequence of words (Lin 2004).
+
+    Words are runs of letters and digits in lower case, not stemmed, as in Google's rouge_score and torchmetrics; those
+    know only a to z, here letters of every script are letters. Where a script has no spaces, chrF says more.
+    """
+    return [_rouge_l(_words(one), _words(other)) for one, other in zip(responses, references, strict=True)]
+
+
+def chrf(responses: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Compute chrF2 of each record (0 to 1): F2 of character 1- to 6-grams, white space left out (Popovic 2015).
+
+    As sacrebleu computes it: only orders that both texts are long enough for count. torchmetrics counts all six, by
+    which "yes" for "yes" gets 0.5 instead of 1.
+    """
+    return [_chrf(one, other) for one, other in zip(responses, references, strict=True)]
+
+
+def mean_interval(
+    values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
+) -> tuple[float, float, float]:
+    """Compute the mean and its 95% interval, Student's t, cut to the scale on which the values are.
+
+    Not a bootstrap: that needs a seed, and is too narrow for the ten records that one tries first. Where all values are
+    equal the interval has no width, however few they are.
+
+    Args:
+        lowest, highest: ends of the scale.
+
+    Returns:
+        mean, low, high. One value says nothing of the spread, so its interval is the whole scale; the mean of none is
+        nan.
+    """
+    n = len(values)
+    mean = math.fsum(values) / n if n else math.nan
+    if n < 2:
+        return mean, lowest, highest
+    half = _t_quantile(n - 1) * stdev(values) / math.sqrt(n)
+    return mean, max(lowest, mean - half), min(highest, mean + half)
+
+
+def wilson_interval(right: int, total: int, z: float = NORMAL_QUANTILE) -> tuple[float, float]:
+    """The 95% interval of a proportion (Wilson 1927), which also holds near 0 and 1, where p +- z s.e. does not."""
+    if total == 0:
+        return 0.0, 1.0
+    share = right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split()).casefold().removesuffix(".").rstrip()
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _rouge_l(response: Sequence[str], reference: Sequence[str]) -> float:
+    common = _longest_common_subsequence(response, reference)
+    return 2 * common / (len(response) + len(reference)) if common else 0.0
+
+
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    above = [0] * (len(second) + 1)
+    for word in first:
+        row = [0]
+        for column, other in enumerate(second):
+            row.append(above[column] + 1 if word == other else max(above[column + 1], row[column]))
+        above = row
+    return above[-1]
+
+
+def _chrf(response: str, reference: str) -> float:
+    said, wanted = "".join(response.split()), "".join(reference.split())
+    orders = range(1, min(CHRF_ORDER, len(said), len(wanted)) + 1)
+    if not orders:
+        return 0.0
+    matches = [(_ngrams(said, n) & _ngrams(wanted, n)).total() for n in orders]
+    # First the means over the orders, then one F of them: F of each order averaged would be another measure.
+    precision = sum(match / (len(said) - n + 1) for n, match in zip(orders, matches, strict=True)) / len(orders)
+    recall = sum(match / (len(wanted) - n + 1) for n, match in zip(orders, matches, strict=True)) / len(orders)
+    weight = CHRF_BETA**2
+    return (1 + weight) * precision * recall / (weight * precision + recall) if matches[0] else 0.0
+
+
+def _ngrams(text: str, n: int) -> Counter[str]:
+    return Counter(text[start : start + n] for start in range(len(text) - n + 1))
+
+
+def _t_quantile(df: int) -> float:
+    """The t that |t| stays below with a probability of 95%."""
+    if df > 1000:  # the series below gets long, and this is right to six digits (Abramowitz and Stegun 26.7.5)
+        return NORMAL_QUANTILE + (NORMAL_QUANTILE**3 + NORMAL_QUANTILE) / (4 * df)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _probability_within(middle, df) < 0.95 else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+def _probability_within(angle: float, df: int) -> float:
+    """P(|t| < sqrt(df) tan(angle)), Abramowitz and Stegun 26.7.3 (odd df) and 26.7.4 (even df)."""
+    cosine, is_odd = math.cos(angle), df % 2
+    term = cosine if is_odd else 1.0
+    total = 0.0
+    for k in range(1, (df - is_odd) // 2 + 1):
+        total += term
+        term *= cosine * cosine * (2 * k / (2 * k + 1) if is_odd else (2 * k - 1) / (2 * k))
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if is_odd else total

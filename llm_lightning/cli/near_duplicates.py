@@ -1,0 +1,147 @@
+"""Find texts that stand twice or nearly so in a file of instruction records, and write the file without them.
+
+llm-lightning near-duplicates instruction-data.json
+llm-lightning near-duplicates instruction-data.json --threshold 0.8 --keys instruction --show 100
+llm-lightning near-duplicates instruction-data.json --remove --keys prompt -o cleaned.json
+
+FILE is a JSON array of objects, or .jsonl with one object a line. Each key is examined for itself, empty texts left
+out: `instruction`, `input`, `output` (of `messages`: what the user and what the assistant says), any other field, or
+`prompt`, instruction and input together. How alike two texts are is the cosine of the TF-IDF weights of their single
+characters, pairs and triples, without case and punctuation. Texts of one character are never near-duplicates.
+
+A group holds texts that are each like another one of it. --remove keeps the first record of each group: of the keys
+that are named, else of `input` and `output` as the book does, because one instruction stands with many an input.
+Look at the pairs first: short texts that differ in the one word that matters are alike by this measure.
+Records are counted from 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_lightning.data.json_records import JsonRecord
+    from llm_lightning.near_duplicates import NearDuplicates
+
+KEYS = ("instruction", "input", "output")
+REMOVED_BY = ("input", "output")
+PROMPT = "prompt"
+WIDTH = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .json or .jsonl file of records")
+    parser.add_argument("--keys", nargs="+", metavar="KEY", help=f"what is compared (default: {' '.join(KEYS)})")
+    parser.add_argument("--threshold", type=float, default=0.9, help="least similarity, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=20, metavar="N", help="pairs shown per key (default: %(default)s)")
+    parser.add_argument("--remove", action="store_true", help="write the records without the later ones of each group")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="of --remove: .json, or .jsonl")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with all groups")
+
+
+def run(args: argparse.Namespace) -> None:
+    _check(args)
+    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.near_duplicates import find_near_duplicates
+
+    records = read_json_records(args.file)
+    keys = _present(args.file, records, args.keys)
+    found = {}
+    for key in keys:
+        texts = [_text(record, key) for record in records]
+        found[key] = find_near_duplicates(texts, args.threshold, progress=True)
+        if not args.json:
+            print("\n".join(_lines(key, texts, found[key], args.show)))
+    facts = {"file": str(args.file), "records": len(records), "threshold": args.threshold}
+    facts["keys"] = {key: _facts(one, args.show) for key, one in found.items()}
+    if args.remove:
+        facts |= _remove(args.output, records, {key: found[key] for key in args.keys or REMOVED_BY if key in found})
+    if args.json:
+        print(json.dumps(facts))
+    elif args.remove:
+        print(f"{args.output}: {facts['kept']:,} records, {facts['removed']:,} removed ({facts['removed_by']})")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.show < 0:
+        raise ValueError(f"--show {args.show} must be 0 or more")
+    if args.remove != (args.output is not None):
+        raise ValueError("--remove and --output FILE belong together: nothing is removed from the file itself")
+    if args.output is not None and args.output.resolve() == args.file.resolve():
+        raise ValueError(f"--output {args.output} is the file that is read; name another one")
+    if args.output is not None and not args.output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+
+
+def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
+    """The keys to examine: those that are asked for, or those of the usual ones that there are."""
+    from llm_lightning.data.json_records import has_text
+
+    present = [key for key in wanted or KEYS if any(has_text(record, _sources(record, key)[0]) for record in records)]
+    missing = [key for key in wanted or () if key not in present]
+    if missing or not present:
+        there = ", ".join(map(repr, dict.fromkeys(chain.from_iterable(record.record for record in records)))) or "none"
+        raise ValueError(
+            f"{file}: no record has the key {missing[0] if missing else KEYS[0]!r}; there are {there} (--keys)"
+        )
+    return list(dict.fromkeys(present))
+
+
+def _text(record: JsonRecord, key: str) -> str:
+    from llm_lightning.data.json_records import text_of
+
+    return "\n".join(filter(None, (text_of(record, source) for source in _sources(record, key))))
+
+
+def _sources(record: JsonRecord, key: str) -> tuple[str, ...]:
+    """The fields that make up a key."""
+    return ("instruction", "input") if key == PROMPT and PROMPT not in record.record else (key,)
+
+
+def _lines(key: str, texts: Sequence[str], found: NearDuplicates, show: int) -> Iterator[str]:
+    yield (
+        f"{key}: {sum(map(bool, texts)):,} texts; pairs: {found.n_pairs:,}; groups: {len(found.groups):,}; "
+        f"later ones of a group: {_n_later(found):,}"
+    )
+    for pair in islice(found.pairs(), show):
+        yield f"  {pair.similarity:.2f}  {pair.first + 1:>6}  {_one_line(texts[pair.first])}"
+        yield f"        {pair.second + 1:>6}  {_one_line(texts[pair.second])}"
+    if found.n_pairs > show:
+        yield f"  more pairs: {found.n_pairs - show:,} (--show {found.n_pairs})"
+
+
+def _n_later(found: NearDuplicates) -> int:
+    return sum(len(group) - 1 for group in found.groups)
+
+
+def _one_line(text: str) -> str:
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def _facts(found: NearDuplicates, show: int) -> dict[str, Any]:
+    pairs = [(first + 1, second + 1, similarity) for first, second, similarity in islice(found.pairs(), show)]
+    groups = [[index + 1 for index in group] for group in found.groups]
+    return {"n_pairs": found.n_pairs, "n_later": _n_later(found), "pairs": pairs, "groups": groups}
+
+
+def _remove(output: Path, records: Sequence[JsonRecord], found: dict[str, NearDuplicates]) -> dict[str, Any]:
+    """Write the records that remain; say how many those are."""
+    from llm_lightning.atomic import write_atomically
+    from llm_lightning.data.sources import JSONL_SUFFIXES
+    from llm_lightning.near_duplicates import keep_first
+
+    groups = chain.from_iterable(one.groups for one in found.values())
+    kept = [records[index].record for index in keep_first(len(records), groups)]
+    if output.suffix.lower() in JSONL_SUFFIXES:
+        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    else:
+        content = json.dumps(kept, ensure_ascii=False, indent=4) + "\n"
+    write_atomically(output, content)
+    removed = len(records) - len(kept)
+    return {"output": str(output), "kept": len(kept), "removed": removed, "removed_by": ", ".join(found) or "nothing"}

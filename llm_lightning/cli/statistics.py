@@ -1,0 +1,252 @@
+"""Say what is in a file of instruction records, or in a text: how many, how long, what stands in it more than once.
+
+llm-lightning statistics instruction-data.json
+llm-lightning statistics chats.jsonl --tokenizer byte --json
+llm-lightning statistics instruction-data.json --plot lengths.png
+llm-lightning statistics the-verdict.txt
+
+A .json or .jsonl file holds records: the fields `instruction`, `input`, `output`, `chosen`, `rejected` and `text`, as
+far as they are there, and what each role says in `messages`. Any other file is one text. Lengths are those of the
+values that are not empty; a prompt is everything of a record before its answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from llm_lightning.data.json_records import JsonRecord
+    from llm_lightning.tokenizers import Tokenizer
+
+FIELDS = ("instruction", "input", "output", "chosen", "rejected", "text")
+PROMPT = ("system", "instruction", "input")
+MEASURES = ("min", "mean", "median", "p95", "max", "total")
+SHOWN = 5
+WIDTH = 80
+BARS = 50
+PIECE = 1 << 20  # characters of a text that are encoded at once
+
+Lengths = dict[str, list[int]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .json or .jsonl file of records, or a text")
+    parser.add_argument("--keys", nargs="+", metavar="KEY", help="fields or roles to measure (default: see above)")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), byte, or an encoding of tiktoken")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw histograms of the lengths in tokens")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    from llm_lightning.data.sources import JSONL_SUFFIXES
+    from llm_lightning.tokenizers import build_tokenizer
+
+    if args.tokenizer in ("word", "bpe"):
+        raise ValueError(f"--tokenizer {args.tokenizer} is trained on text; use gpt2, byte or an encoding of tiktoken")
+    tokenizer = build_tokenizer(args.tokenizer)
+    if args.file.suffix.lower() in {".json", *JSONL_SUFFIXES}:
+        _report_records(args, tokenizer)
+        return
+    if args.plot or args.keys:
+        raise ValueError(f"--plot and --keys are for .json and .jsonl files; {args.file} is read as one text")
+    facts = describe_text(args.file, tokenizer)
+    print(json.dumps(facts) if args.json else "\n".join(_text_lines(facts)))
+
+
+def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    from llm_lightning.data.json_records import read_json_records
+
+    records = read_json_records(args.file)
+    keys = _present(args.file, records, args.keys)
+    tokens = _token_lengths(records, keys, tokenizer)
+    facts = {"file": str(args.file), **describe_records(records, tokens), "tokenizer": args.tokenizer}
+    if args.plot:
+        _save(_histograms(tokens, args.tokenizer), args.plot)
+    print(json.dumps(facts) if args.json else "\n".join(_record_lines(facts)))
+
+
+def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
+    """The keys to measure: those that are asked for, or those of the usual ones that there are."""
+    from llm_lightning.data.json_records import ROLES, has_text, text_of
+
+    if wanted:
+        present = [key for key in wanted if any(has_text(one, key) for one in records)]
+    else:  # `chosen` and `rejected` may be lists of messages
+        present = [key for key in FIELDS if any(isinstance(one.record.get(key), str) for one in records)]
+        present += [role for role in ROLES if any("messages" in one.record and text_of(one, role) for one in records)]
+    missing = [key for key in wanted or () if key not in present]
+    if missing or not present:
+        there = ", ".join(sorted({repr(key) for one in records for key in one.record})) or "none"
+        raise ValueError(f"{file}: no record has the key {(missing or FIELDS)[0]!r}; there are {there} (--keys)")
+    return list(dict.fromkeys(present))
+
+
+def _token_lengths(records: Sequence[JsonRecord], keys: Sequence[str], tokenizer: Tokenizer) -> Lengths:
+    """Tokens of each record under each key."""
+    from tqdm import tqdm
+
+    from llm_lightning.data.json_records import text_of
+
+    bar = tqdm(records, desc="encoding", unit="record", leave=False, disable=None)
+    rows = [[len(tokenizer.encode_array(text_of(record, key))) for key in keys] for record in bar]
+    return {key: list(column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
+
+
+def describe_records(records: Sequence[JsonRecord], tokens: Lengths) -> dict[str, Any]:
+    """Return the statistics of records as plain values.
+
+    Args:
+        tokens: how many each record has, for each key to measure.
+    """
+    from llm_lightning.data.json_records import text_of
+
+    prompts = Counter(tuple(text_of(record, key) for key in PROMPT) for record in records)
+    whole = Counter(json.dumps(record.record, sort_keys=True) for record in records)
+    outputs = Counter(filter(str.strip, (text_of(record, "output") for record in records)))
+    words = Counter(words[0] for record in records if (words := text_of(record, "instruction").split()))
+    totals = [sum(lengths) for lengths in zip(*tokens.values(), strict=True)]
+    longest = sorted(range(len(records)), key=lambda index: -totals[index])[:SHOWN]
+    prompts.pop(("", "", ""), None)  # of records that have no prompts
+    return {
+        "records": len(records),
+        "keys": {key: _describe_key([text_of(record, key) for record in records], tokens[key]) for key in tokens},
+        "repeated_prompts": prompts.total() - len(prompts),
+        "repeated_records": whole.total() - len(whole),
+        "different_outputs": len(outputs),
+        "frequent_outputs": _most_common(outputs),
+        "different_first_words": len(words),
+        "frequent_first_words": _most_common(words),
+        "longest": [{"place": records[index].place, "tokens": totals[index]} for index in longest],
+    }
+
+
+def _describe_key(texts: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
+    filled = [index for index, text in enumerate(texts) if text.strip()]
+    return {
+        "empty": len(texts) - len(filled),
+        "characters": _measures([len(texts[index]) for index in filled]),
+        "tokens": _measures([tokens[index] for index in filled]),
+    }
+
+
+def _measures(lengths: Sequence[int]) -> dict[str, float] | None:
+    import numpy as np
+
+    if not lengths:
+        return None
+    median, p95 = np.percentile(lengths, (50, 95)).tolist()
+    total = sum(lengths)
+    values = (min(lengths), total / len(lengths), median, p95, max(lengths), total)
+    return dict(zip(MEASURES, values, strict=True))
+
+
+def _most_common(counter: Counter[str]) -> list[dict[str, Any]]:
+    total = counter.total()
+    return [{"text": text, "count": count, "share": count / total} for text, count in counter.most_common(SHOWN)]
+
+
+def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the statistics of a text file as plain values.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is empty or no UTF-8.
+    """
+    from llm_lightning.data.sources import TextFile
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is no file; give a .json, .jsonl or text file")
+    text = "".join(TextFile(path))
+    if not text:
+        raise ValueError(f"{path} is empty; give a file with text")
+    n_bytes, n_tokens = len(text.encode()), _n_tokens(text, tokenizer)
+    return {
+        "file": str(path),
+        "characters": len(text),
+        "bytes": n_bytes,
+        "words": len(text.split()),
+        "lines": text.count("\n") + (not text.endswith("\n")),
+        "tokens": n_tokens,
+        "tokenizer": tokenizer.describe()["name"],
+        "bytes_per_token": n_bytes / n_tokens,
+    }
+
+
+def _n_tokens(text: str, tokenizer: Tokenizer) -> int:
+    """Count in pieces that encode as the whole does: tokens of a whole large text would take many times its memory."""
+    n_tokens = start = 0
+    while start < len(text):
+        piece = text[start : start + PIECE]
+        cut = tokenizer.split_point(piece) if start + PIECE < len(text) else len(piece)
+        piece = piece[:cut] or text[start:]
+        n_tokens += len(tokenizer.encode_array(piece))
+        start += len(piece)
+    return n_tokens
+
+
+def _text_lines(facts: dict[str, Any]) -> Iterator[str]:
+    yield facts["file"]
+    for name in ("characters", "bytes", "words", "lines", "tokens"):
+        yield f"{name:<12}{facts[name]:>14,}" + (f"  ({facts['tokenizer']})" if name == "tokens" else "")
+    yield f"{'bytes/token':<12}{facts['bytes_per_token']:>14.2f}"
+
+
+def _record_lines(facts: dict[str, Any]) -> Iterator[str]:
+    yield f"{facts['file']}: {facts['records']:,} records (tokens: {facts['tokenizer']})"
+    yield f"{'':<12}{'empty':>9} {'':<10}" + "".join(f"{name:>11}" for name in MEASURES)
+    for key, of_key in facts["keys"].items():
+        yield f"{key:<12}{of_key['empty']:>9,} {'characters':<10}{_cells(of_key['characters'])}"
+        yield f"{'':<12}{'':>9} {'tokens':<10}{_cells(of_key['tokens'])}"
+    yield f"{'repeated':<12}prompts: {facts['repeated_prompts']:,}; whole records: {facts['repeated_records']:,}"
+    yield f"{'outputs':<12}{facts['different_outputs']:,} different"
+    yield from (_frequency(one) for one in facts["frequent_outputs"] if one["count"] > 1)
+    yield f"{'first words':<12}{facts['different_first_words']:,} different, of instructions"
+    yield from map(_frequency, facts["frequent_first_words"])
+    yield "longest"
+    yield from (f"{one['tokens']:>21,} tokens  {one['place']}" for one in facts["longest"])
+
+
+def _frequency(one: dict[str, Any]) -> str:
+    return f"{one['count']:>21,} {one['share']:>6.1%}  {_one_line(one['text'])}"
+
+
+def _cells(measures: dict[str, float] | None) -> str:
+    if measures is None:
+        return ""
+    return "".join(f"{value:>11,.1f}" if isinstance(value, float) else f"{value:>11,}" for value in measures.values())
+
+
+def _one_line(text: str) -> str:
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def _histograms(tokens: Lengths, tokenizer: str) -> Figure:
+    """One histogram per key, empty values left out."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(7, 2.5 * len(tokens)), layout="constrained")
+    for axes, (key, lengths) in zip(figure.subplots(len(tokens), squeeze=False)[:, 0], tokens.items(), strict=True):
+        step = 1 + max(0, max(lengths) - 1) // BARS
+        edges = [length - 0.5 for length in range(1, max(lengths) + step + 1, step)]
+        axes.hist([length for length in lengths if length], bins=edges)
+        axes.set_title(key)
+        axes.set_xlabel(f"tokens ({tokenizer})")
+        axes.set_ylabel("records")
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from llm_lightning.atomic import write_atomically
+
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:] or "png", dpi=120)
+    write_atomically(path, image.getvalue())

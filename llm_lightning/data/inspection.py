@@ -1,0 +1,85 @@
+"""What the model sees: token by token, what it learns in colour, ends of text and padding visible."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from llm_lightning.data.batches import LMBatch
+from llm_lightning.losses import IGNORE_INDEX
+from llm_lightning.tokenizers import Tokenizer
+
+END, PAD = "<|endoftext|>", "\u00b7"
+LEARNT, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+STYLE = """<meta charset="utf-8"><style>
+body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #222 }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; font-size: 13px }
+.learnt { background: #bfe8c4 } .pad { color: #aaa } .end { font-weight: bold }
+</style>"""
+
+
+class Piece(NamedTuple):
+    """Neighbouring tokens of one kind."""
+
+    text: str
+    kind: str
+    """learnt, prompt or pad"""
+
+
+def rows_of(tokenizer: Tokenizer, batch: LMBatch) -> Iterator[tuple[list[Piece], int, int]]:
+    """(pieces, tokens, learnt tokens) of each row of a padded batch."""
+    for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        last = max(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
+        # The first token is never learnt; the last label is no input.
+        tokens = [(ids[0], "prompt")]
+        tokens += [
+            (label if label != IGNORE_INDEX else ids[index + 1], "prompt" if label == IGNORE_INDEX else "learnt")
+            for index, label in enumerate(labels[: last + 1])
+        ]
+        n_learnt = sum(kind == "learnt" for _, kind in tokens)
+        pieces = [
+            Piece(_decoded(tokenizer, [token for token, _ in run]), kind)
+            for kind, run in groupby(tokens, key=lambda token: token[1])
+        ]
+        if n_pads := len(ids) - last - 1:
+            pieces.append(Piece(PAD * n_pads, "pad"))
+        yield pieces, len(tokens), n_learnt
+
+
+def as_text(tokenizer: Tokenizer, batch: LMBatch, *, colour: bool = False) -> str:
+    """For a terminal; without colour, what is learnt stands between >> and <<."""
+    lines = []
+    for number, (pieces, n_tokens, n_learnt) in enumerate(rows_of(tokenizer, batch)):
+        lines += [f"--- record {number}: {n_tokens} tokens, {n_learnt} learnt"]
+        lines += ["".join(_painted(piece) if colour else _marked(piece) for piece in pieces)]
+    return "\n".join(lines)
+
+
+def as_html(tokenizer: Tokenizer, batch: LMBatch, title: str) -> str:
+    """A page of its own."""
+    lines = [
+        f"<!doctype html><title>{html.escape(title)}</title>{STYLE}<h1>{html.escape(title)}</h1>",
+        f'<p><span class="learnt">What is learnt</span>, the prompt, <span class="pad">{PAD} padding</span>.</p>',
+    ]
+    for number, (pieces, n_tokens, n_learnt) in enumerate(rows_of(tokenizer, batch)):
+        spans = "".join(f'<span class="{piece.kind}">{html.escape(piece.text)}</span>' for piece in pieces)
+        lines += [f"<h2>Record {number}: {n_tokens} tokens, {n_learnt} learnt</h2><pre>{spans}</pre>"]
+    return "\n".join(lines) + "\n"
+
+
+def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    pieces = []
+    for is_end, run in groupby(ids, key=lambda token: token == tokenizer.eot_id):
+        tokens = list(run)
+        pieces.append(END * len(tokens) if is_end else tokenizer.decode(tokens))
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in "".join(pieces))
+
+
+def _painted(piece: Piece) -> str:
+    return {"learnt": LEARNT, "pad": GREY, "prompt": ""}[piece.kind] + piece.text + PLAIN
+
+
+def _marked(piece: Piece) -> str:
+    return f">>{piece.text}<<" if piece.kind == "learnt" else piece.text

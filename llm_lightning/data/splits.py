@@ -1,0 +1,77 @@
+"""How records are split: so that what is the same never stands on two sides."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+
+
+def normalized(text: str, *, fold_digits: bool = True) -> str:
+    """What is left when texts are compared: letters, folded, and digits, all alike. Emojis and signs count if alone."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    if fold_digits:
+        folded = re.sub(r"\d", "0", folded)
+    words = " ".join(re.sub(r"[^\w\s]|_", " ", folded).split())
+    return words or " ".join(folded.split())
+
+
+def grouped_split(
+    keys: Sequence[str], classes: Sequence[int], fractions: tuple[float, float], seed: int
+) -> dict[str, list[int]]:
+    """Split so that equal keys stay together and every class has about the wanted fractions.
+
+    Groups are visited in random order, those of a class by themselves; each goes to the split that is furthest behind.
+    Splitting comes before balancing: so each split is balanced by itself, and the fractions hold for the smallest
+    class, which decides how much there is.
+
+    Args:
+        keys: what makes two records the same.
+        fractions: of validation and test.
+
+    Returns:
+        split -> indices, in random order.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    shares = dict(zip(SPLITS, (1 - sum(fractions), *fractions), strict=True))
+    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    draw = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    by_class: dict[int, list[list[int]]] = defaultdict(list)
+    for group in groups.values():
+        by_class[Counter(classes[index] for index in group).most_common(1)[0][0]].append(group)
+    for label in sorted(by_class):
+        members = [by_class[label][index] for index in draw.permutation(len(by_class[label]))]
+        counts = dict.fromkeys(SPLITS, 0)
+        for number, group in enumerate(sorted(members, key=len, reverse=True), start=1):
+            done = sum(counts.values()) + len(group)
+            split = max(SPLITS, key=lambda name: (shares[name] * done - counts[name], shares[name], -number))
+            counts[split] += len(group)
+            parts[split] += group
+    return {split: [part[index] for index in draw.permutation(len(part))] for split, part in parts.items()}
+
+
+def joined_groups(*keys: Sequence[str]) -> list[str]:
+    """One key per record, equal for records that any chain of equal keys connects.
+
+    Args:
+        keys: several keys of each record, such as its group and its prompt.
+    """
+    parent: dict[tuple[int, str], tuple[int, str]] = {}
+
+    def root(node: tuple[int, str]) -> tuple[int, str]:
+        while parent.setdefault(node, node) != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    for row in zip(*keys, strict=True):
+        first, *others = [root((kind, key)) for kind, key in enumerate(row)]
+        for other in others:
+            parent[root(other)] = root(first)
+    return ["{} {}".format(*root((0, key))) for key in keys[0]]

@@ -1,0 +1,265 @@
+"""Prompt templates: how a conversation becomes text. Shared by instruction tuning, generation and the judge.
+
+A template is one string with slots. The alpaca template, for example, is
+
+    [{system}\\n\\n]### Instruction:\\n{instruction}[\\n\\n### Input:\\n{input}]\\n\\n### Response:\\n{response}\\n\\n
+
+`{instruction}` and `{response}` must be there, `{input}` and `{system}` may. What stands in `[...]` is left out where a
+slot in it is empty. `[[`, `]]`, `{{`, `}}` stand for the signs themselves, a backslash and n for a line break. What
+follows `{response}` is written between two turns, not after the last. Each answer ends with the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from llm_lightning.tokenizers import Tokenizer
+
+SLOTS = ("system", "instruction", "input", "response")
+_TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{(\w*)\}|[\[\]{}]")
+
+
+class Turn(NamedTuple):
+    """One question and its answer."""
+
+    instruction: str
+    input: str
+    response: str
+
+
+class Conversation(NamedTuple):
+    """One record."""
+
+    turns: tuple[Turn, ...]
+    system: str = ""
+    place: str = ""
+    """file:line"""
+    group: str = ""
+    """Records of one group never stand in two splits; empty: the prompt is the group."""
+    record: Mapping[str, Any] = {}
+    """As it was read."""
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation."""
+
+    text: str
+    kind: str
+    """prompt; header: the fixed text in front of an answer; response; end: the end-of-text token stands here."""
+
+
+class Part(NamedTuple):
+    """Fixed text, a slot, or an optional section of parts."""
+
+    text: str = ""
+    slot: str = ""
+    section: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template.
+
+    Args:
+        name: for messages.
+        text: see the top of this file.
+        system: what fills `{system}` where a record has no system message.
+
+    Raises:
+        ValueError: for an unknown or missing slot, or brackets that do not match.
+    """
+
+    name: str
+    text: str
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        self._parts  # noqa: B018 (parsed now, so that a mistake is told before any data is read)
+
+    @property
+    def slots(self) -> set[str]:
+        """The names of its slots."""
+        inner = [part for outer in self._parts for part in (outer, *outer.section)]
+        return {part.slot for part in inner if part.slot}
+
+    def segments(self, conversation: Conversation) -> list[Segment]:
+        """The whole conversation, every answer with its end."""
+        pieces: list[Segment] = []
+        for number, turn in enumerate(conversation.turns):
+            if number:
+                pieces.append(Segment(self._after, "prompt"))
+            pieces += self._question(conversation, number)
+            pieces += [Segment(turn.response, "response"), Segment("", "end")]
+        return [piece for piece in pieces if piece.text or piece.kind == "end"]
+
+    def prompt(self, conversation: Conversation) -> list[Segment]:
+        """What stands before the last answer."""
+        whole = self.segments(conversation)
+        answer = 2 if conversation.turns[-1].response else 1
+        return whole[:-answer]
+
+    def prompt_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+        """Token ids of what stands before the last answer, exactly as in training."""
+        ids: list[int] = []
+        for text, kind in self.prompt(conversation):
+            ids += [tokenizer.eot_id or 0] if kind == "end" else tokenizer.encode(text)
+        return ids
+
+    def question(self, conversation: Conversation) -> str:
+        """The last question as text, without the header of its answer: what the book shows to a judge."""
+        return self._question(conversation, len(conversation.turns) - 1)[0].text
+
+    @cached_property
+    def _parts(self) -> tuple[Part, ...]:
+        return _parse(self.name, self.text.replace("\\n", "\n"))
+
+    @property
+    def _after(self) -> str:
+        return "".join(part.text for part in self._parts[self._answer_at + 1 :])
+
+    @property
+    def _answer_at(self) -> int:
+        return next(index for index, part in enumerate(self._parts) if part.slot == "response")
+
+    def _question(self, conversation: Conversation, number: int) -> list[Segment]:
+        turn = conversation.turns[number]
+        # Said once, at the beginning.
+        system = (conversation.system or self.system) if number == 0 else ""
+        values = {"system": system, "instruction": turn.instruction, "input": turn.input}
+        before = self._parts[: self._answer_at]
+        header = before[-1].text if before and not before[-1].slot and not before[-1].section else ""
+        text = _render(before[:-1] if header else before, values)
+        return [Segment(text, "prompt"), *([Segment(header, "header")] if header else [])]
+
+
+def _render(parts: Sequence[Part], values: Mapping[str, str]) -> str:
+    pieces = []
+    for part in parts:
+        if part.section:
+            wanted = [inner.slot for inner in part.section if inner.slot]
+            if all(values[slot] for slot in wanted):
+                pieces.append(_render(part.section, values))
+        else:
+            pieces.append(values[part.slot] if part.slot else part.text)
+    return "".join(pieces)
+
+
+def _parse(name: str, text: str) -> tuple[Part, ...]:
+    """Raises ValueError with the reason."""
+    parts: list[Part] = []
+    section: list[Part] | None = None
+    end = 0
+    for match in [*_TOKEN.finditer(text), None]:
+        here = parts if section is None else section
+        literal = text[end : match.start() if match else len(text)]
+        if literal:
+            here.append(Part(text=literal))
+        if match is None:
+            break
+        sign, end = match[0], match.end()
+        if sign in ("{{", "}}", "[[", "]]"):
+            here.append(Part(text=sign[0]))
+        elif match[1] is not None:
+            here.append(Part(slot=_known_slot(name, match[1])))
+        elif sign == "[" and section is None:
+            section = []
+        elif sign == "]" and section is not None:
+            if not any(part.slot for part in section):
+                raise ValueError(
+                    f"template {name}: the section {_shown(text, end)} has no slot; write [[ for a bracket"
+                )
+            parts.append(Part(section=tuple(_joined(section))))
+            section = None
+        else:
+            raise ValueError(
+                f"template {name}: {sign!r} without its partner {_shown(text, end)}; write {sign}{sign} for the sign"
+            )
+    if section is not None:
+        raise ValueError(f"template {name}: a section '[' never ends; write [[ for the sign")
+    return _checked(name, tuple(_joined(parts)))
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring pieces of fixed text as one."""
+    joined: list[Part] = []
+    for part in parts:
+        if part.text and joined and joined[-1].text:
+            joined[-1] = Part(text=joined[-1].text + part.text)
+        else:
+            joined.append(part)
+    return joined
+
+
+def _checked(name: str, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    inner = [part.slot for outer in parts for part in outer.section]
+    top = [part.slot for part in parts]
+    for slot in ("instruction", "response"):
+        if slot not in top + inner:
+            raise ValueError(f"template {name} has no {{{slot}}} slot; it needs {{instruction}} and {{response}}")
+    if "response" in inner or top.count("response") > 1:
+        raise ValueError(f"template {name}: {{response}} must stand once, outside of [...]")
+    if any(not part.text for part in parts[top.index("response") + 1 :]):
+        raise ValueError(f"template {name}: only fixed text may follow {{response}}")
+    return parts
+
+
+def _known_slot(name: str, slot: str) -> str:
+    if slot in SLOTS:
+        return slot
+    near = difflib.get_close_matches(slot, SLOTS, 1)
+    hint = f"did you mean {{{near[0]}}}? " if near else ""
+    raise ValueError(
+        f"template {name}: unknown placeholder {{{slot}}}; {hint}there are "
+        f"{', '.join(f'{{{one}}}' for one in SLOTS)}, and {{{{ for the sign"
+    )
+
+
+def _shown(text: str, end: int) -> str:
+    return f"at {text[max(0, end - 20) : end]!r}"
+
+
+ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)  # fmt: skip
+TEMPLATES = {
+    # Taori et al. 2023, in the book's form: one preamble, with and without input.
+    "alpaca": Template(
+        "alpaca",
+        "[{system}\n\n]### Instruction:\n{instruction}[\n\n### Input:\n{input}]\n\n### Response:\n{response}\n\n",
+        ALPACA_SYSTEM,
+    ),
+    # The book's exercise 7.1, shorter by half.
+    "phi3": Template(
+        "phi3", "[<|system|>\n{system}\n]<|user|>\n{instruction}[\n{input}]\n<|assistant|>:\n{response}\n"
+    ),
+    # OpenAI's markup; our end-of-text token ends an answer, where OpenAI's models end with <|im_end|>.
+    "chatml": Template(
+        "chatml",
+        "[<|im_start|>system\n{system}<|im_end|>\n]<|im_start|>user\n{instruction}[\n{input}]<|im_end|>\n"
+        "<|im_start|>assistant\n{response}<|im_end|>\n",
+    ),
+}
+
+
+def choose_template(template: str) -> Template:
+    """A template by name, or your own as a string with slots.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if "{" in template:
+        return Template("data.template", template)
+    near = difflib.get_close_matches(template, TEMPLATES, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(
+        f"data.template={template!r} is unknown: {hint}use {', '.join(TEMPLATES)}, or a text with "
+        "{instruction} and {response}"
+    )

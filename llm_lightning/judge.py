@@ -1,0 +1,517 @@
+"""A language model as the judge of responses, over any OpenAI-compatible endpoint; by default Ollama on this machine.
+
+Every record ends in exactly one of four outcomes, and all of them are counted in what is reported:
+
+    scored      the judge gave the integer, or the choice, that it was asked for, and nothing else
+    unparsable  it gave something else, every time that it was asked
+    timeout     it did not answer in time
+    failed      the connection broke or the server told of an error, every time
+
+Each of them is kept on disk by content (model, prompt, temperature, seed, max_tokens), so asking again sends nothing,
+and a judgement that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from llm_lightning.answer_metrics import mean_interval
+from llm_lightning.atomic import write_atomically
+from llm_lightning.data.download import cache_dir
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, OpenAI
+
+DEFAULT_URL = "http://localhost:11434/v1"
+DEFAULT_MODEL = "llama3"
+TEMPERATURE = 0.0
+SEED = 123  # of the book, as is the temperature
+
+SCORED, UNPARSABLE, TIMEOUT, FAILED = OUTCOMES = ("scored", "unparsable", "timeout", "failed")
+ANSWERED = "answered"
+
+FIRST_DELAY = 0.5  # seconds before a request is sent again; doubles from there
+CONNECT_TIMEOUT = 5.0  # seconds; a judge may think for minutes, but a server that is there accepts at once
+PASSING = (408, 409, 429)  # HTTP errors that, like those from 500, may be gone the next time
+NO_CONNECTION = ("ConnectError", "ConnectTimeout")  # by name: openai has changed the HTTP library that raises them
+
+TIE = "tie"
+
+
+class ScorePrompt(NamedTuple):
+    """What a judge is asked for one response, and the scale of its answers."""
+
+    text: str
+    lowest: int
+    highest: int
+
+
+PROMPTS = {
+    # The book's, to the letter.
+    "book": ScorePrompt(
+        "Given the input `{question}` and correct output `{output}`, score the model response `{response}` on a scale "
+        "from 0 to 100, where 100 is the best score. Respond with the integer number only.",
+        0,
+        100,
+    ),
+    # With what each score means, in the manner of Prometheus (Kim et al. 2024).
+    "rubric": ScorePrompt(
+        "You grade a response to a task. You are given the task, a reference answer that deserves the score 5, the "
+        "response, and a rubric. Grade by the rubric alone: whether the response is right and does what the task "
+        "asks, not how long it is or whether it uses the words of the reference.\n\n"
+        "[Task]\n{question}\n\n"
+        "[Reference answer]\n{output}\n\n"
+        "[Response]\n{response}\n\n"
+        "[Rubric]\n"
+        "1: does not answer the task, or nothing in it is right\n"
+        "2: answers the task, but its main point is wrong or missing\n"
+        "3: its main point is right, but something important is wrong or missing\n"
+        "4: right and complete but for small slips of fact, form or wording\n"
+        "5: right, complete and as good as the reference answer\n\n"
+        "Respond with the integer only: 1, 2, 3, 4 or 5.",
+        1,
+        5,
+    ),
+}
+PAIR_PROMPT = (
+    "You compare two responses to a task. You are given the task, a reference answer, and the responses A and B. The "
+    "better one is the one that is right and does what the task asks; neither its length, nor whether it stands first, "
+    "nor whether it uses the words of the reference makes it better.\n\n"
+    "[Task]\n{question}\n\n"
+    "[Reference answer]\n{output}\n\n"
+    "[Response A]\n{first}\n\n"
+    "[Response B]\n{second}\n\n"
+    "Respond with A if response A is better, with B if response B is better, or with tie if they are equally good. "
+    "Respond with that one word only."
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one prompt."""
+
+    outcome: str
+    """one of `OUTCOMES`"""
+    value: int | str | None
+    """the score, or `A`, `B`, `tie`; None unless scored"""
+    answer: str
+    """the last one, as it came; empty where none came"""
+    error: str
+    """why none came"""
+    attempts: int
+    """requests that were sent for it, by this call or an earlier one"""
+    prompt_sha256: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What became of two responses to one task."""
+
+    outcome: str
+    """scored only if both orders are"""
+    winner: str | None
+    """`A` or `B`, the same in both orders; else `tie`; None unless scored"""
+    orders: tuple[Verdict, Verdict]
+    """shown as (A, B) and as (B, A); a value names the place, not the response"""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over the records that have a value, and what is known of the mean over all."""
+
+    mean: float | None
+    """of the scored records"""
+    scored_low: float
+    scored_high: float
+    """the 95% interval (Student's t) of the scored records"""
+    low: float
+    high: float
+    """The same with every record in it: missing values are the lowest possible at its lower end, the highest at its
+    upper end; never inside the interval of the scored records."""
+
+
+@dataclass(frozen=True)
+class ScoreSummary(Mean):
+    """Scores of one column."""
+
+    n: int
+    outcomes: dict[str, int]
+    """how many records ended in each; they sum to `n`"""
+
+
+@dataclass(frozen=True)
+class PairSummary(Mean):
+    """Comparisons of two columns; the mean is the win rate of the first, a tie being half a win."""
+
+    n: int
+    outcomes: dict[str, int]
+    wins: int
+    ties: int
+    losses: int
+    first_chosen: int
+    decided: int
+    """of so many answers that were no tie, `first_chosen` named the response that was shown first: half of them if its
+    place does not matter"""
+
+
+class _Reply(NamedTuple):
+    """What came of one seed; kept on disk."""
+
+    outcome: str
+    """`answered`, `timeout` or `failed`"""
+    text: str
+    """the answer, or the error"""
+    attempts: int
+
+
+class _NoConnectionError(Exception):
+    """Nothing listens at the address."""
+
+
+class Judge:
+    """One model on one server. What it answers is kept under `cache_dir()/judge`.
+
+    The API key is `$OPENAI_API_KEY`, if there is one.
+
+    Args:
+        url: base address of the API; with Ollama, vLLM and llama.cpp it ends in `/v1`.
+        seed: of the first attempt.
+        retries: how often to ask again after an unparsable answer, each time with the next seed, for at temperature 0
+            the same one would bring the same answer; and how often to send again, with the same seed, what failed for
+            the connection's or the server's sake. A timeout is not tried again.
+        max_tokens: of an answer; a model that thinks aloud first needs more.
+        timeout: seconds for one answer.
+        concurrency: requests under way at once.
+        retry_failed: send again what is kept as a timeout or failed.
+        progress: show a bar on a terminal.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        model: str = DEFAULT_MODEL,
+        *,
+        seed: int = SEED,
+        retries: int = 2,
+        max_tokens: int = 16,
+        timeout: float = 60.0,
+        concurrency: int = 4,
+        retry_failed: bool = False,
+        progress: bool = False,
+    ) -> None:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise ValueError(f"url={url} must be an address such as {DEFAULT_URL}")
+        for name, value, least in (
+            ("retries", retries, 0), ("max_tokens", max_tokens, 1), ("concurrency", concurrency, 1)
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout={timeout:g} must be a number of seconds above 0")
+        self.url, self.model, self.seed, self.retries, self.max_tokens = url, model, seed, retries, max_tokens
+        self.timeout, self.concurrency = timeout, concurrency
+        self.retry_failed, self.progress = retry_failed, progress
+        self._is_reached = False
+
+    def ask(self, prompts: Sequence[str], parse: Callable[[str], int | str | None]) -> list[Verdict]:
+        """Judge prompts, equal ones once.
+
+        Args:
+            parse: makes the value of a whole answer; None: it is none.
+
+        Raises:
+            ConnectionError: if nothing listens at the address, at first or any more; answers until then are kept.
+            ValueError: if openai is not installed, the model is not there, or the key is refused.
+        """
+        from tqdm import tqdm
+
+        unique = list(dict.fromkeys(prompts))
+        found: dict[str, Verdict] = {}
+        with tqdm(total=len(unique), unit="answer", leave=False, disable=None if self.progress else True) as bar:
+            rest = iter(unique)
+            # One by one until the server has answered: an address where nothing listens is told at once, and once.
+            for prompt in rest:
+                found[prompt] = self._judge(prompt, parse)
+                bar.update()
+                if self._is_reached:
+                    break
+            with ThreadPoolExecutor(self.concurrency) as pool:
+                futures = {pool.submit(self._judge, prompt, parse): prompt for prompt in rest}
+                try:
+                    for future in as_completed(futures):
+                        found[futures[future]] = future.result()
+                        bar.update()
+                except BaseException:  # Ctrl-C, too: only what is under way is still waited for, and kept
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        return [found[prompt] for prompt in prompts]
+
+    # --- one prompt --------------------------------------------------------------------------------------------------
+
+    def _judge(self, prompt: str, parse: Callable[[str], int | str | None]) -> Verdict:
+        digest, attempts, answer = hashlib.sha256(prompt.encode()).hexdigest(), 0, ""
+        for seed in range(self.seed, self.seed + self.retries + 1):
+            reply = self._reply(prompt, seed)
+            attempts += reply.attempts
+            if reply.outcome != ANSWERED:
+                return Verdict(reply.outcome, None, answer, reply.text, attempts, digest)
+            answer = reply.text
+            value = parse(answer)
+            if value is not None:
+                return Verdict(SCORED, value, answer, "", attempts, digest)
+        return Verdict(UNPARSABLE, None, answer, "", attempts, digest)
+
+    def _reply(self, prompt: str, seed: int) -> _Reply:
+        """From disk, or from the server."""
+        asked = {"model": self.model, "prompt": prompt, "temperature": TEMPERATURE, "seed": seed}
+        asked["max_tokens"] = self.max_tokens
+        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        file = cache_dir() / "judge" / f"{name}.json"
+        kept = _read_reply(file)
+        if kept is not None and (kept.outcome == ANSWERED or not self.retry_failed):
+            return kept
+        reply = self._request(prompt, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"model": self.model, "seed": seed, **reply._asdict()}))
+        return reply
+
+    def _request(self, prompt: str, seed: int) -> _Reply:
+        """Send until there is an answer, a timeout, or nothing left to try."""
+        for attempt in range(1, self.retries + 2):
+            is_last = attempt == self.retries + 1
+            try:
+                outcome, text, is_final = self._send(prompt, seed)
+            except _NoConnectionError as error:
+                if is_last or not self._is_reached:
+                    raise ConnectionError(self._unreachable(str(error))) from error
+            else:
+                self._is_reached = True
+                if is_final or is_last:
+                    return _Reply(outcome, text, attempt)
+            time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _send(self, prompt: str, seed: int) -> tuple[str, str, bool]:
+        """(outcome, answer or error, whether sending it again is of no use)."""
+        openai = _openai()
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=TEMPERATURE,
+                seed=seed,
+                max_tokens=self.max_tokens,
+            )
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            if type(cause).__name__ in NO_CONNECTION:
+                raise _NoConnectionError(str(cause) or type(cause).__name__) from error
+            if isinstance(error, openai.APITimeoutError):
+                return TIMEOUT, f"no answer within {self.timeout:g} s", True
+            return FAILED, f"{type(cause).__name__}: {cause}", False
+        except openai.APIStatusError as error:
+            self._refuse_settings(error)
+            is_final = error.status_code < 500 and error.status_code not in PASSING
+            return FAILED, f"HTTP {error.status_code}: {_message(error)}", is_final
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: not even JSON
+            return FAILED, self._no_completion(error), True
+        try:
+            return ANSWERED, completion.choices[0].message.content or "", True
+        except (AttributeError, TypeError, IndexError) as error:  # openai hands on whatever JSON or text it got
+            return FAILED, self._no_completion(error), True
+
+    def _no_completion(self, error: Exception) -> str:
+        """Raises ValueError if the server has never sent any: it is another kind of server."""
+        if not self._is_reached:
+            raise ValueError(
+                f"{self.url} answers, but not with a chat completion ({type(error).__name__}); name the base address "
+                f"of an OpenAI-compatible API with --url, such as {DEFAULT_URL}"
+            ) from error
+        return f"no chat completion: {type(error).__name__}"
+
+    def _refuse_settings(self, error: APIStatusError) -> None:
+        """Raises ValueError for an answer that is the same for every prompt."""
+        if error.status_code in (401, 403):
+            raise ValueError(
+                f"{self.url} refuses the API key (HTTP {error.status_code}: {_message(error)}); set OPENAI_API_KEY"
+            ) from error
+        if error.status_code == 404:
+            raise ValueError(
+                f"{self.url} has no model {self.model!r} (HTTP 404: {_message(error)}){self._models()}; get it with "
+                f"`ollama pull {self.model}`, name another with --model, or the right base address (.../v1) with --url"
+            ) from error
+
+    def _models(self) -> str:
+        """Which models there are, if the server tells."""
+        try:
+            names = [model.id for model in self._client.models.list()]
+        except Exception:  # a hint in the message of another error
+            return ""
+        return f"; there are {', '.join(names[:10])}" if names else ""
+
+    def _unreachable(self, cause: str) -> str:
+        if self._is_reached:
+            return (
+                f"the judge at {self.url} is gone ({cause}); its answers until here are kept: start it again and "
+                "repeat the command"
+            )
+        return (
+            f"no judge answers at {self.url} ({cause}); start one with `ollama serve` and `ollama pull {self.model}`, "
+            "or name another address with --url"
+        )
+
+    @cached_property
+    def _client(self) -> OpenAI:
+        openai = _openai()
+        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        return openai.OpenAI(
+            base_url=self.url,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=0,  # ours are counted, and told
+            timeout=openai.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT)),
+            # A proxy of the environment cannot reach this machine.
+            http_client=openai.DefaultHttpxClient(trust_env=False) if local else None,
+        )
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_responses(
+    judge: Judge, records: Sequence[Mapping[str, str]], column: str, prompt: ScorePrompt = PROMPTS["book"]
+) -> list[Verdict]:
+    """Let a judge score one response column.
+
+    Args:
+        records: with `instruction`, `output`, the column and, if there is one, `input`.
+    """
+    prompts = [
+        prompt.text.format(question=question(record), output=record["output"], response=record[column])
+        for record in records
+    ]
+    return judge.ask(prompts, lambda answer: parse_score(answer, prompt.lowest, prompt.highest))
+
+
+def summarise_scores(verdicts: Sequence[Verdict], prompt: ScorePrompt = PROMPTS["book"]) -> ScoreSummary:
+    """Mean, interval and outcomes."""
+    values = [float(one.value) for one in verdicts if one.value is not None]
+    mean = _mean(values, len(verdicts), prompt.lowest, prompt.highest)
+    return ScoreSummary(**vars(mean), n=len(verdicts), outcomes=_count(one.outcome for one in verdicts))
+
+
+def parse_score(answer: str, lowest: int, highest: int) -> int | None:
+    """The integer that an answer consists of; None for anything else, such as `85/100`, `85.` or `Score: 85`."""
+    if not re.fullmatch("[0-9]{1,9}", answer.strip()):
+        return None
+    score = int(answer)
+    return score if lowest <= score <= highest else None
+
+
+def question(record: Mapping[str, str]) -> str:
+    """The task as the book shows it to a judge: Alpaca's preamble, the instruction, and the input if there is one."""
+    from llm_lightning.data.templates import TEMPLATES, Conversation, Turn
+
+    turn = Turn(record["instruction"], record.get("input") or "", "")
+    return TEMPLATES["alpaca"].question(Conversation((turn,)))
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def compare_responses(
+    judge: Judge, records: Sequence[Mapping[str, str]], column_a: str, column_b: str
+) -> list[Comparison]:
+    """Let a judge say which of two responses is better, in both orders."""
+    prompts = []
+    for record in records:
+        for first, second in ((column_a, column_b), (column_b, column_a)):
+            shown = {"first": record[first], "second": record[second]}
+            prompts.append(PAIR_PROMPT.format(question=question(record), output=record["output"], **shown))
+    verdicts = judge.ask(prompts, parse_choice)
+    return [_comparison(*orders) for orders in zip(verdicts[::2], verdicts[1::2], strict=True)]
+
+
+def summarise_pairs(comparisons: Sequence[Comparison]) -> PairSummary:
+    """Win rate of A, its interval, outcomes, and how much the place decided."""
+    winners = Counter(one.winner for one in comparisons)
+    points = {"A": 1.0, TIE: 0.5, "B": 0.0}
+    values = [points[one.winner] for one in comparisons if one.winner is not None]
+    choices = Counter(verdict.value for one in comparisons for verdict in one.orders)
+    return PairSummary(
+        **vars(_mean(values, len(comparisons), 0, 1)),
+        n=len(comparisons),
+        outcomes=_count(one.outcome for one in comparisons),
+        wins=winners["A"],
+        ties=winners[TIE],
+        losses=winners["B"],
+        first_chosen=choices["A"],
+        decided=choices["A"] + choices["B"],
+    )
+
+
+def parse_choice(answer: str) -> str | None:
+    """`A`, `B` or `tie`, whatever the case; None for anything else."""
+    return {"a": "A", "b": "B", TIE: TIE}.get(answer.strip().casefold())
+
+
+def _comparison(forward: Verdict, backward: Verdict) -> Comparison:
+    orders = (forward, backward)
+    outcome = next((one.outcome for one in orders if one.outcome != SCORED), SCORED)
+    if outcome != SCORED:
+        return Comparison(outcome, None, orders)
+    winner = {("A", "B"): "A", ("B", "A"): "B"}.get((str(forward.value), str(backward.value)), TIE)
+    return Comparison(outcome, winner, orders)
+
+
+# --- arithmetic and files --------------------------------------------------------------------------------------------
+
+
+def _mean(values: Sequence[float], n: int, lowest: float, highest: float) -> Mean:
+    n_missing = n - len(values)
+    mean, scored_low, scored_high = mean_interval(values, lowest, highest)
+    low = mean_interval([*values, *[lowest] * n_missing], lowest, highest)[1]
+    high = mean_interval([*values, *[highest] * n_missing], lowest, highest)[2]
+    return Mean(mean if values else None, scored_low, scored_high, min(low, scored_low), max(high, scored_high))
+
+
+def _count(outcomes: Iterable[str]) -> dict[str, int]:
+    counts = Counter(outcomes)
+    return {outcome: counts[outcome] for outcome in OUTCOMES}
+
+
+def _read_reply(file: Path) -> _Reply | None:
+    """What is kept; None if nothing is, or it is damaged."""
+    try:
+        kept = json.loads(file.read_bytes())
+        return _Reply(str(kept["outcome"]), str(kept["text"]), int(kept["attempts"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _message(error: APIStatusError) -> str:
+    """The server's own words, on one line."""
+    body = error.body if isinstance(error.body, dict) else {}
+    words = " ".join(str(body.get("message") or error.message).split())
+    return words if len(words) <= 200 else words[:197] + "..."
+
+
+def _openai() -> ModuleType:
+    try:
+        import openai
+    except ImportError as error:
+        raise ValueError("the judge needs the openai package: pip install 'llm-lightning[judge]'") from error
+    return openai

@@ -1,0 +1,27 @@
+"""Instruction tuning (supervised finetuning): predict the answers of conversations."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from llm_lightning.data.batches import LMBatch
+from llm_lightning.losses import causal_lm_loss
+from llm_lightning.models.gpt import GPT
+from llm_lightning.tasks.base import StepOutput, TaskModule
+
+
+class SFTModule(TaskModule):
+    """Cross-entropy of the tokens that `data.loss_on` names, each with the same weight, whatever its record."""
+
+    task, item = "sft", "token"
+    model: GPT
+
+    def step_output(self, batch: LMBatch) -> StepOutput:
+        hidden = self.model.hidden_states(batch.input_ids, packing=batch.packing)  # (B, T, C)
+        return StepOutput(causal_lm_loss(hidden, self.model.lm_head.weight, batch.labels), batch.n_targets)
+
+    def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
+        # exp of the aggregated loss, never a mean of exps
+        return {**means, "perplexity": math.exp(min(means["loss"], 700))}

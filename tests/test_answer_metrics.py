@@ -1,0 +1,140 @@
+"""Metrics of single answers: by hand, against torchmetrics where it is right, and sacrebleu's and scipy's numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+from statistics import stdev
+
+import pytest
+from torchmetrics.functional.text import chrf_score, rouge_score
+
+from llm_lightning.answer_metrics import (
+    chrf,
+    exact_match,
+    mean_interval,
+    most_frequent_answer_score,
+    rouge_l,
+    wilson_interval,
+)
+
+WORDS = ["the", "a", "cat", "sat", "on", "mat", "42", "Yes", "no,", "capital", "of", "France.", "-", "it's"]
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "same"),
+    [
+        ("Paris", "paris", True),
+        ("  Paris \n", "Paris.", True),
+        ("New\n York", "New  York", True),
+        ("STRASSE", "straße", True),
+        ("Paris .", "Paris", True),
+        ("Paris..", "Paris", False),
+        ("Paris!", "Paris", False),
+        ("3.14", "314", False),
+        ("The capital is Paris.", "Paris", False),
+        ("", "Paris", False),
+    ],
+)
+def test_exact_match(response: str, reference: str, same: bool) -> None:
+    assert exact_match(response, reference) is same
+    assert exact_match(reference, response) is same
+
+
+def test_the_most_frequent_answer() -> None:
+    assert most_frequent_answer_score(["No.", "Yes.", "maybe", "yes", " YES "]) == ("Yes.", 0.6)
+    assert most_frequent_answer_score(["b", "a"]) == ("b", 0.5)
+    with pytest.raises(ValueError, match="no references"):
+        most_frequent_answer_score([])
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "expected"),
+    [
+        ("the cat sat on the mat", "The cat is on the mat.", 2 * 5 / (6 + 6)),  # the cat on the mat
+        ("a b c d", "d c b a", 2 * 1 / 8),
+        ("a b c", "a x b y c", 2 * 3 / 8),
+        ("Paris", "The capital is Paris.", 2 * 1 / 5),
+        ("Москва", "москва", 1.0),
+        ("", "Paris", 0.0),
+        ("!", "!", 0.0),
+    ],
+)
+def test_rouge_l_by_hand(response: str, reference: str, expected: float) -> None:
+    assert rouge_l([response], [reference]) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "expected"),
+    [
+        ("abc", "abd", (2 / 3 + 1 / 2 + 0) / 3),  # precision = recall
+        ("ab", "abc", 5 * 1 * (7 / 12) / (4 * 1 + 7 / 12)),  # orders 1 and 2: precision 1, recall (2/3 + 1/2) / 2
+        ("yes", "yes", 1.0),
+        ("a b\tc", "abc", 1.0),
+        ("Yes", "yes", (2 / 3 + 1 / 2 + 0) / 3),
+        ("x", "yyy", 0.0),
+        ("", "yes", 0.0),
+        # sacrebleu 2.6.0, CHRF().sentence_score
+        ("the cat sat on the mat", "the cat is on the mat", 0.645779420625287),
+        ("Paris", "Paris.", 0.7537154989384288),
+        ("The capital is Paris.", "Paris", 0.5250542863176819),
+        ("Zürich \u2013 schön", "Zürich: schön", 0.58471019721015),
+    ],
+)
+def test_chrf_by_hand_and_as_sacrebleu(response: str, reference: str, expected: float) -> None:
+    assert chrf([response], [reference]) == [pytest.approx(expected, abs=1e-12)]
+
+
+def test_as_torchmetrics_on_random_texts() -> None:
+    rng = random.Random(0)
+    for _ in range(40):
+        one, other = (" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(2))
+        theirs = rouge_score([one], [[other]], rouge_keys="rougeL")["rougeL_fmeasure"].item()
+        assert rouge_l([one], [other]) == [pytest.approx(theirs, abs=1e-6)]
+        # Its chrF is the same where all orders are there, and precision is recall.
+        one, other = ("".join(rng.choices("abc ", k=30)).replace(" ", "")[:12].ljust(12, "d") for _ in range(2))
+        assert chrf([one], [other]) == [pytest.approx(chrf_score([one], [[other]], n_word_order=0).item(), abs=1e-6)]
+
+
+def test_records_are_measured_one_by_one() -> None:
+    assert rouge_l(["a b", "c"], ["a b", "d"]) == [1.0, 0.0]
+    assert chrf(["ab", "c"], ["ab", "d"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="longer"):
+        rouge_l(["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("n", "t"),
+    [(2, 12.70620), (3, 4.30265), (4, 3.18245), (5, 2.77645), (11, 2.22814), (110, 1.98197), (1502, 1.96155)],
+)
+def test_the_interval_of_a_mean_is_students(n: int, t: float) -> None:
+    values = [float(i % 7) for i in range(n)]
+    mean, low, high = mean_interval(values)
+    assert mean == pytest.approx(sum(values) / n)
+    for half in (mean - low, high - mean):
+        assert half == pytest.approx(t * stdev(values) / math.sqrt(n), rel=1e-5)
+
+
+def test_the_interval_of_a_mean_at_its_limits() -> None:
+    assert mean_interval([70.0], 0, 100) == (70.0, 0, 100)
+    assert mean_interval([70.0]) == (70.0, -math.inf, math.inf)
+    mean, *interval = mean_interval([], 1, 5)
+    assert math.isnan(mean)
+    assert interval == [1, 5]
+    assert mean_interval([99.0, 100.0], 0, 100)[2] == 100
+
+
+def test_the_interval_of_a_mean_covers_it_in_95_of_100_samples() -> None:
+    rng = random.Random(0)
+    hits = 0
+    for _ in range(1000):
+        _, low, high = mean_interval([rng.gauss(3, 2) for _ in range(5)])
+        hits += low <= 3 <= high
+    assert 0.93 < hits / 1000 < 0.97
+
+
+def test_wilson() -> None:
+    # Brown, Cai and DasGupta 2001; Newcombe 1998, table I (81 of 263)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
