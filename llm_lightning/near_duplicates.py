@@ -2,7 +2,7 @@
 
 Texts are compared in lower case and without punctuation. Every two of them are compared, nothing is sampled or
 hashed: the weights are a sparse matrix whose product with itself is computed block by block. 52,000 texts of 64
-characters took 25 seconds and 0.6 GB on one CPU core, of 276 characters 80 seconds and 1.2 GB. Differences from the
+characters took half a minute and 0.6 GB on one CPU core, of 276 characters a minute and a half and 1.2 GB. Unlike the
 book's script: results name records by their place in the list that was given, empty texts counted, and texts that are
 equal are compared once.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import os
 import pickle
 import re
@@ -253,6 +254,51 @@ CASES += [
     ("LoRA rank", lambda _: ["lora=default", "lora.rank=0"], r"lora\.rank=0 must be at least 1"),
     ("LoRA rank over a layer", lambda _: ["lora=default", "lora.rank=17"], r"lora\.rank=17 exceeds the 16 inputs"),
     ("unknown sweep", lambda _: ["sweep=nothing"], r"sweep=nothing: no such sweep; there are book_ch06_table"),
+]  # fmt: skip
+
+
+def records(name: str, content: str, *arguments: str) -> Prepare:
+    """Instruction records with this content."""
+    length = [] if any("context_length" in word for word in arguments) else ["model.context_length=400"]
+    return lambda folder: ["task=sft", f"data.path={put(folder / name, content)}", *length, *arguments]
+
+
+def questions(n: int = 40, **fields: str) -> str:
+    """As many records, one a line; `fields` are those of the last."""
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(n)]
+    rows[-1] |= fields
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+CASES += [
+    ("no output field", records("q.jsonl", questions() + '{"instruction": "a", "answer": "b"}\n'),
+     r"q\.jsonl:41: no field 'output'; there are 'instruction', 'answer' \(choose with data\.columns\.output\)"),
+    ("empty output", records("q.jsonl", questions(output=" ")), r"q\.jsonl:40: the output is empty; .*=skip leaves"),
+    ("empty instruction", records("q.jsonl", questions(instruction="")), r"q\.jsonl:40: the instruction is empty"),
+    ("number as output", records("q.json", '[{"instruction": "a",\n"output": 7}]'), r"q\.json:1: .*holds int, not text"),
+    ("half a JSON array", records("q.json", '[\n{"instruction": "a", "output": "b"},\n{"instruction"'),
+     r"q\.json.*(:3|line 3)"),
+    ("no records", records("q.json", "[]"), r"q\.json"),
+    ("roles", records("q.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n'),
+     r"q\.jsonl:1: messages must alternate between user and assistant and end with assistant; roles: user"),
+    ("records beyond the context", records("q.jsonl", questions(), "model.context_length=20", "data.too_long=drop"),
+     r"(do not fit into|fits into) 20 tokens"),
+    ("answers beyond the context", records("q.jsonl", questions(8, output="x" * 500), "data.split=order",
+     "data.val_fraction=0.2", "data.test_fraction=0.2"),
+     r"1 of 8 records do not fit into 400 tokens \(1 dropped, 0 answers cut\), more than data\.max_lost=0\.05 allows"),
+    ("no response slot", records("q.jsonl", questions(), "data.template='Q: {instruction}'"),
+     r"template data\.template has no \{response\} slot"),
+    ("unknown placeholder", records("q.jsonl", questions(), "data.template='{instruction} {respons}'"),
+     r"unknown placeholder \{respons\}; did you mean \{response\}\?"),
+    ("unknown template", records("q.jsonl", questions(), "data.template=alpacca"), r"did you mean alpaca\?"),
+    ("no input slot", records("q.jsonl", questions(input="b"), "data.template='{instruction} {response}'"),
+     r"q\.jsonl:40 has an input, but template data\.template has no \{input\} slot"),
+    ("loss_on", records("q.jsonl", questions(), "data.loss_on=answer"), r"data\.loss_on='answer' must be one of resp"),
+    ("too few records", records("q.jsonl", questions(3)), r"3 records leave none for (val|test); give more, or raise"),
+    ("missing records", lambda _: ["task=sft", "data.path=nowhere.json"],
+     r"nowhere\.json does not exist or is no file; check data\.path"),
+    ("unknown instruction set", lambda _: ["task=sft", "data.path=null", "data.name=alpaca"],
+     r"data\.name=alpaca is unknown: did you mean alpaca_52k\?"),
 ]  # fmt: skip
 for bad, text in DAMAGED.items():
     CASES += [(f"{bad.__name__} weights", weights(bad), text), (f"{bad.__name__} run", run_folder(bad), text)]

@@ -165,8 +165,8 @@ def test_callbacks_and_loggers_build(tmp_path: Path) -> None:
     import lightning as L
     from lightning.pytorch.loggers import Logger
 
-    config = composed("callbacks=early_stopping")
-    assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping"}
+    config = composed("callbacks=early_stopping", "task=sft")
+    assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping", "responses"}
     for node in config.callbacks.values():
         assert isinstance(instantiate(node), L.Callback)
     for node in config.logger.values():

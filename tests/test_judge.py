@@ -7,6 +7,7 @@ import random
 import re
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,28 +182,38 @@ def test_something_else_than_a_completion_later_on_is_a_failure(server: JudgeSer
 
 def test_110_records_of_which_ten_have_no_score(server: JudgeServer) -> None:
     rows = records()
-    verdicts = score(server, rows, timeout=1.0)
+    score(server, [row for row in rows if "slow" not in row["model_response"]])
+    verdicts = score(
+        server, rows, timeout=0.3
+    )  # is sent the slow ones alone, or a busy machine would have more of them
     summary = summarise_scores(verdicts)
     assert summary.outcomes == {"scored": 100, "unparsable": 5, "timeout": 3, "failed": 2}
     assert summary.n == 110
     assert len(server.requests) == 100 * 1 + 5 * 3 + 3 * 1 + 2 * 3
     assert [one.outcome for one in verdicts[:11]] == ["unparsable"] * 5 + ["timeout"] * 3 + ["failed"] * 2 + ["scored"]
     assert {one.answer for one in verdicts[:5]} == {"I would give it 85/100."}
-    assert {one.error for one in verdicts[5:8]} == {"no answer within 1 s"}
+    assert {one.error for one in verdicts[5:8]} == {"no answer within 0.3 s"}
     assert summary.mean == 50.5  # 41 to 60, five times
 
     scored_alone = summarise_scores(verdicts[10:])
     assert (summary.scored_low, summary.scored_high) == (scored_alone.low, scored_alone.high)
     assert summary.low < scored_alone.low - 4
     assert summary.high > scored_alone.high + 4
-    # Zeros and hundreds in place of the ten, the hard way.
+    # Outside of the means that ten zeros, and ten hundreds, would make.
     assert summary.low < 100 * 50.5 / 110 < (100 * 50.5 + 10 * 100) / 110 < summary.high
 
+
+def test_a_second_call_sends_nothing(server: JudgeServer) -> None:
+    rows = records()
+    score(server, [row for row in rows if "slow" not in row["model_response"]])
+    verdicts = score(server, rows, timeout=0.3)
     sent = len(server.requests)
-    assert score(server, rows, timeout=1.0) == verdicts
+    assert score(server, rows) == verdicts
     assert len(server.requests) == sent
-    assert score(server, rows, timeout=1.0, retry_failed=True) == verdicts
-    assert Counter(kind_of(request) for request in server.requests[sent:]) == {"slow": 3, "broken": 6}
+    server.script = lambda prompt, seed: 500 if "slow" in prompt else scripted(prompt, seed)
+    again = score(server, rows, retry_failed=True)
+    assert Counter(kind_of(request) for request in server.requests[sent:]) == {"slow": 9, "broken": 6}
+    assert [one.outcome for one in again[:11]] == ["unparsable"] * 5 + ["failed"] * 5 + ["scored"]
     server.script = lambda *_: "80"
     assert [one.value for one in score(server, rows, retry_failed=True)[:11]] == [None] * 5 + [80] * 5 + [41]
 
@@ -270,9 +281,14 @@ def test_what_is_kept_needs_neither_server_nor_client(server: JudgeServer, monke
 
 
 def test_equal_prompts_are_asked_once(server: JudgeServer) -> None:
-    server.script = lambda *_: "85"
-    assert [one.value for one in score(server, [RECORD] * 20, concurrency=8)] == [85] * 20
-    assert len(server.requests) == 1
+    def pausing(*_: Any) -> str:
+        time.sleep(0.05)
+        return "85"
+
+    server.script = pausing
+    rows = [RECORD, *[{**RECORD, "model_response": "Lime"}] * 20]
+    assert [one.value for one in score(server, rows, concurrency=8)] == [85] * 21
+    assert len(server.requests) == 2
 
 
 def test_an_interrupted_call_goes_on(server: JudgeServer) -> None:
@@ -314,7 +330,11 @@ def closed_port() -> int:
         return found.getsockname()[1]
 
 
-def test_nobody_there() -> None:
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(_: float) -> None:
+        pytest.fail("the first contact is not tried again")
+
+    monkeypatch.setattr(judging.time, "sleep", waiting)
     url = f"http://127.0.0.1:{closed_port()}/v1"
     message = (
         rf"no judge answers at {url} \(.*refused\); start one with `ollama serve` and `ollama pull llama3`, or .*--url"

@@ -287,7 +287,7 @@ def _loss_sum(model: GPT, documents: Sequence[np.ndarray], stride: int, n_target
     with evaluating(model), torch.inference_mode(), bar:
         while batch := list(islice(pieces, max(1, TOKENS_PER_BATCH // length))):
             input_ids, labels = (tensor.to(device) for tensor in _collate(batch))
-            total += float(causal_lm_loss(model.hidden_states(input_ids), model.lm_head.weight, labels))
+            total += float(causal_lm_loss(model.hidden_states(input_ids), model.head_weight(), labels))
             bar.update(sum(len(ids) - 1 - n_scored for ids, n_scored in batch))
     return total
 

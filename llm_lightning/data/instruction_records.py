@@ -135,7 +135,7 @@ def _text(record: Mapping[str, Any], names: Mapping[str, str | None], field: str
         if not required:
             return ""
         raise ValueError(
-            f"no field {name!r}; there are {', '.join(map(repr, record)) or 'none'} (data.columns.{field} names another)"
+            f"no field {name!r}; there are {', '.join(map(repr, record)) or 'none'} (choose with data.columns.{field})"
         )
     value = record[name]
     if value is None and not required:

@@ -295,7 +295,12 @@ def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool, keep_he
         )
     if wanted.context_length < own.context_length:
         log.info("model.context_length=%d cuts the %d of the weights", wanted.context_length, own.context_length)
-    kept = ["vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "layer_norm_eps"] + ["tied_head"] * keep_head
+    kept = ["vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "layer_norm_eps"]
+    is_untied = keep_head and own.tied_head and not wanted.tied_head
+    if is_untied:
+        log.info("model.tied_head=false: the head starts as a copy of the token embedding")
+    elif keep_head:
+        kept.append("tied_head")
     for name in kept[1:]:
         if getattr(own, name) != getattr(wanted, name):
             log.info(
@@ -309,6 +314,8 @@ def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool, keep_he
     state["position_embedding.weight"] = state["position_embedding.weight"][: config.context_length].clone()
     if not keep_head:
         state["lm_head.weight"] = state["token_embedding.weight"]
+    if is_untied:
+        state["lm_head.weight"] = state["token_embedding.weight"].clone()
     adapted = checkpoints.build_model(
         {"model": asdict(config)}, {name: tensor.float() for name, tensor in state.items()}
     )

@@ -347,6 +347,11 @@ class GPT(nn.Module):
         """The head: (..., C) -> (..., V)."""
         return self.lm_head(hidden)
 
+    def head_weight(self) -> Tensor:
+        """(V, C) what `logits` multiplies by, an adapter on the head included."""
+        adapted = getattr(self.lm_head, "effective_weight", None)
+        return self.lm_head.weight if adapted is None else adapted()
+
     @torch.no_grad()
     def attention_weights(self, input_ids: Tensor) -> list[Tensor]:
         """Attention weights (B, H, T, T) of every layer, by the explicit path. Be in eval mode."""

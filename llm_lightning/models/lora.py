@@ -103,6 +103,18 @@ class LoRALinear(nn.Linear):
         a, b = a.unflatten(0, (self.parts, -1)), b.unflatten(0, (self.parts, -1))  # (P, R, I), (P, O / P, R)
         return self.configs[name].scale * (b @ a).flatten(0, 1)
 
+    def effective_weight(self) -> Tensor:
+        """(O, I): the weight with the adapter in use; for losses that multiply by a head themselves.
+
+        Raises:
+            ValueError: in training with `dropout`, which is on the inputs and cannot be in a weight.
+        """
+        if self.active is None or self.merged == self.active:
+            return self.weight
+        if self.training and self.configs[self.active].dropout:
+            raise ValueError("an adapter on lm_head takes no dropout; set lora.dropout=0, or leave lm_head out")
+        return self.weight + self.delta(self.active)
+
     def _correction(self, x: Tensor, name: str) -> Tensor:
         config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
         low = F.linear(F.dropout(x, config.dropout, self.training).to(a.dtype), a)  # (..., P * R)

@@ -20,7 +20,7 @@ class SFTModule(TaskModule):
 
     def step_output(self, batch: LMBatch) -> StepOutput:
         hidden = self.model.hidden_states(batch.input_ids, packing=batch.packing)  # (B, T, C)
-        return StepOutput(causal_lm_loss(hidden, self.model.lm_head.weight, batch.labels), batch.n_targets)
+        return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), batch.labels), batch.n_targets)
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps
