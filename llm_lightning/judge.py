@@ -504,9 +504,10 @@ def _read_reply(file: Path) -> _Reply | None:
 
 def _message(error: APIStatusError) -> str:
     """The server's own words, on one line."""
-    body = error.body if isinstance(error.body, dict) else {}
-    words = " ".join(str(body.get("message") or error.message).split())
-    return words if len(words) <= 200 else words[:197] + "..."
+    body = error.body
+    said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
+    words = " ".join(str(said or error.response.reason_phrase).split())
+    return words if len(words) <= 200 else f"{words[:197]}..."
 
 
 def _openai() -> ModuleType:

@@ -275,7 +275,7 @@ CASES += [
      r"q\.jsonl:41: no field 'output'; there are 'instruction', 'answer' \(choose with data\.columns\.output\)"),
     ("empty output", records("q.jsonl", questions(output=" ")), r"q\.jsonl:40: the output is empty; .*=skip leaves"),
     ("empty instruction", records("q.jsonl", questions(instruction="")), r"q\.jsonl:40: the instruction is empty"),
-    ("number as output", records("q.json", '[{"instruction": "a",\n"output": 7}]'), r"q\.json:1: .*holds int, not text"),
+    ("number as output", records("q.json", '[{"instruction": "a",\n"output": 7}]'), r"q\.json:1: .*holds int, not tex"),
     ("half a JSON array", records("q.json", '[\n{"instruction": "a", "output": "b"},\n{"instruction"'),
      r"q\.json.*(:3|line 3)"),
     ("no records", records("q.json", "[]"), r"q\.json"),

@@ -295,6 +295,12 @@ def test_an_interrupted_call_goes_on(server: JudgeServer) -> None:
     rows = records(20, 0, 0, 0)
     read: list[str] = []
 
+    def pausing(prompt: str, seed: int) -> Any:
+        time.sleep(0.03)
+        return scripted(prompt, seed)
+
+    server.script = pausing
+
     def interrupted(answer: str) -> int:
         read.append(answer)
         if len(read) == 6:

@@ -55,6 +55,17 @@ CLASSIFICATION = ["task=classification", "model.context_length=64", "task.tune_t
 RUNS = {
     "pretraining": PRETRAINING,
     "classification": [*CLASSIFICATION, "task.trained_blocks=1"],  # what the frozen block gives is stored
+    # Records end to end in one row, their order by length, prompts of the validation data in samples.md.
+    "sft": [
+        "task=sft",
+        "data.template='{instruction}[ {input}]\\n{response}'",
+        "data.packing=true",
+        "model.context_length=128",
+        "model.dropout=0.2",
+        "trainer.val_check_interval=60",
+        "callbacks.samples.max_new_tokens=8",
+        "callbacks.responses.max_new_tokens=8",
+    ],
     "lora": [*CLASSIFICATION, "lora=default", "lora.dropout=0.2", "model.dropout=0.2"],
 }
 
@@ -103,7 +114,9 @@ def test_killed_twenty_times(ended: dict[str, Future[Ended]], name: str) -> None
     whole, killed, after_first_step = ended[name].result()
     assert after_first_step >= 15
     assert_same_end(whole, killed)
-    assert (whole / "samples.md").is_file() == (name == "pretraining")
+    assert (whole / "samples.md").is_file() == (name in ("pretraining", "sft"))
+    if name == "sft":
+        assert (whole / "responses.json").read_text() == (killed / "responses.json").read_text()
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:

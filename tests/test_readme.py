@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from judge_server import serving
 from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
@@ -54,6 +56,9 @@ def test_help(command: str) -> None:
     assert "optimizer.lr=" in outcome.out
 
 
+TUNED = ["model.context_length=128", "data.template='{instruction} {input} {response}'"]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs that the README speaks of: a GPT, a classifier, adapters for that GPT."""
@@ -63,6 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     speak = [*SETTINGS, f"data.path={write_corpus(folder / 'text.txt', 60)}", "lora=default", f"init_from={base}"]
     for name, arguments in (
         ("outputs/classification/first", [*classify, "task=classification", f"init_from={base}"]),
+        ("outputs/sft/first", [*SETTINGS, "task=sft", *TUNED]),
         ("polite", speak),
     ):
         outcome = train_here([*arguments, f"hydra.run.dir={folder / name}"])
@@ -71,27 +77,39 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TOOLS = [command for command in COMMANDS if any(word in command for word in ("CKPT", "CLASSIFIER", "ADAPTED"))]
+WORDS = ("CKPT", "CLASSIFIER", "TUNED", "ADAPTED", "RECORDS", "responses.json")
+TOOLS = [command for command in COMMANDS if any(word in command for word in WORDS)]
 
 
 @pytest.mark.parametrize("command", TOOLS)
 def test_tools(command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "text.txt", 60)
+    rows = [{"instruction": f"{i}", "output": "a", "model_response": "a"} for i in range(40)]
+    for name in ("records.json", "responses.json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    if command == "llm-lightning judge responses.json":
+        with serving(lambda *_: "85") as server:
+            assert cli([*shlex.split(command)[1:], "--url", server.url]) == 0
+        return
     words = {
         "CKPT": str(runs / "outputs" / "pretraining" / "first"),
         "CLASSIFIER": str(runs / "outputs" / "classification" / "first"),
+        "TUNED": str(runs / "outputs" / "sft" / "first"),
         "ADAPTED": str(runs / "polite"),
+        "RECORDS": "records.json",
         "FILE": "text.txt",
         "FOLDER": "exported",
     }
+    if "respond CKPT" in command:  # the other one reads 16 bytes, less than any question
+        words["CKPT"] = words["TUNED"]
     arguments = [words.get(word, word) for word in shlex.split(command)[1:]]
     assert cli(arguments) in (0, None)
 
 
 def test_every_tool_command_is_run() -> None:
     others = [c for c in COMMANDS if c.startswith("llm-lightning") and c not in TOOLS]
-    assert others == ["llm-lightning generate"], "mentioned by name, not as a command"
+    assert all(len(command.split()) == 2 for command in others), "mentioned by name, not as a command"
 
 
 def test_lines_of_python(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -31,7 +31,9 @@ class Piece(NamedTuple):
 def rows_of(tokenizer: Tokenizer, batch: LMBatch) -> Iterator[tuple[list[Piece], int, int]]:
     """(pieces, tokens, learnt tokens) of each row of a padded batch."""
     for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
-        last = max(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
+        learnt = [index for index, label in enumerate(labels) if label != IGNORE_INDEX]
+        real = [index for index, token in enumerate(ids) if token != tokenizer.eot_id]
+        last = max([*learnt, *(index - 1 for index in real)], default=0)
         # The first token is never learnt; the last label is no input.
         tokens = [(ids[0], "prompt")]
         tokens += [

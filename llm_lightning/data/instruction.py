@@ -259,7 +259,9 @@ class InstructionDataModule(BaseDataModule):
             fitted = [self._fitted(one, counts) for one in encoded]
             rows = [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(fitted) if one is not None]
             if not rows:
-                raise ValueError(f"no {split} record fits into {self._limit} tokens; raise model.context_length")
+                raise ValueError(
+                    f"no {split} record fits into {self._limit} tokens; raise model.context_length or data.max_length"
+                )
             samples[split] = Conversations(rows)
             facts[split] = _facts(encoded, rows)
         self._report |= {"limit": self._limit, "splits": facts, "too_long": self._too_long, **_counted(counts)}
@@ -275,8 +277,7 @@ class InstructionDataModule(BaseDataModule):
         targets: list[np.ndarray] = []
         answers: list[np.ndarray] = []
         answer_at, n_ends = 0, 0
-        for text, kind in self.template.segments(conversation):
-            piece = np.array([self.pad_id]) if kind == "end" else self.tokenizer.encode_array(text)
+        for piece, kind in self.template.tokens(self.tokenizer, self.template.segments(conversation)):
             is_target = trained is None or kind in trained
             if kind == "end":
                 n_ends += 1
@@ -291,18 +292,18 @@ class InstructionDataModule(BaseDataModule):
     def _fitted(self, one: Encoded, counts: Counter[str]) -> Encoded | None:
         """`one` within the limit, or None; what was done is counted."""
         excess = len(one.ids) - (self._limit + 1)  # the last token is only a label
-        if excess > 0:
-            counts["too_long"] += 1
-            if self._too_long == "drop" or (self._too_long == "cut_prompt" and excess >= one.answer_at):
-                counts["dropped"] += 1
-                return None
-            kept = slice(excess, None) if self._too_long == "cut_prompt" else slice(None, self._limit + 1)
-            counts["answers_cut" if one.is_answer.sum() > one.is_answer[kept].sum() else "prompts_cut"] += 1
-            one = Encoded(one.ids[kept], one.is_target[kept], one.is_answer[kept], one.answer_at)
-        if not one.is_target[1:].any():
+        if excess > 0 and (self._too_long == "drop" or (self._too_long == "cut_prompt" and excess >= one.answer_at)):
             counts["dropped"] += 1
             return None
-        return one
+        kept = slice(max(excess, 0), None) if self._too_long == "cut_prompt" else slice(None, self._limit + 1)
+        fitted = Encoded(one.ids[kept], one.is_target[kept], one.is_answer[kept], one.answer_at)
+        if not fitted.is_target[1:].any():
+            counts["dropped"] += 1
+            return None
+        if excess > 0:
+            # The first token of a row is never learnt, be it of an answer.
+            counts["answers_cut" if fitted.is_answer[1:].sum() < one.is_answer.sum() else "prompts_cut"] += 1
+        return fitted
 
     def _refuse_losses(self) -> None:
         facts = self._report

@@ -107,10 +107,13 @@ def _conversation(
 ) -> Conversation:
     """Raises ValueError with the reason."""
     messages = names["messages"]
-    if messages is not None and messages in record:
-        system, turns = _turns(record[messages], messages)
+    system = _text(record, names, "system", required=False)
+    if messages is not None and record.get(messages) is not None:
+        said, turns = _turns(record[messages], messages)
+        if system and said:
+            raise ValueError(f"a system message stands both in {messages!r} and under {names['system']!r}")
+        system = said or system
     else:
-        system = _text(record, names, "system", required=False)
         turns = (
             Turn(
                 _text(record, names, "instruction"),

@@ -5,18 +5,21 @@ A template is one string with slots. The alpaca template, for example, is
     [{system}\\n\\n]### Instruction:\\n{instruction}[\\n\\n### Input:\\n{input}]\\n\\n### Response:\\n{response}\\n\\n
 
 `{instruction}` and `{response}` must be there, `{input}` and `{system}` may. What stands in `[...]` is left out where a
-slot in it is empty. `[[`, `]]`, `{{`, `}}` stand for the signs themselves, a backslash and n for a line break. What
-follows `{response}` is written between two turns, not after the last. Each answer ends with the end-of-text token.
+slot in it is empty; a bracket sign cannot stand directly at its border. `[[`, `]]`, `{{`, `}}` stand for the signs
+themselves, a backslash and n for a line break. What follows `{response}` is written between two turns, not after the
+last. Each answer ends with the end-of-text token.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from llm_lightning.tokenizers import Tokenizer
 
@@ -103,12 +106,36 @@ class Template:
         answer = 2 if conversation.turns[-1].response else 1
         return whole[:-answer]
 
+    def tokens(self, tokenizer: Tokenizer, segments: Sequence[Segment]) -> Iterator[tuple[np.ndarray, str]]:
+        """Token ids and kind of each segment.
+
+        An answer is encoded by itself, so that what stands before it is the same in training and generation. The fixed
+        text in front of it is encoded together with the question: a token may span both, and then counts as question.
+        """
+        asked: Segment | None = None
+        for segment in segments:
+            if segment.kind == "prompt":
+                asked = Segment((asked.text if asked else "") + segment.text, "prompt")
+                continue
+            if segment.kind == "end":
+                yield np.array([tokenizer.eot_id]), "end"
+                continue
+            before = asked.text if asked else ""
+            if segment.kind == "header":
+                ids, n = tokenizer.encode_array(before + segment.text), len(tokenizer.encode_array(before))
+                yield ids[:n], "prompt"
+                yield ids[n:], "header"
+            else:
+                if before:
+                    yield tokenizer.encode_array(before), "prompt"
+                yield tokenizer.encode_array(segment.text), segment.kind
+            asked = None
+        if asked:
+            yield tokenizer.encode_array(asked.text), "prompt"
+
     def prompt_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
         """Token ids of what stands before the last answer, exactly as in training."""
-        ids: list[int] = []
-        for text, kind in self.prompt(conversation):
-            ids += [tokenizer.eot_id or 0] if kind == "end" else tokenizer.encode(text)
-        return ids
+        return [token for ids, _ in self.tokens(tokenizer, self.prompt(conversation)) for token in ids.tolist()]
 
     def question(self, conversation: Conversation) -> str:
         """The last question as text, without the header of its answer: what the book shows to a judge."""

@@ -1,7 +1,7 @@
 """Run the side-by-side benchmarks and write their results to outputs/benchmarks/.
 
 pip install -e ".[bench]"
-python tests/benchmarks/run.py [training|generation|token_files|classification|lora|all] [--quick]
+python tests/benchmarks/run.py [training|generation|token_files|classification|lora|sft|responses|all] [--quick]
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ BENCHMARKS = {  # name -> arguments that make it quick
     "token_files": ["--megabytes", "20", "--repeats", "1"],
     "classification": ["--quick"],
     "lora": ["--quick"],
+    "sft": ["--quick"],
+    "responses": ["--quick"],
 }
 
 

@@ -1,6 +1,7 @@
-"""Run by test_base.py in a process of its own: train the tiny module and save every update's gradients.
+"""Run by test_base.py and test_sft.py in a process of its own: train a tiny module, save every update's gradients.
 
-Arguments: a JSON object with trainer options, batch_size, dtype and out.
+Arguments: a JSON object with trainer options, batch_size, dtype and out; `packed` (true or false) makes it instruction
+tuning, on answers alone.
 """
 
 from __future__ import annotations
@@ -11,10 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import RaggedDataModule, tiny_module, tiny_trainer
+from conftest import TINY, RaggedDataModule, tiny_module, tiny_trainer
+
+from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded
+from llm_lightning.models.gpt import GPT
+from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.tasks.sft import SFTModule
+from llm_lightning.tokenizers import build_tokenizer
+
+
+class AnswersDataModule(RaggedDataModule):
+    """The ragged sequences, of each of which another share is learnt."""
+
+    def __init__(self, *, packed: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.packed = packed
+
+    def collate(self, samples: Any) -> LMBatch:
+        rows = []
+        for index, ids in samples:
+            first = 1 + index * 7 % (len(ids) - 1)
+            rows.append(MaskedSample(index, ids, np.arange(len(ids)) >= first))
+        if self.packed:
+            return collate_packed(rows, pad_id=0)
+        return collate_padded(rows, pad_id=0, context_length=TINY.context_length)
+
+
+def tiny_sft_module(dtype: torch.dtype = torch.float32, **optimizer: Any) -> SFTModule:
+    """What `tiny_module` is for pretraining."""
+    torch.manual_seed(0)
+    return SFTModule(
+        model=GPT(TINY).to(dtype),
+        tokenizer=build_tokenizer("byte"),
+        optimizer=AdamWConfig(**{"lr": 1e-2, **optimizer}),
+        scheduler=WarmupCosineConfig(warmup=2),
+    )
 
 
 class Recorder(L.Callback):
@@ -41,12 +77,13 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
+def train(options: dict[str, Any]) -> None:
+    """Train as `options` say, which are those above."""
     dtype = getattr(torch, options.pop("dtype"))
-    module = tiny_module(dtype=dtype, max_grad_norm=None)
-    data = RaggedDataModule(batch_size=options.pop("batch_size"), seed=3)
+    packed, batches = options.pop("packed", None), {"batch_size": options.pop("batch_size"), "seed": 3}
+    make = tiny_module if packed is None else tiny_sft_module
+    module: Any = make(dtype=dtype, max_grad_norm=None)
+    data = RaggedDataModule(**batches) if packed is None else AnswersDataModule(packed=packed, **batches)
     recorder = Recorder(options.pop("out"))
     if options.get("strategy") == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
@@ -57,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    train(json.loads(sys.argv[1]))
