@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from judge_server import serving
 
+from llm_lightning.answer_metrics import exact_match
 from llm_lightning.checkpoint import load_model
+from llm_lightning.cli.main import main as cli
+from llm_lightning.cli.respond import data_of
 from llm_lightning.data.pretraining import PretrainingDataModule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,3 +129,42 @@ def test_a_classifier_from_nano_reaches_the_stated_accuracy(nano: Path, tmp_path
     # Other Python versions pretrain on a slightly different text, and processors round differently.
     assert low <= metrics["test/accuracy"] <= high
     assert low < expected < high
+
+
+@pytest.mark.slow
+def test_three_commands_from_nano_to_judged_answers(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train, respond, judge; what is asked at the end shares no filling with what was learnt from."""
+    summary = run(tmp_path, ["task=sft", f"init_from={nano}"])
+    metrics, data = summary["metrics"], summary["data"]
+    assert metrics["train/loss"] < metrics["val/loss"] < 4, "it begins at about 8"
+    assert metrics["test/exact_match_low"] > metrics["test/exact_match_of_most_frequent"]
+    expected, low, high = stated(r"answers (\d\.\d+) \(95% interval (\d\.\d+) to (\d\.\d+)\) of the questions")
+    assert low <= metrics["test/exact_match"] <= high  # Python versions and processors differ
+    assert low < expected < high
+    assert data["leaks"]["test"]["prompts"] == 0
+
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    answers = tmp_path / "responses.json"
+    assert cli(["respond", str(tmp_path / "run"), "--split", "test", "-o", str(answers)]) == 0
+    rows = json.loads(answers.read_text())
+    assert len(rows) == 95 == len(json.loads((tmp_path / "run" / "responses.json").read_text()))
+    loaded = load_model(tmp_path / "run")
+    learnt = {one.group for one in data_of(loaded).conversations_of("train")}
+    assert all(row["group"] and row["group"] not in learnt for row in rows)
+
+    def judged(prompt: str, seed: int) -> str:
+        """Full marks for the reference answer itself."""
+        output, response = re.findall(r"correct output `(.*?)`, score the model response `(.*?)` on a scale", prompt)[0]
+        return "100" if exact_match(response, output) else "0"
+
+    with serving(judged) as server:
+        assert cli(["judge", str(answers), "--url", server.url, "--json"]) == 0
+        assert len(server.requests) == len({json.dumps(request["messages"]) for request in server.requests})
+    report = json.loads(answers.with_suffix(".judged.json").read_text())
+    right = sum(exact_match(row["model_response"], row["output"]) for row in rows)
+    summary = report["summary"]["columns"]["model_response"]
+    assert summary["outcomes"] == {"scored": 95, "unparsable": 0, "timeout": 0, "failed": 0}
+    assert summary["mean"] == pytest.approx(100 * right / len(rows))
+    assert right / len(rows) == pytest.approx(metrics["test/exact_match"], abs=0.03), "bf16 in training, fp32 here"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llm_lightning.data.instruction import InstructionDataModule
+    from llm_lightning.data.batches import LMBatch
+    from llm_lightning.tokenizers import Tokenizer
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
@@ -20,16 +21,15 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a .json or .jsonl file, a named set, or a model of task=sft")
     parser.add_argument("-n", "--number", type=int, default=4, metavar="N", help="records (default: %(default)s)")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="(default: %(default)s)")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), default="train", help="of a model (default: %(default)s)"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
     parser.add_argument("--template", default="alpaca", metavar="T", help="of a file (default: %(default)s)")
     parser.add_argument(
         "--loss-on", default="response", help="of a file: response, header or all (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", default="gpt2", help="of a file (default: %(default)s)")
-    parser.add_argument(
-        "--context-length", type=int, default=1024, metavar="N", help="of a file (default: %(default)s)"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,33 +38,43 @@ def run(args: argparse.Namespace) -> None:
 
     if args.number < 1:
         raise ValueError(f"--number {args.number} must be at least 1")
-    data = _data(args)
-    batch = data.first_batch(args.split, args.number)
+    title, tokenizer, batch = _of_records(args) if _is_data(args.source) else _of_model(args)
     if args.html:
-        title = f"{data.describe()}: {args.split}"
-        write_atomically(args.html, as_html(data.tokenizer, batch, title))
+        write_atomically(args.html, as_html(tokenizer, batch, title))
         print(f"{args.html}: {len(batch.input_ids)} records")
         return
-    print(as_text(data.tokenizer, batch, colour=sys.stdout.isatty()))
+    print(as_text(tokenizer, batch, colour=sys.stdout.isatty()))
 
 
-def _data(args: argparse.Namespace) -> InstructionDataModule:
+def _is_data(source: str) -> bool:
+    from llm_lightning.data.instruction import NAMED
+
+    return source.lower().endswith(DATA_SUFFIXES) or source in NAMED
+
+
+def _of_model(args: argparse.Namespace) -> tuple[str, Tokenizer, LMBatch]:
     from llm_lightning.checkpoint import load_model
     from llm_lightning.cli.respond import data_of
-    from llm_lightning.data.instruction import NAMED, InstructionDataModule
+
+    data = data_of(load_model(args.source))
+    return f"{data.describe()}: {args.split}", data.tokenizer, data.first_batch(args.split, args.number)
+
+
+def _of_records(args: argparse.Namespace) -> tuple[str, Tokenizer, LMBatch]:
+    """The first records of a file, whether or not there are enough to train on."""
+    from llm_lightning.data.batches import MaskedSample, collate_padded
+    from llm_lightning.data.instruction import LOSS_ON, NAMED, encode, local_file
+    from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.templates import choose_template
     from llm_lightning.tokenizers import build_tokenizer
 
-    if not args.source.lower().endswith(DATA_SUFFIXES) and args.source not in NAMED:
-        return data_of(load_model(args.source))
-    named = args.source in NAMED
-    data = InstructionDataModule(
-        tokenizer=build_tokenizer(args.tokenizer),
-        context_length=args.context_length,
-        name=args.source if named else None,
-        path=None if named else args.source,
-        template=args.template,
-        loss_on=args.loss_on,
-        batch_size=args.number,
-    )
-    data.build()
-    return data
+    if args.loss_on not in LOSS_ON:
+        raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
+    tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
+    path = local_file(args.source) if args.source in NAMED else Path(args.source)
+    records = read_instructions(path, empty_output="keep")[0][: args.number]
+    encoded = [encode(tokenizer, template, one, loss_on=args.loss_on) for one in records]
+    samples = [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(encoded)]
+    longest = max(len(one.ids) for one in encoded)
+    batch = collate_padded(samples, pad_id=tokenizer.eot_id or 0, context_length=longest)
+    return f"{args.source}: template {template.name}", tokenizer, batch

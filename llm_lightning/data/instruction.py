@@ -235,8 +235,7 @@ class InstructionDataModule(BaseDataModule):
             return read_instructions(self._path, **options)
         if self._name is None:
             raise ValueError("data.name and data.path are both null; give data.path=FILE, .json or .jsonl")
-        named = NAMED[self._name]
-        return read_instructions(named if isinstance(named, Path) else download(named), **options)
+        return read_instructions(local_file(self._name), **options)
 
     def _grouped(self, records: Sequence[Conversation]) -> dict[str, list[int]]:
         keys = joined_groups([one.group or _prompt_key(one) for one in records], list(map(_prompt_key, records)))
@@ -255,7 +254,8 @@ class InstructionDataModule(BaseDataModule):
         samples: dict[str, Conversations] = {}
         facts: dict[str, Any] = {}
         for split in SPLITS:
-            encoded = [self._encoded(one) for one in self._conversations[split]]
+            options = {"loss_on": self._loss_on, "eos_targets": self._eos_targets}
+            encoded = [encode(self.tokenizer, self.template, one, **options) for one in self._conversations[split]]
             fitted = [self._fitted(one, counts) for one in encoded]
             rows = [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(fitted) if one is not None]
             if not rows:
@@ -270,24 +270,6 @@ class InstructionDataModule(BaseDataModule):
         self.eval_samples = {"val": samples["val"]}
         if self.eval_batches > 0:
             self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
-
-    def _encoded(self, conversation: Conversation) -> Encoded:
-        trained = {"response": {"response", "end"}, "header": {"header", "response", "end"}}.get(self._loss_on)
-        ids: list[np.ndarray] = []
-        targets: list[np.ndarray] = []
-        answers: list[np.ndarray] = []
-        answer_at, n_ends = 0, 0
-        for piece, kind in self.template.tokens(self.tokenizer, self.template.segments(conversation)):
-            is_target = trained is None or kind in trained
-            if kind == "end":
-                n_ends += 1
-                is_target = is_target and (self._eos_targets == "all" or n_ends == 1)
-            if kind in ("header", "prompt"):
-                answer_at = sum(len(one) for one in ids) + len(piece)
-            ids.append(piece)
-            targets.append(np.full(len(piece), is_target))
-            answers.append(np.full(len(piece), kind in ("response", "end")))
-        return Encoded(np.concatenate(ids), np.concatenate(targets), np.concatenate(answers), answer_at)
 
     def _fitted(self, one: Encoded, counts: Counter[str]) -> Encoded | None:
         """`one` within the limit, or None; what was done is counted."""
@@ -349,6 +331,39 @@ class InstructionDataModule(BaseDataModule):
         )
         leak = facts["leaks"]["test"]
         yield f"Test prompts that stand in training, too: {leak['prompts']} of {leak['of']}"
+
+
+def local_file(name: str) -> Path:
+    """The file of a named set, downloaded if need be."""
+    named = NAMED[name]
+    return named if isinstance(named, Path) else download(named)
+
+
+def encode(
+    tokenizer: Tokenizer,
+    template: Template,
+    conversation: Conversation,
+    *,
+    loss_on: str = "response",
+    eos_targets: str = "all",
+) -> Encoded:
+    """Token ids of a whole conversation, and which of them are learnt."""
+    trained = {"response": {"response", "end"}, "header": {"header", "response", "end"}}.get(loss_on)
+    ids: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    answers: list[np.ndarray] = []
+    answer_at, n_ends = 0, 0
+    for piece, kind in template.tokens(tokenizer, template.segments(conversation)):
+        is_target = trained is None or kind in trained
+        if kind == "end":
+            n_ends += 1
+            is_target = is_target and (eos_targets == "all" or n_ends == 1)
+        if kind in ("header", "prompt"):
+            answer_at = sum(len(one) for one in ids) + len(piece)
+        ids.append(piece)
+        targets.append(np.full(len(piece), is_target))
+        answers.append(np.full(len(piece), kind in ("response", "end")))
+    return Encoded(np.concatenate(ids), np.concatenate(targets), np.concatenate(answers), answer_at)
 
 
 def order_split(n: int, fractions: tuple[float, float]) -> dict[str, list[int]]:

@@ -9,10 +9,12 @@ default, which leaves 5% padding and so helps whoever pads; with `--shuffled` th
 TRL and the book, and 19% are padding.
 
 - `ours`: SFTModule as it is by default: bf16-mixed, clipping, records packed end to end. `ours_padded`: not packed.
-- `trl_autocast`: SFTTrainer with fp32 weights under bf16 autocast, as ours. `trl_bf16`: with bf16 weights and
-  optimizer state, which loses small updates. See `trl` for its settings.
-- `book`: its fp32 `GPTModel` (an untied head: 163M), collate function and loop, with the mask of its exercise 7.2 but
-  for the response header. It does not clip. 15 batches are measured, and scaled to an epoch.
+- `trl_autocast`: SFTTrainer with fp32 weights under bf16 autocast, as ours; it clips as ours does. This is the peer.
+  `trl_bf16`: bf16 weights and optimizer state, which take less memory but lose small updates, so that its loss falls
+  behind; it has not been faster either. See `trl` for its settings.
+- `book`: its fp32 `GPTModel` (an untied head: 163M), collate function and loop, with the mask of its exercise 7.2, the
+  response header masked, too. Its chapter 7 does not clip, which is why its first losses from random weights are a
+  little higher: with clipping they are ours to four digits. 15 batches are measured, and scaled to an epoch.
 
 The first two batches are warm-up; time counts from the end of the second to the end of the last. Tokens are those that
 are learnt. `loss` is the mean per learnt token over all measured batches, `loss_at_first` over those that the book
@@ -218,8 +220,8 @@ def trl(folder: Path, batches: int, shuffled: bool, *, pure_bf16: bool) -> tuple
     """Train a GPT2LMHeadModel with an SFTTrainer.
 
     Its defaults, but for gradient checkpointing, which costs time: SDPA, fused AdamW, clipping, and its loss "nll",
-    which never holds all logits ("chunked_nll" is its alias). Padding-free batches need FlashAttention, which a CPU has
-    not.
+    which never holds all logits ("chunked_nll" is its alias). Eager attention takes as long, at this length. Padding-free
+    batches need FlashAttention, which a CPU has not.
     """
     from datasets import Dataset, disable_progress_bars
     from safetensors.torch import load_file
