@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
 from safetensors.torch import save_file
 from tiny_run import train_here
 
 from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.data.labelled_records import read_labelled
+from llm_lightning.experiments.config_checks import check_overrides
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.gpt2_weights import to_hf
+from llm_lightning.models.lora import apply_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,3 +149,60 @@ def test_the_table_has_every_row_and_the_sweep_runs_it() -> None:
     assert [path.stem.partition("_")[0] for path in TABLE] == [f"{number:02d}" for number in range(1, 20)]
     sweep = yaml.safe_load((ROOT / "conf" / "sweep" / "book_ch06_table.yaml").read_text())
     assert sweep == {"experiment": "glob(book/ch06_table/*)"}
+
+
+# --- chapter 7: instruction tuning ------------------------------------------------------------------------------------
+
+CHAPTER_7 = sorted(path.stem for path in (ROOT / "conf" / "experiment" / "book").glob("ch07*.yaml"))
+
+
+def test_chapter_7_and_its_exercises_train_as_many_parameters_as_the_book() -> None:
+    assert CHAPTER_7 == ["ch07", "ch07_alpaca52k", "ch07_lora", "ch07_masked", "ch07_phi3"]
+    settings = check_overrides(["experiment=book/ch07_lora"], ROOT / "conf")
+    assert settings.model.tied_head is False
+    sizes = {name: settings.model[name] for name in ("n_layer", "n_head", "n_embd", "context_length", "tied_head")}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257, **sizes))
+        assert model.num_parameters() == 406_286_336
+        apply_lora(model, instantiate(settings.lora))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 7_898_384
+    assert instantiate(settings.lora).scale == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAPTER_7)
+def test_chapter_7_runs(name: str, data_dir: Path, tmp_path: Path) -> None:
+    """Three steps with random weights of two layers of GPT-2 medium's width, on the book's records."""
+    config = GPTConfig(n_layer=2, n_head=16, n_embd=1024)
+    torch.manual_seed(0)
+    given = tmp_path / "given.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in to_hf(GPT(config).state_dict(), config).items()}, given)
+    outcome = train_here(
+        [
+            f"experiment=book/{name}",
+            f"init_from={given}",
+            f"data.path={data_dir / 'instruction-data.json'}",
+            f"hydra.run.dir={tmp_path / 'run'}",
+            "trainer.max_steps=3",
+            "trainer.val_check_interval=3",
+            "trainer.limit_val_batches=1",
+            "+trainer.limit_test_batches=1",
+            "data.eval_batches=1",
+            "trainer.log_every_n_steps=1",
+            "trainer.enable_progress_bar=false",
+            "callbacks.samples.max_new_tokens=2",
+            "callbacks.responses.max_new_tokens=2",
+            "callbacks.responses.max_records=4",
+        ]
+    )
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert {split: part["records"] for split, part in summary["data"]["splits"].items()} == {
+        "train": 935,
+        "val": 55,
+        "test": 110,
+    }
+    assert summary["data"]["leaks"] == {"val": {"prompts": 4, "of": 55}, "test": {"prompts": 2, "of": 110}}
+    assert len(json.loads((tmp_path / "run" / "responses.json").read_text())) == 4
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
