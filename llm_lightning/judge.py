@@ -40,6 +40,8 @@ DEFAULT_URL = "http://localhost:11434/v1"
 DEFAULT_MODEL = "llama3"
 TEMPERATURE = 0.0
 SEED = 123  # of the book, as is the temperature
+RETRY_TEMPERATURE = 0.7
+"""Of an answer that is asked for again: at 0, two servers of llama.cpp gave the same text for every seed."""
 
 SCORED, UNPARSABLE, TIMEOUT, FAILED = OUTCOMES = ("scored", "unparsable", "timeout", "failed")
 ANSWERED = "answered"
@@ -190,9 +192,9 @@ class Judge:
     Args:
         url: base address of the API; with Ollama, vLLM and llama.cpp it ends in `/v1`.
         seed: of the first attempt.
-        retries: how often to ask again after an unparsable answer, each time with the next seed, for at temperature 0
-            the same one would bring the same answer; and how often to send again, with the same seed, what failed for
-            the connection's or the server's sake. A timeout is not tried again.
+        retries: how often to ask again after an unparsable answer, each time with the next seed and some temperature,
+            for at 0 the answer would be the same, whatever the seed; and how often to send again, with the same seed,
+            what failed for reasons that may pass. Timeouts are not tried again.
         max_tokens: of an answer; a model that thinks aloud first needs more.
         timeout: seconds for one answer.
         concurrency: requests under way at once.
@@ -277,7 +279,7 @@ class Judge:
 
     def _reply(self, prompt: str, seed: int) -> _Reply:
         """From disk, or from the server."""
-        asked = {"model": self.model, "prompt": prompt, "temperature": TEMPERATURE, "seed": seed}
+        asked = {"model": self.model, "prompt": prompt, "temperature": self._temperature(seed), "seed": seed}
         asked["max_tokens"] = self.max_tokens
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         file = cache_dir() / "judge" / f"{name}.json"
@@ -288,6 +290,9 @@ class Judge:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"model": self.model, "seed": seed, **reply._asdict()}))
         return reply
+
+    def _temperature(self, seed: int) -> float:
+        return TEMPERATURE if seed == self.seed else RETRY_TEMPERATURE
 
     def _request(self, prompt: str, seed: int) -> _Reply:
         """Send until there is an answer, a timeout, or nothing left to try."""
@@ -312,7 +317,7 @@ class Judge:
             completion = self._client.chat.completions.create(
                 model=self.model,
                 messages=[{"role": "user", "content": prompt}],
-                temperature=TEMPERATURE,
+                temperature=self._temperature(seed),
                 seed=seed,
                 max_tokens=self.max_tokens,
             )

@@ -141,6 +141,7 @@ def test_an_unparsable_answer_is_asked_again_with_the_next_seed(server: JudgeSer
     verdict = one(server)
     assert (verdict.outcome, verdict.value, verdict.attempts) == ("scored", 70, 3)
     assert [request["seed"] for request in server.requests] == [123, 124, 125]
+    assert [request["temperature"] for request in server.requests] == [0.0, 0.7, 0.7]
     again = one(server, retries=1)
     assert (again.outcome, again.value, again.answer, again.attempts) == ("unparsable", None, "Good!", 2)
     assert len(server.requests) == 3

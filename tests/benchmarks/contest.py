@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[2] / "outputs" / "benchmarks"
-PACKAGES = ("torch", "lightning", "transformers", "peft", "llms-from-scratch")
+PACKAGES = ("torch", "lightning", "transformers", "trl", "peft", "llms-from-scratch")
 
 Run = dict[str, float]
 

@@ -14,7 +14,7 @@ TRL and the book, and 19% are padding.
   behind; it has not been faster either. See `trl` for its settings.
 - `book`: its fp32 `GPTModel` (an untied head: 163M), collate function and loop, with the mask of its exercise 7.2, the
   response header masked, too. Its chapter 7 does not clip, which is why its first losses from random weights are a
-  little higher: with clipping they are ours to four digits. 15 batches are measured, and scaled to an epoch.
+  little higher: with clipping they are ours to 1 in 5,000. 15 batches are measured, and scaled to an epoch.
 
 The first two batches are warm-up; time counts from the end of the second to the end of the last. Tokens are those that
 are learnt. `loss` is the mean per learnt token over all measured batches, `loss_at_first` over those that the book
@@ -220,8 +220,8 @@ def trl(folder: Path, batches: int, shuffled: bool, *, pure_bf16: bool) -> tuple
     """Train a GPT2LMHeadModel with an SFTTrainer.
 
     Its defaults, but for gradient checkpointing, which costs time: SDPA, fused AdamW, clipping, and its loss "nll",
-    which never holds all logits ("chunked_nll" is its alias). Eager attention takes as long, at this length. Padding-free
-    batches need FlashAttention, which a CPU has not.
+    which never holds all logits ("chunked_nll" is its alias). Eager attention takes about as long at this length.
+    Padding-free batches need FlashAttention, which a CPU has not.
     """
     from datasets import Dataset, disable_progress_bars
     from safetensors.torch import load_file
