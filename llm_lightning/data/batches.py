@@ -86,23 +86,50 @@ def collate_padded(samples: Sequence[MaskedSample], *, pad_id: int, context_leng
     return _lm_batch(input_ids, labels, samples, None)
 
 
-def collate_packed(samples: Sequence[MaskedSample], *, pad_id: int) -> LMBatch:
-    """All samples end to end in one row, so that only attention sees padding; the last few tokens fill up `WIDTHS`."""
+def collate_packed(samples: Sequence[MaskedSample], *, pad_id: int, share_prefix: bool = True) -> LMBatch:
+    """All samples end to end in one row, so that only attention sees padding; the last few tokens fill up `WIDTHS`.
+
+    With `share_prefix`, the tokens with which all samples begin and of which none is learnt, such as the preamble of a
+    template, stand there once. Losses and gradients are the same; with dropout they would share its draws.
+    """
     lengths = [len(sample.token_ids) - 1 for sample in samples] or [1]
-    width, total = _rounded(max(lengths)), _rounded(sum(lengths))
+    n_shared = shared_prefix(samples) if share_prefix else 0
+    width, total = _rounded(max(lengths)), _rounded(n_shared + sum(length - n_shared for length in lengths))
     input_ids = torch.full((1, total), pad_id, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     rows = torch.zeros((len(lengths), width), dtype=torch.int64)
     places, positions = torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.int64)
     start = 0
     for row, length in enumerate(lengths):
-        piece, time = slice(start, start + length), torch.arange(length)
-        rows[row, :length] = start + time
+        skipped = n_shared if row else 0  # the first sample brings the shared tokens
+        time = torch.arange(skipped, length)
+        piece = slice(start, start + length - skipped)
+        rows[row, :skipped] = torch.arange(skipped)
+        rows[row, skipped:length] = start + time - skipped
         places[piece], positions[piece] = row * width + time, time
         if samples:
-            input_ids[0, piece], labels[0, piece] = _inputs_and_labels(samples[row])
-        start += length
-    return _lm_batch(input_ids, labels, samples, Packing(rows, places, positions))
+            inputs, targets = _inputs_and_labels(samples[row])
+            input_ids[0, piece], labels[0, piece] = inputs[skipped:], targets[skipped:]
+        start += length - skipped
+    return _lm_batch(input_ids, labels, samples, Packing(rows, places, positions, _wanted(labels[0])))
+
+
+def shared_prefix(samples: Sequence[MaskedSample]) -> int:
+    """How many tokens all samples begin with, as far as none of their labels is to be learnt."""
+    if len(samples) < 2:
+        return 0
+    shared = min(int(sample.is_target[1:].argmax()) for sample in samples)
+    first = samples[0].token_ids
+    for sample in samples[1:]:
+        differ = first[:shared] != sample.token_ids[:shared]
+        shared = int(differ.argmax()) if differ.any() else shared
+    return shared
+
+
+def _wanted(labels: Tensor) -> Tensor:
+    """The positions that have a target, and others until there are a multiple of `WIDTHS`."""
+    wanted, others = (labels != IGNORE_INDEX).nonzero()[:, 0], (labels == IGNORE_INDEX).nonzero()[:, 0]
+    return torch.cat([wanted, others[: _rounded(max(len(wanted), 1)) - len(wanted)]])
 
 
 def _inputs_and_labels(sample: MaskedSample) -> tuple[Tensor, Tensor]:

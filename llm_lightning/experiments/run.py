@@ -79,6 +79,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     if "val" not in datamodule.eval_samples and str(cfg.monitor).startswith("val/"):
         raise ValueError(f"monitor={cfg.monitor}, but there is no validation text; set monitor=train/eval_loss")
     module = build_module(cfg, settings, datamodule, parent)
+    module.adapt_data(datamodule)
     del parent  # or its weights stay, beside those that are cast
     if run.checkpoint is not None:
         refuse_other_data(run.header["lineage"]["data"], datamodule.data_digest)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,8 @@ class Packing(NamedTuple):
     """Sequences laid end to end in one row of N tokens, without padding between them.
 
     Linear layers and norms see the N tokens; attention puts every sequence into a row of its own, S rows of T places.
-    So no sequence sees another one, the result is that of padded rows, and no mask is needed.
+    So no sequence sees another one, the result is that of padded rows, and no mask is needed. What sequences have in
+    common at their beginning can stand among the N tokens once, and in several rows.
     """
 
     rows: Tensor
@@ -97,6 +98,25 @@ class Packing(NamedTuple):
     """(N,) int64: at which of the S x T places, row by row, each token's result is read."""
     positions: Tensor
     """(N,) int64: the position of each token in its sequence, from 0."""
+    wanted: Tensor
+    """(M,) int64: the tokens whose hidden states are wanted; of the last block only they are computed."""
+
+
+class _SpreadRows(torch.autograd.Function):
+    """index_select of rows, whose gradient is summed in float32 where a row is taken more than once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.n_rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        summed = torch.zeros(ctx.n_rows, gradient.size(1), dtype=dtype, device=gradient.device)
+        return summed.index_add_(0, index, gradient.to(dtype)).to(gradient.dtype), None
 
 
 class CausalSelfAttention(nn.Module):
@@ -157,7 +177,8 @@ class CausalSelfAttention(nn.Module):
     def _heads(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(x)
         if packing is not None:
-            qkv = qkv[0].index_select(0, packing.rows.flatten()).unflatten(0, packing.rows.shape)  # (1, N, 3C) -> rows
+            spread: Tensor = _SpreadRows.apply(qkv[0], packing.rows.flatten())
+            qkv = spread.unflatten(0, packing.rows.shape)  # (1, N, 3C) -> (S, T, 3C)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
         return query, key, value
@@ -225,11 +246,18 @@ class Block(nn.Module):
         layer: int = 0,
         at: Tensor | None = None,
         packing: Packing | None = None,
+        is_last: bool = False,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or with `at` (B,) the one wanted position of each row, (B, 1, C), for a quarter of
         the work: only its keys and values are computed for all positions.
+
+        With `is_last`, of packed sequences only the wanted tokens are returned, (1, M, C).
         """
+        if is_last and packing is not None:
+            packing = packing._replace(places=packing.places[packing.wanted])
         mixed = self.attn(self.attn_norm(x), attention_mask, cache, layer, at, packing)
+        if is_last and packing is not None:
+            x = x.index_select(1, packing.wanted)
         if at is not None:
             x = x[torch.arange(len(at), device=at.device), at].unsqueeze(1)
         x = x + mixed
@@ -293,7 +321,7 @@ class GPT(nn.Module):
             packing: `input_ids` (1, N) are several sequences end to end; brings the positions along.
 
         Returns:
-            (B, T, C).
+            (B, T, C); with `packing` (1, M, C), of the wanted tokens.
 
         Raises:
             ValueError: if the sequence does not fit into `context_length`.
@@ -337,10 +365,11 @@ class GPT(nn.Module):
         layers = range(start, self.config.n_layer if stop is None else stop)
         for layer in layers:
             block = self.blocks[layer]
+            packed: dict[str, Any] = {"packing": packing, "is_last": layer == self.config.n_layer - 1}
             if self.activation_checkpointing and self.training and cache is None:
-                x = checkpoint(block, x, attention_mask, packing=packing, use_reentrant=False)
+                x = checkpoint(block, x, attention_mask, use_reentrant=False, **packed)
             else:
-                x = block(x, attention_mask, cache, layer, packing=packing)
+                x = block(x, attention_mask, cache, layer, **packed)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

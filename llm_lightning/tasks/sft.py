@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +20,16 @@ class SFTModule(TaskModule):
     model: GPT
 
     def step_output(self, batch: LMBatch) -> StepOutput:
-        hidden = self.model.hidden_states(batch.input_ids, packing=batch.packing)  # (B, T, C)
-        return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), batch.labels), batch.n_targets)
+        hidden, labels = self.model.hidden_states(batch.input_ids, packing=batch.packing), batch.labels
+        if batch.packing is not None:
+            labels = labels.index_select(1, batch.packing.wanted)  # (1, M), of (1, N)
+        return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), labels), batch.n_targets)
+
+    def adapt_data(self, datamodule: Any) -> None:
+        # What is computed once would have one and the same dropout in all records.
+        config = self.model.config
+        dropouts = (config.embedding_dropout, config.attention_dropout, config.residual_dropout)
+        datamodule.choose_layout(share_prefix=not any(dropouts) and not (self.lora and self.lora.dropout))
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps
