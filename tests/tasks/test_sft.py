@@ -20,7 +20,7 @@ from record_gradients import AnswersDataModule, tiny_sft_module, train
 from test_base import assert_close, record
 from torch import Tensor, nn
 
-from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded
+from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.hf_export import export_hf
 from llm_lightning.losses import IGNORE_INDEX
@@ -268,14 +268,22 @@ def test_the_books_collate_example_to_the_letter() -> None:
 # --- packed and padded ------------------------------------------------------------------------------------------------
 
 
-def random_samples(lengths: Sequence[int], seed: int = 0, vocab_size: int = SMALL.vocab_size) -> list[MaskedSample]:
-    """Tokens of which about half are learnt, here and there as in conversations of several turns; the last always."""
+def random_samples(
+    lengths: Sequence[int], seed: int = 0, vocab_size: int = SMALL.vocab_size, preamble: int = 0
+) -> list[MaskedSample]:
+    """Tokens of which about half are learnt, here and there as in conversations of several turns; the last always.
+
+    They begin with the same `preamble` tokens, of which none is learnt.
+    """
     draw = np.random.default_rng(seed)
+    common = draw.integers(0, vocab_size, preamble)
     samples = []
     for index, length in enumerate(lengths):
         is_target = draw.random(length) < 0.5
-        is_target[-1] = True
-        samples.append(MaskedSample(index, draw.integers(0, vocab_size, length), is_target))
+        is_target[:preamble], is_target[-1] = False, True
+        ids = draw.integers(0, vocab_size, length)
+        ids[:preamble] = common[:length]
+        samples.append(MaskedSample(index, ids, is_target))
     return samples
 
 
@@ -292,15 +300,24 @@ FORMS = {
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("lengths", [(9, 2, 26, 5, 17, 26), (11,)], ids=["ragged", "one"])
+@pytest.mark.parametrize(
+    ("lengths", "preamble"), [((9, 2, 26, 5, 17, 26), 0), ((11,), 0), ((9, 7, 26, 8, 17, 26), 6)],
+    ids=["ragged", "one", "preamble"],
+)  # fmt: skip
 @pytest.mark.parametrize("form", FORMS)
-def test_packed_is_padded(form: str, lengths: Sequence[int], dtype: torch.dtype, tolerance: float) -> None:
+def test_packed_is_padded(
+    form: str, lengths: Sequence[int], preamble: int, dtype: torch.dtype, tolerance: float
+) -> None:
     """Both also against the plain mean cross-entropy of the whole model."""
     config, lora = FORMS[form]
     module = task(GPT(config, activation_checkpointing=form == "checkpointing").to(dtype), lora).train()
-    samples = random_samples(lengths)
+    samples = random_samples(lengths, preamble=preamble)
     padded = collate_padded(samples, pad_id=0, context_length=SMALL.context_length)
     packed = collate_packed(samples, pad_id=0)
+    n_inputs = sum(lengths) - len(lengths)
+    n_shared = shared_prefix(samples)
+    assert n_shared >= preamble - 1 if preamble else n_shared == 0
+    assert packed.input_ids.size(1) == -(-(n_inputs - (len(lengths) - 1) * n_shared) // 8) * 8
     assert packed.input_ids.size(0) == 1
     assert packed.n_targets == padded.n_targets == sum(sample.is_target[1:].sum() for sample in samples)
 
@@ -341,13 +358,48 @@ def test_a_batch_without_samples_costs_nothing(packed: bool) -> None:
     assert not any(gradient.any() for gradient in found.values())
 
 
+def all_states(model: GPT, batch: LMBatch) -> Tensor:
+    """(N, C): also of the tokens that no loss reads."""
+    everything = batch.packing._replace(wanted=torch.arange(batch.input_ids.size(1)))
+    return model.hidden_states(batch.input_ids, packing=everything)[0]
+
+
+def test_the_shared_prefix_ends_before_what_differs_or_is_learnt() -> None:
+    def sample(ids: list[int], learnt: list[int]) -> MaskedSample:
+        return MaskedSample(0, np.array(ids), np.isin(np.arange(len(ids)), learnt))
+
+    one, other = sample([1, 2, 3, 4, 5], [3, 4]), sample([1, 2, 3, 9, 5, 6], [4, 5])
+    assert shared_prefix([one, other]) == 2, "the third token's label is the fourth, which the first record learns"
+    assert shared_prefix([one, one]) == 2
+    assert shared_prefix([sample([1, 2, 3, 4], [3]), sample([1, 9, 3, 4], [3])]) == 1
+    assert shared_prefix([sample([1, 2, 3, 4], [1]), sample([1, 2, 3, 4], [3])]) == 0
+    assert shared_prefix([one]) == shared_prefix([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("dropout", "lora_dropout", "shared"), [(0.0, 0.0, True), (0.1, 0.0, False), (0.0, 0.1, False)]
+)
+def test_with_dropout_each_record_has_its_own_preamble(
+    tmp_path: Path, dropout: float, lora_dropout: float, shared: bool
+) -> None:
+    data = records_data(tmp_path, packing=True)
+    config = GPTConfig(**{**CONFIG.__dict__, "residual_dropout": dropout})
+    lora = LoRAConfig(rank=2, dropout=lora_dropout) if lora_dropout else None
+    task(GPT(config), lora).adapt_data(data)
+    rows = [data.train_samples[index] for index in range(8)]
+    n_inputs, n_shared = sum(len(row.token_ids) - 1 for row in rows), shared_prefix(rows)
+    assert n_shared == len(GPT2.encode(PREAMBLE))
+    expected = n_inputs - 7 * n_shared * shared
+    assert data.collate(rows).input_ids.size(1) == -(-expected // 8) * 8
+
+
 @torch.no_grad()
 def test_a_record_never_sees_another_one() -> None:
     model = randomize(GPT(SMALL), seed=3).eval()
     samples = random_samples((9, 7, 24, 5))
     other = samples[1]._replace(token_ids=(samples[1].token_ids + 1) % SMALL.vocab_size)
     first, second = (collate_packed([samples[0], changed, *samples[2:]], pad_id=0) for changed in (samples[1], other))
-    before, after = (model.hidden_states(batch.input_ids, packing=batch.packing)[0] for batch in (first, second))
+    before, after = (all_states(model, batch) for batch in (first, second))
     changed = slice(8, 8 + 6)  # inputs are one token shorter than their record
     assert (before[changed] - after[changed]).abs().amax(1).min() > 0.01
     assert torch.equal(before[:8], after[:8])
