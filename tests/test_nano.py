@@ -17,6 +17,7 @@ import pytest
 from judge_server import serving
 
 from llm_lightning.answer_metrics import exact_match
+from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.checkpoint import load_model
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import data_of
@@ -138,7 +139,8 @@ def test_three_commands_from_nano_to_judged_answers(
     """Train, respond, judge; what is asked at the end shares no filling with what was learnt from."""
     summary = run(tmp_path, ["task=sft", f"init_from={nano}"])
     metrics, data = summary["metrics"], summary["data"]
-    assert metrics["train/loss"] < metrics["val/loss"] < 4, "it begins at about 8"
+    losses = [loss for _, loss in read_metrics(tmp_path / "run" / "metrics.csv")["train/loss"]]
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
     assert metrics["test/exact_match_low"] > metrics["test/exact_match_of_most_frequent"]
     expected, low, high = stated(r"answers (\d\.\d+) \(95% interval (\d\.\d+) to (\d\.\d+)\) of the questions")
     assert low <= metrics["test/exact_match"] <= high  # Python versions and processors differ
