@@ -238,7 +238,7 @@ def load_model(
         try:
             tokenizer = from_description(header["tokenizer"])
             tensors = checkpoint["state_dict"].items()
-            state = {name.removeprefix("model."): tensor for name, tensor in tensors if name.startswith("model.")}
+            state = {name.removeprefix("model."): tensor for name, tensor in tensors if _is_of_model(name)}
             if "base" in header:
                 state |= _base_state(path, header, base)
             elif base is not None:
@@ -380,8 +380,13 @@ def save_adapter(source: str | Path, target: str | Path) -> str:
     return save(target, {HEADER: header, "state_dict": small})
 
 
+def _is_of_model(name: str) -> bool:
+    """Whether a tensor belongs to the model itself, and not to a reference that it was trained against."""
+    return name.startswith("model.") and ("lora_" not in name or name.endswith(".default"))
+
+
 def _is_of_adapter(name: str) -> bool:
-    return "lora_" in name or name.startswith(("model.head.", "model.threshold"))
+    return ("lora_" in name and _is_of_model(name)) or name.startswith(("model.head.", "model.threshold"))
 
 
 def merged_trunk(model: GPT | Classifier) -> GPT:

@@ -1,14 +1,18 @@
 """Losses: pure functions of tensors. Labels arrive already shifted (see `data/batches.py`); none is shifted here.
 
-Tensor letters: B batch, T time, C width, V vocabulary, N positions that have a target.
+Tensor letters: B batch, T time, C width, V vocabulary, N positions that have a target, M the same where each has a
+label of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 """The label of a position that has no target: prompt, padding, or beyond the end of the data."""
@@ -107,3 +111,130 @@ def _loss_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """The type in which probabilities are computed: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def token_log_probs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label, in nats, with gradients for each of them.
+
+    At most `CHUNK_POSITIONS` positions have logits at once; where there are more, they are computed again in the
+    backward pass instead of being kept.
+
+    Args:
+        hidden: (M, C) trunk output where a label is predicted; a position with two labels stands there twice.
+        head_weight: (V, C).
+        labels: (M,) int64.
+
+    Returns:
+        (M,), float32 (float64 for float64 input).
+    """
+    if len(labels) <= CHUNK_POSITIONS:
+        return _label_log_probs(hidden, head_weight, labels)
+    chunks = zip(hidden.split(CHUNK_POSITIONS), labels.split(CHUNK_POSITIONS), strict=True)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(_label_log_probs, part, head_weight, aims, **options) for part, aims in chunks])
+
+
+def _label_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    # Cast here, so that the gradients of several chunks are summed in the type of the weight.
+    logits = F.linear(hidden.to(dtype), weight.to(dtype))
+    return logits.to(_exact(dtype)).log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+
+
+def sequence_log_probs(log_probs: Tensor, branch: Tensor, n_sequences: int) -> Tensor:
+    """Sum the (M,) log-probabilities of tokens by the sequence `branch` (M,) they belong to: (n_sequences,)."""
+    return log_probs.new_zeros(n_sequences).index_add(0, branch, log_probs)
+
+
+PREFERENCE_LOSSES = ("sigmoid", "average", "length_normalised", "ipo", "simpo")
+PER_TOKEN = ("average", "length_normalised", "ipo", "simpo")
+"""Those that take the mean over the tokens of an answer, where `sigmoid` takes the sum."""
+
+
+class PreferenceLoss(NamedTuple):
+    """Of each pair."""
+
+    loss: Tensor
+    """(B,)"""
+    chosen_reward: Tensor
+    """(B,) beta x (policy - reference), of the quantity that the loss uses. Without gradient."""
+    rejected_reward: Tensor
+    """(B,) the same of the rejected answer."""
+
+
+def preference_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    n_chosen: Tensor,
+    n_rejected: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.5,
+) -> PreferenceLoss:
+    """Make the chosen answers likelier than the rejected ones, as seen from the reference.
+
+    With s(y) = log policy(y) - log reference(y), summed over the tokens of answer y, of which there are |y|:
+
+    - `sigmoid`: -log sigmoid(beta (s(chosen) - s(rejected))). DPO, Rafailov et al. 2023, eq. 7.
+    - `average`: the same of s(y) / |y|, the mean per token. That is what the book's chapter 7 computes; its printed
+      rewards lack the factor beta. Not what the paper derives: see eric-mitchell/direct-preference-optimization#40.
+    - `length_normalised`: another name of `average`, which TRL calls `sigmoid_norm`: a mean of differences is the
+      difference of means, so both are one formula.
+    - `ipo`: (s(chosen) / |chosen| - s(rejected) / |rejected| - 1 / (2 beta))^2. Azar et al. 2023, eq. 17 with tau =
+      beta, and the means per token that TRL takes, on its authors' word; the paper writes sums.
+    - `simpo`: -log sigmoid(beta (log policy(chosen) / |chosen| - log policy(rejected) / |rejected|) - gamma), without
+      a reference. Meng et al. 2024, eq. 6.
+
+    `label_smoothing` e is the share of labels thought to be wrong: (1 - e) x the loss + e x the loss of the swapped
+    pair (conservative DPO, Mitchell 2023, eq. 3). In TRL 1.16 only its CPO trainer has it; `robust` is another loss.
+
+    Args:
+        policy_chosen, policy_rejected: (B,) summed log-probabilities.
+        reference_chosen, reference_rejected: (B,) the same of the reference; `simpo` does not look at them.
+        n_chosen, n_rejected: (B,) tokens in each sum.
+        kind: one of `PREFERENCE_LOSSES`.
+        beta: how strongly the policy is held at the reference: more than 0.
+        label_smoothing: at least 0, less than 0.5. `ipo` has none.
+        gamma: margin that `simpo` asks for, at least 0; the others have none.
+
+    Raises:
+        ValueError: for a kind or a number that cannot be.
+    """
+    check_preference_loss(kind, beta, label_smoothing, gamma)
+    chosen, rejected = policy_chosen, policy_rejected
+    if kind != "simpo":
+        assert reference_chosen is not None, f"{kind} needs the reference"
+        assert reference_rejected is not None, f"{kind} needs the reference"
+        chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
+    if kind in PER_TOKEN:
+        chosen, rejected = chosen / n_chosen, rejected / n_rejected
+    difference = chosen - rejected
+    if kind == "ipo":
+        loss = (difference - 1 / (2 * beta)) ** 2
+    else:
+        logits = beta * difference - (gamma if kind == "simpo" else 0.0)
+        loss = -(1 - label_smoothing) * F.logsigmoid(logits)
+        if label_smoothing:
+            loss = loss - label_smoothing * F.logsigmoid(-logits)
+    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+
+
+def check_preference_loss(kind: str, beta: float, label_smoothing: float = 0.0, gamma: float = 0.5) -> None:
+    """Raise ValueError where `preference_loss` would, without tensors: before any data is read."""
+    if kind not in PREFERENCE_LOSSES:
+        near = difflib.get_close_matches(str(kind), PREFERENCE_LOSSES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"preference loss {kind!r} is unknown: {hint}use {', '.join(PREFERENCE_LOSSES)}")
+    if not beta > 0:
+        raise ValueError(f"beta={beta} must be more than 0")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and less than 0.5")
+    if kind == "ipo" and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} has no meaning for ipo; set it to 0")
+    if not gamma >= 0:
+        raise ValueError(f"gamma={gamma} must be at least 0")

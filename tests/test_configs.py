@@ -12,9 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm_lightning.experiments.config_checks import check_overrides, register_resolvers
+from llm_lightning.experiments.config_checks import PRESETS, check_overrides, register_resolvers
 from llm_lightning.experiments.help import group_options, help_text, read_defaults, read_settings
 from llm_lightning.experiments.launch import expand_sweep
+from llm_lightning.experiments.pipeline import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
 
@@ -32,7 +33,9 @@ def relative(file: Path) -> str:
 
 def covering_choices() -> list[list[str]]:
     """Few command lines that choose every option of every group at least once."""
-    options = {group: group_options(CONF, group) for group in GROUPS if group not in ("experiment", "sweep")}
+    options = {
+        group: group_options(CONF, group) for group in GROUPS if group not in ("experiment", "pipeline", "sweep")
+    }
     rows = range(max(map(len, options.values())))
     return [[f"{group}={names[row % len(names)]}" for group, names in options.items()] for row in rows]
 
@@ -64,6 +67,12 @@ def test_every_run_of_every_sweep_passes_the_checks(name: str) -> None:
     assert argv[0] == "-m"
     assert argv[-1] == "seed=1,2"
     check_overrides(argv, CONF)
+
+
+@pytest.mark.parametrize("name", group_options(CONF, "pipeline"))
+def test_every_stage_of_every_pipeline_passes_the_checks(name: str) -> None:
+    chain = plan([f"pipeline={name}", "seed=2"], CONF)
+    assert all("seed=2" in stage.words for stage in chain.stages if not stage.is_command)
 
 
 def test_a_wrong_sweep_is_refused() -> None:
@@ -260,7 +269,7 @@ def test_every_file_begins_with_what_it_is_and_the_command_that_uses_it(file: Pa
     assert any(re.search(pattern, line) for line in head for pattern in patterns), "no command"
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("task", "experiment", "sweep", "debug")])
+@pytest.mark.parametrize("group", [group for group in GROUPS if group not in PRESETS])
 def test_every_key_has_a_sentence(group: str) -> None:
     for option in group_options(CONF, group):
         for setting in read_settings(CONF / group / f"{option}.yaml", group):

@@ -38,6 +38,8 @@ LEVELS = [
     ("llm_lightning.data.labelled_records", 1),
     ("llm_lightning.data.json_records", 1),
     ("llm_lightning.data.instruction_records", 1),
+    ("llm_lightning.data.preference_records", 1),
+    ("llm_lightning.data.conversations", 1),
     ("llm_lightning.data.splits", 1),
     ("llm_lightning.data.inspection", 1),
     ("llm_lightning.data.token_files", 1),

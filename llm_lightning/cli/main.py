@@ -24,6 +24,8 @@ VERBS = {
     "evaluate": "loss of a GPT or accuracy of a classifier, on a text or on the data it was trained with",
     "respond": "answer the questions of a file",
     "judge": "score answers, by a language model or by their words",
+    "compare": "the answers of two models side by side, on a page",
+    "lineage": "the chain of runs that a checkpoint comes from",
     "inspect-data": "show instruction records as the model sees them",
     "statistics": "lengths, repetitions and frequent answers of a file",
     "near-duplicates": "find records that are almost the same, and remove them",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -120,6 +121,14 @@ class BaseDataModule(L.LightningDataModule):
                 f"{self.batch_size} on {world_size} process(es); lower it, or set data.drop_last=false"
             )
         return batches
+
+    def first_batches(self, most: int) -> Iterator[list[Any]]:
+        """The samples of the first `most` training batches, as one process would see them."""
+        samples: Any = self.train_samples
+        order = self.order_of(samples, is_training=True)
+        batches = BatchOrder(len(samples), self.batch_size, shuffle=self.shuffle, seed=self.seed, order=order)
+        for indices in islice(batches, most):
+            yield [samples[index] for index in indices]
 
     def _train_batches(self, world_size: int | None = None) -> BatchOrder:
         options = {"shuffle": self.shuffle, "drop_last": self.drop_last, "world_size": world_size}

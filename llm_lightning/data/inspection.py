@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -50,11 +50,12 @@ def rows_of(tokenizer: Tokenizer, batch: LMBatch) -> Iterator[tuple[list[Piece],
         yield pieces, len(tokens), n_learnt
 
 
-def as_text(tokenizer: Tokenizer, batch: LMBatch, *, colour: bool = False) -> str:
-    """For a terminal; without colour, what is learnt stands between >> and <<."""
+def as_text(tokenizer: Tokenizer, batch: LMBatch, *, colour: bool = False, titles: Sequence[str] | None = None) -> str:
+    """For a terminal; without colour, what is learnt stands between >> and <<. Rows are called `titles` or records."""
     lines = []
     for number, (pieces, n_tokens, n_learnt) in enumerate(rows_of(tokenizer, batch)):
-        lines += [f"--- record {number}: {n_tokens} tokens, {n_learnt} learnt"]
+        title = titles[number] if titles else f"record {number}"
+        lines += [f"--- {title}: {n_tokens} tokens, {n_learnt} learnt"]
         lines += ["".join(_painted(piece) if colour else _marked(piece) for piece in pieces)]
     return "\n".join(lines)
 

@@ -6,7 +6,6 @@ padded or packed. Everything that was dropped or cut is counted in `report()` an
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -21,10 +20,23 @@ from torch.utils.data import Dataset
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
-from llm_lightning.data.download import Pinned, download
+from llm_lightning.data.conversations import (
+    BATCHES_LOOKED_AT,
+    CHOICES,
+    PACKING_PAYS_FROM,
+    check_choices,
+    check_name,
+    check_numbers,
+    check_slots,
+    file_of,
+    leaks,
+    refuse_losses,
+    split_conversations,
+)
+from llm_lightning.data.download import Pinned
 from llm_lightning.data.instruction_records import read_hugging_face_instructions, read_instructions
-from llm_lightning.data.order import bucketed_order, epoch_order
-from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, normalized
+from llm_lightning.data.order import bucketed_order
+from llm_lightning.data.splits import SPLITS
 from llm_lightning.data.templates import Conversation, Segment, Template, choose_template
 from llm_lightning.tokenizers import Tokenizer
 
@@ -50,11 +62,7 @@ NAMED: dict[str, Path | Pinned] = {
     ),
 }
 LOSS_ON = ("response", "header", "all")
-TOO_LONG = ("cut_prompt", "drop", "cut_answer")
-PACKING_PAYS_FROM = 0.05
-"""Share of positions to be saved from which packing is faster: at 5% of padding and nothing to share, it took as long
-as padded batches, with 124M parameters on a CPU."""
-BATCHES_LOOKED_AT = 200
+_CHOICES = {**CHOICES, "loss_on": LOSS_ON, "eos_targets": ("all", "first")}
 
 
 class Encoded(NamedTuple):
@@ -139,12 +147,10 @@ class InstructionDataModule(BaseDataModule):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
-        _check_choices(split=split, loss_on=loss_on, eos_targets=eos_targets, too_long=too_long, packing=packing)
-        _check_numbers(val_fraction, test_fraction, max_lost, max_length)
-        if name is not None and name not in NAMED:
-            near = difflib.get_close_matches(name, NAMED, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(NAMED)}, or null with data.path=FILE")
+        given = {"split": split, "loss_on": loss_on, "eos_targets": eos_targets, "too_long": too_long}
+        check_choices(_CHOICES, **given, packing=packing)
+        check_numbers(val_fraction, test_fraction, max_lost, max_length)
+        check_name(name, NAMED)
         if path is not None and name is not None and isinstance(NAMED[name], Path):
             name = None  # a file of one's own wins over the embedded set, of which nobody has a copy
         self.template = choose_template(template)
@@ -163,13 +169,8 @@ class InstructionDataModule(BaseDataModule):
 
     def build(self) -> None:
         records, skipped = self._read()
-        _check_slots(self.template, records)
-        parts = order_split(len(records), self._fractions) if self._split == "order" else self._grouped(records)
-        for split, part in parts.items():
-            if not part:
-                raise ValueError(
-                    f"{len(records)} records leave none for {split}; give more, or raise data.{split}_fraction"
-                )
+        check_slots(self.template, records)
+        parts = split_conversations(records, self._split, self._fractions, self._split_seed)
         self._conversations = {split: [records[index] for index in part] for split, part in parts.items()}
         make = self._make_tokenizer
         texts = (_text(self.template.segments(one)) for one in self._conversations["train"])
@@ -179,7 +180,7 @@ class InstructionDataModule(BaseDataModule):
         self.pad_id = self.tokenizer.eot_id
         self._report = {"records": len(records), "skipped": skipped, "split": self._split}
         self._encode()
-        self._report |= {"leaks": {split: self._leaks(split) for split in ("val", "test")}}
+        self._report |= {"leaks": {split: leaks(self._conversations, split) for split in ("val", "test")}}
         self.choose_layout(share_prefix=True)
         self.data_digest = self._digest()
         for line in self._lines():
@@ -238,16 +239,6 @@ class InstructionDataModule(BaseDataModule):
             raise ValueError("data.name and data.path are both null; give data.path=FILE, .json or .jsonl")
         return read_instructions(local_file(self._name), **options)
 
-    def _grouped(self, records: Sequence[Conversation]) -> dict[str, list[int]]:
-        keys = joined_groups([one.group or _prompt_key(one) for one in records], list(map(_prompt_key, records)))
-        return grouped_split(keys, [0] * len(keys), self._fractions, self._split_seed)
-
-    def _leaks(self, split: str) -> dict[str, int]:
-        """How many prompts of a split stand in training, too."""
-        seen = {_prompt_key(one) for one in self._conversations["train"]}
-        rows = self._conversations[split]
-        return {"prompts": sum(_prompt_key(one) in seen for one in rows), "of": len(rows)}
-
     # --- tokens ----------------------------------------------------------------------------------------------------
 
     def _encode(self) -> None:
@@ -266,7 +257,7 @@ class InstructionDataModule(BaseDataModule):
             samples[split] = Conversations(rows)
             facts[split] = _facts(encoded, rows)
         self._report |= {"limit": self._limit, "splits": facts, "too_long": self._too_long, **_counted(counts)}
-        self._refuse_losses()
+        refuse_losses(self._report, self._max_lost)
         self.train_samples, self.test_samples = samples["train"], {"test": samples["test"]}
         self.eval_samples = {"val": samples["val"]}
         if self.eval_batches > 0:
@@ -288,16 +279,6 @@ class InstructionDataModule(BaseDataModule):
             counts["answers_cut" if fitted.is_answer[1:].sum() < one.is_answer.sum() else "prompts_cut"] += 1
         return fitted
 
-    def _refuse_losses(self) -> None:
-        facts = self._report
-        lost = facts["dropped"] + facts["answers_cut"]
-        if lost > self._max_lost * facts["records"]:
-            raise ValueError(
-                f"{lost} of {facts['records']} records do not fit into {self._limit} tokens ({facts['dropped']} "
-                f"dropped, {facts['answers_cut']} answers cut), more than data.max_lost={self._max_lost:g} allows; "
-                "raise model.context_length or data.max_length, or data.max_lost if that is meant"
-            )
-
     def choose_layout(self, *, share_prefix: bool) -> None:
         """Decide on padded or packed batches.
 
@@ -312,12 +293,8 @@ class InstructionDataModule(BaseDataModule):
 
     def _saved_by_packing(self) -> float:
         """The share of positions that packing leaves out, over the first batches of the first epoch."""
-        rows = self.train_samples.rows  # type: ignore[attr-defined]
-        order = self.order_of(self.train_samples, is_training=True)
-        indices = order(0) if order else epoch_order(len(rows), seed=self.seed, epoch=0, shuffle=self.shuffle)
         padded = packed = 0
-        for start in range(0, min(len(rows), BATCHES_LOOKED_AT * self.batch_size), self.batch_size):
-            batch = [rows[index] for index in indices[start : start + self.batch_size]]
+        for batch in self.first_batches(BATCHES_LOOKED_AT):
             lengths = [len(row.token_ids) - 1 for row in batch]
             padded += len(batch) * max(lengths)
             packed += sum(lengths) - (len(batch) - 1) * (shared_prefix(batch) if self._share_prefix else 0)
@@ -352,8 +329,7 @@ class InstructionDataModule(BaseDataModule):
 
 def local_file(name: str) -> Path:
     """The file of a named set, downloaded if need be."""
-    named = NAMED[name]
-    return named if isinstance(named, Path) else download(named)
+    return file_of(NAMED[name])
 
 
 def encode(
@@ -383,19 +359,6 @@ def encode(
     return Encoded(np.concatenate(ids), np.concatenate(targets), np.concatenate(answers), answer_at)
 
 
-def order_split(n: int, fractions: tuple[float, float]) -> dict[str, list[int]]:
-    """The book's chapter 7: the first records for training, then test, then validation, unshuffled."""
-    val, test = fractions
-    n_train, n_test = int(round(n * (1 - val - test), 6)), int(round(n * test, 6))  # 0.85 x 1,100 must be 935
-    indices = list(range(n))
-    return {"train": indices[:n_train], "val": indices[n_train + n_test :], "test": indices[n_train : n_train + n_test]}
-
-
-def _prompt_key(conversation: Conversation) -> str:
-    asked = [part for turn in conversation.turns for part in (turn.instruction, turn.input)]
-    return normalized(" ".join(asked), fold_digits=False)
-
-
 def _text(segments: Sequence[Segment]) -> str:
     return "".join(segment.text for segment in segments)
 
@@ -412,37 +375,3 @@ def _facts(encoded: Sequence[Encoded], rows: Sequence[MaskedSample]) -> dict[str
 
 def _counted(counts: Counter[str]) -> dict[str, int]:
     return {name: counts[name] for name in ("prompts_cut", "answers_cut", "dropped")}
-
-
-def _check_slots(template: Template, records: Sequence[Conversation]) -> None:
-    """Refuse a template that would leave something of a record out."""
-    for one in records:
-        if "system" not in template.slots and one.system:
-            raise ValueError(f"{one.place} has a system message, but template {template.name} has no {{system}} slot")
-        if "input" not in template.slots and any(turn.input for turn in one.turns):
-            raise ValueError(f"{one.place} has an input, but template {template.name} has no {{input}} slot")
-
-
-def _check_choices(**given: Any) -> None:
-    allowed: dict[str, tuple[Any, ...]] = {
-        "split": ("grouped", "order"),
-        "loss_on": LOSS_ON,
-        "eos_targets": ("all", "first"),
-        "too_long": TOO_LONG,
-        "packing": ("auto", True, False),
-    }
-    for name, value in given.items():
-        if value not in allowed[name]:
-            words = ", ".join(str(one).lower() for one in allowed[name])
-            raise ValueError(f"data.{name}={value!r} must be one of {words}")
-
-
-def _check_numbers(val: float, test: float, max_lost: float, max_length: int | None) -> None:
-    if val <= 0 or test <= 0 or val + test >= 1:
-        raise ValueError(
-            f"data.val_fraction={val} and data.test_fraction={test} must be positive and sum to less than 1"
-        )
-    if not 0 <= max_lost <= 1:
-        raise ValueError(f"data.max_lost={max_lost} must be between 0 and 1")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"data.max_length={max_length} must be at least 2")

@@ -7,9 +7,9 @@ A record is in the Alpaca format (`instruction`, `input`, `output`) or has `mess
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_lightning.data.json_records import read_json_records
 from llm_lightning.data.sources import LISTED, hugging_face_file
@@ -18,8 +18,12 @@ from llm_lightning.data.templates import Conversation, Turn
 FIELDS = ("instruction", "input", "output", "messages", "system", "group")
 EMPTY_OUTPUTS = ("refuse", "skip", "keep")
 
+Row = tuple[Mapping[str, Any], str]
+"""A record, and the place it comes from."""
+Made = TypeVar("Made")
 
-class _SkippedError(Exception):
+
+class SkippedError(Exception):
     """A record that is left out on purpose."""
 
 
@@ -41,10 +45,8 @@ def read_instructions(
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file; check data.path")
-    return collected(str(path), read_json_records(path), columns, empty_output)
+    make = _maker(columns, empty_output)
+    return collected(str(path), rows_of_file(path), make)
 
 
 def read_hugging_face_instructions(
@@ -61,29 +63,52 @@ def read_hugging_face_instructions(
     Raises:
         ValueError: if the dataset, its split or a column cannot be had.
     """
+    make = _maker(columns, empty_output)
+    return collected(name, rows_of_hugging_face(name, config, split, revision), make)
+
+
+def rows_of_file(path: str | Path) -> Iterable[Row]:
+    """The records of a file, see `read_json_records`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is no file; check data.path")
+    return read_json_records(path)
+
+
+def rows_of_hugging_face(name: str, config: str | None, split: str, revision: str | None) -> Iterable[Row]:
+    """The rows of a dataset of the hub."""
     file = hugging_face_file(name, config, split, revision)
     with file.open(encoding="utf-8") as lines:
-        rows = [(json.loads(line), f"{name}/{split}: row {number}") for number, line in enumerate(lines)]
-    return collected(name, rows, columns, empty_output)
+        return [(json.loads(line), f"{name}/{split}: row {number}") for number, line in enumerate(lines)]
 
 
 def collected(
     source: str,
-    rows: Iterable[tuple[Mapping[str, Any], str]],
-    columns: Mapping[str, str | None] | None = None,
-    empty_output: str = "refuse",
-) -> tuple[list[Conversation], int]:
-    """Turn (record, place) pairs into conversations; see `read_instructions`."""
-    if empty_output not in EMPTY_OUTPUTS:
-        raise ValueError(f"data.empty_output={empty_output!r} must be one of {', '.join(EMPTY_OUTPUTS)}")
-    names = _names(columns)
-    found: list[Conversation] = []
+    rows: Iterable[Row],
+    make: Callable[[Mapping[str, Any], str], Made],
+    needed: str = "an instruction and an output",
+) -> tuple[list[Made], int]:
+    """Make something of every record.
+
+    Args:
+        source: for messages.
+        make: called with record and place; raises ValueError with what is wrong, or SkippedError.
+        needed: in each record, for messages.
+
+    Returns:
+        what was made, and how many records were skipped.
+    """
+    found: list[Made] = []
     bad: list[str] = []
     skipped = 0
     for record, place in rows:
         try:
-            found.append(_conversation(record, place, names, empty_output))
-        except _SkippedError:
+            found.append(make(record, place))
+        except SkippedError:
             skipped += 1
         except ValueError as error:
             bad.append(f"{place}: {error}")
@@ -91,15 +116,25 @@ def collected(
         more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
         raise ValueError(f"{source}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
     if not found:
-        raise ValueError(f"{source} holds no records; give a file with an instruction and an output in each")
+        raise ValueError(f"{source} holds no records; give a file with {needed} in each")
     return found, skipped
 
 
-def _names(columns: Mapping[str, str | None] | None) -> dict[str, str | None]:
-    unknown = set(columns or {}) - set(FIELDS)
+def names_of_fields(fields: Sequence[str], columns: Mapping[str, str | None] | None) -> dict[str, str | None]:
+    """field -> what it is called in the records; None: there is none."""
+    unknown = set(columns or {}) - set(fields)
     if unknown:
-        raise ValueError(f"data.columns: unknown field {sorted(unknown)[0]!r}; there are {', '.join(FIELDS)}")
-    return {field: field for field in FIELDS} | dict(columns or {})
+        raise ValueError(f"data.columns: unknown field {sorted(unknown)[0]!r}; there are {', '.join(fields)}")
+    return {field: field for field in fields} | dict(columns or {})
+
+
+def _maker(
+    columns: Mapping[str, str | None] | None, empty_output: str
+) -> Callable[[Mapping[str, Any], str], Conversation]:
+    if empty_output not in EMPTY_OUTPUTS:
+        raise ValueError(f"data.empty_output={empty_output!r} must be one of {', '.join(EMPTY_OUTPUTS)}")
+    names = names_of_fields(FIELDS, columns)
+    return lambda record, place: _conversation(record, place, names, empty_output)
 
 
 def _conversation(
@@ -107,18 +142,18 @@ def _conversation(
 ) -> Conversation:
     """Raises ValueError with the reason."""
     messages = names["messages"]
-    system = _text(record, names, "system", required=False)
+    system = text_field(record, names, "system", required=False)
     if messages is not None and record.get(messages) is not None:
-        said, turns = _turns(record[messages], messages)
+        said, turns = turns_of(record[messages], messages)
         if system and said:
             raise ValueError(f"a system message stands both in {messages!r} and under {names['system']!r}")
         system = said or system
     else:
         turns = (
             Turn(
-                _text(record, names, "instruction"),
-                _text(record, names, "input", required=False),
-                _text(record, names, "output"),
+                text_field(record, names, "instruction"),
+                text_field(record, names, "input", required=False),
+                text_field(record, names, "output"),
             ),
         )
     for number, turn in enumerate(turns, start=1):
@@ -127,12 +162,13 @@ def _conversation(
             raise ValueError(f"the instruction{where} is empty")
         if not turn.response.strip() and empty_output != "keep":
             if empty_output == "skip":
-                raise _SkippedError
+                raise SkippedError
             raise ValueError(f"the output{where} is empty; data.empty_output=skip leaves such records out")
-    return Conversation(turns, system, place, _text(record, names, "group", required=False), record)
+    return Conversation(turns, system, place, text_field(record, names, "group", required=False), record)
 
 
-def _text(record: Mapping[str, Any], names: Mapping[str, str | None], field: str, *, required: bool = True) -> str:
+def text_field(record: Mapping[str, Any], names: Mapping[str, str | None], field: str, *, required: bool = True) -> str:
+    """A field that holds text. Raises ValueError with the reason."""
     name = names[field]
     if name is None or name not in record:
         if not required:
@@ -152,11 +188,11 @@ def _text(record: Mapping[str, Any], names: Mapping[str, str | None], field: str
     return value
 
 
-def _turns(messages: Any, name: str) -> tuple[str, tuple[Turn, ...]]:
+def turns_of(messages: Any, name: str) -> tuple[str, tuple[Turn, ...]]:
     """(system message, turns) of a list of messages."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"field {name!r} must be a list of messages with 'role' and 'content'")
-    pairs = [_message(number, message) for number, message in enumerate(messages, start=1)]
+    pairs = [message_of(number, message) for number, message in enumerate(messages, start=1)]
     system = pairs.pop(0)[1] if pairs[0][0] == "system" else ""
     if len(pairs) % 2 or not pairs or any(role != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(pairs)):
         roles = ", ".join(role for role, _ in pairs) or "none"
@@ -165,7 +201,8 @@ def _turns(messages: Any, name: str) -> tuple[str, tuple[Turn, ...]]:
     return system, tuple(Turn(q, "", a) for q, a in zip(contents[::2], contents[1::2], strict=True))
 
 
-def _message(number: int, message: Any) -> tuple[str, str]:
+def message_of(number: int, message: Any) -> tuple[str, str]:
+    """(role, content) of a message. Raises ValueError with the reason."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {number} must be an object with 'role' and 'content'")
     if not isinstance(message.get("content"), str):

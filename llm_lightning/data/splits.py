@@ -57,6 +57,14 @@ def grouped_split(
     return {split: [part[index] for index in draw.permutation(len(part))] for split, part in parts.items()}
 
 
+def order_split(n: int, fractions: tuple[float, float]) -> dict[str, list[int]]:
+    """The book's chapter 7: the first records for training, then test, then validation, unshuffled."""
+    val, test = fractions
+    n_train, n_test = int(round(n * (1 - val - test), 6)), int(round(n * test, 6))  # 0.85 x 1,100 must be 935
+    indices = list(range(n))
+    return {"train": indices[:n_train], "val": indices[n_train + n_test :], "test": indices[n_train : n_train + n_test]}
+
+
 def joined_groups(*keys: Sequence[str]) -> list[str]:
     """One key per record, equal for records that any chain of equal keys connects.
 

@@ -50,6 +50,11 @@ def _main(script: Path) -> None:
     if text is not None:
         print(text)
         return
+    if any(key_of(word) == "pipeline" and word != "pipeline=null" for word in sys.argv[1:]):
+        from llm_lightning.experiments.pipeline import run_pipeline
+
+        run_pipeline(sys.argv[1:], script)
+        return
     from llm_lightning.experiments.config_checks import check_overrides
 
     typed = without_null_groups(continue_run(sys.argv[1:]), config_dir)
@@ -109,8 +114,8 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
 
     One that fails is added to `failures`; the others still run.
     """
-    command = [sys.executable, sys.argv[0], *_options(_typed()[0]), *overrides, _run_dir_is(run_dir)]
-    code = _wait(subprocess.Popen(command))
+    command = [sys.executable, sys.argv[0], *_options(_typed()[0]), *overrides, run_dir_is(run_dir)]
+    code = wait_for(subprocess.Popen(command))
     if code:
         failures.append(f"{run_dir} (exit code {code})")
         return None
@@ -118,7 +123,7 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
     return json.loads(summary.read_text())["best_value"] if summary.is_file() else None
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
+def wait_for(process: subprocess.Popen[bytes]) -> int:
     """The exit code of `process`, which is given the time to save itself when this one is told to stop."""
 
     def stop(signum: int, _: Any) -> None:
@@ -154,9 +159,9 @@ def continue_run(argv: Sequence[str]) -> list[str]:
     recorded = json.loads((folder / COMMAND).read_text())
     if Path(recorded["folder"]).is_dir():
         os.chdir(recorded["folder"])
-    new = [word for word in argv if not word.startswith("resume=")] + [_run_dir_is(folder)]
-    names = {_key(word) for word in new} | {"allow_targets"}
-    old = [word for word in recorded["overrides"] if _key(word) not in names]
+    new = [word for word in argv if not word.startswith("resume=")] + [run_dir_is(folder)]
+    names = {key_of(word) for word in new} | {"allow_targets"}
+    old = [word for word in recorded["overrides"] if key_of(word) not in names]
     return [*_options(recorded["config_dir"]), *old, *new]
 
 
@@ -178,7 +183,7 @@ def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
     Raises:
         ValueError: if there is no such sweep.
     """
-    names = [word.partition("=")[2] for word in argv if _key(word) == "sweep"]
+    names = [word.partition("=")[2] for word in argv if key_of(word) == "sweep"]
     if not names or names[-1] == "null":
         return list(argv)
     import yaml
@@ -189,17 +194,18 @@ def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
     if names[-1] not in known:
         raise ValueError(f"sweep={names[-1]}: no such sweep; there are {', '.join(known)}")
     swept = yaml.safe_load((config_dir / "sweep" / f"{names[-1]}.yaml").read_text("utf-8"))
-    typed = [word for word in argv if _key(word) != "sweep"]
-    keys = {_key(word) for word in typed}
+    typed = [word for word in argv if key_of(word) != "sweep"]
+    keys = {key_of(word) for word in typed}
     return ["-m", *(f"{key}={value}" for key, value in swept.items() if key not in keys), *typed]
 
 
-def _key(word: str) -> str:
+def key_of(word: str) -> str:
     """`optimizer.lr` of `++optimizer.lr=1`; a word without `=` is its own key."""
     return word.lstrip("+~").partition("=")[0]
 
 
-def _run_dir_is(folder: Path) -> str:
+def run_dir_is(folder: Path) -> str:
+    """The setting that makes `folder` the run folder."""
     escaped = str(folder).replace("'", r"\'")
     return f"hydra.run.dir='{escaped}'"
 

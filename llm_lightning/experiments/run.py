@@ -344,7 +344,7 @@ def build_trainer(cfg: DictConfig, settings: dict[str, Any], run: RunFolder) -> 
     fast = bool(cfg.trainer.fast_dev_run)
     callbacks = [ExactResume()] + [build(c) for c in cfg.callbacks.values() if c is not None]
     if fast:  # one batch of everything leaves no files
-        callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples")]
+        callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples", "Responses")]
     ours = {"run_dir": run.path, "resumed_step": run.header["step"] if run.checkpoint else 0}
     loggers = [
         build(logger, **ours if logger._target_.startswith("llm_lightning.") else {})

@@ -78,8 +78,9 @@ def measure(contender: Contender, repeats: int) -> Run:
 def test_conversations() -> tuple[Any, Any, list[Any]]:
     """Tokenizer, template and the conversations of the book's test split."""
     from llm_lightning.data.download import download
-    from llm_lightning.data.instruction import NAMED, order_split
+    from llm_lightning.data.instruction import NAMED
     from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.splits import order_split
     from llm_lightning.data.templates import choose_template
     from llm_lightning.tokenizers import build_tokenizer
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm_lightning.data.instruction import InstructionDataModule, order_split
+from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.data.instruction_records import read_instructions
+from llm_lightning.data.splits import order_split
 from llm_lightning.data.templates import Turn
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.tokenizers import ByteTokenizer, build_tokenizer

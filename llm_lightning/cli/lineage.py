@@ -1,0 +1,106 @@
+"""Where a checkpoint comes from: the runs that led to it, the newest first.
+
+Each checkpoint is read whole and compared with the digest that the run which began with it wrote down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm_lightning.cli.main import add_checkpoint_argument
+
+SHORT = 12
+"""Digits of a digest that are shown."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line, with whole digests")
+
+
+def run(args: argparse.Namespace) -> None:
+    for depth, link in enumerate(trace(args.checkpoint)):
+        print(json.dumps(link) if args.json else _row(depth, link))
+
+
+def trace(name_or_path: str) -> Iterator[dict[str, Any]]:
+    """Yield a checkpoint, the one it began with, and so on.
+
+    `state` says whether an ancestor is the one that was begun with: `same`, `changed`, `gone`, `damaged`, or
+    `not read` (weights of others that are not on this machine).
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if what is there is damaged or not a GPT.
+    """
+    link = _described(name_or_path)
+    seen: set[str | None] = set()
+    while True:
+        yield link
+        parent, name = link["parent"], link["parent_name"]
+        if parent is None or name is None or link["digest"] in seen:
+            return
+        seen.add(link["digest"])
+        link = _ancestor(name, parent)
+
+
+def _ancestor(name: str, expected: str) -> dict[str, Any]:
+    """What stands where a run found its first weights, whose digest was `expected`."""
+    from llm_lightning.checkpoint import CheckpointError
+    from llm_lightning.pretrained import GPT2_WEIGHTS
+
+    unread = {"path": name, "task": None, "digest": None, "parent": None, "parent_name": None}
+    if name in GPT2_WEIGHTS and not Path(name).exists():
+        pinned = GPT2_WEIGHTS[name].sha256  # reading them could mean to download them
+        state = "not read" if pinned is None else "same" if pinned == expected else "changed"
+        return {**unread, "digest": pinned or expected, "state": state}
+    try:
+        found = _described(name)
+    except FileNotFoundError:
+        return {**unread, "digest": expected, "state": "gone"}
+    except CheckpointError:
+        return {**unread, "digest": expected, "state": "damaged"}
+    return {**found, "state": "same" if found["digest"] == expected else "changed"}
+
+
+def _described(name_or_path: str) -> dict[str, Any]:
+    from llm_lightning.checkpoint import load_model, read_header, resolve
+
+    path = resolve(name_or_path)
+    header = load_model(name_or_path).header if path is None else read_header(path)
+    lineage, settings, metrics = header.get("lineage", {}), header.get("config", {}), header.get("metrics", {})
+    monitor = settings.get("monitor")
+    return {
+        "path": str(path or name_or_path),
+        "state": "same",
+        "task": header["task"] if path is not None else None,
+        "step": header.get("step"),
+        "monitor": monitor,
+        "value": metrics.get(monitor),
+        "lora": bool(header.get("lora")),
+        "data": lineage.get("data"),
+        "digest": header.get("digest"),
+        "parent": lineage.get("parent"),
+        "parent_name": lineage.get("parent_name"),
+    }
+
+
+def _row(depth: int, link: dict[str, Any]) -> str:
+    task = (link["task"] or "weights") + (" (lora)" if link.get("lora") else "")
+    facts = [f"{task:<16}"]
+    facts += [f"{link['step']:,} steps"] if link.get("step") is not None else []
+    facts += [f"{link['monitor']} {link['value']:.4f}"] if link.get("value") is not None else []
+    facts += [f"data {link['data'][:SHORT]}"] if link.get("data") else []
+    facts += [f"weights {link['digest'][:SHORT]}"] if link["digest"] else []
+    note = {"same": "", "changed": " (changed since)"}.get(link["state"], f" ({link['state']})")
+    return f"{'   ' * (depth - 1) + '└─ ' if depth else ''}{'  '.join(facts)}  {_shown(link['path'])}{note}"
+
+
+def _shown(path: str) -> str:
+    """Relative to where the user stands, if it is below."""
+    inside = Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd())
+    return str(Path(path).relative_to(Path.cwd())) if inside else path

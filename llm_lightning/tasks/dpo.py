@@ -1,0 +1,326 @@
+"""Direct Preference Optimization: make chosen answers likelier than rejected ones, measured against a reference.
+
+What flows: one forward pass of the policy over both answers of every pair, one without gradients of the reference;
+the summed log-probabilities of each answer; one loss per pair (`losses.preference_loss`). The reference is what the
+policy was at the start: a frozen copy, the policy with its adapters off, a frozen clone of its adapter, or log-
+probabilities that were computed once and stored. At step 0 policy and reference must agree, which is checked.
+
+Tensor letters: B pairs, M answer tokens, C width.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_lightning.answer_metrics import wilson_interval
+from llm_lightning.data.batches import PreferenceBatch
+from llm_lightning.frozen_cache import FrozenCache, weights_digest
+from llm_lightning.losses import check_preference_loss, preference_loss, sequence_log_probs, token_log_probs
+from llm_lightning.models.gpt import GPT
+from llm_lightning.models.lora import LoRALinear, adapter_state, adapters_off, add_adapter, use_adapter
+from llm_lightning.tasks.base import StepOutput, TaskModule
+
+REFERENCES = ("copy", "adapter_off", "adapter_clone", "cached")
+CLONE = "reference"
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Of rewards at step 0; of half-precision types 1e-2."""
+PAIRS_PER_BATCH = 8
+
+log = logging.getLogger(__name__)
+
+
+class DPOModule(TaskModule):
+    """Preference tuning of a policy against a frozen reference, which never leaves eval mode.
+
+    Args:
+        model: the policy at its start, and so the reference.
+        loss: `sigmoid` (the paper's), `average` (the book's), `ipo`, `length_normalised` or `simpo` (no reference).
+        beta: how dear a departure from the reference is.
+        label_smoothing: the share of pairs that are taken to be the wrong way round (conservative DPO).
+        gamma: the margin that `simpo` asks for.
+        reference: one of `REFERENCES`, or `auto`: adapters off where there are adapters, else a copy.
+        max_chosen_drop: nats by which the chosen answers may become less likely before a warning.
+
+    Raises:
+        ValueError: if the reference is impossible for this model, or there is dropout.
+    """
+
+    task, item = "dpo", "pair"
+    model: GPT
+
+    def __init__(
+        self,
+        *,
+        model: GPT,
+        loss: str = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        gamma: float = 0.5,
+        reference: str = "auto",
+        max_chosen_drop: float = 20.0,
+        **common: Any,
+    ) -> None:
+        config, lora = model.config, common.get("lora")
+        if any((config.embedding_dropout, config.attention_dropout, config.residual_dropout, lora and lora.dropout)):
+            raise ValueError(
+                "preference tuning compares the policy with its reference, so that dropout would be taken for a "
+                "difference; set model.dropout=0 and lora.dropout=0"
+            )
+        check_preference_loss(loss, beta, label_smoothing, gamma)
+        resolver = _resolve(reference, has_adapters=lora is not None, needs_none=loss == "simpo")
+        frozen = copy.deepcopy(model).requires_grad_(False) if resolver == "copy" else None
+        super().__init__(model=model, **common)
+        self.loss, self.beta, self.label_smoothing, self.gamma = loss, beta, label_smoothing, gamma
+        self.reference_kind, self.max_chosen_drop = resolver, max_chosen_drop
+        self.reference: GPT | None = frozen
+        if resolver == "adapter_clone":
+            _clone_adapter(model)
+        self._must_check = False
+        self._has_warned = False
+        self._known: dict[str, Tensor] = {}
+
+    def adapt_data(self, datamodule: Any) -> None:
+        datamodule.choose_layout(share_prefix=True)
+
+    def train(self, mode: bool = True) -> DPOModule:
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    # --- one batch -------------------------------------------------------------------------------------------------
+
+    def step_output(self, batch: PreferenceBatch) -> StepOutput:
+        n = batch.n_targets
+        if n == 0:  # of a process that ran out of pairs before the others; the sum makes the backward pass the same
+            hidden = self.model.hidden_states(batch.input_ids, packing=batch.packing)
+            return StepOutput((hidden.sum() + self.model.head_weight().sum()) * 0.0, 0)
+        policy = self.log_probs(self.model, batch)  # (2B,)
+        reference = self.reference_log_probs(batch)
+        found = preference_loss(
+            *policy.split(n),
+            *reference.split(n),
+            *batch.lengths.split(n),
+            kind=self.loss,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            gamma=self.gamma,
+        )
+        margin = (found.chosen_reward - found.rejected_reward).detach()
+        sums = {
+            "reward_accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),  # at the start, all are ties
+            "reward_margin": margin,
+            "chosen_reward": found.chosen_reward.detach(),
+            "rejected_reward": found.rejected_reward.detach(),
+            "chosen_log_prob": policy[:n].detach(),
+            "rejected_log_prob": policy[n:].detach(),
+            "chosen_log_ratio": (policy - reference)[:n].detach(),
+        }
+        count = torch.tensor(float(n), device=margin.device)
+        tokens = batch.lengths.float()
+        # An estimate of KL(policy | reference) on the tokens of the data, not on the policy's own.
+        log_ratio = (policy - reference).detach().sum()
+        return StepOutput(
+            found.loss.sum(),
+            n,
+            metrics={name: (values.sum(), count) for name, values in sums.items()}
+            | {"log_ratio_per_token": (log_ratio, tokens.sum())},
+            outputs={"margin": margin, "longer_by": tokens[:n] - tokens[n:]},
+        )
+
+    def log_probs(self, model: GPT, batch: PreferenceBatch) -> Tensor:
+        """The summed log-probability of each answer, (2B,): all chosen ones, then all rejected ones."""
+        hidden = model.hidden_states(batch.input_ids, packing=batch.packing)
+        picked = hidden.flatten(0, 1).index_select(0, batch.wanted)  # (M, C)
+        log_probs = token_log_probs(picked, model.head_weight(), batch.labels)
+        return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))
+
+    @torch.no_grad()
+    def reference_log_probs(self, batch: PreferenceBatch) -> Tensor:
+        """As `log_probs`, of the reference."""
+        if self.reference_kind == "none":
+            return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32)
+        if self.reference_kind == "cached":
+            if not batch.keys:
+                return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32)
+            rows = torch.stack([self._known[key] for key in batch.keys])  # (B, 2)
+            return rows.T.flatten().to(batch.lengths.device)
+        if self.reference is not None:
+            return self.log_probs(self.reference, batch)
+        with self._as_reference():
+            return self.log_probs(self.model, batch)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """The policy's weights with what was trained taken away."""
+        if self.reference_kind == "adapter_off":
+            with adapters_off(self.model):
+                yield
+            return
+        use_adapter(self.model, CLONE)
+        try:
+            yield
+        finally:
+            use_adapter(self.model, "default")
+
+    # --- the start -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.reference is not None and self.trainer.precision == "bf16-mixed":
+            # As autocast would cast them at every step; embeddings and norms stay, so that step 0 agrees to the bit.
+            for block in self.reference.blocks.modules():
+                if isinstance(block, nn.Linear):
+                    block.to(torch.bfloat16)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.is_sharded:
+            raise ValueError("task=dpo does not run on sharded weights; use accelerator=ddp, gpu, mps or cpu")
+        self._must_check = self.global_step == 0 and self.reference_kind != "none"
+        if self.reference_kind == "cached":
+            self._ensure_known()
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        if self._must_check and batch.n_targets:
+            self.check_start(batch)
+            self._must_check = False
+        return super().training_step(batch, batch_idx)
+
+    @torch.no_grad()
+    def check_start(self, batch: PreferenceBatch) -> None:
+        """Refuse a reference that is not what the policy is now.
+
+        Raises:
+            ValueError: if a log-ratio at step 0 is not 0, so that the sigmoid loss is not ln 2.
+        """
+        difference = (self.log_probs(self.model, batch) - self.reference_log_probs(batch)).abs().max().item()
+        half = self.trainer.precision not in ("32-true", "64-true")
+        tolerance = 1e-2 if half else TOLERANCES.get(next(self.model.parameters()).dtype, 1e-5)
+        if not self.beta * difference <= tolerance:
+            raise ValueError(
+                f"policy and reference differ at step 0: a log-probability by {difference:.3g}, a reward by "
+                f"{self.beta * difference:.3g} (at most {tolerance:g}), so that the loss does not start at ln 2 = "
+                f"{math.log(2):.4f}; the reference ({self.reference_kind}) is not what the policy starts from: give "
+                "both the same weights, or take task.reference=copy"
+            )
+
+    def _ensure_known(self) -> None:
+        """Compute the reference's log-probabilities of all pairs, as far as no earlier run or checkpoint did."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        splits = [datamodule.train_samples, *datamodule.eval_samples.values(), *datamodule.test_samples.values()]
+        samples = [split[index] for split in splits for index in range(len(split))]
+        wanted = [sample.key for sample in samples]
+        if all(key in self._known for key in wanted):
+            return
+        if self.global_step > 0:
+            raise ValueError(
+                "the reference's log-probabilities are not in this checkpoint, and the weights have moved on; start "
+                "the run again"
+            )
+        identity = {
+            "task": self.task,
+            "weights": weights_digest(sorted((name, p.detach()) for name, p in self.model.named_parameters())),
+            "n_head": self.model.config.n_head,
+            "precision": self.trainer.precision,
+            "device": self.device.type,
+        }
+        store = FrozenCache(identity, width=2, dtype=torch.float32)
+
+        def compute(indices: list[int]) -> Tensor:
+            batch = datamodule.collate([samples[index] for index in indices])
+            batch = self.trainer.strategy.batch_to_device(batch, self.device)
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                return self.log_probs(self.model, batch).float().unflatten(0, (2, -1)).T.contiguous().cpu()
+
+        keys = [bytes.fromhex(key) for key in wanted]
+        store.ensure(
+            keys, [1] * len(keys), compute, rows_per_batch=PAIRS_PER_BATCH, description="reference log-probabilities"
+        )
+        self._known = {key: store.rows(bytes.fromhex(key))[0] for key in wanted}
+
+    # --- the whole -------------------------------------------------------------------------------------------------
+
+    def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
+        margin, longer = outputs["margin"].double(), outputs["longer_by"].double()
+        low, high = wilson_interval(round(means["reward_accuracy"] * len(margin)), len(margin))
+        spread = margin.std(unbiased=False) * longer.std(unbiased=False)
+        covariance = ((margin - margin.mean()) * (longer - longer.mean())).mean()
+        metrics = {
+            **means,
+            "reward_accuracy_low": low,
+            "reward_accuracy_high": high,
+            # Near 0: what is preferred is not simply the longer answer.
+            "margin_length_correlation": float(covariance / spread) if spread > 0 else 0.0,
+        }
+        if (
+            stage == "val"
+            and self.reference_kind != "none"
+            and means["chosen_log_ratio"] < -self.max_chosen_drop
+            and not self._has_warned
+        ):
+            self._has_warned = True
+            log.warning(
+                "Chosen answers have become less likely by %.1f nats each (task.max_chosen_drop=%g): the margin grows "
+                "because rejected ones fall faster; lower optimizer.lr or raise task.beta",
+                -means["chosen_log_ratio"],
+                self.max_chosen_drop,
+            )
+        return metrics
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._known:
+            keys = list(self._known)
+            checkpoint["reference_log_probs"] = {"keys": keys, "values": torch.stack([self._known[k] for k in keys])}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        stored = checkpoint.get("reference_log_probs")
+        if stored:
+            self._known = dict(zip(stored["keys"], stored["values"], strict=True))
+
+    def results(self) -> dict[str, Any]:
+        return {"reference": self.reference_kind}
+
+
+def _resolve(reference: str, *, has_adapters: bool, needs_none: bool) -> str:
+    """What to use; raises ValueError, saying what is possible, if it cannot be had."""
+    if reference not in (*REFERENCES, "auto"):
+        near = difflib.get_close_matches(reference, REFERENCES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"task.reference={reference!r} is unknown: {hint}use auto, {', '.join(REFERENCES)}")
+    if needs_none:
+        return "none"
+    if reference == "auto":
+        return "adapter_off" if has_adapters else "copy"
+    if reference.startswith("adapter") and not has_adapters:
+        raise ValueError(
+            f"task.reference={reference} needs adapters, and all weights are trained here; add lora=default, or use "
+            "copy or cached"
+        )
+    return reference
+
+
+def _clone_adapter(model: GPT) -> None:
+    """Add a frozen copy of the adapter in use."""
+    state = {name: tensor.detach().clone() for name, tensor in adapter_state(model).items()}
+    configs = [layer.configs["default"] for layer in model.modules() if isinstance(layer, LoRALinear)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    add_adapter(model, configs[0], CLONE)
+    with torch.no_grad():
+        for name, tensor in adapter_state(model, CLONE).items():
+            tensor.copy_(state[name])
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    use_adapter(model, "default")

@@ -1,0 +1,177 @@
+"""DPO through real runs: it starts at ln 2, the reference stays, and every way to have one gives the same curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import SETTINGS, train_here
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.lora import LoRAConfig
+from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.tasks.dpo import DPOModule
+from llm_lightning.tokenizers import build_tokenizer
+
+LN2 = math.log(2)
+STEPS = 20
+TEMPLATE = "data.template='{instruction} {input} {response}'"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.json"
+    rows = [
+        {"instruction": f"Say {i}", "input": "now" * (i % 3), "chosen": f"yes {i}", "rejected": "no" * (1 + i % 4)}
+        for i in range(60)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model to start from, everything in it drawn at random."""
+    path = tmp_path_factory.mktemp("start") / "start.ckpt"
+    torch.manual_seed(1)
+    config = GPTConfig(vocab_size=257, context_length=64, n_layer=2, n_head=2, n_embd=16)
+    state = {f"model.{name}": torch.randn_like(tensor) * 0.2 for name, tensor in GPT(config).state_dict().items()}
+    state["model.lm_head.weight"] = state["model.token_embedding.weight"]
+    header = checkpoints.describe(task="sft", model_config=config, tokenizer=build_tokenizer("byte"), config={})
+    checkpoints.save(path, {"state_dict": state, checkpoints.HEADER: header})
+    return path
+
+
+def run(folder: Path, start: Path, pairs: Path, *arguments: str) -> dict[str, list[tuple[int, float]]]:
+    """The curves of a run of 20 steps in fp32."""
+    names = {word.partition("=")[0] for word in arguments}
+    settings = [
+        *SETTINGS, "task=dpo", f"init_from={start}", f"data.path={pairs}", TEMPLATE, "model.context_length=64",
+        "model.n_layer=2", f"trainer.max_steps={STEPS}", "trainer.max_epochs=-1", "data.batch_size=4",
+        "optimizer.lr=1e-3", "callbacks.samples=null", f"hydra.run.dir={folder}",
+    ]  # fmt: skip
+    kept = [word for word in settings if word.partition("=")[0] not in names and "samples.prompts" not in word]
+    last = {word.partition("=")[0]: word for word in kept}  # later settings win
+    outcome = train_here([*last.values(), *arguments])
+    assert outcome.code == 0, outcome.err
+    return read_metrics(folder / "metrics.csv")
+
+
+def losses(curves: dict[str, list[tuple[int, float]]]) -> list[float]:
+    assert [step for step, _ in curves["train/loss"]] == list(range(STEPS))
+    return [loss for _, loss in curves["train/loss"]]
+
+
+WAYS = {
+    "copy": [],
+    "cached": ["task.reference=cached"],
+    "padded": ["data.packing=false"],
+    "packed": ["data.packing=true"],
+    "lora, adapters off": ["lora=default"],
+    "lora, clone": ["lora=default", "task.reference=adapter_clone"],
+    "lora, copy": ["lora=default", "task.reference=copy"],
+    "lora, cached": ["lora=default", "task.reference=cached"],
+}
+
+
+def test_every_reference_gives_the_same_curve_from_ln_2_on(start: Path, pairs: Path, tmp_path: Path) -> None:
+    found = {name: run(tmp_path / name.replace(", ", "_").replace(" ", "_"), start, pairs, *arguments)
+             for name, arguments in WAYS.items()}  # fmt: skip
+    for name, curves in found.items():
+        assert losses(curves)[0] == pytest.approx(LN2, abs=1e-5), name
+        assert curves["train/reward_margin"][0][1] == pytest.approx(0, abs=1e-5)
+        like = "lora, adapters off" if name.startswith("lora") else "copy"
+        assert losses(curves) == pytest.approx(losses(found[like]), abs=1e-5), name
+    for name in ("copy", "lora, adapters off"):
+        assert losses(found[name])[-1] < LN2 - 0.01
+        assert found[name]["train/reward_margin"][-1][1] > 0
+
+
+def test_the_reference_is_saved_and_stays_to_the_bit(start: Path, pairs: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", start, pairs)
+    before = checkpoints.load(start)["state_dict"]
+    after = checkpoints.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    for name, tensor in before.items():
+        assert torch.equal(after[name.replace("model.", "reference.", 1)], tensor), name
+    assert not torch.equal(after["model.token_embedding.weight"], before["model.token_embedding.weight"])
+    loaded = checkpoints.load_model(tmp_path / "run")
+    assert loaded.header["task"] == "dpo"
+    assert loaded.gpt.num_parameters() == sum(
+        tensor.numel() for name, tensor in before.items() if name != "model.lm_head.weight"
+    )
+
+
+@pytest.mark.parametrize("way", ["copy", "cached", "lora, adapters off", "lora, clone"])
+def test_a_run_that_goes_on_is_that_of_one_piece(way: str, start: Path, pairs: Path, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", start, pairs, *WAYS[way], "scheduler=constant")
+    half = [*WAYS[way], "scheduler=constant", "trainer.max_steps=7"]
+    with pytest.raises(AssertionError):  # seven steps are not twenty
+        losses(run(tmp_path / "half", start, pairs, *half))
+    continued = run(tmp_path / "half", start, pairs, *WAYS[way], "scheduler=constant")
+    assert losses(continued) == losses(whole)
+
+
+def module(**options: Any) -> DPOModule:
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=257, context_length=32, n_layer=2, n_head=2, n_embd=16)
+    settings = {"optimizer": AdamWConfig(lr=1e-3), "scheduler": WarmupCosineConfig(warmup=0)}
+    return DPOModule(model=GPT(config), tokenizer=build_tokenizer("byte"), **settings, **options)
+
+
+def test_the_reference_is_frozen_and_never_trains() -> None:
+    made = module().train()
+    assert made.reference is not None
+    assert not made.reference.training
+    assert not any(parameter.requires_grad for parameter in made.reference.parameters())
+    assert made.reference.token_embedding.weight is not made.model.token_embedding.weight
+
+
+def test_auto_takes_what_is_cheapest_and_right() -> None:
+    assert module().reference_kind == "copy"
+    assert module(lora=LoRAConfig(rank=2)).reference_kind == "adapter_off"
+    assert module(lora=LoRAConfig(rank=2)).reference is None
+    assert module(loss="simpo").reference_kind == "none"
+    clone = module(lora=LoRAConfig(rank=2), reference="adapter_clone")
+    trained = {name for name, parameter in clone.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert not any("reference" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"reference": "adapter_off"},
+            "needs adapters, and all weights are trained here; add lora=default, or use cop",
+        ),
+        ({"reference": "cashed"}, "did you mean cached"),
+        ({"lora": LoRAConfig(dropout=0.1)}, "set model.dropout=0 and lora.dropout=0"),
+    ],
+)
+def test_an_impossible_reference_says_what_is_possible(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
+def test_a_wrong_reference_is_refused(
+    start: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = DPOModule.__init__
+
+    def tampered(self: DPOModule, **options: Any) -> None:
+        made(self, **options)
+        assert self.reference is not None
+        with torch.no_grad():
+            self.reference.blocks[0].mlp.up_proj.weight.add_(0.05)  # type: ignore[union-attr, operator]
+
+    monkeypatch.setattr(DPOModule, "__init__", tampered)
+    with pytest.raises(
+        AssertionError, match=r"policy and reference differ at step 0.*does not start at ln 2 = 0\.6931"
+    ):
+        run(tmp_path / "run", start, pairs)
