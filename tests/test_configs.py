@@ -152,7 +152,7 @@ def test_models_have_the_published_number_of_parameters(name: str) -> None:
 
 
 def test_model_keys_are_those_of_gpt_config() -> None:
-    extra = {"dropout", "init", "activation_checkpointing", "peak_lr", "finetune_lr"}
+    extra = {"dropout", "init", "activation_checkpointing", "peak_lr", "finetune_lr", "preference_lr"}
     assert set(composed().model) - extra == set(GPTConfig.__dataclass_fields__) - {"layer_norm_eps"}
 
 

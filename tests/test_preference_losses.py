@@ -1,4 +1,7 @@
-"""Log-probabilities of tokens and losses of pairs: by hand, against the book's formulas, and against TRL's code."""
+"""Log-probabilities of tokens and losses of pairs: by hand, against the book's formulas, and against TRL's code.
+
+`tests/data/test_preference_data.py` compares with TRL's DPO trainer, from text on.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,10 @@ def test_sequences_are_summed_by_branch() -> None:
 
 BETA = 0.5
 CHOSEN, REJECTED = torch.tensor([-2.0, -6.0, -3.0]).double(), torch.tensor([-4.0, -5.0, -3.0]).double()
-REFERENCE_CHOSEN, REFERENCE_REJECTED = torch.tensor([-3.0, -4.0, -3.0]).double(), torch.tensor([-3.0, -6.0, -3.0]).double()
+REFERENCE_CHOSEN, REFERENCE_REJECTED = (
+    torch.tensor([-3.0, -4.0, -3.0]).double(),
+    torch.tensor([-3.0, -6.0, -3.0]).double(),
+)
 N_CHOSEN, N_REJECTED = torch.tensor([2, 4, 3]), torch.tensor([1, 5, 6])
 """Of the three pairs, the policy likes the first better than the reference does, the second worse, the third alike.
 
@@ -152,13 +158,11 @@ def test_three_pairs_by_hand(
 @pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
 def test_gradients_reach_the_policy_alone(kind: str) -> None:
     """Up with the chosen answer and down with the rejected one, except where ipo has gone far enough."""
-    sums = [one.clone().requires_grad_() for one in (CHOSEN, REJECTED, REFERENCE_CHOSEN, REFERENCE_REJECTED)]
-    with torch.no_grad():
-        references = sums[2:]
-    found = preference_loss(*sums[:2], *(one.detach() for one in references), N_CHOSEN, N_REJECTED, kind=kind, beta=BETA)
+    policy = [one.clone().requires_grad_() for one in (CHOSEN, REJECTED)]
+    found = preference_loss(*policy, REFERENCE_CHOSEN, REFERENCE_REJECTED, N_CHOSEN, N_REJECTED, kind=kind, beta=BETA)
     assert not found.chosen_reward.requires_grad
     assert not found.rejected_reward.requires_grad
-    chosen, rejected = torch.autograd.grad(found.loss.sum(), sums[:2])
+    chosen, rejected = torch.autograd.grad(found.loss.sum(), policy)
     signs = [1, -1, -1] if kind == "ipo" else [-1, -1, -1]
     assert chosen.sign().tolist() == signs
     assert rejected.sign().tolist() == [-sign for sign in signs]
@@ -225,7 +229,9 @@ def test_average_is_the_books_formula() -> None:
     torch.testing.assert_close(found.loss, expected, rtol=1e-12, atol=0)
     # The book prints rewards without beta.
     torch.testing.assert_close(found.chosen_reward, 0.1 * (model_chosen - reference_chosen), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(found.rejected_reward, 0.1 * (model_rejected - reference_rejected), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        found.rejected_reward, 0.1 * (model_rejected - reference_rejected), rtol=1e-12, atol=1e-15
+    )
 
 
 @pytest.mark.peer
@@ -249,70 +255,3 @@ def test_sigmoid_label_smoothing_and_simpo_are_those_of_trls_cpo_loss(kind: str,
     found = preference_loss(chosen, rejected, *references, n_chosen, n_rejected, kind=kind, **options)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.peer
-@pytest.mark.parametrize(
-    ("kind", "theirs"),
-    [("sigmoid", "sigmoid"), ("ipo", "ipo"), ("length_normalised", "sigmoid_norm"), ("average", "sigmoid_norm")],
-)
-def test_losses_are_those_of_trls_dpo_loss(kind: str, theirs: str) -> None:
-    """TRL's own code on random log-probabilities; only the two models are stand-ins."""
-    pytest.importorskip("trl", reason="needs trl")
-    from trl import DPOTrainer
-
-    generator = torch.Generator().manual_seed(2)
-    n_pairs, width = 5, 12
-    mask = torch.zeros(2 * n_pairs, width, dtype=torch.int64)
-    for row in range(2 * n_pairs):  # a prompt of at least one token, and padding
-        start, length = 1 + row % 3, 2 + (5 * row) % 7
-        mask[row, start : start + length] = 1
-    tokens = -3 * torch.rand(2, 2 * n_pairs, width - 1, generator=generator).double() * mask[:, 1:]
-    policy, reference = tokens.clone().requires_grad_()[0], tokens[1]
-    loss = trl_loss(DPOTrainer, policy, reference, mask, loss_type=theirs, beta=0.3)
-    sums, counts = (policy.sum(1), reference.sum(1)), mask.sum(1)
-    ours = preference_loss(
-        *sums[0].split(n_pairs), *sums[1].split(n_pairs), *counts.split(n_pairs), kind=kind, beta=0.3
-    ).loss.mean()
-    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(one, policy, retain_graph=True)[0] for one in (ours, loss)]
-    torch.testing.assert_close(gradients[0] * mask[:, 1:], gradients[1] * mask[:, 1:], rtol=1e-10, atol=1e-14)
-
-
-def trl_loss(trainer_class: type, policy: Tensor, reference: Tensor, mask: Tensor, *, loss_type: str, beta: float) -> Tensor:
-    """`DPOTrainer._compute_loss` with given log-probabilities per token."""
-    from collections import defaultdict
-
-    n_pairs = len(mask) // 2
-    zeros = torch.zeros_like(policy.detach())
-
-    def model(**_: object) -> SimpleNamespace:
-        return SimpleNamespace(
-            log_probs=policy, entropy=zeros, entropies=zeros, logits_sum=zeros, mean_logits=zeros, is_top1=zeros.bool()
-        )
-
-    accelerator = SimpleNamespace(
-        device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x, num_processes=1, unwrap_model=lambda x: x
-    )
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=accelerator,
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        beta=beta,
-        label_smoothing=0.0,
-        use_weighting=False,
-        num_input_tokens_seen=0,
-        _total_train_tokens=0,
-        state=SimpleNamespace(num_input_tokens_seen=0),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-    )
-    inputs = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask}
-    inputs |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference.sum(1).split(n_pairs), strict=True))
-    wrapped = SimpleNamespace(training=True)
-    wrapped = type("Model", (), {"training": True, "__call__": lambda self, **given: model(**given)})()
-    return trainer_class._compute_loss(trainer, wrapped, inputs, return_outputs=False)

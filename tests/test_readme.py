@@ -14,6 +14,7 @@ from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
 from llm_lightning.cli.main import main as cli
 from llm_lightning.experiments.config_checks import check_overrides
 from llm_lightning.experiments.launch import expand_sweep
+from llm_lightning.experiments.pipeline import plan
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`((?:python train\.py|llm-lightning)[^`]*)`", README)))
@@ -36,6 +37,9 @@ def test_set_up_is_what_ci_runs(line: str) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and "--help" not in c])
 def test_settings_compose(command: str) -> None:
     arguments = expand_sweep(shlex.split(command)[2:], ROOT / "conf")
+    if any(word.startswith("pipeline=") for word in arguments):
+        assert plan(arguments, ROOT / "conf")
+        return
     assert check_overrides(arguments, ROOT / "conf").seed is not None
 
 
@@ -101,7 +105,7 @@ def test_tools(command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "FILE": "text.txt",
         "FOLDER": "exported",
     }
-    if "respond CKPT" in command:  # the other one reads 16 bytes, less than any question
+    if "respond CKPT" in command or "compare CKPT" in command:  # the other one reads 16 bytes, less than any question
         words["CKPT"] = words["TUNED"]
     arguments = [words.get(word, word) for word in shlex.split(command)[1:]]
     assert cli(arguments) in (0, None)

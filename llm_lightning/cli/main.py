@@ -25,7 +25,7 @@ VERBS = {
     "respond": "answer the questions of a file",
     "judge": "score answers, by a language model or by their words",
     "compare": "the answers of two models side by side, on a page",
-    "lineage": "the chain of runs that a checkpoint comes from",
+    "lineage": "the runs that led to a checkpoint, and whether they are still what they were",
     "inspect-data": "show instruction records as the model sees them",
     "statistics": "lengths, repetitions and frequent answers of a file",
     "near-duplicates": "find records that are almost the same, and remove them",

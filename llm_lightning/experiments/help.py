@@ -87,7 +87,8 @@ def _full_help(config_dir: Path) -> Iterator[str]:
     for group, default in defaults:
         options = group_options(config_dir, group)
         yield f"  {group:<12} " + "  ".join(f"*{name}" if name == default else name for name in options)
-    for group, title in (("task", "Tasks"), ("experiment", "Experiments"), ("sweep", "Sweeps"), ("debug", "Debugging")):
+    titles = {"task": "Tasks", "experiment": "Experiments", "pipeline": "Pipelines"}
+    for group, title in {**titles, "sweep": "Sweeps", "debug": "Debugging"}.items():
         yield f"\n{title}"
         for name in group_options(config_dir, group):
             choice = f"{group}={name}"

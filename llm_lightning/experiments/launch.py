@@ -126,14 +126,18 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
 def wait_for(process: subprocess.Popen[bytes]) -> int:
     """The exit code of `process`, which is given the time to save itself when this one is told to stop."""
 
+    received: list[int] = []
+
     def stop(signum: int, _: Any) -> None:
-        process.terminate()
-        process.wait()
-        sys.exit(128 + signum)
+        received.append(signum)
+        process.terminate()  # to wait for it in here would wait for ever: `wait` below holds a lock
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        return process.wait()
+        code = process.wait()
+        if received:
+            sys.exit(128 + received[0])
+        return code
     except KeyboardInterrupt:  # the terminal sends it to both
         process.wait()
         raise

@@ -19,10 +19,18 @@ from llm_lightning.experiments.launch import STARTED_IN
 from llm_lightning.experiments.run_folder import RunFolder
 
 PACKAGES = ("llm-lightning", "torch", "lightning", "hydra-core")
-SHOWN_METRICS = ("val/perplexity", "val/bits_per_byte", "val/accuracy", "train/eval_loss")
+SHOWN_METRICS = (
+    "val/perplexity",
+    "val/bits_per_byte",
+    "val/accuracy",
+    "val/reward_accuracy",
+    "val/reward_margin",
+    "train/eval_loss",
+)
 NEXT = {
     "classification": 'llm-lightning classify {} "Hello, are you free tonight?"',
     "sft": "llm-lightning respond {} --split test -o responses.json",
+    "dpo": "llm-lightning compare {parent} {} --split test -o comparison.html",
 }
 
 
@@ -96,7 +104,8 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
     lines += _tested(metrics)
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
-    command = NEXT.get(summary["task"], 'llm-lightning generate {} "The"').format(checkpoint)
+    parent = shlex.quote(str(summary["lineage"].get("parent_name")))
+    command = NEXT.get(summary["task"], 'llm-lightning generate {} "The"').format(checkpoint, parent=parent)
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]
 
 
@@ -108,6 +117,9 @@ def _tested(metrics: dict[str, float]) -> list[str]:
             f"{name} {metrics[f'test/{name}']:.4f}" for name in ("f1", "auroc") if f"test/{name}" in metrics
         )
         lines.append(f"Test accuracy of the best checkpoint {_with_interval(metrics, 'test/accuracy')}, {more}.")
+    if "test/reward_accuracy" in metrics:
+        accuracy, margin = _with_interval(metrics, "test/reward_accuracy"), metrics["test/reward_margin"]
+        lines.append(f"Test reward accuracy of the best checkpoint {accuracy}, margin {margin:.4f}.")
     if "test/perplexity" in metrics:
         perplexity = f"perplexity {metrics['test/perplexity']:.4f}"
         lines.append(f"Test loss of the best checkpoint {metrics['test/loss']:.4f}, {perplexity}.")

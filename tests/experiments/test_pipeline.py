@@ -198,11 +198,26 @@ def test_a_chain_in_use_is_refused(words: list[str], chain: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_chain_that_is_told_to_stop_lets_its_stage_save(words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "chain"
+    longer = ["trainer.max_steps=100000", "trainer.max_epochs=-1", f"hydra.run.dir={folder}"]
+    process = start([*(word for word in words if "max_steps" not in word), *longer], tmp_path)
+    deadline = time.monotonic() + 120
+    while not (folder / "first" / "metrics.csv").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    outcome = finish(process)
+    assert outcome.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; saved" in outcome.err
+    assert list((folder / "first" / "checkpoints").glob("step_*.ckpt"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_in", ["first", "second"])
 def test_a_killed_chain_ends_the_same(
     words: list[str], tmp_path: Path, killed_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    longer = [*words, "trainer.max_steps=60", "callbacks.checkpoints.every_n_steps=5", "callbacks.samples=null"]
+    longer = [*words, "trainer.max_steps=24", "callbacks.checkpoints.every_n_steps=4", "callbacks.samples=null"]
     longer = list({word.partition("=")[0]: word for word in longer[2:]}.values())
     command = [*words[:2], *longer]
     folder = tmp_path / "killed"
