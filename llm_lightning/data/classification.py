@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from llm_lightning.data.base import BaseDataModule, evenly_spaced
+from llm_lightning.data.base import BaseDataModule, Rows, evenly_spaced
 from llm_lightning.data.batches import WIDTHS, ClassificationBatch, LabelledSample, collate_classification
-from llm_lightning.data.download import Pinned, download
+from llm_lightning.data.download import Pinned, check_name, file_of
 from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.splits import grouped_split, normalized
@@ -55,19 +54,6 @@ NAMED = {
         ("label", "text"),
     ),
 }
-
-
-class LabelledSamples(Dataset):
-    """Token ids and class of each text of a split."""
-
-    def __init__(self, rows: list[LabelledSample]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> LabelledSample:
-        return self.rows[index]
 
 
 class ClassificationDataModule(BaseDataModule):
@@ -121,10 +107,7 @@ class ClassificationDataModule(BaseDataModule):
     ) -> None:
         super().__init__(**loading)
         _check_settings(split, balance, val_fraction, test_fraction, max_length, pad_to)
-        if name is not None and name not in NAMED:
-            near = difflib.get_close_matches(name, NAMED, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(NAMED)}, or null with data.path=FILE")
+        check_name(name, NAMED)
         if path is not None and name is not None and isinstance(NAMED[name].file, Path):
             name = None  # a file of one's own wins over the embedded set, of which nobody has a copy
         if split == "book" and name != "sms_spam":
@@ -206,7 +189,7 @@ class ClassificationDataModule(BaseDataModule):
             if self._path is None:
                 raise ValueError("data.name and data.path are both null; give data.path=FILE, .csv, .tsv or .jsonl")
             return read_labelled(self._path, text_column=self._columns[0], label_column=self._columns[1]), []
-        file = Path(self._path) if self._path else _local(named)
+        file = Path(self._path) if self._path else file_of(named.file)
         if self._split == "book":
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist; check data.path")
@@ -237,7 +220,7 @@ class ClassificationDataModule(BaseDataModule):
         self.pad_to = self._padded_length(max(min(len(ids), limit) for ids in whole["train"]))
         limit = min(limit, self.pad_to or limit)
         samples = {
-            split: LabelledSamples(
+            split: Rows(
                 [
                     LabelledSample(index, ids[:limit], label)
                     for index, (ids, (_, label)) in enumerate(zip(whole[split], rows, strict=True))
@@ -380,10 +363,6 @@ def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> li
     if absent:
         raise ValueError(f"no record has the label {sorted(absent)[0]!r} of data.labels; leave it out")
     return [index[record.label] for record in records]
-
-
-def _local(named: NamedSet) -> Path:
-    return named.file if isinstance(named.file, Path) else download(named.file)
 
 
 def _check_settings(

@@ -1,13 +1,10 @@
-"""What the data modules of conversations have in common: their settings, splits, and what is packed."""
+"""Conversations in data modules: which settings there are, how they are split, what may be lost."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_lightning.data.download import Pinned, download
 from llm_lightning.data.splits import grouped_split, joined_groups, normalized, order_split
 from llm_lightning.data.templates import Conversation, Template
 
@@ -16,10 +13,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "too_long": ("cut_prompt", "drop", "cut_answer"),
     "packing": ("auto", True, False),
 }
-PACKING_PAYS_FROM = 0.05
-"""Share of positions to be saved from which packing is faster: at 5% of padding and nothing to share, it took as long
-as padded batches, with 124M parameters on a CPU."""
-BATCHES_LOOKED_AT = 200
 
 
 def split_conversations(
@@ -85,19 +78,6 @@ def check_numbers(val: float, test: float, max_lost: float, max_length: int | No
         raise ValueError(f"data.max_lost={max_lost} must be between 0 and 1")
     if max_length is not None and max_length < 2:
         raise ValueError(f"data.max_length={max_length} must be at least 2")
-
-
-def check_name(name: str | None, named: Collection[str]) -> None:
-    """Raise ValueError for a set that there is not."""
-    if name is not None and name not in named:
-        near = difflib.get_close_matches(name, named, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(named)}, or null with data.path=FILE")
-
-
-def file_of(named: Path | Pinned) -> Path:
-    """The file of a named set, downloaded if need be."""
-    return named if isinstance(named, Path) else download(named)
 
 
 def refuse_losses(facts: Mapping[str, Any], max_lost: float) -> None:

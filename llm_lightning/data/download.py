@@ -7,6 +7,7 @@ as `<name>.part` and resumed. A file that is already there is verified without o
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import json
@@ -18,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
@@ -66,6 +67,19 @@ class Pinned:
 def cache_dir() -> Path:
     """Return the one folder for everything that can be fetched or computed again."""
     return Path(os.environ.get("LLM_LIGHTNING_CACHE") or Path.home() / ".cache" / "llm_lightning").expanduser()
+
+
+def check_name(name: str | None, named: Collection[str]) -> None:
+    """Raise ValueError for a named data set that there is not."""
+    if name is not None and name not in named:
+        near = difflib.get_close_matches(name, named, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(named)}, or null with data.path=FILE")
+
+
+def file_of(named: Path | Pinned) -> Path:
+    """The file of a named data set, downloaded if need be."""
+    return named if isinstance(named, Path) else download(named)
 
 
 def download(pinned: Pinned, folder: Path | None = None) -> Path:

@@ -100,6 +100,10 @@ class Template:
             pieces += [Segment(turn.response, "response"), Segment("", "end")]
         return [piece for piece in pieces if piece.text or piece.kind == "end"]
 
+    def text_of(self, conversation: Conversation) -> str:
+        """The whole conversation as text, without the ends of its answers."""
+        return "".join(segment.text for segment in self.segments(conversation))
+
     def prompt(self, conversation: Conversation) -> list[Segment]:
         """What stands before the last answer."""
         whole = self.segments(conversation)

@@ -233,7 +233,7 @@ def test_pairs_with_the_same_answer_twice_are_counted_and_left_out(tmp_path: Pat
     records = [plain(f"q{i}", f"c{i}") for i in range(40)]
     records[3]["rejected"], records[30]["rejected"], records[39]["rejected"] = "c3", " c30\n", "c39 "
     data = module(write(tmp_path / "x.json", records))
-    assert {split: len(data.pairs_of(split)) for split in ("train", "val", "test")} == {
+    assert {split: len(data.records[split]) for split in ("train", "val", "test")} == {
         "train": 30,
         "val": 3,
         "test": 4,
@@ -316,7 +316,7 @@ def test_what_becomes_of_pairs_that_are_too_long(
     assert report["splits"]["train"]["most_tokens"] <= LIMIT + 1
     for batch in data.train_dataloader():
         assert batch.lengths.min() > 0
-    assert len(data.pairs_of("train")) == 32, "also what is not trained on can be answered"
+    assert len(data.records["train"]) == 32, "also what is not trained on can be answered"
 
 
 @pytest.mark.parametrize("too_long", ["cut_prompt", "drop", "cut_answer"])
@@ -633,7 +633,7 @@ def test_the_books_pairs() -> None:
     data = module(path, tokenizer=GPT2, val_fraction=0.05, score_eos=False, score_header=True, **options)
     report = data.report()
     assert (report["records"], report["identical"], report["dropped"], report["prompts_cut"]) == (1100, 6, 0, 0)
-    pairs = {split: [one.conversation.record for one in data.pairs_of(split)] for split in ("train", "val", "test")}
+    pairs = {split: [one.conversation.record for one in data.records[split]] for split in ("train", "val", "test")}
     records = json.loads(path.read_text())
     borders = {"train": (0, 935), "test": (935, 1045), "val": (1045, 1100)}
     for split, (start, end) in borders.items():
