@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -32,3 +37,10 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_figure(path: str | Path, figure: Figure) -> None:
+    """Write a picture in the format of the file's suffix, PNG without one."""
+    image = io.BytesIO()
+    figure.savefig(image, format=Path(path).suffix[1:] or "png", dpi=120)
+    write_atomically(path, image.getvalue())

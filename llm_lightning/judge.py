@@ -262,6 +262,25 @@ class Judge:
                     raise
         return [found[prompt] for prompt in prompts]
 
+    def refuse_unreachable(self) -> None:
+        """Find out, before any work is spent, whether something listens at the address.
+
+        Raises:
+            ConnectionError: if nothing does, saying how to start a judge.
+        """
+        from http.client import HTTPException
+        from urllib.error import HTTPError, URLError
+        from urllib.request import urlopen
+
+        try:
+            urlopen(f"{self.url.rstrip('/')}/models", timeout=CONNECT_TIMEOUT).close()
+        except HTTPError as error:  # whether what listens there is a judge is seen when it is asked
+            error.close()
+        except URLError as error:
+            raise ConnectionError(self._unreachable(str(error.reason))) from error
+        except (OSError, HTTPException):  # slow, or odd: seen when it is asked
+            return
+
     # --- one prompt --------------------------------------------------------------------------------------------------
 
     def _judge(self, prompt: str, parse: Callable[[str], int | str | None]) -> Verdict:

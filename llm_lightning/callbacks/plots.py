@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from llm_lightning.atomic import write_atomically
+from llm_lightning.atomic import write_figure
 from llm_lightning.callbacks.run_logs import TensorBoard, read_metrics
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Plots(L.Callback):
         folder = Path(trainer.default_root_dir) / "plots"
         for name, figure in trainer.lightning_module.figures().items():  # type: ignore[operator]
             folder.mkdir(exist_ok=True)
-            _save(figure, folder / f"{name}.png")
+            write_figure(folder / f"{name}.png", figure)
             for logger in trainer.loggers:
                 # Only what will not be drawn again under this step: a killed run continues with each picture once.
                 if isinstance(logger, TensorBoard) and trainer.state.fn == "test":
@@ -85,11 +84,11 @@ def draw_plots(run_dir: Path, steps_per_epoch: int) -> None:
     curves = read_metrics(metrics)
     (run_dir / "plots").mkdir(exist_ok=True)
     if any(name in curves for name in LOSSES):
-        _save(loss_figure(curves, steps_per_epoch), run_dir / "plots" / "loss.png")
+        write_figure(run_dir / "plots" / "loss.png", loss_figure(curves, steps_per_epoch))
     if any(name in curves for name in ACCURACIES):
-        _save(accuracy_figure(curves, steps_per_epoch), run_dir / "plots" / "accuracy.png")
+        write_figure(run_dir / "plots" / "accuracy.png", accuracy_figure(curves, steps_per_epoch))
     if "lr" in curves:
-        _save(lr_figure(curves), run_dir / "plots" / "lr.png")
+        write_figure(run_dir / "plots" / "lr.png", lr_figure(curves))
 
 
 def loss_figure(curves: Curves, steps_per_epoch: int) -> Figure:
@@ -144,9 +143,3 @@ def _figure() -> tuple[Figure, Any]:
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, image.getvalue())

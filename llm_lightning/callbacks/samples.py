@@ -15,6 +15,7 @@ import torch
 
 from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.run_logs import TensorBoard
+from llm_lightning.data.inspection import printable
 from llm_lightning.generation import generate
 
 TERMINAL_WIDTH = 100
@@ -111,7 +112,7 @@ class Samples(L.Callback):
         pairs = zip(self._prompt_ids, continuations, strict=True)
         # Decoded together, because words may be joined by a space.
         whole = [(tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
-        return [(_printable(prompt), _printable(text[len(prompt) :])) for prompt, text in whole]
+        return [(printable(prompt), printable(text[len(prompt) :])) for prompt, text in whole]
 
     def path(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "samples.md"
@@ -151,11 +152,6 @@ def drop_sections_from(path: Path, step: int) -> None:
     content = "".join(kept).encode()
     if content != path.read_bytes():
         write_atomically(path, content)
-
-
-def _printable(text: str) -> str:
-    """A young model also writes control characters; a terminal would obey them."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _indented(text: str) -> str:

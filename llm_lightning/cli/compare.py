@@ -10,16 +10,17 @@ other, comparison.html and comparison.md, with the learning curves of B in compa
 from __future__ import annotations
 
 import argparse
-import html
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
 
-from llm_lightning.cli.main import add_base_argument, add_device_arguments, open_model
+from llm_lightning.cli.main import add_base_argument, add_device_arguments, aligned, open_model
+from llm_lightning.cli.respond import DATA_SUFFIXES
+from llm_lightning.experiments.comparison_page import Item, Measure, Page, as_html, as_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from llm_lightning.data.templates import Conversation, Template
     from llm_lightning.judge import Comparison, Judge, ScoreSummary, Verdict
 
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PAGE_SUFFIXES = (".html", ".md")
 A, B = COLUMNS = ("model_response_A", "model_response_B")
 NGRAM, TIMES = 3, 3
@@ -41,39 +41,6 @@ PANELS = {
 }
 
 Curves = dict[str, list[tuple[int, float]]]
-
-
-class Measure(NamedTuple):
-    """A row of the table at the top."""
-
-    name: str
-    a: str
-    b: str
-    of: str
-    """how many records it is of"""
-
-
-class Item(NamedTuple):
-    """One prompt and what was answered."""
-
-    prompt: str
-    correct: str
-    a: str
-    b: str
-    remarks: list[str]
-    """what the judge said"""
-
-
-class Page(NamedTuple):
-    """What is written, in whatever form."""
-
-    title: str
-    facts: list[str]
-    measures: list[Measure]
-    remarks: list[str]
-    items: list[Item]
-    picture: str | None
-    """a file beside the page"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer, measure, judge, write; everything that can be refused early is."""
-    from llm_lightning.atomic import write_atomically
+    from llm_lightning.atomic import write_atomically, write_figure
     from llm_lightning.responses import answered
 
     _check(args)
@@ -160,10 +127,10 @@ def run(args: argparse.Namespace) -> None:
         picture=picture.name if picture else None,
     )
     if picture:
-        write_atomically(picture, _png(_figure(curves)))
+        write_figure(picture, _figure(curves))
     for suffix, form in ((".html", as_html), (".md", as_markdown)):
         write_atomically(args.output.with_suffix(suffix), form(page))
-    print("\n".join(_aligned([("", "A", "B", "of"), *measures])))
+    print("\n".join(aligned([("", "A", "B", "of"), *measures])))
     written = [args.output.with_suffix(suffix) for suffix in PAGE_SUFFIXES] + ([picture] if picture else [])
     print(f"written: {', '.join(map(str, written))}")
 
@@ -223,24 +190,19 @@ def _is_adapter(path: str) -> bool:
 
 def _template(models: Sequence[LoadedModel], wanted: str | None) -> Template:
     """The wanted one, else that of B's training, else of A's: both models are asked in the same words."""
-    from llm_lightning.cli.respond import template_of
+    from llm_lightning.cli.respond import data_settings, template_of
 
     reference, policy = models
-    is_known = wanted or _trained(policy).get("template") or not _trained(reference).get("template")
+    is_known = wanted or data_settings(policy).get("template") or not data_settings(reference).get("template")
     return template_of(policy if is_known else reference, wanted)
-
-
-def _trained(loaded: LoadedModel) -> dict[str, Any]:
-    """The settings of the data that a model was trained on."""
-    return dict(loaded.header.get("config", {}).get("data") or {})
 
 
 def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> tuple[list[Conversation], str]:
     """The prompts, and what they are of."""
-    if args.data is not None:
-        return _read(args.data, _trained(models[1]))[: args.limit], str(args.data)
-    from llm_lightning.cli.respond import data_of
+    from llm_lightning.cli.respond import data_of, read_records
 
+    if args.data is not None:
+        return read_records(args.data, models[1])[: args.limit], str(args.data)
     reference, policy = models
     for name, loaded in (("B", policy), ("A", reference)):
         if loaded.header.get("task") == "sft":
@@ -252,21 +214,6 @@ def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> t
         f"--split {args.split} needs a model that was trained on questions and answers (task=sft), and none was "
         f"({tasks}); give a .json or .jsonl file of records instead"
     )
-
-
-def _read(path: Path, trained: dict[str, Any]) -> list[Conversation]:
-    """Records of a file; of preference pairs, the chosen answer is the correct one."""
-    from llm_lightning.data import instruction_records, preference_records
-    from llm_lightning.data.json_records import read_json_records
-
-    columns = trained.get("columns") or {}
-    first = read_json_records(path)[0].record
-    pair = {columns.get(field) or field for field in ("chosen", "rejected")}
-    if pair <= set(first) and (columns.get("output") or "output") not in first:
-        known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}
-        return [one.conversation for one in preference_records.read_preferences(path, columns=known)[0]]
-    known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
-    return instruction_records.read_instructions(path, columns=known, empty_output="keep")[0]
 
 
 def _respond(
@@ -379,39 +326,28 @@ def _judge(args: argparse.Namespace) -> Judge | None:
     if find_spec("openai") is None:
         raise ValueError("the judge needs the openai package: pip install 'llm-lightning[judge]'")
     judge = Judge(args.judge_url or DEFAULT_URL, args.judge_model or DEFAULT_MODEL, progress=True)
-    _refuse_unreachable(judge)
+    with _own_options():
+        judge.refuse_unreachable()
     return judge
 
 
-def _refuse_unreachable(judge: Judge) -> None:
-    from urllib.error import HTTPError, URLError
-    from urllib.request import urlopen
-
-    from llm_lightning.judge import CONNECT_TIMEOUT
-
+@contextmanager
+def _own_options() -> Iterator[None]:
+    """Errors of the judge, which names the options of `llm-lightning judge`, with those of this verb."""
     try:
-        urlopen(f"{judge.url.rstrip('/')}/models", timeout=CONNECT_TIMEOUT).close()
-    except HTTPError as error:  # something listens there; whether it is a judge is seen when it is asked
-        error.close()
-    except URLError as error:
-        raise ConnectionError(
-            f"no judge answers at {judge.url} ({error.reason}); start one with `ollama serve` and `ollama pull "
-            f"{judge.model}`, name another address with --judge-url, or leave --judge out"
-        ) from error
-    except Exception:  # slow, or odd: the judge itself knows better how to deal with it
-        return
+        yield
+    except (ValueError, ConnectionError) as error:
+        kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
+        raise kind(re.sub(r"--(url|model)\b", r"--judge-\1", str(error))) from error
 
 
 def _judged(judge: Judge, rows: Sequence[dict[str, Any]]) -> Judged:
     """Scores of both, and which one is better, asked in both orders."""
     from llm_lightning.judge import compare_responses, score_responses, summarise_pairs, summarise_scores
 
-    try:
+    with _own_options():
         verdicts = [score_responses(judge, rows, column) for column in COLUMNS]
         pairs = compare_responses(judge, rows, B, A)  # the first one's wins are counted
-    except (ValueError, ConnectionError) as error:  # in the words of `llm-lightning judge`
-        kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
-        raise kind(re.sub(r"--(url|model)\b", r"--judge-\1", str(error))) from error
     scores = [summarise_scores(found) for found in verdicts]
     summary = summarise_pairs(pairs)
     lost = (None if summary.mean is None else 1 - summary.mean, 1 - summary.high, 1 - summary.low)
@@ -505,24 +441,7 @@ def _figure(curves: Curves) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
-    from io import BytesIO
-
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
-
-
-# --- pages -----------------------------------------------------------------------------------------------------------
-
-STYLE = """<style>
-body { font: 15px/1.5 sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; width: 100%; table-layout: fixed }
-th, td { border: 1px solid #ddd; padding: .4em .7em; text-align: left; vertical-align: top; overflow-wrap: anywhere }
-th { background: #f6f6f6 } pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; font-size: 13px }
-td { white-space: pre-wrap } img { max-width: 100% } .none { color: #aaa }
-</style>"""
-EMPTY = "(empty)"
+# --- records ---------------------------------------------------------------------------------------------------------
 
 
 def _item(conversation: Conversation, row: dict[str, Any], remarks: list[str]) -> Item:
@@ -540,75 +459,3 @@ def _visible(text: str) -> str:
     """Without characters that are control, not text."""
     text = text.replace("\r\n", "\n")
     return "".join(char if char.isprintable() or char in "\n\t" or char.isspace() else "\ufffd" for char in text)
-
-
-def as_html(page: Page) -> str:
-    """A page of its own; whatever comes from a model or a file is escaped."""
-    e = html.escape
-    lines = [
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{e(page.title)}</title>{STYLE}',
-        f"<h1>{e(page.title)}</h1>",
-        *(f"<p>{e(fact)}</p>" for fact in page.facts),
-        _html_table(("", "A", "B", "of"), [list(measure) for measure in page.measures], e),
-        *(f"<p>{e(remark)}</p>" for remark in page.remarks),
-    ]
-    if page.picture:
-        source = e(quote(page.picture))
-        lines.append(f'<p><a href="{source}"><img src="{source}" alt="learning curves"></a></p>')
-    for number, item in enumerate(page.items, start=1):
-        lines += [
-            f"<h2>{number}</h2>\n<pre>{e(item.prompt)}</pre>",
-            _html_table(("correct answer", "A", "B"), [[item.correct, item.a, item.b]], _html_answer),
-            *([f"<p>Judge: {e('; '.join(item.remarks))}</p>"] if item.remarks else []),
-        ]
-    return "\n".join([*lines, "</html>"]) + "\n"
-
-
-def _html_answer(text: str) -> str:
-    return html.escape(text) if text else f'<span class="none">{EMPTY}</span>'
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], form: Callable[[str], str]) -> str:
-    cells = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
-    cells += ["".join(f"<td>{form(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def as_markdown(page: Page) -> str:
-    """The same, for a README or an issue."""
-    m = _markdown
-    lines = [f"# {m(page.title)}", *map(m, page.facts)]
-    lines.append(_markdown_table(("", "A", "B", "of"), [list(measure) for measure in page.measures]))
-    lines += map(m, page.remarks)
-    if page.picture:
-        lines.append(f"![learning curves]({quote(page.picture)})")
-    for number, item in enumerate(page.items, start=1):
-        answers = [text or EMPTY for text in (item.correct, item.a, item.b)]
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", item.prompt)), default=0))
-        lines += [
-            f"## {number}",
-            f"{fence}text\n{item.prompt}\n{fence}",
-            _markdown_table(("correct answer", "A", "B"), [answers]),
-            *([f"Judge: {m('; '.join(item.remarks))}"] if item.remarks else []),
-        ]
-    return "\n\n".join(lines) + "\n"
-
-
-def _markdown(text: str) -> str:
-    """A text that no sign of Markdown or HTML in it changes, on one line."""
-    text = html.escape(text, quote=False)
-    text = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", text)
-    lines = [
-        re.sub(r"^[ \t]+", lambda space: "&nbsp;" * len(space[0].expandtabs(4)), line) for line in text.split("\n")
-    ]
-    return "<br>".join(" ".join(line.splitlines()) for line in lines)
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([_markdown(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write(loaded: LoadedModel, prompts: list[str], stream: bool | None, settings: dict[str, Any]) -> None:
+    from llm_lightning.data.inspection import printable
+
     on_terminal = sys.stdout.isatty()
     if stream or (stream is None and on_terminal and len(prompts) == 1):
         _stream(loaded, prompts[0], on_terminal, settings)
@@ -95,7 +97,7 @@ def _write(loaded: LoadedModel, prompts: list[str], stream: bool | None, setting
     for number, text in enumerate(texts, start=1):
         if len(texts) > 1:
             print(f"--- {number}")
-        print(_printable(text) if on_terminal else text)
+        print(printable(text) if on_terminal else text)
 
 
 def generate_text(loaded: LoadedModel, prompt: str, **settings: Any) -> str:
@@ -134,12 +136,13 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def _stream(loaded: LoadedModel, prompt: str, on_terminal: bool, settings: dict[str, Any]) -> None:
+    from llm_lightning.data.inspection import printable
     from llm_lightning.tokenizers import StreamDecoder
 
     decoder = StreamDecoder(loaded.tokenizer)
 
     def write(text: str) -> None:
-        sys.stdout.write(_printable(text) if on_terminal else text)
+        sys.stdout.write(printable(text) if on_terminal else text)
         sys.stdout.flush()
 
     on_token: OnToken = lambda _row, token: write(decoder.feed(token))  # noqa: E731
@@ -171,8 +174,3 @@ def _read_prompts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
     return [line for line in lines if line]
-
-
-def _printable(text: str) -> str:
-    """Replace control characters: a young model also writes those, and a terminal would obey them."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)

@@ -9,17 +9,29 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_lightning.cli.respond import DATA_SUFFIXES
 
 if TYPE_CHECKING:
     from llm_lightning.data.batches import LMBatch
     from llm_lightning.tokenizers import Tokenizer
 
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
+
+class Shown(NamedTuple):
+    """What is shown."""
+
+    title: str
+    tokenizer: Tokenizer
+    batch: LMBatch
+    rows: list[str] | None
+    """what the rows are called"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a .json or .jsonl file, a named set, or a model of task=sft")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a .json or .jsonl file, a named set, or a model of task=sft or task=dpo"
+    )
     parser.add_argument("-n", "--number", type=int, default=4, metavar="N", help="records (default: %(default)s)")
     parser.add_argument(
         "--split", choices=("train", "val", "test"), default="train", help="of a model (default: %(default)s)"
@@ -38,12 +50,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.number < 1:
         raise ValueError(f"--number {args.number} must be at least 1")
-    title, tokenizer, batch = _of_records(args) if _is_data(args.source) else _of_model(args)
+    shown = _of_records(args) if _is_data(args.source) else _of_model(args)
     if args.html:
-        write_atomically(args.html, as_html(tokenizer, batch, title))
-        print(f"{args.html}: {len(batch.input_ids)} records")
+        write_atomically(args.html, as_html(shown.tokenizer, shown.batch, shown.title, titles=shown.rows))
+        print(f"{args.html}: {len(shown.batch.input_ids)} records")
         return
-    print(as_text(tokenizer, batch, colour=sys.stdout.isatty()))
+    print(as_text(shown.tokenizer, shown.batch, colour=sys.stdout.isatty(), titles=shown.rows))
 
 
 def _is_data(source: str) -> bool:
@@ -52,15 +64,17 @@ def _is_data(source: str) -> bool:
     return source.lower().endswith(DATA_SUFFIXES) or source in NAMED
 
 
-def _of_model(args: argparse.Namespace) -> tuple[str, Tokenizer, LMBatch]:
+def _of_model(args: argparse.Namespace) -> Shown:
     from llm_lightning.checkpoint import load_model
     from llm_lightning.cli.respond import data_of
 
     data = data_of(load_model(args.source))
-    return f"{data.describe()}: {args.split}", data.tokenizer, data.first_batch(args.split, args.number)
+    batch = data.first_batch(args.split, args.number)
+    title = f"{data.describe()}: {args.split}"
+    return Shown(title, data.tokenizer, batch, data.preview_titles(len(batch.input_ids)))
 
 
-def _of_records(args: argparse.Namespace) -> tuple[str, Tokenizer, LMBatch]:
+def _of_records(args: argparse.Namespace) -> Shown:
     """The first records of a file, whether or not there are enough to train on."""
     from llm_lightning.data.batches import MaskedSample, collate_padded
     from llm_lightning.data.instruction import LOSS_ON, NAMED, encode, local_file
@@ -77,4 +91,4 @@ def _of_records(args: argparse.Namespace) -> tuple[str, Tokenizer, LMBatch]:
     samples = [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(encoded)]
     longest = max(len(one.ids) for one in encoded)
     batch = collate_padded(samples, pad_id=tokenizer.eot_id or 0, context_length=longest)
-    return f"{args.source}: template {template.name}", tokenizer, batch
+    return Shown(f"{args.source}: template {template.name}", tokenizer, batch, None)

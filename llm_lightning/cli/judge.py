@@ -17,10 +17,10 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llm_lightning.cli.main import aligned
 from llm_lightning.judge import (
     DEFAULT_MODEL,
     DEFAULT_URL,
@@ -251,7 +251,7 @@ def _scores(judge: Judge, file: Responses, name: str) -> Report:
             {column: _plain(found[index], "score") for column, found in verdicts.items()}
             for index in range(len(file.records))
         ],
-        lines=[title, *_table(rows), *remarks],
+        lines=[title, *aligned(rows), *remarks],
         figure=_histogram(verdicts, prompt),
     )  # fmt: skip
 
@@ -302,7 +302,7 @@ def _pairs(judge: Judge, file: Responses) -> Report:
             }
             for one in found
         ],
-        lines=[f"{file.path}: {first} against {second}, judged by {judge.model}", *_table(rows), *remarks],
+        lines=[f"{file.path}: {first} against {second}, judged by {judge.model}", *aligned(rows), *remarks],
     )
 
 
@@ -332,7 +332,7 @@ def _lexical(file: Responses) -> Report:
             }
             for index in range(len(references))
         ],
-        lines=[f"{file.path}: compared with the references (0 to 1)", *_table(rows), said],
+        lines=[f"{file.path}: compared with the references (0 to 1)", *aligned(rows), said],
     )  # fmt: skip
 
 
@@ -357,7 +357,7 @@ def _mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _write(report: Report, output: Path) -> list[Path]:
-    from llm_lightning.atomic import write_atomically
+    from llm_lightning.atomic import write_atomically, write_figure
 
     records = [{"record": number, **record} for number, record in enumerate(report.records, start=1)]
     text = json.dumps({"summary": report.summary, "records": records}, indent=1, ensure_ascii=False)
@@ -365,9 +365,7 @@ def _write(report: Report, output: Path) -> list[Path]:
     write_atomically(output, text.encode("utf-8", "backslashreplace") + b"\n")
     if report.figure is None:
         return [output]
-    image = BytesIO()
-    report.figure.savefig(image, format="png", dpi=120)
-    write_atomically(output.with_suffix(".png"), image.getvalue())
+    write_figure(output.with_suffix(".png"), report.figure)
     return [output, output.with_suffix(".png")]
 
 
@@ -416,9 +414,3 @@ def _failure_remarks(verdicts: Sequence[Verdict]) -> list[str]:
 def _shown(text: str) -> str:
     line = " ".join(text.split())
     return repr(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the first column to the left and the others to the right."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

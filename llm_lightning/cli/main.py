@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -73,6 +73,18 @@ def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
     parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
     return args.verb, args.rest
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, the first column to the left and the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+def one_line(text: str, width: int) -> str:
+    """A text on one line of a terminal, cut to `width`."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_lightning.cli.main import one_line
+
 if TYPE_CHECKING:
     from llm_lightning.data.json_records import JsonRecord
     from llm_lightning.near_duplicates import NearDuplicates
@@ -109,19 +111,14 @@ def _lines(key: str, texts: Sequence[str], found: NearDuplicates, show: int) -> 
         f"later ones of a group: {_n_later(found):,}"
     )
     for pair in islice(found.pairs(), show):
-        yield f"  {pair.similarity:.2f}  {pair.first + 1:>6}  {_one_line(texts[pair.first])}"
-        yield f"        {pair.second + 1:>6}  {_one_line(texts[pair.second])}"
+        yield f"  {pair.similarity:.2f}  {pair.first + 1:>6}  {one_line(texts[pair.first], WIDTH)}"
+        yield f"        {pair.second + 1:>6}  {one_line(texts[pair.second], WIDTH)}"
     if found.n_pairs > show:
         yield f"  more pairs: {found.n_pairs - show:,} (--show {found.n_pairs})"
 
 
 def _n_later(found: NearDuplicates) -> int:
     return sum(len(group) - 1 for group in found.groups)
-
-
-def _one_line(text: str) -> str:
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def _facts(found: NearDuplicates, show: int) -> dict[str, Any]:

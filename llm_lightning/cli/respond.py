@@ -20,7 +20,7 @@ from llm_lightning.cli.main import add_base_argument, add_device_arguments, open
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
-    from llm_lightning.data.instruction import InstructionDataModule
+    from llm_lightning.data.base import ConversationDataModule
     from llm_lightning.data.templates import Conversation, Template
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -87,21 +87,26 @@ def run(args: argparse.Namespace) -> None:
     print(f"Next: llm-lightning judge {args.output} --lexical")
 
 
-def data_of(loaded: LoadedModel) -> InstructionDataModule:
-    """The data that a model of task=sft was trained with, read again.
+def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
+    """The data that a model of task=sft or task=dpo was trained with, read again.
 
     Raises:
         ValueError: if the checkpoint names no such data, or the data has changed since.
     """
     from llm_lightning.data.instruction import InstructionDataModule
+    from llm_lightning.data.preference import PreferenceDataModule
 
-    settings = dict(loaded.header.get("config", {}).get("data", {}))
-    if "template" not in settings:
-        raise ValueError("this model was not trained on questions and answers (task=sft); give a file of records")
-    for key in ("_target_", "preview"):  # a class that a checkpoint names is never built
-        settings.pop(key, None)
+    # A class that a checkpoint names is never built.
+    classes: dict[str, Any] = {"sft": InstructionDataModule, "dpo": PreferenceDataModule}
+    settings = data_settings(loaded)
+    if loaded.header.get("task") not in classes or "template" not in settings:
+        raise ValueError(
+            "this model was not trained on questions and answers (task=sft, task=dpo); give a file of records"
+        )
+    options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
     length = loaded.gpt.config.context_length
-    data = InstructionDataModule(tokenizer=loaded.tokenizer, context_length=length, **settings)
+    make = classes[loaded.header["task"]]
+    data: ConversationDataModule[Any, Any] = make(tokenizer=loaded.tokenizer, context_length=length, **options)
     data.build()
     trained_on = loaded.header.get("lineage", {}).get("data")
     if trained_on not in (None, data.data_digest):
@@ -109,11 +114,38 @@ def data_of(loaded: LoadedModel) -> InstructionDataModule:
     return data
 
 
+def data_settings(loaded: LoadedModel) -> dict[str, Any]:
+    """The settings of the data that a model was trained on."""
+    return dict(loaded.header.get("config", {}).get("data") or {})
+
+
+def read_records(path: Path, loaded: LoadedModel) -> list[Conversation]:
+    """Records of a file, in the columns of the model's training; of pairs, the chosen answer is the meant one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming what is wrong.
+    """
+    from llm_lightning.data import instruction_records, preference_records
+    from llm_lightning.data.json_records import read_json_records
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    columns = data_settings(loaded).get("columns") or {}
+    first = read_json_records(path)[0].record
+    pair = {columns.get(field) or field for field in ("chosen", "rejected")}
+    if pair <= set(first) and (columns.get("output") or "output") not in first:
+        known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}
+        return [one.conversation for one in preference_records.read_preferences(path, columns=known)[0]]
+    known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
+    return instruction_records.read_instructions(path, columns=known, empty_output="keep")[0]
+
+
 def template_of(loaded: LoadedModel, wanted: str | None) -> Template:
     """The wanted template, or that of the model's training, or alpaca, which is then said."""
     from llm_lightning.data.templates import choose_template
 
-    trained = loaded.header.get("config", {}).get("data", {}).get("template")
+    trained = data_settings(loaded).get("template")
     if wanted is None and trained is None:
         log.warning("this model was trained without a template: alpaca is used; --template names another")
     return choose_template(wanted or trained or "alpaca")
@@ -189,14 +221,9 @@ def _split_paths(args: argparse.Namespace) -> tuple[list[str], Path | None]:
 
 
 def _conversations(loaded: LoadedModel, data: Path | None, split: str | None) -> list[Conversation]:
-    from llm_lightning.data.instruction_records import read_instructions
-
     if data is None:
         return data_of(loaded).conversations_of(split or "test")
-    if not data.is_file():
-        raise FileNotFoundError(f"{data} does not exist")
-    columns = loaded.header.get("config", {}).get("data", {}).get("columns")
-    return read_instructions(data, columns=columns, empty_output="keep")[0]
+    return read_records(data, loaded)
 
 
 def _columns(checkpoints: list[str]) -> list[str]:

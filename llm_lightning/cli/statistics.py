@@ -13,12 +13,14 @@ values that are not empty; a prompt is everything of a record before its answer.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llm_lightning.atomic import write_figure
+from llm_lightning.cli.main import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +71,7 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     tokens = _token_lengths(records, keys, tokenizer)
     facts = {"file": str(args.file), **describe_records(records, tokens), "tokenizer": args.tokenizer}
     if args.plot:
-        _save(_histograms(tokens, args.tokenizer), args.plot)
+        write_figure(args.plot, _histograms(tokens, args.tokenizer))
     print(json.dumps(facts) if args.json else "\n".join(_record_lines(facts)))
 
 
@@ -215,18 +217,13 @@ def _record_lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _frequency(one: dict[str, Any]) -> str:
-    return f"{one['count']:>21,} {one['share']:>6.1%}  {_one_line(one['text'])}"
+    return f"{one['count']:>21,} {one['share']:>6.1%}  {one_line(one['text'], WIDTH)}"
 
 
 def _cells(measures: dict[str, float] | None) -> str:
     if measures is None:
         return ""
     return "".join(f"{value:>11,.1f}" if isinstance(value, float) else f"{value:>11,}" for value in measures.values())
-
-
-def _one_line(text: str) -> str:
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def _histograms(tokens: Lengths, tokenizer: str) -> Figure:
@@ -242,11 +239,3 @@ def _histograms(tokens: Lengths, tokenizer: str) -> Figure:
         axes.set_xlabel(f"tokens ({tokenizer})")
         axes.set_ylabel("records")
     return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    from llm_lightning.atomic import write_atomically
-
-    image = io.BytesIO()
-    figure.savefig(image, format=path.suffix[1:] or "png", dpi=120)
-    write_atomically(path, image.getvalue())

@@ -60,16 +60,22 @@ def as_text(tokenizer: Tokenizer, batch: LMBatch, *, colour: bool = False, title
     return "\n".join(lines)
 
 
-def as_html(tokenizer: Tokenizer, batch: LMBatch, title: str) -> str:
-    """A page of its own."""
+def as_html(tokenizer: Tokenizer, batch: LMBatch, title: str, *, titles: Sequence[str] | None = None) -> str:
+    """A page of its own; `titles` as in `as_text`."""
     lines = [
         f"<!doctype html><title>{html.escape(title)}</title>{STYLE}<h1>{html.escape(title)}</h1>",
         f'<p><span class="learnt">What is learnt</span>, the prompt, <span class="pad">{PAD} padding</span>.</p>',
     ]
     for number, (pieces, n_tokens, n_learnt) in enumerate(rows_of(tokenizer, batch)):
         spans = "".join(f'<span class="{piece.kind}">{html.escape(piece.text)}</span>' for piece in pieces)
-        lines += [f"<h2>Record {number}: {n_tokens} tokens, {n_learnt} learnt</h2><pre>{spans}</pre>"]
+        row = titles[number].capitalize() if titles else f"Record {number}"
+        lines += [f"<h2>{html.escape(row)}: {n_tokens} tokens, {n_learnt} learnt</h2><pre>{spans}</pre>"]
     return "\n".join(lines) + "\n"
+
+
+def printable(text: str) -> str:
+    """A text without control characters: a young model also writes those, and a terminal would obey them."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -77,7 +83,7 @@ def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     for is_end, run in groupby(ids, key=lambda token: token == tokenizer.eot_id):
         tokens = list(run)
         pieces.append(END * len(tokens) if is_end else tokenizer.decode(tokens))
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in "".join(pieces))
+    return printable("".join(pieces))
 
 
 def _painted(piece: Piece) -> str:

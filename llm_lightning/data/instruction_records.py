@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_lightning.data.json_records import read_json_records
-from llm_lightning.data.sources import LISTED, hugging_face_file
+from llm_lightning.data.json_records import ROLES, read_json_records
+from llm_lightning.data.sources import hugging_face_file, refuse_bad
 from llm_lightning.data.templates import Conversation, Turn
 
 FIELDS = ("instruction", "input", "output", "messages", "system", "group")
@@ -112,9 +112,7 @@ def collected(
             skipped += 1
         except ValueError as error:
             bad.append(f"{place}: {error}")
-    if bad:
-        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
-        raise ValueError(f"{source}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
+    refuse_bad(source, bad)
     if not found:
         raise ValueError(f"{source} holds no records; give a file with {needed} in each")
     return found, skipped
@@ -181,10 +179,6 @@ def text_field(record: Mapping[str, Any], names: Mapping[str, str | None], field
         return ""
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"field {name!r} holds half a surrogate pair at character {error.start}") from error
     return value
 
 
@@ -208,6 +202,6 @@ def message_of(number: int, message: Any) -> tuple[str, str]:
     if not isinstance(message.get("content"), str):
         raise ValueError(f"message {number} has no text under 'content'")
     role, content = message["role"], message["content"]
-    if role not in ("system", "user", "assistant") or (role == "system" and number > 1):
+    if role not in ROLES or (role == "system" and number > 1):
         raise ValueError(f"message {number} has the role {role!r}; only user and assistant, and system as the first")
     return role, content

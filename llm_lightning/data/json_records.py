@@ -13,7 +13,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.sources import JSONL_SUFFIXES, LISTED, TextFile, unique_fields
+from llm_lightning.data.sources import JSONL_SUFFIXES, TextFile, refuse_bad, unique_fields
 
 ROLES = ("system", "user", "assistant")
 _ROLE_OF = {role: role for role in ROLES} | {"instruction": "user", "output": "assistant"}
@@ -103,9 +103,7 @@ def _collected(path: Path, elements: list[_Element]) -> list[JsonRecord]:
     has_own_lines = len(set(lines)) == len(lines)
     places = [f"line {line}" if has_own_lines else f"record {number}" for number, line in enumerate(lines, start=1)]
     bad = [f"{place}: {wrong}" for place, (_, _, wrong) in zip(places, elements, strict=True) if wrong is not None]
-    if bad:
-        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
-        raise ValueError(f"{path}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
+    refuse_bad(path, bad)
     if not elements:
         raise ValueError(f"{path} holds no records; give a JSON array of objects, or .jsonl with one object a line")
     return [

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.sources import JSONL_SUFFIXES, LISTED, TextFile, hugging_face_file, unique_fields
+from llm_lightning.data.sources import JSONL_SUFFIXES, TextFile, hugging_face_file, refuse_bad, unique_fields
 
 SUFFIXES = (".csv", ".tsv", *JSONL_SUFFIXES)
 
@@ -101,9 +101,7 @@ def _collected(path: Path, rows: Rows, text_column: str, label_column: str) -> l
             continue
         assert record is not None
         records.append(LabelledText(str(record[text_column]), _label(record[label_column]), f"{path}:{line}"))
-    if bad:
-        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
-        raise ValueError(f"{path}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
+    refuse_bad(path, bad)
     if not records:
         raise ValueError(f"{path} holds no records; give a file with a text and a label in each line")
     return records

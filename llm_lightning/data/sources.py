@@ -251,6 +251,17 @@ def _checked_text(record: Any, text_field: str) -> str:
     return text
 
 
+def refuse_bad(source: str | Path, bad: Sequence[str]) -> None:
+    """Raise ValueError if there are bad records, with how many there are and the first of them.
+
+    Args:
+        bad: place and reason of each.
+    """
+    if bad:
+        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
+        raise ValueError(f"{source}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
+
+
 def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make the dict of a JSON object, for `object_pairs_hook`.
 

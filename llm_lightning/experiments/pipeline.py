@@ -194,6 +194,12 @@ def _planned(
             )
     parents = tuple(other for other in earlier if any(f"{{{other}}}" in word for word in words))
     if is_command:
+        from llm_lightning.cli.main import VERBS
+
+        if words[0] not in VERBS:
+            raise ValueError(
+                f"pipeline={pipeline}: stage {name}: there is no llm-lightning {words[0]}; there are {', '.join(VERBS)}"
+            )
         return Stage(name, tuple(words), is_command, parents, _digest(list(words)))
     from omegaconf import OmegaConf
 
@@ -209,9 +215,6 @@ def _planned(
 
 def _run_stage(chain: Chain, number: int, stage: Stage, script: Path) -> None:
     """Run a stage, unless that was done; leave its manifest."""
-    if stage.is_command and not _has_verb(stage.words[0]):
-        chain.say(f"stage {stage.name} is left out: there is no llm-lightning {stage.words[0]}")
-        return
     folder = chain.folder / stage.name
     parents = {name: _checkpoint_digest(chain.folder / name) for name in stage.parents}
     before = _read_json(folder / MANIFEST)
@@ -380,12 +383,6 @@ def _owned(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _has_verb(verb: str) -> bool:
-    from llm_lightning.cli.main import VERBS
-
-    return verb in VERBS
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -186,8 +186,7 @@ class ClassificationModule(TaskModule):
         if self.why_not_stored() is not None:
             return
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        splits = [datamodule.train_samples, *datamodule.eval_samples.values(), *datamodule.test_samples.values()]
-        samples = [split[index] for split in splits for index in range(len(split))]
+        samples = datamodule.all_samples()
         # The one pad that stands for a batch without texts, in a process that ran out of them before the others.
         samples.append(LabelledSample(-1, np.array([self.pad_id]), IGNORE_INDEX))
 

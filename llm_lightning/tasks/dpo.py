@@ -88,9 +88,6 @@ class DPOModule(TaskModule):
         self._has_warned = False
         self._known: dict[str, Tensor] = {}
 
-    def adapt_data(self, datamodule: Any) -> None:
-        datamodule.choose_layout(share_prefix=True)
-
     def train(self, mode: bool = True) -> DPOModule:
         super().train(mode)
         if self.reference is not None:
@@ -150,8 +147,6 @@ class DPOModule(TaskModule):
         if self.reference_kind == "none":
             return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32)
         if self.reference_kind == "cached":
-            if not batch.keys:
-                return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32)
             rows = torch.stack([self._known[key] for key in batch.keys])  # (B, 2)
             return rows.T.flatten().to(batch.lengths.device)
         if self.reference is not None:
@@ -217,8 +212,7 @@ class DPOModule(TaskModule):
     def _ensure_known(self) -> None:
         """Compute the reference's log-probabilities of all pairs, as far as no earlier run or checkpoint did."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        splits = [datamodule.train_samples, *datamodule.eval_samples.values(), *datamodule.test_samples.values()]
-        samples = [split[index] for split in splits for index in range(len(split))]
+        samples = datamodule.all_samples()
         wanted = [sample.key for sample in samples]
         if all(key in self._known for key in wanted):
             return
@@ -227,9 +221,11 @@ class DPOModule(TaskModule):
                 "the reference's log-probabilities are not in this checkpoint, and the weights have moved on; start "
                 "the run again"
             )
+        # Adapters change nothing yet, and are drawn anew for every seed.
+        weights = ((name, p.detach()) for name, p in sorted(self.model.named_parameters()) if "lora_" not in name)
         identity = {
             "task": self.task,
-            "weights": weights_digest(sorted((name, p.detach()) for name, p in self.model.named_parameters())),
+            "weights": weights_digest(weights),
             "n_head": self.model.config.n_head,
             "precision": self.trainer.precision,
             "device": self.device.type,

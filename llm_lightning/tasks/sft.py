@@ -29,7 +29,8 @@ class SFTModule(TaskModule):
         # What is computed once would have one and the same dropout in all records.
         config = self.model.config
         dropouts = (config.embedding_dropout, config.attention_dropout, config.residual_dropout)
-        datamodule.choose_layout(share_prefix=not any(dropouts) and not (self.lora and self.lora.dropout))
+        if any(dropouts) or (self.lora and self.lora.dropout):
+            datamodule.choose_layout(share_prefix=False)
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps

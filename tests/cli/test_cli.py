@@ -20,6 +20,7 @@ from llm_lightning.checkpoint import HEADER, LoadedModel, describe, load_model, 
 from llm_lightning.cli import generate as generate_verb
 from llm_lightning.cli.evaluate import SOURCE_SETTINGS, evaluate_texts, windows
 from llm_lightning.cli.main import VERBS, main
+from llm_lightning.data.inspection import printable
 from llm_lightning.data.sources import open_source
 from llm_lightning.data.token_files import build_token_files
 from llm_lightning.models.gpt import GPT, GPTConfig
@@ -112,7 +113,7 @@ def test_an_empty_prompt_starts_a_new_text(loaded: LoadedModel) -> None:
 
 
 def test_control_characters_reach_no_terminal() -> None:
-    assert generate_verb._printable("a\x1b[2Jb\n\tc\x07") == "a\ufffd[2Jb\n\tc\ufffd"
+    assert printable("a\x1b[2Jb\n\tc\x07") == "a\ufffd[2Jb\n\tc\ufffd"
 
 
 def test_greedy_says_which_settings_it_ignores(

@@ -22,6 +22,7 @@ from llm_lightning.checkpoint import load_model
 from llm_lightning.cli import compare as comparing
 from llm_lightning.cli import main as entry
 from llm_lightning.data.templates import Conversation, Turn, choose_template
+from llm_lightning.experiments.comparison_page import EMPTY
 from llm_lightning.responses import respond
 
 TEMPLATE = "{instruction} {input} {response}"
@@ -103,7 +104,7 @@ def test_both_answer_the_same_prompts_greedily(here: Path, capsys: pytest.Captur
         loaded = load_model(name)
         expected.append(respond(loaded.gpt, loaded.tokenizer, template, asked, max_new_tokens=5))
     rows = [row for row in Tables(Path("page.html").read_text()).rows if row[0].startswith("answer ")]
-    shown = [[comparing._visible(text) or comparing.EMPTY for text in one] for one in expected]
+    shown = [[comparing._visible(text) or EMPTY for text in one] for one in expected]
     assert rows == [[f"answer {i}", a, b] for i, (a, b) in enumerate(zip(*shown, strict=True))]
     text = Path("page.md").read_text()
     assert [f"Say {i}." in text for i in range(5)] == [True] * 5

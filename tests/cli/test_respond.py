@@ -98,6 +98,37 @@ def test_goes_on_where_it_was(
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def preferring(tuned: Path) -> Path:
+    """Trained from `tuned` on pairs."""
+    folder = tuned.parent / "dpo"
+    settings = ["task=dpo", f"init_from={tuned}", "model.context_length=128", f"data.template='{TEMPLATE}'"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_LIGHTNING_CACHE", str(folder.parent / "cache"))
+        outcome = train_here([*SETTINGS, *settings, f"hydra.run.dir={folder}"])
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+def test_a_model_of_preference_tuning_answers_its_own_data_and_other_records(preferring: Path, tmp_path: Path) -> None:
+    command = ["respond", str(preferring), "-o", str(tmp_path / "x.json"), "--max-new-tokens", "2", "--limit", "3"]
+    assert cli([*command, "--split", "test"]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert all(row["output"] == row["chosen"] for row in found), "the chosen answer is the one that is meant"
+    rows = questions(tmp_path / "q.json")
+    assert cli([*command, str(tmp_path / "q.json")]) == 0
+    assert [row["id"] for row in json.loads((tmp_path / "x.json").read_text())] == [row["id"] for row in rows[:3]]
+
+
+def test_inspect_data_shows_both_answers_of_a_pair(preferring: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli(["inspect-data", str(preferring), "-n", "1"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("---")] == [
+        "--- record 0, chosen",
+        "--- record 0, rejected",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,14 +57,13 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Pretraining, pretraining on from there, and two commands, one of them of no verb."""
+    """Pretraining, pretraining on from there, and a command."""
     folder = tmp_path_factory.mktemp("conf")
     corpus = write_corpus(folder / "corpus.txt")
     stages = {
         "first": [f"data.path={corpus}"],
         "second": [f"data.path={corpus}", "init_from={first}", "optimizer.lr=1e-4"],
         "show": "inspect {second}",
-        "nothing": "no-such-verb {second}",
     }
     return [*write_pipeline(folder, "tiny", stages), *TINY]
 
@@ -122,8 +121,14 @@ def test_a_command_is_run_and_what_it_prints_is_kept(whole: tuple[Path, Outcome]
     assert "task        pretraining" in (folder / "show" / "output.txt").read_text()
     assert (folder / "show" / "output.txt").read_text() in outcome.out
     assert manifest(folder / "show")["parents"] == {"second": manifest(folder / "second")["checkpoint"]["digest"]}
-    assert "stage nothing is left out: there is no llm-lightning no-such-verb" in outcome.out
-    assert not (folder / "nothing").exists()
+
+
+def test_a_command_of_no_verb_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    stages: dict[str, list[str] | str] = {"first": ["task=pretraining"], "page": "compere {first}"}
+    outcome = train_here([*write_pipeline(tmp_path / "conf", "bad", stages), f"hydra.run.dir={tmp_path / 'chain'}"])
+    assert outcome.code == 2
+    assert "pipeline=bad: stage page: there is no llm-lightning compere; there are generate, " in outcome.err
+    assert not (tmp_path / "chain").exists()
 
 
 @pytest.mark.usefixtures("_here")

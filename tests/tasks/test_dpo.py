@@ -13,6 +13,7 @@ from tiny_run import SETTINGS, train_here
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.frozen_cache import FrozenCache
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
@@ -115,6 +116,40 @@ def test_a_run_that_goes_on_is_that_of_one_piece(way: str, start: Path, pairs: P
         losses(run(tmp_path / "half", start, pairs, *half))
     continued = run(tmp_path / "half", start, pairs, *WAYS[way], "scheduler=constant")
     assert losses(continued) == losses(whole)
+
+
+@pytest.mark.parametrize("adapters", [[], ["lora=default"]], ids=["full", "lora"])
+def test_the_next_job_of_a_sweep_runs_no_reference(
+    adapters: list[str], start: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither beta, nor the learning rate, nor the seed, which also draws the adapters, makes another reference."""
+    cached = [*adapters, "task.reference=cached"]
+    first = run(tmp_path / "first", start, pairs, *cached)
+    other = ["task.beta=0.3", "optimizer.lr=3e-3", "seed=5"]
+    expected = run(tmp_path / "copy", start, pairs, *adapters, "task.reference=copy", *other)
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("the reference was computed again")
+
+    monkeypatch.setattr(FrozenCache, "_add", refused)
+    monkeypatch.setattr(DPOModule, "_as_reference", refused)
+    second = run(tmp_path / "second", start, pairs, *cached, *other)
+    assert losses(second) == pytest.approx(losses(expected), abs=1e-5)
+    assert losses(second)[-1] != losses(first)[-1]
+
+
+def test_a_line_warns_when_chosen_answers_fall(caplog: pytest.LogCaptureFixture) -> None:
+    made = module(max_chosen_drop=2.0)
+    outputs = {"margin": torch.tensor([1.0, 2.0]), "longer_by": torch.tensor([0.0, 1.0])}
+    for drop, expected in ((-1.9, 0), (-2.1, 1), (-3.0, 1)):  # once
+        made.eval_metrics("val", {"reward_accuracy": 1.0, "chosen_log_ratio": drop}, outputs)
+        assert caplog.text.count("Chosen answers have become less likely") == expected
+
+
+def test_the_correlation_with_length_by_hand() -> None:
+    outputs = {"margin": torch.tensor([1.0, 2.0, 4.0]), "longer_by": torch.tensor([-1.0, 0.0, 2.0])}
+    found = module().eval_metrics("test", {"reward_accuracy": 1.0, "chosen_log_ratio": 0.0}, outputs)
+    assert found["margin_length_correlation"] == pytest.approx(1.0)
 
 
 def module(**options: Any) -> DPOModule:
