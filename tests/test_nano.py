@@ -14,16 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from judge_server import serving
 
-from llm_lightning.answer_metrics import exact_match
+from llm_lightning.answer_metrics import exact_match, wilson_interval
 from llm_lightning.callbacks.run_logs import read_metrics
-from llm_lightning.checkpoint import load_model
+from llm_lightning.checkpoint import LoadedModel, load_model
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import data_of
+from llm_lightning.data.batches import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
+from llm_lightning.losses import sequence_log_probs, token_log_probs
 
 ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = json.loads((ROOT / "llm_lightning" / "data" / "embedded" / "short_answers.json").read_text())
 
 
 def unigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
@@ -132,14 +136,22 @@ def test_a_classifier_from_nano_reaches_the_stated_accuracy(nano: Path, tmp_path
     assert low < expected < high
 
 
+@pytest.fixture(scope="module")
+def tuned(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of instruction tuning from there."""
+    folder = tmp_path_factory.mktemp("tuned")
+    run(folder, ["task=sft", f"init_from={nano}"])
+    return folder / "run"
+
+
 @pytest.mark.slow
 def test_three_commands_from_nano_to_judged_answers(
-    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Train, respond, judge; what is asked at the end shares no filling with what was learnt from."""
-    summary = run(tmp_path, ["task=sft", f"init_from={nano}"])
+    summary = json.loads((tuned / "summary.json").read_text())
     metrics, data = summary["metrics"], summary["data"]
-    losses = [loss for _, loss in read_metrics(tmp_path / "run" / "metrics.csv")["train/loss"]]
+    losses = [loss for _, loss in read_metrics(tuned / "metrics.csv")["train/loss"]]
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
     assert metrics["test/exact_match_low"] > metrics["test/exact_match_of_most_frequent"]
     expected, low, high = stated(r"answers (\d\.\d+) \(95% interval (\d\.\d+) to (\d\.\d+)\) of the questions")
@@ -149,10 +161,10 @@ def test_three_commands_from_nano_to_judged_answers(
 
     monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
     answers = tmp_path / "responses.json"
-    assert cli(["respond", str(tmp_path / "run"), "--split", "test", "-o", str(answers)]) == 0
+    assert cli(["respond", str(tuned), "--split", "test", "-o", str(answers)]) == 0
     rows = json.loads(answers.read_text())
-    assert len(rows) == 95 == len(json.loads((tmp_path / "run" / "responses.json").read_text()))
-    loaded = load_model(tmp_path / "run")
+    assert len(rows) == 95 == len(json.loads((tuned / "responses.json").read_text()))
+    loaded = load_model(tuned)
     learnt = {one.group for one in data_of(loaded).conversations_of("train")}
     assert all(row["group"] and row["group"] not in learnt for row in rows)
 
@@ -170,3 +182,55 @@ def test_three_commands_from_nano_to_judged_answers(
     assert summary["outcomes"] == {"scored": 95, "unparsable": 0, "timeout": 0, "failed": 0}
     assert summary["mean"] == pytest.approx(100 * right / len(rows))
     assert right / len(rows) == pytest.approx(metrics["test/exact_match"], abs=0.03), "bf16 in training, fp32 here"
+
+
+@pytest.mark.slow
+def test_preferences_from_the_tuned_model_reach_the_stated_accuracy(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the held-out pairs, the two kinds apart: another tone, or the same tone and a wrong answer."""
+    metrics = run(tmp_path, ["task=dpo", f"init_from={tuned}", "trainer.max_epochs=3"])["metrics"]
+    expected, low, high = stated(r"test reward accuracy of (\d\.\d+) \(95% interval (\d\.\d+) to (\d\.\d+)\)")
+    assert metrics["test/reward_accuracy_low"] > 0.5
+    assert low <= metrics["test/reward_accuracy"] <= high  # Python versions and processors differ
+    assert low < expected < high
+    margins = [margin for _, margin in read_metrics(tmp_path / "run" / "metrics.csv")["train/reward_margin"]]
+    assert margins[0] == pytest.approx(0, abs=1e-2)
+    assert sum(margins[-5:]) > sum(margins[5:10])
+
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    hits = held_out_hits(load_model(tuned), load_model(tmp_path / "run"))
+    n_tone, n_truth, n_right = (
+        int(number) for number in stated(r"all (\d+) that differ in tone .* and of the (\d+) .* (\d+), ")
+    )
+    assert (len(hits["tone"]), len(hits["truth"])) == (n_tone, n_truth)
+    assert sum(hits["tone"]) >= 0.9 * n_tone
+    assert abs(sum(hits["truth"]) - n_right) <= 5
+    assert wilson_interval(sum(hits["truth"]), n_truth)[0] < 0.5, "else README is too modest"
+
+
+def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list[bool]]:
+    """Of each kind of pair of the validation and test split: whether the chosen answer gained more."""
+    data: Any = data_of(policy)
+    hits: dict[str, list[bool]] = {"tone": [], "truth": []}
+    for split, samples in (("val", data.eval_samples["val"]), ("test", data.test_samples["test"])):
+        batch = data.collate(samples.rows)
+        gained = answer_log_probs(policy, batch) - answer_log_probs(reference, batch)
+        for sample, chosen, rejected in zip(samples.rows, *gained.chunk(2), strict=True):
+            pair = data.records[split][sample.sample_id]
+            turn = pair.conversation.turns[-1]
+            right = next(
+                answer["output"]
+                for answer in EMBEDDED
+                if (answer["instruction"], answer["input"]) == (turn.instruction, turn.input)
+            )
+            kind = "tone" if re.search(rf"(?<![\w-]){re.escape(right)}(?![\w-])", pair.rejected) else "truth"
+            hits[kind].append(bool(chosen > rejected))
+    return hits
+
+
+@torch.no_grad()
+def answer_log_probs(loaded: LoadedModel, batch: PreferenceBatch) -> torch.Tensor:
+    hidden = loaded.gpt.hidden_states(batch.input_ids, packing=batch.packing).flatten(0, 1)[batch.wanted]
+    log_probs = token_log_probs(hidden, loaded.gpt.head_weight(), batch.labels)
+    return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))
