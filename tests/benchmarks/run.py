@@ -1,7 +1,7 @@
 """Run the side-by-side benchmarks and write their results to outputs/benchmarks/.
 
 pip install -e ".[bench]"
-python tests/benchmarks/run.py [training|generation|token_files|classification|lora|sft|responses|all] [--quick]
+python tests/benchmarks/run.py [training|generation|token_files|classification|lora|sft|dpo|responses|all] [--quick]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ BENCHMARKS = {  # name -> arguments that make it quick
     "classification": ["--quick"],
     "lora": ["--quick"],
     "sft": ["--quick"],
+    "dpo": ["--quick"],
     "responses": ["--quick"],
 }
 
