@@ -135,11 +135,36 @@ def token_log_probs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tens
 
 
 def _label_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return _log_probs(hidden, weight).gather(1, labels[:, None])[:, 0]
+
+
+def _log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(M, C), (V, C) -> (M, V)"""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # Cast here, so that the gradients of several chunks are summed in the type of the weight.
     logits = F.linear(hidden.to(dtype), weight.to(dtype))
-    return logits.to(_exact(dtype)).log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+    return logits.to(_exact(dtype)).log_softmax(dim=-1)
+
+
+@torch.no_grad()
+def token_kl(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor) -> Tensor:
+    """KL(policy || reference) of the next token, over the whole vocabulary, in nats: exact, no estimate from samples.
+
+    Args:
+        hidden, reference_hidden: (M, C) trunk outputs of both models at the same positions.
+        head_weight, reference_weight: (V, C).
+
+    Returns:
+        (M,), float32 (float64 for float64 input), without gradient.
+    """
+    parts = []
+    for chunk, reference_chunk in zip(
+        hidden.split(CHUNK_POSITIONS), reference_hidden.split(CHUNK_POSITIONS), strict=True
+    ):
+        ours, theirs = _log_probs(chunk, head_weight), _log_probs(reference_chunk, reference_weight)
+        parts.append(F.kl_div(theirs, ours, reduction="none", log_target=True).sum(-1))
+    return torch.cat(parts)
 
 
 def sequence_log_probs(log_probs: Tensor, branch: Tensor, n_sequences: int) -> Tensor:

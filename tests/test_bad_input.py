@@ -300,6 +300,46 @@ CASES += [
     ("unknown instruction set", lambda _: ["task=sft", "data.path=null", "data.name=alpaca"],
      r"data\.name=alpaca is unknown: did you mean alpaca_52k\?"),
 ]  # fmt: skip
+
+
+def pairs(*arguments: str, rows: str | None = None) -> Prepare:
+    """Pairs in x.jsonl; its last line is `rows` where that is given."""
+    good = "".join(
+        json.dumps({"instruction": f"Say {i}.", "chosen": f"{i}", "rejected": "no"}) + "\n" for i in range(40)
+    )
+    typed = ["task=dpo", "model.context_length=400", *arguments]
+    return lambda folder: [*typed, f"data.path={put(folder / 'x.jsonl', good + (rows or ''))}"]
+
+
+CASES += [
+    ("no rejected answer", pairs(rows='{"instruction": "a", "chosen": "b"}\n'),
+     r"x\.jsonl:41: no field 'rejected'; there are 'instruction', 'chosen' \(choose with data\.columns\.rejected\)"),
+    ("empty chosen answer", pairs(rows='{"instruction": "a", "chosen": " ", "rejected": "b"}\n'),
+     r"x\.jsonl:41: the chosen answer is empty; data\.empty_answer=skip leaves such records out"),
+    ("two histories", pairs(rows=json.dumps({
+        side: [{"role": "user", "content": side}, {"role": "assistant", "content": "b"}]
+        for side in ("chosen", "rejected")})),
+     r"x\.jsonl:41: chosen and rejected must be alike up to their last message"),
+    ("pairs beyond the context", pairs("data.max_length=20", "data.too_long=drop"),
+     r"(do not fit into|fits into) 20 tokens"),
+    ("all pairs alike", lambda folder: ["task=dpo", "model.context_length=400", "data.path=" + str(put(
+        folder / "x.jsonl", '{"instruction": "a", "chosen": "b", "rejected": "b"}\n' * 40))],
+     r"no train pair of two different answers"),
+    ("missing pairs", lambda _: ["task=dpo", "data.path=nowhere.json"], r"nowhere\.json does not exist or is no file"),
+    ("unknown preference set", lambda _: ["task=dpo", "data.path=null", "data.name=short_preference"],
+     r"data\.name=short_preference is unknown: did you mean short_preferences\?"),
+    ("SFT run that does not exist", pairs("init_from=outputs/sft/nothing"), r"no weights at outputs/sft/nothing"),
+    ("preference loss", pairs("task.loss=sigmod"), r"'sigmod' is unknown: did you mean sigmoid\?"),
+    ("beta", pairs("task.beta=0"), r"beta=0.* must be more than 0"),
+    ("label smoothing", pairs("task.label_smoothing=0.5"),
+     r"label_smoothing=0\.5 must be at least 0 and less than 0\.5"),
+    ("reference without adapters", pairs("task.reference=adapter_off"),
+     r"task\.reference=adapter_off needs adapters, .*add lora=default, or use copy or cached"),
+    ("unknown reference", pairs("task.reference=cashed"), r"'cashed' is unknown: did you mean cached\?"),
+    ("missing reference", pairs("task.reference=outputs/sft/nothing"),
+     r"'outputs/sft/nothing' is unknown: use auto, copy, adapter_off, adapter_clone, cached, or the path of a model"),
+    ("dropout beside a reference", pairs("model.dropout=0.1"), r"set model\.dropout=0 and lora\.dropout=0"),
+]  # fmt: skip
 for bad, text in DAMAGED.items():
     CASES += [(f"{bad.__name__} weights", weights(bad), text), (f"{bad.__name__} run", run_folder(bad), text)]
 

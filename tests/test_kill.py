@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from kill_marker import SAVING, STARTING, VALIDATING
-from tiny_run import assert_same
+from tiny_run import assert_same, write_checkpoint
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
@@ -66,6 +66,15 @@ RUNS = {
         "callbacks.samples.max_new_tokens=8",
         "callbacks.responses.max_new_tokens=8",
     ],
+    # The reference is in every checkpoint, and what it answers in samples.md.
+    "dpo": [
+        "task=dpo",
+        "data.template='{instruction}[ {input}]\\n{response}'",
+        "data.packing=true",
+        "model.context_length=128",
+        "trainer.val_check_interval=60",
+        "callbacks.samples.max_new_tokens=8",
+    ],
     "lora": [*CLASSIFICATION, "lora=default", "lora.dropout=0.2", "model.dropout=0.2"],
 }
 
@@ -96,6 +105,8 @@ def kill_many(folder: Path, name: str) -> Ended:
         corpus = folder / "corpus.txt"
         corpus.write_text("".join(random.Random(1).choices(["to be ", "or not ", "that is\n"], k=4000)))
         command.append(f"data.path={corpus}")
+    if name == "dpo":
+        command.append(f"init_from={write_checkpoint(folder / 'start.ckpt', 2, 128, 64)}")
     marker.write_bytes(STARTING)
     assert start(command, whole).wait(timeout=600) == 0, whole.with_suffix(".log").read_text()[-2000:]
     moments = random.Random(2)
@@ -114,7 +125,11 @@ def test_killed_twenty_times(ended: dict[str, Future[Ended]], name: str) -> None
     whole, killed, after_first_step = ended[name].result()
     assert after_first_step >= 15
     assert_same_end(whole, killed)
-    assert (whole / "samples.md").is_file() == (name in ("pretraining", "sft"))
+    assert (whole / "samples.md").is_file() == (name in ("pretraining", "sft", "dpo"))
+    if name == "dpo":  # after all these processes the reference is still what they began with
+        kept = checkpoints.load(killed / "checkpoints" / "last.ckpt")["state_dict"]
+        for key, tensor in checkpoints.load(killed.parent / "start.ckpt")["state_dict"].items():
+            assert_same(kept[key.replace("model.", "reference.", 1)], tensor, key)
     if name == "sft":
         assert (whole / "responses.json").read_text() == (killed / "responses.json").read_text()
 

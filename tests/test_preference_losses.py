@@ -99,6 +99,22 @@ def test_sequences_are_summed_by_branch() -> None:
     assert found.tolist() == [1, 0, 6, 8]
 
 
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_kl_is_that_of_torch_distributions(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(losses, "CHUNK_POSITIONS", chunk)
+    hidden, weight, _, _ = problem()
+    other, other_weight = hidden.detach().flip(0), weight.detach().flip(1)
+    policy, reference = (
+        torch.distributions.Categorical(logits=F.linear(*pair)) for pair in ((hidden, weight), (other, other_weight))
+    )
+    found = losses.token_kl(hidden, weight, other, other_weight)
+    assert not found.requires_grad
+    expected = torch.distributions.kl_divergence(policy, reference).detach()
+    assert expected.min() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert losses.token_kl(hidden, weight, hidden, weight).abs().max() < 1e-12
+
+
 # --- losses by hand ---------------------------------------------------------------------------------------------------
 
 BETA = 0.5

@@ -96,10 +96,10 @@ def write_corpus(path: Path, n_words: int = 400) -> Path:
     return path
 
 
-def write_checkpoint(path: Path, n_layer: int = 1) -> Path:
+def write_checkpoint(path: Path, n_layer: int = 1, context_length: int = CONTEXT_LENGTH, n_embd: int = 16) -> Path:
     """An untrained model of the sizes above."""
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=257, context_length=CONTEXT_LENGTH, n_layer=n_layer, n_head=2, n_embd=16)
+    config = GPTConfig(vocab_size=257, context_length=context_length, n_layer=n_layer, n_head=2, n_embd=n_embd)
     header = checkpoints.describe(task="pretraining", model_config=config, tokenizer=build_tokenizer("byte"), config={})
     state = {f"model.{name}": tensor for name, tensor in GPT(config).state_dict().items()}
     checkpoints.save(path, {"state_dict": state, checkpoints.HEADER: header})

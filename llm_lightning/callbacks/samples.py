@@ -24,7 +24,8 @@ TERMINAL_WIDTH = 100
 class Samples(L.Callback):
     """Continue `prompts` after a validation: one line on the terminal, all in `samples.md` and TensorBoard.
 
-    The same settings and weights give the same text; the global random generators are left alone.
+    The same settings and weights give the same text; the global random generators are left alone. The metric
+    `samples/repetition` is the share of token 4-grams that stood in the same continuation before.
 
     Args:
         prompts: beginnings of text; None: prompts of the validation data.
@@ -34,6 +35,7 @@ class Samples(L.Callback):
         top_k: draw from the k likeliest tokens only; null: from all.
         seed: of the draws, the same at every validation, so that a change is the model's.
         every_n_epochs: write after the validations of every n-th epoch.
+        beside_start: show what the model wrote before its first step beside what it writes now.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Samples(L.Callback):
         top_k: int | None = None,
         seed: int = 1234,
         every_n_epochs: int = 1,
+        beside_start: bool = False,
     ) -> None:
         if (prompts is not None and not prompts) or n_prompts < 1:
             raise ValueError("callbacks.samples.prompts is empty; give at least one, or set callbacks.samples=null")
@@ -59,7 +62,9 @@ class Samples(L.Callback):
             "top_k": top_k,
             "seed": seed,
         }
+        self.beside_start = beside_start
         self._prompt_ids: list[list[int]] = []
+        self._at_start: list[str] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.prompts is None:
@@ -78,11 +83,19 @@ class Samples(L.Callback):
         # Not in on_fit_start: the step of the checkpoint is restored in between.
         if trainer.is_global_zero:
             drop_sections_from(self.path(trainer), trainer.global_step)
+        if self.beside_start and trainer.global_step == 0:
+            self._at_start = [text for _, text in self.write(pl_module)[0]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at_start": self._at_start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._at_start = state_dict["at_start"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        pairs = self.write(pl_module)  # in every process: sharded weights need them all
+        pairs, repetition = self.write(pl_module)  # in every process: sharded weights need them all
         if not trainer.is_global_zero:
             return
         step = trainer.global_step - 1
@@ -90,14 +103,23 @@ class Samples(L.Callback):
         # Of an instruction only the answer: the line has no room for both.
         first = "".join(pairs[0]) if self.prompts is not None else pairs[0][1]
         pl_module.print(_one_line(f"{title} | {first}"))
-        body = "\n\n".join(_indented("".join(pair)) for pair in pairs)
+        body = "\n\n".join(_indented(text) for text in self._texts(pairs))
+        pl_module.log_row({"samples/repetition": repetition}, step)
         append_section(self.path(trainer), f"## {title}\n\n{body}\n\n")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoard):
                 logger.log_text("samples", body, step)
 
-    def write(self, pl_module: Any) -> list[tuple[str, str]]:
-        """Each prompt and its continuation."""
+    def _texts(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        if not self.beside_start:
+            return ["".join(pair) for pair in pairs]
+        return [
+            f"{prompt}\n\nat the start: {before}\n\nnow: {after}"
+            for (prompt, after), before in zip(pairs, self._at_start, strict=True)
+        ]
+
+    def write(self, pl_module: Any) -> tuple[list[tuple[str, str]], float]:
+        """Each prompt and its continuation, and how repetitive the continuations are."""
         model, tokenizer = pl_module.model, pl_module.tokenizer
         room = model.config.context_length - max(map(len, self._prompt_ids))
         options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
@@ -112,10 +134,21 @@ class Samples(L.Callback):
         pairs = zip(self._prompt_ids, continuations, strict=True)
         # Decoded together, because words may be joined by a space.
         whole = [(tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
-        return [(printable(prompt), printable(text[len(prompt) :])) for prompt, text in whole]
+        texts = [(printable(prompt), printable(text[len(prompt) :])) for prompt, text in whole]
+        return texts, repetition_rate(continuations)
 
     def path(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "samples.md"
+
+
+def repetition_rate(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
+    """The share of n-grams that stood in the same sequence before, over all sequences; 0 where none has n tokens.
+
+    Seq-rep-n of Welleck et al. 2019, "Neural text generation with unlikelihood training", section 6.1.
+    """
+    grams = [[tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)] for ids in sequences]
+    total = sum(map(len, grams))
+    return 1 - sum(len(set(one)) for one in grams) / total if total else 0.0
 
 
 def _prompts_of(trainer: L.Trainer, n: int) -> list[list[int]]:

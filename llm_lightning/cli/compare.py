@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("train", "val", "test"),
         help="instead of a file: a part of the data that B was tuned on, or else A",
     )
+    parser.add_argument("--data-of", choices=("A", "B"), help="whose data --split means (default: B, or else A)")
     parser.add_argument(
         "--template", metavar="T", help="alpaca, phi3, chatml, or a text with slots (default: that of B's training)"
     )
@@ -147,6 +148,8 @@ def _check(args: argparse.Namespace) -> None:
     if (args.data is None) == (args.split is None):
         given = "neither is" if args.data is None else "both are"
         raise ValueError(f"give a .json or .jsonl file of records, or --split test; {given} given")
+    if args.data_of is not None and args.split is None:
+        raise ValueError(f"--data-of {args.data_of} goes with --split")
     if args.data is not None and not args.data.name.lower().endswith(DATA_SUFFIXES):
         raise ValueError(f"{args.data} must be a .json or .jsonl file of records; only two models can be compared")
     if args.data is not None and not args.data.is_file():
@@ -203,16 +206,16 @@ def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> t
 
     if args.data is not None:
         return read_records(args.data, models[1])[: args.limit], str(args.data)
-    reference, policy = models
-    for name, loaded in (("B", policy), ("A", reference)):
-        if loaded.header.get("task") == "sft":
+    given = {name: loaded for name, loaded in zip("BA", reversed(models), strict=True) if args.data_of in (None, name)}
+    for name, loaded in given.items():
+        if loaded.header.get("task") in ("sft", "dpo"):
             data = data_of(loaded)
             source = f"the {args.split} split of {name}'s training data ({data.describe()})"
             return data.conversations_of(args.split)[: args.limit], source
-    tasks = " and ".join(f"{name}: {one.header.get('task')}" for name, one in (("B", policy), ("A", reference)))
+    tasks = " and ".join(f"{name}: {loaded.header.get('task')}" for name, loaded in given.items())
     raise ValueError(
-        f"--split {args.split} needs a model that was trained on questions and answers (task=sft), and none was "
-        f"({tasks}); give a .json or .jsonl file of records instead"
+        f"--split {args.split} needs a model that was trained on questions and answers (task=sft, task=dpo), and none "
+        f"was ({tasks}); give a .json or .jsonl file of records instead"
     )
 
 

@@ -1,6 +1,7 @@
-"""Show records of instruction data as the model sees them: what is learnt, ends of text, padding.
+"""Show records or pairs as the model sees them: what is learnt or scored, ends of text, padding.
 
 llm-lightning inspect-data my_records.json --template chatml --html records.html
+llm-lightning inspect-data short_preferences -n 2                    with fields chosen and rejected: pairs
 llm-lightning inspect-data outputs/sft/my_run --split val
 """
 
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from llm_lightning.cli.respond import DATA_SUFFIXES
 
 if TYPE_CHECKING:
-    from llm_lightning.data.batches import LMBatch
+    from llm_lightning.data.batches import LMBatch, MaskedSample
+    from llm_lightning.data.download import Pinned
+    from llm_lightning.data.templates import Template
     from llm_lightning.tokenizers import Tokenizer
 
 
@@ -53,15 +56,19 @@ def run(args: argparse.Namespace) -> None:
     shown = _of_records(args) if _is_data(args.source) else _of_model(args)
     if args.html:
         write_atomically(args.html, as_html(shown.tokenizer, shown.batch, shown.title, titles=shown.rows))
-        print(f"{args.html}: {len(shown.batch.input_ids)} records")
+        print(f"{args.html}: {len(shown.batch.input_ids)} rows")
         return
     print(as_text(shown.tokenizer, shown.batch, colour=sys.stdout.isatty(), titles=shown.rows))
 
 
 def _is_data(source: str) -> bool:
-    from llm_lightning.data.instruction import NAMED
+    return source.lower().endswith(DATA_SUFFIXES) or source in _named()
 
-    return source.lower().endswith(DATA_SUFFIXES) or source in NAMED
+
+def _named() -> dict[str, Path | Pinned]:
+    from llm_lightning.data import instruction, preference
+
+    return instruction.NAMED | preference.NAMED
 
 
 def _of_model(args: argparse.Namespace) -> Shown:
@@ -76,19 +83,49 @@ def _of_model(args: argparse.Namespace) -> Shown:
 
 def _of_records(args: argparse.Namespace) -> Shown:
     """The first records of a file, whether or not there are enough to train on."""
-    from llm_lightning.data.batches import MaskedSample, collate_padded
-    from llm_lightning.data.instruction import LOSS_ON, NAMED, encode, local_file
-    from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.batches import collate_padded
+    from llm_lightning.data.download import file_of
+    from llm_lightning.data.instruction import LOSS_ON
+    from llm_lightning.data.instruction_records import rows_of_file
     from llm_lightning.data.templates import choose_template
     from llm_lightning.tokenizers import build_tokenizer
 
     if args.loss_on not in LOSS_ON:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
     tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
-    path = local_file(args.source) if args.source in NAMED else Path(args.source)
+    path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
+    first, _ = next(iter(rows_of_file(path)), ({}, ""))  # of a file without records the reader complains
+    is_pairs = {"chosen", "rejected"} <= set(first)
+    make = _pair_samples if is_pairs else _record_samples
+    samples, titles = make(path, args, tokenizer, template)
+    longest = max(len(one.token_ids) for one in samples)
+    batch = collate_padded(samples, pad_id=tokenizer.eot_id or 0, context_length=longest)
+    return Shown(f"{args.source}: template {template.name}", tokenizer, batch, titles)
+
+
+def _record_samples(
+    path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
+) -> tuple[list[MaskedSample], None]:
+    from llm_lightning.data.batches import MaskedSample
+    from llm_lightning.data.instruction import encode
+    from llm_lightning.data.instruction_records import read_instructions
+
     records = read_instructions(path, empty_output="keep")[0][: args.number]
     encoded = [encode(tokenizer, template, one, loss_on=args.loss_on) for one in records]
-    samples = [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(encoded)]
-    longest = max(len(one.ids) for one in encoded)
-    batch = collate_padded(samples, pad_id=tokenizer.eot_id or 0, context_length=longest)
-    return Shown(f"{args.source}: template {template.name}", tokenizer, batch, None)
+    return [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(encoded)], None
+
+
+def _pair_samples(
+    path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
+) -> tuple[list[MaskedSample], list[str]]:
+    from llm_lightning.data.preference import encode_pair, titles_of_pairs
+    from llm_lightning.data.preference_records import read_preferences
+
+    if args.loss_on == "all":
+        raise ValueError("--loss-on all: of pairs only the answers are scored; use response or header")
+    pairs = read_preferences(path)[0][: args.number]
+    with_header = args.loss_on == "header"
+    encoded = [
+        encode_pair(tokenizer, template, index, one, score_header=with_header) for index, one in enumerate(pairs)
+    ]
+    return [side for pair in encoded for side in (pair.chosen, pair.rejected)], titles_of_pairs(2 * len(pairs))

@@ -16,7 +16,7 @@ import numpy as np
 from llm_lightning.data.base import ConversationDataModule
 from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
 from llm_lightning.data.conversations import check_choices
-from llm_lightning.data.download import Pinned, file_of
+from llm_lightning.data.download import Pinned
 from llm_lightning.data.instruction_records import read_hugging_face_instructions, read_instructions
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.tokenizers import Tokenizer
@@ -151,11 +151,6 @@ class InstructionDataModule(ConversationDataModule[Conversation, MaskedSample]):
             # The first token of a row is never learnt, be it of an answer.
             counts["answers_cut" if fitted.is_answer[1:].sum() < one.is_answer.sum() else "prompts_cut"] += 1
         return fitted
-
-
-def local_file(name: str) -> Path:
-    """The file of a named set, downloaded if need be."""
-    return file_of(NAMED[name])
 
 
 def encode(

@@ -24,7 +24,8 @@ from llm_lightning.data.batches import (
 )
 from llm_lightning.data.download import Pinned
 from llm_lightning.data.preference_records import PreferencePair, read_hugging_face_preferences, read_preferences
-from llm_lightning.data.templates import Conversation
+from llm_lightning.data.templates import Conversation, Template
+from llm_lightning.tokenizers import Tokenizer
 
 NAMED: dict[str, Path | Pinned] = {
     "short_preferences": Path(__file__).with_name("embedded") / "short_preferences.json",
@@ -94,15 +95,19 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
     def samples_of(
         self, records: Sequence[PreferencePair], counts: Counter[str]
     ) -> tuple[list[PairSample], dict[str, Any]]:
-        fitted = [self._fitted(self._encoded(index, one), counts) for index, one in enumerate(records)]
-        rows = [one for one in fitted if one is not None]
+        options: dict[str, Any] = {"score_eos": self._score_eos, "score_header": self._score_header}
+        rows = []
+        for index, record in enumerate(records):
+            one = self._fitted(encode_pair(self.tokenizer, self.template, index, record, **options), counts)
+            if one is not None:
+                rows.append(one)
         return rows, _facts(rows) if rows else {}
 
     def sequences_of(self, sample: PairSample) -> list[MaskedSample]:
         return [sample.chosen, sample.rejected]
 
     def preview_titles(self, n_rows: int) -> list[str]:
-        return [f"record {row // 2}, {('chosen', 'rejected')[row % 2]}" for row in range(n_rows)]
+        return titles_of_pairs(n_rows)
 
     def positions_of(self, samples: Sequence[PairSample]) -> tuple[int, int]:
         longest = max(len(one.prompt_ids) + max(len(one.chosen_ids), len(one.rejected_ids)) for one in samples)
@@ -131,26 +136,6 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
             f"{facts['limit']} tokens, {facts['dropped']} dropped"
         )
 
-    def _encoded(self, index: int, pair: PreferencePair) -> PairSample:
-        pieces = list(self.template.tokens(self.tokenizer, self.template.prompt(pair.conversation)))
-        prompt = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in pieces)])
-        chosen, rejected = self._answer(pair.chosen), self._answer(pair.rejected)
-        return PairSample(index, prompt, chosen, rejected, self._n_header(pieces))
-
-    def _answer(self, text: str) -> np.ndarray:
-        end = [self.pad_id] if self._score_eos else []
-        return np.concatenate([self.tokenizer.encode_array(text), np.array(end, dtype=np.int64)])
-
-    def _n_header(self, pieces: Sequence[tuple[np.ndarray, str]]) -> int:
-        """How many of the last tokens of a prompt are scored, too."""
-        if not self._score_header or not pieces or pieces[-1][1] != "header":
-            return 0
-        ids = pieces[-1][0].tolist()
-        breaks = 0
-        while breaks < len(ids) and self.tokenizer.decode([ids[breaks]]).isspace():
-            breaks += 1
-        return len(ids) - breaks
-
     def _fitted(self, pair: PairSample, counts: Counter[str]) -> PairSample | None:
         """`pair` within the limit and with something to prefer, or None; what was done is counted."""
         most = self.limit + 1  # the last token is only a label
@@ -169,6 +154,42 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
         if excess > 0:
             counts["prompts_cut" if self.too_long == "cut_prompt" else "answers_cut"] += 1
         return PairSample(pair.sample_id, prompt, chosen, rejected, min(pair.n_header, len(prompt) - 1))
+
+
+def encode_pair(
+    tokenizer: Tokenizer,
+    template: Template,
+    index: int,
+    pair: PreferencePair,
+    *,
+    score_eos: bool = True,
+    score_header: bool = False,
+) -> PairSample:
+    """The whole pair as tokens, however long; see `PreferenceDataModule` for what is scored."""
+    pieces = list(template.tokens(tokenizer, template.prompt(pair.conversation)))
+    prompt = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in pieces)])
+    end = [tokenizer.eot_id] if score_eos else []
+    chosen, rejected = (
+        np.concatenate([tokenizer.encode_array(text), np.array(end, dtype=np.int64)])
+        for text in (pair.chosen, pair.rejected)
+    )
+    return PairSample(index, prompt, chosen, rejected, _n_header(tokenizer, pieces) if score_header else 0)
+
+
+def titles_of_pairs(n_rows: int) -> list[str]:
+    """What the rows are called in which both answers of every pair stand."""
+    return [f"record {row // 2}, {('chosen', 'rejected')[row % 2]}" for row in range(n_rows)]
+
+
+def _n_header(tokenizer: Tokenizer, pieces: Sequence[tuple[np.ndarray, str]]) -> int:
+    """How many of the last tokens of a prompt are its header, line breaks before it aside."""
+    if not pieces or pieces[-1][1] != "header":
+        return 0
+    ids = pieces[-1][0].tolist()
+    breaks = 0
+    while breaks < len(ids) and tokenizer.decode([ids[breaks]]).isspace():
+        breaks += 1
+    return len(ids) - breaks
 
 
 def _facts(rows: Sequence[PairSample]) -> dict[str, Any]:

@@ -16,18 +16,27 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_lightning.answer_metrics import wilson_interval
+from llm_lightning.checkpoint import load_model, merged_trunk
 from llm_lightning.data.batches import PreferenceBatch
 from llm_lightning.frozen_cache import FrozenCache, weights_digest
-from llm_lightning.losses import check_preference_loss, preference_loss, sequence_log_probs, token_log_probs
+from llm_lightning.losses import (
+    check_preference_loss,
+    preference_loss,
+    sequence_log_probs,
+    token_kl,
+    token_log_probs,
+)
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRALinear, adapter_state, adapters_off, add_adapter, use_adapter
 from llm_lightning.tasks.base import StepOutput, TaskModule
+from llm_lightning.tokenizers import Tokenizer
 
 REFERENCES = ("copy", "adapter_off", "adapter_clone", "cached")
 CLONE = "reference"
@@ -47,11 +56,14 @@ class DPOModule(TaskModule):
         beta: how dear a departure from the reference is.
         label_smoothing: the share of pairs that are taken to be the wrong way round (conservative DPO).
         gamma: the margin that `simpo` asks for.
-        reference: one of `REFERENCES`, or `auto`: adapters off where there are adapters, else a copy.
+        reference: one of `REFERENCES`, or `auto`: adapters off where there are adapters, else a copy; or a model (see
+            `load_model`) with the policy's weights.
         max_chosen_drop: nats by which the chosen answers may become less likely before a warning.
 
     Raises:
-        ValueError: if the reference is impossible for this model, or there is dropout.
+        ValueError: if there is dropout, or the reference is impossible for this model, or of another shape or
+            tokenizer.
+        FileNotFoundError: if it is a path at which there is nothing.
     """
 
     task, item = "dpo", "pair"
@@ -77,11 +89,13 @@ class DPOModule(TaskModule):
             )
         check_preference_loss(loss, beta, label_smoothing, gamma)
         resolver = _resolve(reference, has_adapters=lora is not None, needs_none=loss == "simpo")
-        frozen = copy.deepcopy(model).requires_grad_(False) if resolver == "copy" else None
+        frozen = copy.deepcopy(model) if resolver == "copy" else None
+        if resolver == "given":
+            frozen = _given(reference, model, common["tokenizer"])
         super().__init__(model=model, **common)
         self.loss, self.beta, self.label_smoothing, self.gamma = loss, beta, label_smoothing, gamma
         self.reference_kind, self.max_chosen_drop = resolver, max_chosen_drop
-        self.reference: GPT | None = frozen
+        self.reference: GPT | None = None if frozen is None else frozen.requires_grad_(False)
         if resolver == "adapter_clone":
             _clone_adapter(model)
         self._must_check = False
@@ -101,8 +115,9 @@ class DPOModule(TaskModule):
         if n == 0:  # of a process that ran out of pairs before the others; the sum makes the backward pass the same
             hidden = self.model.hidden_states(batch.input_ids, packing=batch.packing)
             return StepOutput((hidden.sum() + self.model.head_weight().sum()) * 0.0, 0)
-        policy = self.log_probs(self.model, batch)  # (2B,)
-        reference = self.reference_log_probs(batch)
+        states = self.scored_states(self.model, batch)
+        policy = self.log_probs_of(states, self.model.head_weight(), batch)  # (2B,)
+        reference, kl = self.reference_of(batch, None if torch.is_grad_enabled() else states)
         found = preference_loss(
             *policy.split(n),
             *reference.split(n),
@@ -124,48 +139,62 @@ class DPOModule(TaskModule):
         }
         count = torch.tensor(float(n), device=margin.device)
         tokens = batch.lengths.float()
-        # An estimate of KL(policy | reference) on the tokens of the data, not on the policy's own.
-        log_ratio = (policy - reference).detach().sum()
+        # Over the tokens of the data, not of the policy's own. The first is an estimate, and all that training logs.
+        per_token = {"log_ratio_per_token": (policy - reference).detach().sum()}
+        if kl is not None:
+            per_token["kl_per_token"] = kl.sum()
         return StepOutput(
             found.loss.sum(),
             n,
             metrics={name: (values.sum(), count) for name, values in sums.items()}
-            | {"log_ratio_per_token": (log_ratio, tokens.sum())},
+            | {name: (total, tokens.sum()) for name, total in per_token.items()},
             outputs={"margin": margin, "longer_by": tokens[:n] - tokens[n:]},
         )
 
-    def log_probs(self, model: GPT, batch: PreferenceBatch) -> Tensor:
-        """The summed log-probability of each answer, (2B,): all chosen ones, then all rejected ones."""
+    def scored_states(self, model: GPT, batch: PreferenceBatch) -> Tensor:
+        """(M, C) trunk output where a token of an answer is predicted."""
         hidden = model.hidden_states(batch.input_ids, packing=batch.packing)
-        picked = hidden.flatten(0, 1).index_select(0, batch.wanted)  # (M, C)
-        log_probs = token_log_probs(picked, model.head_weight(), batch.labels)
-        return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))
+        return hidden.flatten(0, 1).index_select(0, batch.wanted)
+
+    def log_probs_of(self, states: Tensor, head_weight: Tensor, batch: PreferenceBatch) -> Tensor:
+        """The summed log-probability of each answer, (2B,): all chosen ones, then all rejected ones."""
+        return sequence_log_probs(token_log_probs(states, head_weight, batch.labels), batch.branch, len(batch.lengths))
+
+    def log_probs(self, model: GPT, batch: PreferenceBatch) -> Tensor:
+        """`log_probs_of` what `model` makes of the batch."""
+        return self.log_probs_of(self.scored_states(model, batch), model.head_weight(), batch)
 
     @torch.no_grad()
-    def reference_log_probs(self, batch: PreferenceBatch) -> Tensor:
-        """As `log_probs`, of the reference."""
+    def reference_of(self, batch: PreferenceBatch, policy_states: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The reference's `log_probs` and, given the policy's states, KL(policy || reference) of each token.
+
+        KL is None where only log-probabilities of the reference are known, or nothing.
+        """
         if self.reference_kind == "none":
-            return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32)
+            return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32), None
         if self.reference_kind == "cached":
             rows = torch.stack([self._known[key] for key in batch.keys])  # (B, 2)
-            return rows.T.flatten().to(batch.lengths.device)
-        if self.reference is not None:
-            return self.log_probs(self.reference, batch)
-        with self._as_reference():
-            return self.log_probs(self.model, batch)
+            return rows.T.flatten().to(batch.lengths.device), None
+        policy_weight = self.model.head_weight()
+        with self.as_reference() as model:
+            states, weight = self.scored_states(model, batch), model.head_weight()
+            kl = None if policy_states is None else token_kl(policy_states, policy_weight, states, weight)
+            return self.log_probs_of(states, weight, batch), kl
 
     @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        """The policy's weights with what was trained taken away."""
-        if self.reference_kind == "adapter_off":
+    def as_reference(self) -> Iterator[GPT]:
+        """The reference; or the policy, with what was trained taken away as long as the context lasts."""
+        if self.reference is not None:
+            yield self.reference
+        elif self.reference_kind == "adapter_off":
             with adapters_off(self.model):
-                yield
-            return
-        use_adapter(self.model, CLONE)
-        try:
-            yield
-        finally:
-            use_adapter(self.model, "default")
+                yield self.model
+        else:
+            use_adapter(self.model, CLONE)
+            try:
+                yield self.model
+            finally:
+                use_adapter(self.model, "default")
 
     # --- the start -------------------------------------------------------------------------------------------------
 
@@ -198,7 +227,7 @@ class DPOModule(TaskModule):
         Raises:
             ValueError: if a log-ratio at step 0 is not 0, so that the sigmoid loss is not ln 2.
         """
-        difference = (self.log_probs(self.model, batch) - self.reference_log_probs(batch)).abs().max().item()
+        difference = (self.log_probs(self.model, batch) - self.reference_of(batch, None)[0]).abs().max().item()
         half = self.trainer.precision not in ("32-true", "64-true")
         tolerance = 1e-2 if half else TOLERANCES.get(next(self.model.parameters()).dtype, 1e-5)
         if not self.beta * difference <= tolerance:
@@ -293,8 +322,13 @@ def _resolve(reference: str, *, has_adapters: bool, needs_none: bool) -> str:
     """What to use; raises ValueError, saying what is possible, if it cannot be had."""
     if reference not in (*REFERENCES, "auto"):
         near = difflib.get_close_matches(reference, REFERENCES, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"task.reference={reference!r} is unknown: {hint}use auto, {', '.join(REFERENCES)}")
+        if near or not Path(reference).exists():
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"task.reference={reference!r} is unknown: {hint}use auto, {', '.join(REFERENCES)}, or the path of a "
+                "model"
+            )
+        return "given"
     if needs_none:
         return "none"
     if reference == "auto":
@@ -305,6 +339,26 @@ def _resolve(reference: str, *, has_adapters: bool, needs_none: bool) -> str:
             "copy or cached"
         )
     return reference
+
+
+def _given(path: str, policy: GPT, tokenizer: Tokenizer) -> GPT:
+    """The model at `path`; raises ValueError if the policy's tokens or positions mean something else to it."""
+    loaded = load_model(path)
+    reference = merged_trunk(loaded.gpt)
+    if loaded.tokenizer.describe() != tokenizer.describe():
+        raise ValueError(
+            f"task.reference={path} has another tokenizer than the policy ({loaded.tokenizer.describe()['name']}, not "
+            f"{tokenizer.describe()['name']}, or trained on another text); take a model with the policy's, or "
+            "task.reference=copy"
+        )
+    for name in ("vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "context_length"):
+        theirs, ours = getattr(reference.config, name), getattr(policy.config, name)
+        if theirs < ours if name == "context_length" else theirs != ours:
+            raise ValueError(
+                f"task.reference={path} has {name} {theirs}, and the policy {ours}; take the model that the policy "
+                "starts from, or task.reference=copy"
+            )
+    return reference.float().eval()
 
 
 def _clone_adapter(model: GPT) -> None:

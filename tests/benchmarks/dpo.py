@@ -169,6 +169,7 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
         tokenizer=tokenizer, context_length=CONTEXT, batch_size=BATCH, path=str(folder / "pairs.json"), split="order",
         val_fraction=part, test_fraction=part, shuffle=False, bucket=False, eval_batches=0,
     )  # fmt: skip
+    data.build()
     module = DPOModule(
         model=load_model(folder / "gpt2").gpt,
         tokenizer=tokenizer,

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llm_lightning.callbacks import samples as samples_file
 from llm_lightning.callbacks.run_logs import TensorBoard
-from llm_lightning.callbacks.samples import Samples, append_section, drop_sections_from
+from llm_lightning.callbacks.samples import Samples, append_section, drop_sections_from, repetition_rate
 from llm_lightning.data.inspection import printable
 
 
@@ -57,6 +57,33 @@ def test_the_same_weights_give_the_same_samples(make_module: Any) -> None:
     module = make_module()
     samples._prompt_ids = [module.tokenizer.encode(prompt) for prompt in samples.prompts]
     assert samples.write(module) == samples.write(module)
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition_rate([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(1 / 5)  # 1234 2341 3412 4123 1234
+    assert repetition_rate([[7] * 8, [1, 2, 3, 4, 5]]) == pytest.approx(4 / 7)  # five times 7777; 1234 2345
+    assert repetition_rate([[1, 2, 3], []]) == 0
+
+
+def test_what_was_written_at_the_start_stands_beside(
+    tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any
+) -> None:
+    module = make_module()
+    samples = Samples(["ab", "xyz "], max_new_tokens=6, temperature=0.0, beside_start=True)
+    samples._prompt_ids = [module.tokenizer.encode(prompt) for prompt in samples.prompts]
+    first = [text for _, text in samples.write(module)[0]]
+    trainer = make_trainer(tmp_path, [samples])
+    trainer.fit(module, datamodule=make_data())
+    sections = (tmp_path / "samples.md").read_text().split("## step")[1:]
+    assert len(sections) == 2
+    for section in sections:
+        for prompt, text in zip(["ab", "xyz "], first, strict=True):
+            assert prompt in section
+            lines = "\n".join(f"    {line}" for line in f"at the start: {text}".split("\n"))
+            assert lines in section
+    again = Samples(["ab", "xyz "], beside_start=True)
+    again.load_state_dict(samples.state_dict())
+    assert again._at_start == first
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [("x" * 16, 16), ("", 0)])

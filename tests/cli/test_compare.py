@@ -32,9 +32,10 @@ needs_openai = pytest.mark.skipif(find_spec("openai") is None, reason="needs the
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two runs, `base` and `tuned`."""
+    """The folder of three runs, `base`, `tuned` and `preferring`."""
     folder = tmp_path_factory.mktemp("runs")
     settings = {"base": ["task=pretraining"], "tuned": ["task=sft", f"data.template='{TEMPLATE}'"]}
+    settings["preferring"] = ["task=dpo", f"data.template='{TEMPLATE}'"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_LIGHTNING_CACHE", str(folder / "cache"))
         for name, own in settings.items():
@@ -49,7 +50,7 @@ def here(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(entry.VERBS, "compare", "")
     monkeypatch.setattr(judging, "FIRST_DELAY", 0.0)
     monkeypatch.chdir(tmp_path)
-    for name in ("base", "tuned"):
+    for name in ("base", "tuned", "preferring"):
         Path(name).symlink_to(runs / name)
     rows = [{"instruction": f"Say {i}.", "input": "", "output": f"answer {i}"} for i in range(5)]
     Path("q.json").write_text(json.dumps(rows))
@@ -245,11 +246,19 @@ def test_a_judge_that_is_not_there_is_one_line(
 # --- data, curves, and bad input -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("models", "of"), [(["base", "tuned"], "B"), (["tuned", "base"], "A")])
-def test_a_split_is_of_b_or_else_of_a(models: list[str], of: str, here: Path) -> None:
-    assert compare(*models, "--split", "test", "--limit", 2, "--max-new-tokens", 2) == 0
+@pytest.mark.parametrize(
+    ("words", "of", "data"),
+    [
+        (["base", "tuned"], "B", "short_answers"),
+        (["tuned", "base"], "A", "short_answers"),
+        (["tuned", "preferring"], "B", "short_preferences"),
+        (["tuned", "preferring", "--data-of", "A"], "A", "short_answers"),
+    ],
+)
+def test_a_split_is_of_b_or_else_of_a(words: list[str], of: str, data: str, here: Path) -> None:
+    assert compare(*words, "--split", "test", "--limit", 2, "--max-new-tokens", 2) == 0
     page = Path("comparison.html").read_text()
-    assert f"the test split of {of}&#x27;s training data (short_answers" in page
+    assert f"the test split of {of}&#x27;s training data ({data}" in page
     assert "; template data.template; each answer greedy" in page
     assert page.count("<h2>") == 2
 
@@ -285,6 +294,8 @@ def test_curves_are_those_that_exist(here: Path, capsys: pytest.CaptureFixture[s
         (["base", "tuned", "third"], "third must be a .json or .jsonl file of records; only two models"),
         (["base", "tuned", "nowhere.json"], "nowhere.json does not exist"),
         (["base", "base", "--split", "test"], "(B: pretraining and A: pretraining); give a .json or .jsonl file"),
+        (["base", "tuned", "--split", "test", "--data-of", "A"], "none was (A: pretraining); give a .json or .jsonl"),
+        (["base", "tuned", "q.json", "--data-of", "A"], "--data-of A goes with --split"),
         (["base", "nothing", "q.json"], "nothing"),
         (["base", "tuned", "q.json", "--limit", "0"], "--limit 0 must be at least 1"),
         (["base", "tuned", "q.json", "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),

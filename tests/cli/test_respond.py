@@ -168,3 +168,24 @@ def test_inspect_data_of_a_file_and_of_a_run(tuned: Path, tmp_path: Path, capsys
     assert out.count("<|endoftext|><<") == 2
     assert cli(["inspect-data", str(tuned), "--split", "val", "--html", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text().count('<span class="learnt">') == 1 + 4
+
+
+def test_inspect_data_shows_pairs_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"instruction": f"Say {i}.", "output": "x", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in (str(tmp_path / "pairs.jsonl"), "short_preferences"):
+        assert cli(["inspect-data", source, "-n", "2"]) == 0
+        out = capsys.readouterr().out
+        titles = [line.split(":")[0] for line in out.splitlines() if line.startswith("---")]
+        assert titles == [f"--- record {n}, {side}" for n in range(2) for side in ("chosen", "rejected")]
+        assert out.count("<|endoftext|><<") == 4
+        if source.endswith("jsonl"):
+            assert [out.count(f"### Response:\n>>{text}<|endoftext|><<") for text in ("yes 0", "no 0", "no 2")] == [
+                1,
+                1,
+                0,
+            ]
+    assert cli(["inspect-data", "short_preferences", "-n", "1", "--loss-on", "header"]) == 0
+    assert capsys.readouterr().out.count(">>### Response:\n") == 2
+    assert cli(["inspect-data", "short_preferences", "--loss-on", "all"]) == 2
+    assert "only the answers are scored; use response or header" in capsys.readouterr().err

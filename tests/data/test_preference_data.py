@@ -31,6 +31,8 @@ from llm_lightning.data.templates import Turn
 from llm_lightning.losses import preference_loss, sequence_log_probs, token_log_probs
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.gpt2_weights import to_hf
+from llm_lightning.optim import AdamWConfig, ConstantConfig
+from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tokenizers import build_tokenizer
 
 BYTES, GPT2 = build_tokenizer("byte"), build_tokenizer("gpt2")
@@ -732,8 +734,23 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path, monkeypatch: Any,
         assert_same_gradients(to_hf(ours, CONFIG), peers, 5e-5)  # float32, of differences of sums
     summed = preference_loss(*sums, *references, *lengths, kind="sigmoid", beta=0.3)
     assert (summed.chosen_reward - summed.rejected_reward).abs().min() > 0.05, "not where all is alike"
-    rewards = trainer._metrics["eval"]["rewards/chosen"][0]  # TRL: of sums, whatever the loss
-    assert summed.chosen_reward.mean().item() == pytest.approx(rewards, abs=2e-5)  # differences of float32 sums
+    module = DPOModule(
+        model=policy, tokenizer=GPT2, optimizer=AdamWConfig(lr=1e-3), scheduler=ConstantConfig(), beta=0.3
+    )
+    module.reference = reference
+    found = module.step_output(batch).metrics
+    for ours, theirs in {  # TRL: of sums, whatever the loss
+        "chosen_reward": "rewards/chosen",
+        "rejected_reward": "rewards/rejected",
+        "reward_margin": "rewards/margins",
+        "reward_accuracy": "rewards/accuracies",
+        "chosen_log_prob": "logps/chosen",
+        "rejected_log_prob": "logps/rejected",
+    }.items():
+        total, count = found[ours]
+        # Log-probabilities are sums of float32; rewards are differences of such sums.
+        expected = pytest.approx(trainer._metrics["eval"][theirs][0], rel=1e-5, abs=2e-5)
+        assert (total / count).item() == expected, ours
 
 
 def book_log_probs(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

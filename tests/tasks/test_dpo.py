@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from tiny_run import SETTINGS, train_here
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.cli.respond import data_of
+from llm_lightning.data.inspection import printable
 from llm_lightning.frozen_cache import FrozenCache
+from llm_lightning.generation import generate
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
@@ -132,7 +136,7 @@ def test_the_next_job_of_a_sweep_runs_no_reference(
         raise RuntimeError("the reference was computed again")
 
     monkeypatch.setattr(FrozenCache, "_add", refused)
-    monkeypatch.setattr(DPOModule, "_as_reference", refused)
+    monkeypatch.setattr(DPOModule, "as_reference", refused)
     second = run(tmp_path / "second", start, pairs, *cached, *other)
     assert losses(second) == pytest.approx(losses(expected), abs=1e-5)
     assert losses(second)[-1] != losses(first)[-1]
@@ -157,6 +161,83 @@ def module(**options: Any) -> DPOModule:
     config = GPTConfig(vocab_size=257, context_length=32, n_layer=2, n_head=2, n_embd=16)
     settings = {"optimizer": AdamWConfig(lr=1e-3), "scheduler": WarmupCosineConfig(warmup=0)}
     return DPOModule(model=GPT(config), tokenizer=build_tokenizer("byte"), **settings, **options)
+
+
+@pytest.mark.parametrize("way", ["copy", "lora, adapters off", "lora, clone", "cached"])
+def test_kl_is_exact_where_the_reference_is_at_hand(way: str, start: Path, pairs: Path, tmp_path: Path) -> None:
+    """After training, by hand over the whole vocabulary, at the positions of the answers of the validation split."""
+    curves = run(tmp_path / "run", start, pairs, *WAYS[way], "trainer.val_check_interval=null")
+    if way == "cached":
+        assert "val/kl_per_token" not in curves
+        return
+    policy = checkpoints.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    reference = checkpoints.load_model(start).gpt
+    data = data_of(policy)
+    total, count = 0.0, 0
+    for index in range(len(data.eval_samples["val"])):
+        for one in data.sequences_of(data.eval_samples["val"][index]):
+            ids = torch.from_numpy(one.token_ids)[None]
+            with torch.no_grad():
+                ours, theirs = (model.eval()(ids).double().log_softmax(-1) for model in (policy.gpt, reference))
+            kl = (ours.exp() * (ours - theirs)).sum(-1)[0, :-1][torch.from_numpy(one.is_target[1:])]
+            total, count = total + kl.sum().item(), count + len(kl)
+    assert curves["val/kl_per_token"][-1][1] == pytest.approx(total / count, rel=1e-4)
+    assert total / count > 1e-4
+
+
+def test_both_answer_the_prompts_of_the_validation_data(start: Path, pairs: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", start, pairs, "callbacks.samples={_target_: llm_lightning.callbacks.samples.Samples, "
+        "prompts: null, max_new_tokens: 8, beside_start: true}")  # fmt: skip
+    curves = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert all(0 <= rate <= 1 for _, rate in curves["samples/repetition"])
+    text = (tmp_path / "run" / "samples.md").read_text()
+    loaded = checkpoints.load_model(start)
+    data = data_of(checkpoints.load_model(tmp_path / "run"))
+    prompts = data.sample_prompts(3)
+    answers = generate(loaded.gpt, prompts, max_new_tokens=8, stop_ids=[data.pad_id])
+    assert text.count("    at the start: ") == 3 * text.count("## step")
+    for prompt, answer in zip(prompts, answers, strict=True):
+        before = printable(loaded.tokenizer.decode([*prompt, *answer])[len(loaded.tokenizer.decode(prompt)) :])
+        assert f"at the start: {before}".splitlines()[0] in text
+
+
+def given(name: str, folder: Path, start: Path) -> str:
+    """A checkpoint like `start` but for one thing; its path."""
+    content = checkpoints.load(start)
+    config = GPTConfig(vocab_size=257, context_length=64, n_layer=2, n_head=2, n_embd=16)
+    tokenizer = build_tokenizer("byte")
+    if name == "shape":
+        config = replace(config, n_layer=1)
+        content["state_dict"] = {k: v for k, v in content["state_dict"].items() if "blocks.1." not in k}
+    if name == "weights":
+        content["state_dict"]["model.blocks.0.mlp.up_proj.weight"] += 0.05
+    if name == "tokenizer":
+        tokenizer = build_tokenizer("bpe", vocab_size=257, texts=["to be or not to be"])
+    header = checkpoints.describe(task="sft", model_config=config, tokenizer=tokenizer, config={})
+    path = folder / f"{name}.ckpt"
+    checkpoints.save(path, {"state_dict": content["state_dict"], checkpoints.HEADER: header})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("same", None),
+        ("shape", r"shape\.ckpt has n_layer 1, and the policy 2; take the model that the policy starts from, or"),
+        ("tokenizer", r"tokenizer\.ckpt has another tokenizer than the policy \(bpe, not byte"),
+        ("weights", r"policy and reference differ at step 0"),
+    ],
+)
+def test_a_given_reference_must_be_the_policys_start(
+    name: str, message: str | None, start: Path, pairs: Path, tmp_path: Path
+) -> None:
+    path = given(name, tmp_path, start)
+    if message is None:
+        found = run(tmp_path / "run", start, pairs, f"task.reference={path}")
+        assert losses(found) == losses(run(tmp_path / "copy", start, pairs))
+        return
+    with pytest.raises(AssertionError, match=message):
+        run(tmp_path / "run", start, pairs, f"task.reference={path}")
 
 
 def test_the_reference_is_frozen_and_never_trains() -> None:
