@@ -323,7 +323,7 @@ CASES += [
     ("pairs beyond the context", pairs("data.max_length=20", "data.too_long=drop"),
      r"(do not fit into|fits into) 20 tokens"),
     ("all pairs alike", lambda folder: ["task=dpo", "model.context_length=400", "data.path=" + str(put(
-        folder / "x.jsonl", '{"instruction": "a", "chosen": "b", "rejected": "b"}\n' * 40))],
+        folder / "x.json", json.dumps([{"prompt": f"{i}", "chosen": "b", "rejected": "b"} for i in range(40)])))],
      r"no train pair of two different answers"),
     ("missing pairs", lambda _: ["task=dpo", "data.path=nowhere.json"], r"nowhere\.json does not exist or is no file"),
     ("unknown preference set", lambda _: ["task=dpo", "data.path=null", "data.name=short_preference"],

@@ -232,12 +232,13 @@ def _parameters(fields: dict) -> int:
         return GPT(GPTConfig(**{**fields, "vocab_size": 50257})).num_parameters()
 
 
-def test_appendix_d_differs_from_chapter_5_in_schedule_clipping_and_length_only() -> None:
+def test_appendix_d_differs_from_chapter_5_in_schedule_clipping_length_and_seed_only() -> None:
     from llm_lightning.experiments.config_checks import diff_configs
 
     old, new = (OmegaConf.to_container(composed(f"experiment=book/{name}")) for name in ("ch05", "appendix_d"))
     changed = {key: value for key, _, value in diff_configs(old, new) if not key.startswith("scheduler.")}
     assert changed == {
+        "seed": 2,
         "optimizer.lr": 1e-3,
         "optimizer.max_grad_norm": 1.0,
         "optimizer.clip_after_warmup": True,
