@@ -98,6 +98,27 @@ def test_every_reference_gives_the_same_curve_from_ln_2_on(start: Path, pairs: P
         assert found[name]["train/reward_margin"][-1][1] > 0
 
 
+def test_after_instruction_tuning_with_adapters(start: Path, pairs: Path, tmp_path: Path) -> None:
+    """The policy, and so its reference, begins with those adapters in its weights."""
+    tuned = tmp_path / "tuned"
+    outcome = train_here([
+        *(word for word in SETTINGS if "samples" not in word and "n_layer" not in word), "task=sft", "lora=default",
+        f"init_from={start}", f"data.path={pairs}", "data.columns.output=chosen", TEMPLATE, "model.n_layer=2",
+        "model.context_length=64", "optimizer.lr=1e-2", "callbacks.samples=null", "callbacks.responses=null",
+        f"hydra.run.dir={tuned}",
+    ])  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    found = {}
+    for way in ("copy", "lora, adapters off", "lora, clone", "lora, copy", "lora, cached"):
+        found[way] = run(tmp_path / way.replace(", ", "_").replace(" ", "_"), tuned, pairs, *WAYS[way])
+        assert losses(found[way])[0] == pytest.approx(LN2, abs=1e-5), way
+        if way.startswith("lora"):
+            assert losses(found[way]) == pytest.approx(losses(found["lora, adapters off"]), abs=1e-5), way
+    from_base = run(tmp_path / "base", start, pairs)
+    of_both = [curves["train/chosen_log_prob"][0][1] for curves in (found["copy"], from_base)]
+    assert of_both[0] > of_both[1] + 0.1, "the adapters were left behind"
+
+
 def test_the_reference_is_saved_and_stays_to_the_bit(start: Path, pairs: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", start, pairs)
     before = checkpoints.load(start)["state_dict"]
