@@ -24,6 +24,7 @@ KILLS = ["save"] * 3 + ["validation"] * 3 + ["training"] * 10 + ["any time"] * 4
 CLOCK_METRICS = {
     "train/tokens_per_second",
     "train/sequences_per_second",
+    "train/pairs_per_second",
     "train/mfu",
     "train/peak_memory_gib",
 }  # what a clock or the allocator decides
