@@ -194,6 +194,9 @@ def test_preferences_from_the_tuned_model_reach_the_stated_accuracy(
     assert metrics["test/reward_accuracy_low"] > 0.5
     assert low <= metrics["test/reward_accuracy"] <= high  # Python versions and processors differ
     assert low < expected < high
+    expected, low, high = stated(r"the margin rises from 0 to (\d\.\d+) \((\d\.\d+) to (\d\.\d+)\)")
+    assert low <= metrics["val/reward_margin"] <= high
+    assert low < expected < high
     margins = [margin for _, margin in read_metrics(tmp_path / "run" / "metrics.csv")["train/reward_margin"]]
     assert margins[0] == pytest.approx(0, abs=1e-2)
     assert sum(margins[-5:]) > sum(margins[5:10])

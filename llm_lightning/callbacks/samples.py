@@ -114,7 +114,7 @@ class Samples(L.Callback):
         if not self.beside_start:
             return ["".join(pair) for pair in pairs]
         return [
-            f"{prompt}\n\nat the start: {before}\n\nnow: {after}"
+            f"{prompt.rstrip()}\n\nat the start: {before}\n\nnow: {after}"
             for (prompt, after), before in zip(pairs, self._at_start, strict=True)
         ]
 
