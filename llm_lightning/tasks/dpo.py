@@ -111,17 +111,12 @@ class DPOModule(TaskModule):
     # --- one batch -------------------------------------------------------------------------------------------------
 
     def step_output(self, batch: PreferenceBatch) -> StepOutput:
-        n = batch.n_targets
-        if n == 0:  # of a process that ran out of pairs before the others; the sum makes the backward pass the same
-            hidden = self.model.hidden_states(batch.input_ids, packing=batch.packing)
-            return StepOutput((hidden.sum() + self.model.head_weight().sum()) * 0.0, 0)
+        n = batch.n_targets  # 0 in a process that ran out of pairs before the others: all is empty, and every sum 0
         states = self.scored_states(self.model, batch)
         policy = self.log_probs_of(states, self.model.head_weight(), batch)  # (2B,)
         reference, kl = self.reference_of(batch, None if torch.is_grad_enabled() else states)
         found = preference_loss(
-            *policy.split(n),
-            *reference.split(n),
-            *batch.lengths.split(n),
+            *(policy[:n], policy[n:], reference[:n], reference[n:], batch.lengths[:n], batch.lengths[n:]),
             kind=self.loss,
             beta=self.beta,
             label_smoothing=self.label_smoothing,
@@ -173,8 +168,9 @@ class DPOModule(TaskModule):
         if self.reference_kind == "none":
             return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32), None
         if self.reference_kind == "cached":
-            rows = torch.stack([self._known[key] for key in batch.keys])  # (B, 2)
-            return rows.T.flatten().to(batch.lengths.device), None
+            rows = [self._known[key] for key in batch.keys]  # (2,) each
+            known = torch.stack(rows).T.flatten() if rows else torch.zeros(0)
+            return known.to(batch.lengths.device), None
         policy_weight = self.model.head_weight()
         with self.as_reference() as model:
             states, weight = self.scored_states(model, batch), model.head_weight()

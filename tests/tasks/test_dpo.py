@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import SETTINGS, train_here
+from tiny_run import SETTINGS, finish, train_here
+from tiny_run import start as start_process
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
@@ -56,16 +57,20 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, start: Path, pairs: Path, *arguments: str) -> dict[str, list[tuple[int, float]]]:
     """The curves of a run of 20 steps in fp32."""
     names = {word.partition("=")[0] for word in arguments}
+    kept = [word for word in settings_of(folder, start, pairs) if word.partition("=")[0] not in names]
+    outcome = train_here([*kept, *arguments])
+    assert outcome.code == 0, outcome.err
+    return read_metrics(folder / "metrics.csv")
+
+
+def settings_of(folder: Path, start: Path, pairs: Path) -> list[str]:
     settings = [
         *SETTINGS, "task=dpo", f"init_from={start}", f"data.path={pairs}", TEMPLATE, "model.context_length=64",
         "model.n_layer=2", f"trainer.max_steps={STEPS}", "trainer.max_epochs=-1", "data.batch_size=4",
         "optimizer.lr=1e-3", "callbacks.samples=null", f"hydra.run.dir={folder}",
     ]  # fmt: skip
-    kept = [word for word in settings if word.partition("=")[0] not in names and "samples.prompts" not in word]
-    last = {word.partition("=")[0]: word for word in kept}  # later settings win
-    outcome = train_here([*last.values(), *arguments])
-    assert outcome.code == 0, outcome.err
-    return read_metrics(folder / "metrics.csv")
+    kept = [word for word in settings if "samples.prompts" not in word]
+    return list({word.partition("=")[0]: word for word in kept}.values())  # later settings win
 
 
 def losses(curves: dict[str, list[tuple[int, float]]]) -> list[float]:
@@ -161,6 +166,33 @@ def test_the_next_job_of_a_sweep_runs_no_reference(
     second = run(tmp_path / "second", start, pairs, *cached, *other)
     assert losses(second) == pytest.approx(losses(expected), abs=1e-5)
     assert losses(second)[-1] != losses(first)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["copy", "cached", "lora, adapters off"])
+def test_two_processes_log_what_one_does(way: str, start: Path, pairs: Path, tmp_path: Path) -> None:
+    """One of them gets no pair of the only validation batch, and runs out of pairs before the end of an epoch."""
+    shared = [
+        *WAYS[way],
+        "data.val_fraction=0.02",
+        "data.eval_batches=0",
+        "trainer.max_steps=-1",
+        "trainer.max_epochs=2",
+    ]
+    run(tmp_path / "one", start, pairs, *shared, "data.batch_size=8")
+    names = {word.partition("=")[0] for word in shared}
+    settings = [word for word in settings_of(tmp_path / "two", start, pairs) if word.partition("=")[0] not in names]
+    two = ["accelerator=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    settings = [word for word in settings if not word.startswith("accelerator=")]
+    outcome = finish(start_process([*settings, *shared, *two], tmp_path))
+    assert outcome.code == 0, outcome.err
+    one, other = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert one.keys() == other.keys()
+    assert len(one["train/loss"]) >= 12
+    for name in one.keys() - {"train/pairs_per_second", "train/peak_memory_gib"}:
+        assert [step for step, _ in one[name]] == [step for step, _ in other[name]], name
+        for (_, value), (_, same) in zip(one[name], other[name], strict=True):
+            assert value == pytest.approx(same, rel=1e-3, abs=2e-5), name  # float32, Adam's first steps
 
 
 def test_a_line_warns_when_chosen_answers_fall(caplog: pytest.LogCaptureFixture) -> None:
