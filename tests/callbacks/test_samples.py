@@ -78,7 +78,7 @@ def test_what_was_written_at_the_start_stands_beside(
     assert len(sections) == 2
     for section in sections:
         for prompt, text in zip(["ab", "xyz "], first, strict=True):
-            assert prompt in section
+            assert prompt.rstrip() in section
             lines = "\n".join(f"    {line}" for line in f"at the start: {text}".split("\n"))
             assert lines in section
     again = Samples(["ab", "xyz "], beside_start=True)
