@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,20 +170,17 @@ def test_chapter_7_and_its_exercises_train_as_many_parameters_as_the_book() -> N
     assert instantiate(settings.lora).scale == 16
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHAPTER_7)
-def test_chapter_7_runs(name: str, data_dir: Path, tmp_path: Path) -> None:
-    """Three steps with random weights of two layers of GPT-2 medium's width, on the book's records."""
+def three_steps(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The summary of three steps with random weights of two layers of GPT-2 medium's width."""
     config = GPTConfig(n_layer=2, n_head=16, n_embd=1024)
     torch.manual_seed(0)
-    given = tmp_path / "given.safetensors"
+    given = folder / "given.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in to_hf(GPT(config).state_dict(), config).items()}, given)
     outcome = train_here(
         [
-            f"experiment=book/{name}",
+            *arguments,
             f"init_from={given}",
-            f"data.path={data_dir / 'instruction-data.json'}",
-            f"hydra.run.dir={tmp_path / 'run'}",
+            f"hydra.run.dir={folder / 'run'}",
             "trainer.max_steps=3",
             "trainer.val_check_interval=3",
             "trainer.limit_val_batches=1",
@@ -191,13 +189,22 @@ def test_chapter_7_runs(name: str, data_dir: Path, tmp_path: Path) -> None:
             "trainer.log_every_n_steps=1",
             "trainer.enable_progress_bar=false",
             "callbacks.samples.max_new_tokens=2",
-            "callbacks.responses.max_new_tokens=2",
-            "callbacks.responses.max_records=4",
         ]
     )
     assert outcome.code == 0, outcome.err
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    shutil.rmtree(folder / "run" / "checkpoints")
+    summary: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
     assert summary["steps"] == 3
+    return summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAPTER_7)
+def test_chapter_7_runs(name: str, data_dir: Path, tmp_path: Path) -> None:
+    """On the book's records, cut as the book cuts them."""
+    path = data_dir / "instruction-data.json"
+    few = ["callbacks.responses.max_new_tokens=2", "callbacks.responses.max_records=4"]
+    summary = three_steps(tmp_path, f"experiment=book/{name}", f"data.path={path}", *few)
     assert {split: part["records"] for split, part in summary["data"]["splits"].items()} == {
         "train": 935,
         "val": 55,
@@ -205,4 +212,16 @@ def test_chapter_7_runs(name: str, data_dir: Path, tmp_path: Path) -> None:
     }
     assert summary["data"]["leaks"] == {"val": {"prompts": 4, "of": 55}, "test": {"prompts": 2, "of": 110}}
     assert len(json.loads((tmp_path / "run" / "responses.json").read_text())) == 4
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [[], ["lora=default"]], ids=["full", "lora"])
+def test_preference_tuning_runs(adapters: list[str], data_dir: Path, tmp_path: Path) -> None:
+    """On the book's pairs; it starts at ln 2 and at margin 0, as the notebook's first line before any step."""
+    path = data_dir / "instruction-data-with-preference.json"
+    summary = three_steps(tmp_path, "experiment=book/dpo", f"data.path={path}", *adapters)
+    assert sum(part["pairs"] for part in summary["data"]["splits"].values()) == 1100 - 6
+    curves = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert curves["train/loss"][0][1] == pytest.approx(0.6931471824645996, abs=1e-6)
+    assert curves["train/reward_margin"][0][1] == pytest.approx(0, abs=1e-6)
+    assert curves["train/loss"][2][1] != curves["train/loss"][0][1]

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy as copies
 import json
-import logging
 import os
 import tempfile
 import warnings
@@ -31,8 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clocked import SHARED_ARGUMENTS, Clock, clocked, train_ours
 from contest import Run, peak_mib, ratio, run_rounds, write_results
-from sft import Clock, as_book
+from sft import as_book
 
 BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
 LR, WEIGHT_DECAY, BETA, RANK = 5e-6, 0.01, 0.1, 16
@@ -143,8 +143,6 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     """Train a DPOModule with a Trainer."""
-    import lightning as L
-
     from llm_lightning.checkpoint import load_model
     from llm_lightning.data.preference import PreferenceDataModule
     from llm_lightning.models.lora import LoRAConfig
@@ -152,17 +150,10 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     from llm_lightning.tasks.dpo import DPOModule
     from llm_lightning.tokenizers import build_tokenizer
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     os.environ["LLM_LIGHTNING_CACHE"] = str(folder / "cache" / str(os.getpid()))
     tokenizer = build_tokenizer("gpt2")
     tokenizer.encode("warm")
     baseline, clock = peak_mib(), Clock()
-
-    class Ticks(L.Callback):
-        """The clock, as a callback."""
-
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            clock.tick(outputs["loss"].item() / batch.n_targets)
 
     part = 1 / len(json.loads((folder / "pairs.json").read_text()))
     data = PreferenceDataModule(
@@ -179,12 +170,7 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
         reference=reference,
         lora=LoRAConfig(rank=RANK, alpha=RANK) if reference == "adapter_off" else None,
     )
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, precision="bf16-mixed", deterministic=True, max_epochs=1, logger=False,
-        callbacks=[Ticks()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, limit_train_batches=batches, limit_val_batches=0,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
+    train_ours(module, data, clock, batches)
     return baseline, clock
 
 
@@ -200,7 +186,6 @@ def trl(
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import AutoTokenizer, GPT2LMHeadModel
-    from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     names = ("prompt", "chosen", "rejected")
@@ -208,37 +193,24 @@ def trl(
     disable_progress_bars()
     baseline, clock = peak_mib(), Clock()
 
-    class ClockedTrainer(DPOTrainer):  # type: ignore[misc]
-        """A DPOTrainer that keeps the loss of each batch."""
-
-        def training_step(self, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step:  # the batch before is over, its update included
-                clock.tick(self.last_loss.item())
-            self.last_loss = super().training_step(*arguments, **options)
-            return self.last_loss
-
     dtype = torch.bfloat16 if pure_bf16 else torch.float32
     model = GPT2LMHeadModel.from_pretrained(
         folder / "gpt2", dtype=dtype, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
     targets = ["c_attn", "c_proj", "c_fc"]
     adapters = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, fan_in_fan_out=True) if lora else None
-    trainer = ClockedTrainer(
+    trainer = clocked(DPOTrainer, clock)(
         model=model,
         args=DPOConfig(
-            output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LR,
-            weight_decay=WEIGHT_DECAY, lr_scheduler_type="constant", beta=BETA, max_length=CONTEXT,
-            precompute_ref_log_probs=cached, train_sampling_strategy="sequential", bf16=not pure_bf16, use_cpu=True,
-            gradient_checkpointing=False, dataloader_pin_memory=False, save_strategy="no", report_to="none",
-            disable_tqdm=True,
+            **SHARED_ARGUMENTS, output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH, learning_rate=LR,
+            weight_decay=WEIGHT_DECAY, beta=BETA, max_length=CONTEXT, precompute_ref_log_probs=cached,
+            bf16=not pure_bf16,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "gpt2"),
         peft_config=adapters,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
     trainer.train()
-    clock.tick(trainer.last_loss.item())
     return baseline, clock
 
 

@@ -25,16 +25,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clocked import SHARED_ARGUMENTS, Clock, clocked, train_ours
 from contest import Run, peak_mib, ratio, run_rounds, write_results
 
 BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
@@ -45,21 +44,6 @@ IGNORE_INDEX = -100
 
 Batch = list[dict[str, list[int]]]
 """Records: `input_ids` with their end, and a `completion_mask` as long, 1 where a token is learnt."""
-
-
-class Clock:
-    """Ends and losses of all batches."""
-
-    def __init__(self) -> None:
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-        self.losses: list[float] = []
-
-    def tick(self, loss: float) -> None:
-        """Note the end of a batch, and its mean loss per token."""
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
-        self.losses.append(loss)
 
 
 Contender = Callable[[Path, int, bool], tuple[float, Clock]]
@@ -178,7 +162,6 @@ def instruction_data(**options: Any) -> Any:
 
 def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "auto") -> tuple[float, Clock]:
     """Train an SFTModule with a Trainer."""
-    import lightning as L
     from safetensors.torch import load_file
 
     from llm_lightning.data.instruction import InstructionDataModule  # noqa: F401
@@ -188,15 +171,8 @@ def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "a
     from llm_lightning.tasks.sft import SFTModule
     from llm_lightning.tokenizers import build_tokenizer
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     build_tokenizer("gpt2").encode("warm")
     baseline, clock = peak_mib(), Clock()
-
-    class Ticks(L.Callback):
-        """The clock, as a callback."""
-
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            clock.tick(outputs["loss"].item() / batch.n_targets)
 
     data = instruction_data(bucket=not shuffled, packing=packing)
     model = GPT(GPTConfig())
@@ -207,12 +183,7 @@ def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "a
         optimizer=AdamWConfig(lr=LR, weight_decay=WEIGHT_DECAY),
         scheduler=ConstantConfig(),
     )
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, precision="bf16-mixed", deterministic=True, max_epochs=1, logger=False,
-        callbacks=[Ticks()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, limit_train_batches=batches, limit_val_batches=0,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
+    train_ours(module, data, clock, batches)
     return baseline, clock
 
 
@@ -228,21 +199,11 @@ def trl(folder: Path, batches: int, shuffled: bool, *, pure_bf16: bool) -> tuple
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     rows = [row for batch in read_batches(folder)[:batches] for row in batch]
     disable_progress_bars()
     baseline, clock = peak_mib(), Clock()
-
-    class ClockedTrainer(SFTTrainer):  # type: ignore[misc]
-        """An SFTTrainer that keeps the loss of each batch."""
-
-        def training_step(self, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step:  # the batch before is over, its update included
-                clock.tick(self.last_loss.item())
-            self.last_loss = super().training_step(*arguments, **options)
-            return self.last_loss
 
     model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     model.load_state_dict(load_file(folder / "gpt2.safetensors"), strict=False)  # the head is tied and left out
@@ -253,20 +214,16 @@ def trl(folder: Path, batches: int, shuffled: bool, *, pure_bf16: bool) -> tuple
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
-    trainer = ClockedTrainer(
+    trainer = clocked(SFTTrainer, clock)(
         model=model,
         args=SFTConfig(
-            output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LR,
-            weight_decay=WEIGHT_DECAY, lr_scheduler_type="constant", completion_only_loss=True, packing=False,
-            train_sampling_strategy="sequential", bf16=not pure_bf16, use_cpu=True, gradient_checkpointing=False,
-            dataloader_pin_memory=False, save_strategy="no", report_to="none", disable_tqdm=True,
+            **SHARED_ARGUMENTS, output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH, learning_rate=LR,
+            weight_decay=WEIGHT_DECAY, completion_only_loss=True, packing=False, bf16=not pure_bf16,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
     trainer.train()
-    clock.tick(trainer.last_loss.item())
     return baseline, clock
 
 
