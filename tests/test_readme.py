@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from judge_server import serving
 from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
 
@@ -51,6 +52,23 @@ def test_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tiny = [s for s in SETTINGS if "max_steps" not in s]
         outcome = train_here([*tiny, f"data.path={corpus}", "hydra.run.dir=outputs/pretraining/first", *arguments])
         assert outcome.code == 0, outcome.err
+
+
+def test_the_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [command] = [c for c in COMMANDS if c.startswith("python train.py -m ")]
+    corpus = write_corpus(tmp_path / "corpus.txt", 60)
+    outcome = train_here([*shlex.split(command)[2:], *SETTINGS, f"data.path={corpus}"])
+    assert outcome.code == 0, outcome.err
+    [folder] = (tmp_path / "outputs" / "pretraining").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "3", "multirun.yaml"}
+    settings = [yaml.safe_load((folder / f"{job}" / "config.yaml").read_text()) for job in range(4)]
+    assert [(one["optimizer"]["lr"], one["seed"]) for one in settings] == [
+        (1e-3, 1),
+        (1e-3, 2),
+        (2e-3, 1),
+        (2e-3, 2),
+    ]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" in c])

@@ -48,6 +48,7 @@ class Outcome(NamedTuple):
 def train_here(arguments: Sequence[str]) -> Outcome:
     """What `python train.py ARGUMENTS` does, in this process, which is then left as it was."""
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
 
     from llm_lightning.experiments.launch import main
 
@@ -68,6 +69,7 @@ def train_here(arguments: Sequence[str]) -> Outcome:
         finally:
             os.chdir(folder)
             GlobalHydra.instance().clear()
+            HydraConfig.instance().cfg = None
             torch.use_deterministic_algorithms(False)
             for handler in set(root.handlers) - set(handlers):
                 handler.close()
