@@ -104,8 +104,9 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
     lines += _tested(metrics)
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
-    parent = shlex.quote(str(summary["lineage"].get("parent_name")))
-    command = NEXT.get(summary["task"], 'llm-lightning generate {} "The"').format(checkpoint, parent=parent)
+    parent = summary["lineage"].get("parent_name")
+    task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
+    command = NEXT.get(task, 'llm-lightning generate {} "The"').format(checkpoint, parent=shlex.quote(str(parent)))
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]
 
 

@@ -206,6 +206,8 @@ class DPOModule(TaskModule):
         super().on_train_start()
         if self.is_sharded:
             raise ValueError("task=dpo does not run on sharded weights; use accelerator=ddp, gpu, mps or cpu")
+        if self.global_step == 0 and "lineage" in self.header and self.header["lineage"].get("parent") is None:
+            log.warning("Policy and reference start from random weights; give init_from=RUN, a run of task=sft")
         self._must_check = self.global_step == 0 and self.reference_kind != "none"
         if self.reference_kind == "cached":
             self._ensure_known()
@@ -237,7 +239,7 @@ class DPOModule(TaskModule):
     def _ensure_known(self) -> None:
         """Compute the reference's log-probabilities of all pairs, as far as no earlier run or checkpoint did."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        samples = datamodule.all_samples()
+        samples = list({sample.key: sample for sample in datamodule.all_samples()}.values())
         wanted = [sample.key for sample in samples]
         if all(key in self._known for key in wanted):
             return

@@ -85,6 +85,9 @@ def test_closing_lines_say_what_where_and_what_next(
     monkeypatch.setattr("llm_lightning.experiments.summary.STARTED_IN", Path("/"))
     assert f"Run folder: {tmp_path.relative_to('/')}" in closing_lines(fixed, tmp_path)
     assert len(closing_lines(fixed | {"best_value": None, "tokens_per_second": None}, tmp_path)) == 3
+    for parent, command in (("start.ckpt", "compare start.ckpt "), (None, "respond ")):
+        of_dpo = {"task": "dpo", "item": "token", "lineage": {"parent_name": parent}}
+        assert closing_lines(fixed | of_dpo, tmp_path)[-1].startswith(f"Next: llm-lightning {command}")
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,15 @@ def test_two_processes_log_what_one_does(way: str, start: Path, pairs: Path, tmp
             assert value == pytest.approx(same, rel=1e-3, abs=2e-5), name  # float32, Adam's first steps
 
 
+def test_a_line_warns_of_random_weights(start: Path, pairs: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path / "run", start, pairs)
+    for given in (True, False):
+        kept = [word for word in settings if given or not word.startswith("init_from=")]
+        outcome = train_here([*kept, f"run_name={given}", f"hydra.run.dir={tmp_path / str(given)}"])
+        assert outcome.code == 0, outcome.err
+        assert ("start from random weights; give init_from=RUN" in outcome.out + outcome.err) == (not given)
+
+
 def test_a_line_warns_when_chosen_answers_fall(caplog: pytest.LogCaptureFixture) -> None:
     made = module(max_chosen_drop=2.0)
     outputs = {"margin": torch.tensor([1.0, 2.0]), "longer_by": torch.tensor([0.0, 1.0])}
