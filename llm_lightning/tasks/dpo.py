@@ -63,7 +63,7 @@ class DPOModule(TaskModule):
     Raises:
         ValueError: if there is dropout, or the reference is impossible for this model, or of another shape or
             tokenizer.
-        FileNotFoundError: if it is a path at which there is nothing.
+        FileNotFoundError: if it is a folder without a model.
     """
 
     task, item = "dpo", "pair"
@@ -89,13 +89,15 @@ class DPOModule(TaskModule):
             )
         check_preference_loss(loss, beta, label_smoothing, gamma)
         resolver = _resolve(reference, has_adapters=lora is not None, needs_none=loss == "simpo")
-        frozen = copy.deepcopy(model) if resolver == "copy" else None
-        if resolver == "given":
+        frozen: GPT | None = None
+        if resolver == "copy":
+            frozen = copy.deepcopy(model).requires_grad_(False)
+        elif resolver == "given":
             frozen = _given(reference, model, common["tokenizer"])
         super().__init__(model=model, **common)
         self.loss, self.beta, self.label_smoothing, self.gamma = loss, beta, label_smoothing, gamma
         self.reference_kind, self.max_chosen_drop = resolver, max_chosen_drop
-        self.reference: GPT | None = None if frozen is None else frozen.requires_grad_(False)
+        self.reference = frozen
         if resolver == "adapter_clone":
             _clone_adapter(model)
         self._must_check = False
@@ -318,7 +320,8 @@ class DPOModule(TaskModule):
 
 def _resolve(reference: str, *, has_adapters: bool, needs_none: bool) -> str:
     """What to use; raises ValueError, saying what is possible, if it cannot be had."""
-    if reference not in (*REFERENCES, "auto"):
+    is_path = reference not in (*REFERENCES, "auto")
+    if is_path:
         near = difflib.get_close_matches(reference, REFERENCES, 1)
         if near or not Path(reference).exists():
             hint = f"did you mean {near[0]}? " if near else ""
@@ -326,9 +329,10 @@ def _resolve(reference: str, *, has_adapters: bool, needs_none: bool) -> str:
                 f"task.reference={reference!r} is unknown: {hint}use auto, {', '.join(REFERENCES)}, or the path of a "
                 "model"
             )
-        return "given"
     if needs_none:
         return "none"
+    if is_path:
+        return "given"
     if reference == "auto":
         return "adapter_off" if has_adapters else "copy"
     if reference.startswith("adapter") and not has_adapters:
@@ -356,7 +360,7 @@ def _given(path: str, policy: GPT, tokenizer: Tokenizer) -> GPT:
                 f"task.reference={path} has {name} {theirs}, and the policy {ours}; take the model that the policy "
                 "starts from, or task.reference=copy"
             )
-    return reference.float().eval()
+    return reference.float().eval().requires_grad_(False)
 
 
 def _clone_adapter(model: GPT) -> None:

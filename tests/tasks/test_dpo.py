@@ -315,6 +315,8 @@ def test_auto_takes_what_is_cheapest_and_right() -> None:
     assert module(lora=LoRAConfig(rank=2)).reference_kind == "adapter_off"
     assert module(lora=LoRAConfig(rank=2)).reference is None
     assert module(loss="simpo").reference_kind == "none"
+    without = module(loss="simpo", reference=".")  # a path that is never looked at
+    assert (without.reference_kind, without.reference) == ("none", None)
     clone = module(lora=LoRAConfig(rank=2), reference="adapter_clone")
     trained = {name for name, parameter in clone.named_parameters() if parameter.requires_grad}
     assert trained
