@@ -54,10 +54,11 @@ class _HeadLoss(torch.autograd.Function):
         weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         matrix = weight.to(dtype)
         loss = torch.zeros((), dtype=_exact(hidden.dtype), device=hidden.device)
+        buffer = _aligned_rows(min(len(labels), CHUNK_POSITIONS), len(matrix), like=matrix)
         for start in range(0, max(1, len(labels)), CHUNK_POSITIONS):  # no target at all: one empty chunk, zeros
             chunk = slice(start, start + CHUNK_POSITIONS)
             inputs = hidden[chunk].to(dtype)
-            logits = _aligned_logits(inputs, matrix)
+            logits = torch.mm(inputs, matrix.T, out=buffer[: len(inputs)])
             loss += _loss_to_gradient(logits, labels[chunk])
             if hidden_grad is not None:
                 hidden_grad[chunk] = logits @ matrix
@@ -81,14 +82,16 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _aligned_logits(inputs: Tensor, matrix: Tensor) -> Tensor:
-    """(N, C), (V, C) -> (N, V), each row starting on a cache line.
+def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An unwritten (rows, columns) matrix, each row starting on a cache line.
 
-    GPT-2's odd 50,257 columns otherwise make the products with the logits slower on CPU and GPU.
+    GPT-2's odd 50,257 columns otherwise make the products with the logits slower on CPU and GPU. The padding between
+    the rows is zero: a kernel may read a row to a multiple of its tile and multiply the surplus by zero (oneDNN's for
+    AMX does), which is nan where the surplus is nan or inf.
     """
-    columns = len(matrix)
-    buffer = inputs.new_empty(len(inputs), -(-columns // 64) * 64)
-    return torch.mm(inputs, matrix.T, out=buffer[:, :columns])
+    padded = like.new_empty(rows, -(-columns // 64) * 64)
+    padded[:, columns:] = 0
+    return padded[:, :columns]
 
 
 def _loss_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:

@@ -56,11 +56,10 @@ def bucketed_order(lengths: Sequence[int], classes: Sequence[int], *, seed: int,
 
 def _interleave(kind: np.ndarray, rank_by: np.ndarray) -> np.ndarray:
     """Sort each class by `rank_by`, then merge the classes so that every stretch holds them in their proportion."""
-    place = np.empty(len(kind))
+    place = np.zeros(len(kind))
     for one in np.unique(kind):
         members = np.flatnonzero(kind == one)
-        ranks = np.empty(len(members))
-        ranks[np.argsort(rank_by[members], kind="stable")] = np.arange(len(members))
+        ranks = np.argsort(np.argsort(rank_by[members], kind="stable"))
         place[members] = (ranks + 0.5) / len(members)
     return np.argsort(place, kind="stable")
 

@@ -60,8 +60,9 @@ class KVCache:
         self, config: GPTConfig, batch_size: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        # Zeros: a kernel may read beyond the last position that it was given, and nan times zero is nan.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.capacity = capacity
         self.length = 0
 
@@ -79,8 +80,8 @@ class KVCache:
         self.values = [self._kept(value, rows) for value in self.values]
 
     def _kept(self, old: Tensor, rows: Tensor) -> Tensor:
-        new = old.new_empty((len(rows), *old.shape[1:]))
-        new[:, :, : self.length] = old[rows, :, : self.length]  # what lies behind was never written
+        new = old.new_zeros((len(rows), *old.shape[1:]))
+        new[:, :, : self.length] = old[rows, :, : self.length]  # what lies behind is zero in both
         return new
 
 
