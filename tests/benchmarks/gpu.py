@@ -1,0 +1,367 @@
+"""One command for a machine with a GPU, offline, a few minutes: what must run there, and how fast it runs.
+
+    python tests/benchmarks/gpu.py [--parts tests,runs,training,generation] [--out FOLDER]
+    python tests/benchmarks/gpu.py --rehearse        the same on a CPU with tiny sizes, to see that it works
+
+Parts, in order of value:
+
+- `tests`: the tests marked gpu.
+- `runs`: every task through train.py, whole and in two sittings; both must end with the same bits.
+- `training`: 124M parameters, context 1024, bf16. Ours through a Trainer, eager and compiled; GPT2LMHeadModel under
+  autocast, eager and compiled; a bare loop with a compiled model and fused AdamW, as nanoGPT's. Tokens/s, MFU, memory.
+- `generation`: greedy, 124M parameters in bf16, batch 1, 8 and 64, beside `generate` of transformers.
+
+Every part and every contender is a process with a time limit of its own; each result is printed and written to
+FOLDER/gpu.json as it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 50257
+PART_SECONDS = {"tests": 120, "runs": 240, "training": 100, "generation": 60}
+"""Most seconds of a part; of each contender for the last two."""
+REHEARSAL = os.environ.get("LLM_LIGHTNING_REHEARSAL") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+BATCH, TIME, STEPS, WARMUP = (2, 32, 2, 1) if REHEARSAL else (16, 1024, 20, 5)
+SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32} if REHEARSAL else {}
+
+
+def main() -> None:
+    """Run the parts, or one contender in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PART_SECONDS), help="which parts to run, in this order")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "benchmarks", help="where gpu.json goes")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        warnings.filterwarnings("ignore")
+        name, _, argument = options.contender.partition(":")
+        print(json.dumps({**TRAINING, **GENERATION}[name](*([int(argument)] if argument else []))))
+        return
+    environment = {**os.environ, "LLM_LIGHTNING_REHEARSAL": "1"} if options.rehearse else dict(os.environ)
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"machine": machine()}
+    for part in options.parts.split(","):
+        started = time.monotonic()
+        for name, outcome in PARTS[part](environment):
+            results.setdefault(part, {})[name] = outcome
+            print(f"{part:10s} {name:32s} {json.dumps(outcome)}", flush=True)
+            (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{part:10s} {time.monotonic() - started:.0f} s", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"date": time.strftime("%Y-%m-%d"), "gpu": gpu, "torch": torch.__version__, "cores": os.cpu_count()}
+
+
+def child(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output of a process; 124 where it took longer."""
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=seconds, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        return 124, f"longer than {seconds:.0f} s"
+    return done.returncode, done.stdout if done.returncode == 0 else done.stdout[-1500:] + done.stderr[-2500:]
+
+
+# --- tests and runs --------------------------------------------------------------------------------------------------
+
+
+def run_tests(environment: dict[str, str]) -> Any:
+    """pytest -m gpu; in the rehearsal they are collected only."""
+    extra = ["--collect-only"] if environment.get("LLM_LIGHTNING_REHEARSAL") else []
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", *extra]
+    code, output = child(command, PART_SECONDS["tests"], environment)
+    lines = output.strip().splitlines()
+    yield "pytest -m gpu", {"exit_code": code, "says": lines[-1] if code == 0 else lines[-25:]}
+
+
+def run_tasks(environment: dict[str, str]) -> Any:
+    """Every task with tiny sizes, in two sittings."""
+    accelerator = "cpu" if environment.get("LLM_LIGHTNING_REHEARSAL") else "gpu"
+    shared = [
+        f"accelerator={accelerator}", "model.n_layer=2", "model.n_embd=64", "model.n_head=2", "tokenizer=byte",
+        "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1", "scheduler=constant",
+    ]  # fmt: skip
+    tasks = {
+        "pretraining": ["model.context_length=64", "model.dropout=0.1"],
+        "classification": ["task=classification", "model.context_length=64", "task.trained_blocks=1"],
+        "sft": ["task=sft", "model.context_length=512", "data.batch_size=4"],
+        "lora": ["task=lora", "model.context_length=512", "data.batch_size=4"],
+        "dpo": ["task=dpo", "model.context_length=512", "data.batch_size=4"],
+        "pretraining, compiled": ["model.context_length=64", "compile=true"],
+    }
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1 if accelerator == "cpu" else len(tasks)) as pool:
+        environment = {**environment, "LLM_LIGHTNING_CACHE": f"{folder}/cache"}
+        places = {name: Path(folder, name.replace(", ", "_")) for name in tasks}
+        futures = {
+            name: pool.submit(two_sittings, [*shared, *settings], places[name], environment)
+            for name, settings in tasks.items()
+        }
+        for name, future in futures.items():
+            yield name, future.result()
+
+
+def two_sittings(settings: list[str], place: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Whether 8 updates at once and 4 and 4 end with the same weights."""
+    import torch
+
+    started = time.monotonic()
+    for run, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        words = [*settings, f"trainer.max_steps={steps}", f"hydra.run.dir={place / run}"]
+        code, message = child([sys.executable, "train.py", *words], PART_SECONDS["runs"] / 2, environment)
+        if code:
+            return {"exit_code": code, "says": message.splitlines()[-12:]}
+    checkpoints = [place / run / "checkpoints" / "last.ckpt" for run in ("whole", "parts")]
+    one, other = (torch.load(path, map_location="cpu", weights_only=True)["state_dict"] for path in checkpoints)
+    equal = all(torch.equal(one[key], other[key]) for key in one)
+    return {"seconds": round(time.monotonic() - started), "two sittings equal one to the bit": equal}
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def contest(part: str, names: list[str]) -> Callable[[dict[str, str]], Any]:
+    """Each contender in a process of its own."""
+
+    def run(environment: dict[str, str]) -> Any:
+        for name in names:
+            code, output = child([sys.executable, __file__, "--contender", name], PART_SECONDS[part], environment)
+            yield (
+                name,
+                json.loads(output.splitlines()[-1]) if code == 0 else {"exit_code": code, "says": output[-2500:]},
+            )
+
+    return run
+
+
+def synchronize() -> None:
+    import torch
+
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def figures(seconds: float) -> dict[str, float]:
+    """Tokens/s of one step, the share of the card's peak, and the most memory that tensors took."""
+    import torch
+
+    from llm_lightning.callbacks.throughput import known_peak
+    from llm_lightning.models.gpt import GPT, GPTConfig
+
+    with torch.device("meta"):
+        flops = GPT(GPTConfig(context_length=TIME, **SIZES)).flops_per_token(TIME)
+    rate = BATCH * TIME / seconds
+    found = {"tokens_per_second": round(rate), "step_ms": round(1e3 * seconds, 1)}
+    if DEVICE == "cuda":
+        peak = known_peak(torch.cuda.get_device_name())
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if peak is not None:
+            found["mfu"] = round(rate * flops / (peak * 1e12), 3)
+    return found
+
+
+def ours(*, compiled: bool, deterministic: bool = True) -> dict[str, float]:
+    """PretrainingModule and a Trainer, as configured by default."""
+    import lightning as L
+    import torch
+
+    from llm_lightning.data.base import BaseDataModule
+    from llm_lightning.data.batches import Sample, collate_lm
+    from llm_lightning.models.gpt import GPT, GPTConfig
+    from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+    from llm_lightning.tasks.pretraining import PretrainingModule
+    from llm_lightning.tokenizers import build_tokenizer
+
+    class RandomTokens(BaseDataModule):
+        eval_samples: dict[str, Any] = {}  # noqa: RUF012
+
+        def build(self) -> None:
+            ids = torch.randint(0, VOCABULARY, ((WARMUP + STEPS) * BATCH, TIME + 1)).numpy()
+            self.train_samples = [Sample(i, row) for i, row in enumerate(ids)]  # type: ignore[assignment]
+
+        def collate(self, samples: Any) -> Any:
+            return collate_lm(samples, pad_id=0)
+
+        def preview(self, n: int) -> str:
+            return ""
+
+        def describe(self) -> str:
+            return ""
+
+    class Clock(L.Callback):
+        """The time of the steps behind the warmup; one wait for the GPU at each end."""
+
+        start = seconds = 0.0
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == WARMUP:
+                synchronize()
+                self.start = time.perf_counter()
+            if trainer.global_step == WARMUP + STEPS:
+                synchronize()
+                self.seconds = (time.perf_counter() - self.start) / STEPS
+
+    data, clock = RandomTokens(batch_size=BATCH), Clock()
+    data.build()
+    module = PretrainingModule(
+        model=GPT(GPTConfig(context_length=TIME, **SIZES)), tokenizer=build_tokenizer("gpt2"),
+        optimizer=AdamWConfig(), scheduler=WarmupCosineConfig(),
+    )  # fmt: skip
+    if compiled:
+        module.compile_model()
+    trainer = L.Trainer(
+        accelerator="gpu" if DEVICE == "cuda" else "cpu", devices=1, precision="bf16-mixed",
+        deterministic=deterministic, max_epochs=1, logger=False, callbacks=[clock], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    return figures(clock.seconds)
+
+
+def loop(step: Callable[[], Any]) -> dict[str, float]:
+    """Time of `step` behind the warmup."""
+    for _ in range(WARMUP):
+        step()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    synchronize()
+    return figures((time.perf_counter() - start) / STEPS)
+
+
+def transformers(*, compiled: bool) -> dict[str, float]:
+    """GPT2LMHeadModel with SDPA, fp32 weights under bf16 autocast, fused AdamW, clipping."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_float32_matmul_precision("high")
+    sizes = {"n_positions": TIME, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **SIZES}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).to(DEVICE).train()
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
+
+    def step() -> None:
+        tokens = torch.randint(0, VOCABULARY, (BATCH, TIME), device=DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = run(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return loop(step)
+
+
+def bare_loop() -> dict[str, float]:
+    """The core without Lightning and without our loss: logits, cross_entropy, everything compiled, as nanoGPT does."""
+    import torch
+    import torch.nn.functional as F
+
+    from llm_lightning.models.gpt import GPT, GPTConfig
+
+    torch.set_float32_matmul_precision("high")
+    model = GPT(GPTConfig(context_length=TIME, **SIZES)).to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
+
+    def cost(tokens: torch.Tensor) -> torch.Tensor:
+        logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    compiled = torch.compile(cost)
+
+    def step() -> None:
+        tokens = torch.randint(0, VOCABULARY, (BATCH, TIME + 1), device=DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = compiled(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return loop(step)
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def generation(batch: int, peer: bool) -> dict[str, float]:
+    """Greedy continuation of prompts of 64 random tokens, bf16; the median of three, behind one to warm up."""
+    import torch
+
+    new_tokens = 4 if REHEARSAL else 256
+    prompt = 8 if REHEARSAL else 64
+    prompts = torch.randint(0, VOCABULARY, (batch, prompt))
+    if peer:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        theirs = GPT2LMHeadModel(GPT2Config(**SIZES)).to(DEVICE, torch.bfloat16).eval()
+        options: dict[str, Any] = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        ids = prompts.to(DEVICE)
+
+        def run() -> None:
+            theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    else:
+        from llm_lightning.generation import generate
+        from llm_lightning.models.gpt import GPT, GPTConfig
+
+        model = GPT(GPTConfig(**SIZES)).to(DEVICE, torch.bfloat16).eval()
+
+        def run() -> None:
+            generate(model, prompts.tolist(), max_new_tokens=new_tokens)
+
+    seconds = []
+    with torch.no_grad() if peer else nullcontext():
+        for _ in range(4):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+    return {"tokens_per_second": round(batch * new_tokens / statistics.median(seconds[1:]))}
+
+
+TRAINING: dict[str, Callable[..., Any]] = {
+    "ours": lambda: ours(compiled=False),
+    "ours_compiled": lambda: ours(compiled=True),
+    "ours_compiled_not_deterministic": lambda: ours(compiled=True, deterministic=False),
+    "transformers": lambda: transformers(compiled=False),
+    "transformers_compiled": lambda: transformers(compiled=True),
+    "bare_loop_compiled": bare_loop,
+}
+GENERATION: dict[str, Callable[..., Any]] = {
+    "ours_batch": lambda batch: generation(batch, peer=False),
+    "transformers_batch": lambda batch: generation(batch, peer=True),
+}
+PARTS = {
+    "tests": run_tests,
+    "runs": run_tasks,
+    "training": contest("training", list(TRAINING)),
+    "generation": contest("generation", [f"{name}:{batch}" for batch in (1, 8, 64) for name in GENERATION]),
+}
+
+if __name__ == "__main__":
+    main()
