@@ -52,19 +52,18 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        matrix = weight.to(dtype)
+        matrix = _aligned(weight, dtype)
         loss = torch.zeros((), dtype=_exact(hidden.dtype), device=hidden.device)
-        buffer = _aligned_rows(min(len(labels), CHUNK_POSITIONS), len(matrix), like=matrix)
         for start in range(0, max(1, len(labels)), CHUNK_POSITIONS):  # no target at all: one empty chunk, zeros
             chunk = slice(start, start + CHUNK_POSITIONS)
             inputs = hidden[chunk].to(dtype)
-            logits = torch.mm(inputs, matrix.T, out=buffer[: len(inputs)])
-            loss += _loss_to_gradient(logits, labels[chunk])
+            logits = inputs @ matrix.T
+            loss += _loss_to_gradient(logits[:, : len(weight)], labels[chunk])  # the rest stays zero
             if hidden_grad is not None:
                 hidden_grad[chunk] = logits @ matrix
             if weight_grad is not None:
                 for block, columns in zip(weight_grad.split(BLOCK_TOKENS), logits.split(BLOCK_TOKENS, 1), strict=True):
-                    part = columns.T @ inputs
+                    part = (columns.T @ inputs)[: len(block)]
                     block.copy_(part) if start == 0 else block.add_(part)
         ctx.save_for_backward(hidden_grad, weight_grad)
         return loss
@@ -82,16 +81,19 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
-    """An unwritten (rows, columns) matrix, each row starting on a cache line.
+def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, C) -> (V rounded up to 64, C) in `dtype`, with rows of zeros behind the vocabulary.
 
-    GPT-2's odd 50,257 columns otherwise make the products with the logits slower on CPU and GPU. The padding between
-    the rows is zero: a kernel may read a row to a multiple of its tile and multiply the surplus by zero (oneDNN's for
-    AMX does), which is nan where the surplus is nan or inf.
+    So every product with the logits has sizes that kernels like, on CPU and GPU: GPT-2's 50,257 columns are odd. A
+    view of aligned rows would not do: a kernel may read a row to a multiple of its tile and multiply the surplus by
+    zero (oneDNN's for AMX does), which is nan where nobody wrote there.
     """
-    padded = like.new_empty(rows, -(-columns // 64) * 64)
-    padded[:, columns:] = 0
-    return padded[:, :columns]
+    surplus = -len(weight) % 64
+    if not surplus:
+        return weight.to(dtype)
+    padded = weight.new_zeros((len(weight) + surplus, weight.size(1)), dtype=dtype)
+    padded[: len(weight)] = weight
+    return padded
 
 
 def _loss_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
