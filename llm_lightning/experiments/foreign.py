@@ -26,6 +26,7 @@ Facts = Mapping[str, type | tuple[type, ...]]
 """The keys that a JSON object must have, and of which type."""
 COMMAND_FACTS: Facts = {"folder": str, "config_dir": (str, type(None)), "overrides": list}
 SUMMARY_FACTS: Facts = {"finished": bool, "total_steps": int}
+SUMMARY_REMEDY = "delete it: the run then goes on from its newest checkpoint"
 
 NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
 """First parts of settings that start other runs, or let code run."""
@@ -97,9 +98,9 @@ def read_command(folder: Path, typed: str) -> dict[str, Any]:
     if folder.is_file():
         run = folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent
         raise ValueError(f"resume={typed} is a file; give its run folder: resume={run}")
+    if not (folder / COMMAND).is_file() or (folder / COMMAND).is_symlink():
+        raise FileNotFoundError(f"resume={typed}: no run in that folder (it has no {COMMAND} of its own)")
     command = read_facts(folder / COMMAND, COMMAND_FACTS, "type the settings of the run again, with run_name")
-    if not command:
-        raise FileNotFoundError(f"resume={typed}: no run in that folder (it has no {COMMAND})")
     if not all(isinstance(word, str) for word in command["overrides"]):
         raise _damaged(folder / COMMAND, "'overrides' must hold strings", "type the settings again, with run_name")
     return command
@@ -107,7 +108,12 @@ def read_command(folder: Path, typed: str) -> dict[str, Any]:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a run folder; empty if there is none. Raises ValueError if it is damaged."""
-    return read_facts(folder / SUMMARY, SUMMARY_FACTS, "delete it: the run then goes on from its newest checkpoint")
+    return read_facts(folder / SUMMARY, SUMMARY_FACTS, SUMMARY_REMEDY)
+
+
+def damaged_summary(folder: Path, reason: str) -> ValueError:
+    """The error for a `summary.json` that lacks what a reader of it needs."""
+    return _damaged(folder / SUMMARY, reason, SUMMARY_REMEDY)
 
 
 def refuse_links(folder: Path) -> None:
@@ -131,11 +137,11 @@ def _not_its_own(folder: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):  # follows no link
         for name in (*folders, *files):
             path = Path(parent, name)
+            shown = path.relative_to(folder)
             try:
                 info = path.lstat()
             except FileNotFoundError:  # of another process that writes here: the lock is still to come
                 continue
-            shown = path.relative_to(folder)
             if stat.S_ISLNK(info.st_mode):
                 yield f"{shown} is a link to {path.readlink()}"
             elif not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
@@ -165,11 +171,11 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
     several = [word for word in typed if word in ("-m", "--multirun") or _key_of(word) == "sweep"]
     if several:
         raise ValueError(f"resume= continues one run; leave {several[0]} out")
-    if folder.is_dir():
-        refuse_links(folder)
     command = read_command(folder, name)
-    mine = [word for word in typed if not word.startswith("resume=")]
-    keys = {_key_of(word) for word in mine} | {"hydra.run.dir"}  # it is this folder, wherever it was
+    refuse_links(folder)
+    ours = ("resume", "hydra.run.dir")  # this folder, wherever it was
+    mine = [word for word in typed if _key_of(word) not in ours]
+    keys = {_key_of(word) for word in mine} | {"hydra.run.dir"}
     old = [word for word in command["overrides"] if _key_of(word) not in keys]
     refused = [f"{word} ({reason})" for word in old if (reason := _reason(word, folder, command, config_dir))]
     if command["config_dir"] is not None and not any(word.startswith(("--config-dir", "-cd")) for word in mine):

@@ -28,7 +28,7 @@ from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments.config_checks import refuse_changes
-from llm_lightning.experiments.foreign import COMMAND
+from llm_lightning.experiments.foreign import COMMAND, damaged_summary
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
 from llm_lightning.experiments.whereabouts import (
@@ -172,11 +172,15 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
 def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
+    try:
+        lines = closing_lines(summary, run.path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of someone else's, or another version's
+        raise damaged_summary(run.path, f"it does not say what was reached: {error!r}") from error
     print(
         f"This run is finished: it ends at the first of trainer.max_epochs={cfg.trainer.max_epochs} and "
         f"trainer.max_steps={cfg.trainer.max_steps}. To train on, raise the one that was reached."
     )
-    print("\n".join(closing_lines(summary, run.path)))
+    print("\n".join(lines))
     return summary["best_value"]
 
 

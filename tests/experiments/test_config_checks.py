@@ -19,8 +19,8 @@ from llm_lightning.experiments.config_checks import (
     refuse_changes,
     resolve_target,
 )
-from llm_lightning.experiments.help import read_settings
 from llm_lightning.experiments.foreign import COMMAND
+from llm_lightning.experiments.help import read_settings
 from llm_lightning.experiments.launch import continue_run
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -353,7 +353,9 @@ def test_resume_does_not_take_over_what_a_folder_allows(tmp_path: Path, word: st
     target = "+callbacks.x._target_=shutil.rmtree"
     recorded = {"folder": str(tmp_path / "gone"), "config_dir": None, "overrides": [target, "seed=3", word]}
     (tmp_path / COMMAND).write_text(json.dumps(recorded))
-    with pytest.raises(ValueError, match=r"command.json asks for .*shutil.rmtree \(.*allow_targets=\[shutil\] \(lets code"):
+    with pytest.raises(
+        ValueError, match=r"command.json asks for .*shutil.rmtree \(.*allow_targets=\[shutil\] \(lets code"
+    ):
         continue_run([f"resume={tmp_path}"], CONF)
     continued = continue_run([f"resume={tmp_path}", target, "allow_targets=[]"], CONF)
     assert continued == ["seed=3", target, "allow_targets=[]", f"resume='{tmp_path}'", f"hydra.run.dir='{tmp_path}'"]
