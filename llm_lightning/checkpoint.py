@@ -171,6 +171,8 @@ class LoadedModel:
     """In eval mode."""
     tokenizer: Tokenizer
     header: dict[str, Any]
+    path: Path | None = None
+    """The checkpoint file, if it came from one of ours."""
 
     @property
     def gpt(self) -> GPT:
@@ -251,7 +253,7 @@ def load_model(
         header = header | {"lora": _add_adapter(model, adapter, name)}
     if adapters:
         use_adapter(model, next(iter(adapters)))
-    return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer, header)
+    return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer, header, path)
 
 
 def resolve(name_or_path: str | Path) -> Path | None:

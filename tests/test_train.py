@@ -143,13 +143,22 @@ def test_resume_continues_a_run_from_any_folder(tmp_path: Path, corpus: Path, mo
     base = [word for word in one_epoch(Path("corpus.txt"), Path(), *more) if "samples.prompts" not in word]
     assert train_here(["--config-dir=mine", *base]).code == 0
     monkeypatch.chdir(elsewhere)
-    code, out, err = train_here(["resume=../home/run=1"])
+    before = digests(home)
+    code, _, err = train_here(["resume=../home/run=1"])
+    assert code == 2
+    assert "command.json asks for --config-dir=mine (files that can set anything)" in err
+    assert digests(home) == before
+    code, out, err = train_here(["resume=../home/run=1", "--config-dir=../home/mine"])
     assert (code, err) == (0, "")
     assert "This run is finished" in out
-    code, out, err = train_here(["resume=../home/run=1", "trainer.max_epochs=2"])
+    code, out, err = train_here(["trainer.max_epochs=2", "resume=../home/run=1", "--config-dir", "../home/mine"])
     assert (code, err) == (0, "")
     assert steps(home / "run=1") == list(range(20))
-    assert checkpoints.read_header(home / "run=1" / "checkpoints" / "last.ckpt")["config"]["seed"] == 77
+    header = checkpoints.read_header(home / "run=1" / "checkpoints" / "last.ckpt")
+    assert (header["config"]["seed"], header["config"]["data"]["path"]) == (77, "corpus.txt")
+    assert header["lineage"]["places"]["data.path"]["from_run"] == ["../corpus.txt"]
+    recorded = json.loads((home / "run=1" / "command.json").read_text())
+    assert (recorded["config_dir"], recorded["folder"]) == ("../home/mine", str(elsewhere))
     assert not list(elsewhere.iterdir())
 
 

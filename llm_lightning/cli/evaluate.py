@@ -185,15 +185,20 @@ def _records_of_split(loaded: LoadedModel, split: str) -> list[tuple[str, str]]:
         ValueError: if the checkpoint names no such data, or the data has changed since.
     """
     from llm_lightning.data.classification import ClassificationDataModule
+    from llm_lightning.places import read_data_again
 
-    settings = dict(loaded.header.get("config", {}).get("data", {}))
-    if not settings:
+    if not loaded.header.get("config", {}).get("data"):
         raise ValueError("this model does not say which texts it was trained on; use --text FILE")
-    for key in ("_target_", "preview"):  # a class that a checkpoint names is never built
-        settings.pop(key, None)
     length = loaded.classifier.trunk.config.context_length
-    data = ClassificationDataModule(tokenizer=loaded.tokenizer, context_length=length, **settings)
-    data.build()
+
+    def build(settings: dict[str, Any]) -> ClassificationDataModule:
+        # A class that a checkpoint names is never built.
+        options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
+        data = ClassificationDataModule(tokenizer=loaded.tokenizer, context_length=length, **options)
+        data.build()
+        return data
+
+    data = read_data_again(loaded.header, loaded.path, build, lambda one: one.data_digest)
     trained_on = loaded.header.get("lineage", {}).get("data")
     if trained_on not in (None, data.data_digest):
         raise ValueError(f"{data.describe()}: not the data that the model was trained with; use --text FILE")
@@ -233,13 +238,19 @@ def open_split(loaded: LoadedModel, split: str) -> TokenFile:
     """
     from llm_lightning.data.sources import open_source
     from llm_lightning.data.token_files import build_token_files
+    from llm_lightning.places import read_data_again
 
     settings = loaded.header.get("config", {}).get("data", {})
     if split == "test" or not set(SPLIT_SETTINGS) <= settings.keys():
         if split == "test":
             raise ValueError("pretraining data has no test split; use --split val or --text FILE")
         raise ValueError("this model does not say which text it was pretrained on; use --text FILE")
-    source = open_source(**_chosen(settings, SOURCE_SETTINGS))
+    source = read_data_again(
+        loaded.header,
+        loaded.path,
+        lambda found: open_source(**_chosen(found, SOURCE_SETTINGS)),
+        lambda one: one.digest(),
+    )
     trained_on = loaded.header.get("lineage", {}).get("data")
     if trained_on not in (None, source.digest()):
         raise ValueError(

@@ -56,9 +56,11 @@ def run(args: argparse.Namespace) -> None:
 def _export_adapter(loaded: LoadedModel, folder: Path) -> None:
     from llm_lightning.models.lora import LoRAConfig
     from llm_lightning.peft_format import export_peft
+    from llm_lightning.places import parent_names
 
     if not loaded.header.get("lora"):
         raise ValueError("this model has no adapter (it was not trained with lora=...); leave --format peft out")
-    config, base = LoRAConfig(**loaded.header["lora"]), loaded.header["lineage"]["parent_name"] or ""
+    config = LoRAConfig(**loaded.header["lora"])
+    base = next(iter(parent_names(loaded.header, loaded.path)), "")
     export_peft(loaded.model, config, folder, base_name=base)
     print(f"{folder}: adapter of rank {config.rank}{f' for {base}' if base else ''}")

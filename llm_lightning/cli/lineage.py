@@ -37,19 +37,19 @@ def trace(name_or_path: str) -> Iterator[dict[str, Any]]:
         FileNotFoundError: if there is nothing at the path.
         ValueError: if what is there is damaged or not a GPT.
     """
-    link = _described(name_or_path)
+    link, names = _described(name_or_path)
     seen: set[str | None] = set()
     while True:
         yield link
-        parent, name = link["parent"], link["parent_name"]
-        if parent is None or name is None or link["digest"] in seen:
+        if link["parent"] is None or not names or link["digest"] in seen:
             return
         seen.add(link["digest"])
-        link = _ancestor(name, parent)
+        found = [_ancestor(name, link["parent"]) for name in names]
+        link, names = next((one for one in found if one[0]["state"] == "same"), found[0])
 
 
-def _ancestor(name: str, expected: str) -> dict[str, Any]:
-    """What stands where a run found its first weights, whose digest was `expected`."""
+def _ancestor(name: str, expected: str) -> tuple[dict[str, Any], list[str]]:
+    """What stands where a run may have found its first weights, whose digest was `expected`."""
     from llm_lightning.checkpoint import CheckpointError
     from llm_lightning.pretrained import GPT2_WEIGHTS
 
@@ -57,24 +57,26 @@ def _ancestor(name: str, expected: str) -> dict[str, Any]:
     if name in GPT2_WEIGHTS and not Path(name).exists():
         pinned = GPT2_WEIGHTS[name].sha256  # reading them could mean to download them
         state = "not read" if pinned is None else "same" if pinned == expected else "changed"
-        return {**unread, "digest": pinned or expected, "state": state}
+        return {**unread, "digest": pinned or expected, "state": state}, []
     try:
-        found = _described(name)
+        found, names = _described(name)
     except FileNotFoundError:
-        return {**unread, "digest": expected, "state": "gone"}
+        return {**unread, "digest": expected, "state": "gone"}, []
     except CheckpointError:
-        return {**unread, "digest": expected, "state": "damaged"}
-    return {**found, "state": "same" if found["digest"] == expected else "changed"}
+        return {**unread, "digest": expected, "state": "damaged"}, []
+    return {**found, "state": "same" if found["digest"] == expected else "changed"}, names
 
 
-def _described(name_or_path: str) -> dict[str, Any]:
+def _described(name_or_path: str) -> tuple[dict[str, Any], list[str]]:
+    """A checkpoint, and where the one it began with may be."""
     from llm_lightning.checkpoint import load_model, read_header, resolve
+    from llm_lightning.places import parent_names
 
     path = resolve(name_or_path)
     header = load_model(name_or_path).header if path is None else read_header(path)
     lineage, settings, metrics = header.get("lineage", {}), header.get("config", {}), header.get("metrics", {})
     monitor = settings.get("monitor")
-    return {
+    link = {
         "path": str(path or name_or_path),
         "state": "same",
         "task": header["task"] if path is not None else None,
@@ -87,6 +89,7 @@ def _described(name_or_path: str) -> dict[str, Any]:
         "parent": lineage.get("parent"),
         "parent_name": lineage.get("parent_name"),
     }
+    return link, parent_names(header, path)
 
 
 def _row(depth: int, link: dict[str, Any]) -> str:

@@ -95,6 +95,7 @@ def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
     """
     from llm_lightning.data.instruction import InstructionDataModule
     from llm_lightning.data.preference import PreferenceDataModule
+    from llm_lightning.places import read_data_again
 
     # A class that a checkpoint names is never built.
     classes: dict[str, Any] = {"sft": InstructionDataModule, "dpo": PreferenceDataModule}
@@ -103,11 +104,16 @@ def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
         raise ValueError(
             "this model was not trained on questions and answers (task=sft, task=dpo); give a file of records"
         )
-    options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
     length = loaded.gpt.config.context_length
     make = classes[loaded.header["task"]]
-    data: ConversationDataModule[Any, Any] = make(tokenizer=loaded.tokenizer, context_length=length, **options)
-    data.build()
+
+    def build(found: dict[str, Any]) -> ConversationDataModule[Any, Any]:
+        options = {key: value for key, value in found.items() if key not in ("_target_", "preview")}
+        data: ConversationDataModule[Any, Any] = make(tokenizer=loaded.tokenizer, context_length=length, **options)
+        data.build()
+        return data
+
+    data = read_data_again(loaded.header, loaded.path, build, lambda one: one.data_digest)
     trained_on = loaded.header.get("lineage", {}).get("data")
     if trained_on not in (None, data.data_digest):
         raise ValueError(f"{data.describe()}: not the data that the model was trained with; give a file of records")

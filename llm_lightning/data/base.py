@@ -127,6 +127,10 @@ class BaseDataModule(L.LightningDataModule):
         """Plain values for `summary.json`: what the data is like. Subclasses may override."""
         return {}
 
+    def digest_of_source(self) -> str | None:
+        """`data_digest` before anything is built, where that is cheaper; else None. May be overridden."""
+        return None
+
     def order_of(self, samples: Dataset, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
         """epoch -> the order of `samples`; None: shuffled for training, as they stand otherwise. May be overridden."""
         return None

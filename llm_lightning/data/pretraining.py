@@ -118,6 +118,9 @@ class PretrainingDataModule(BaseDataModule):
         if self.eval_batches > 0:
             self.eval_samples["train_eval"] = evenly_spaced(train, self.eval_batches * self.batch_size)
 
+    def digest_of_source(self) -> str:
+        return self._source.digest()
+
     def collate(self, samples: Sequence[Sample]) -> LMBatch:
         return collate_lm(samples, pad_id=0)
 

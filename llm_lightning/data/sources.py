@@ -323,18 +323,22 @@ def _reader(file: Path, text_field: str) -> Reader:
     return JsonLines(file, text_field) if file.suffix.lower() in JSONL_SUFFIXES else TextFile(file)
 
 
-def _words(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+def _words(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] = ""
+) -> list[str]:
     """Return the entries of a list or of a string with commas; a path that exists is one entry, commas and all."""
     if isinstance(path, (str, os.PathLike)):
         whole = os.fspath(path)
-        exists = os.path.exists(whole)  # noqa: PTH110 (Path.exists raises where a list is too long for a file name)
+        exists = os.path.exists(os.path.join(folder, whole))  # noqa: PTH110, PTH118 (Path.exists raises where a list is too long for a file name)
         return [whole] if exists else [word.strip() for word in whole.split(",") if word.strip()]
     return [os.fspath(word) for word in path]
 
 
-def absolute_paths(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str | list[str]:
-    """`data.path` as it reads from any folder."""
-    words = [str(Path(word).expanduser().absolute()) for word in _words(path)]
+def absolute_paths(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] = ""
+) -> str | list[str]:
+    """`data.path`, typed in `folder` (default: here), as it reads from any folder."""
+    words = [str((folder / Path(word).expanduser()).absolute()) for word in _words(path, folder)]
     return words[0] if len(words) == 1 else words
 
 
@@ -356,6 +360,8 @@ def _files_of(word: str) -> list[Path]:
             )
         return files
     if found.exists():
+        if not found.is_file():
+            raise ValueError(f"{word} is no regular file, and text is read more than once; write it to a file first")
         return [found]
     if glob.has_magic(word):
         matches = map(Path, glob.glob(str(found), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)

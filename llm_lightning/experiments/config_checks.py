@@ -79,6 +79,8 @@ MAY_CHANGE = (
     "callbacks.samples*",
     "callbacks.plots*",
     "callbacks.throughput*",
+    "data.path",  # where things are: what is there is compared by its digest
+    "init_from",
     "allow_targets",  # how this start of the run is done, not what it computes
     "resume",
     "run_name",

@@ -6,6 +6,7 @@ Reads the YAML files as text: nothing heavy is imported, so that help is instant
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ def group_options(config_dir: Path, group: str) -> list[str]:
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
+@functools.cache
+def declared_settings(config_dir: Path) -> frozenset[str]:
+    """The dotted keys that the files of all groups declare, and train.yaml."""
+    found = {setting.path for setting in read_settings(config_dir / "train.yaml", "")}
+    for group in (path.name for path in config_dir.iterdir() if path.is_dir()):
+        for option in group_options(config_dir, group):
+            file = config_dir / group / f"{option}.yaml"
+            found |= {setting.path for setting in read_settings(file, _package(file, group))}
+    return frozenset(found)
+
+
 def _full_help(config_dir: Path) -> Iterator[str]:
     main = config_dir / "train.yaml"
     defaults = [(group, option) for group, option in read_defaults(main) if group]
@@ -118,13 +130,18 @@ def _option_help(config_dir: Path, group: str, option: str) -> Iterator[str]:
 def _option_settings(config_dir: Path, group: str, option: str) -> list[Setting]:
     """The option's keys, and those of the files of its group that it builds on; its own win."""
     file = config_dir / group / f"{option}.yaml"
-    package = _PACKAGE_LINE.match(file.read_text("utf-8"))
-    prefix = package[1].replace("_global_", "") if package else group
+    prefix = _package(file, group)
     merged: dict[str, Setting] = {}
     for other_group, base in read_defaults(file):
         if other_group is None:
             merged |= {setting.path: setting for setting in _option_settings(config_dir, group, base)}
     return list((merged | {setting.path: setting for setting in read_settings(file, prefix)}).values())
+
+
+def _package(file: Path, group: str) -> str:
+    """Where Hydra puts the content of a file."""
+    package = _PACKAGE_LINE.match(file.read_text("utf-8"))
+    return package[1].replace("_global_", "") if package else group
 
 
 def _rows(settings: list[Setting]) -> Iterator[str]:

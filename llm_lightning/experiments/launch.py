@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import signal
@@ -16,12 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.experiments.foreign import continued, read_summary, refuse_links
 from llm_lightning.experiments.run_folder import is_main_process
 
 STARTED_IN = Path.cwd()
-"""Where the user stands; `resume=` works in the folder of the run's first command."""
-COMMAND = "command.json"
-"""In a run folder: what was typed to start the run, and where."""
+"""Where the user stands."""
 USAGE_ERROR = 2
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
 _MAKE_ROOM = "make room and continue with resume=RUN_FOLDER; what was written before is intact"
@@ -57,7 +55,7 @@ def _main(script: Path) -> None:
         return
     from llm_lightning.experiments.config_checks import check_overrides
 
-    typed = without_null_groups(continue_run(sys.argv[1:]), config_dir)
+    typed = without_null_groups(continue_run(sys.argv[1:], config_dir), config_dir)
     sys.argv = [str(script), *expand_sweep(typed, config_dir)]
     check_overrides(sys.argv[1:], config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
@@ -84,7 +82,9 @@ def _job(cfg: Any, failures: list[str]) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
         return _own_process(list(hydra_config.overrides.task), run_dir, failures)
-    code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir)
+    code, result = guarded(lambda: refuse_links(run_dir))  # before a line is written to train.log or traceback.txt
+    if not code:
+        code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir)
     if code:
         sys.exit(code)
     return result
@@ -94,6 +94,7 @@ def _train(cfg: Any, run_dir: Path) -> float | None:
     from llm_lightning.experiments.run import train  # late: it imports lightning
 
     config_dir, overrides = _typed()
+    overrides = [word for word in overrides if key_of(word) != "resume"]
     return train(cfg, run_dir, {"folder": str(Path.cwd()), "config_dir": config_dir, "overrides": overrides})
 
 
@@ -119,8 +120,7 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
     if code:
         failures.append(f"{run_dir} (exit code {code})")
         return None
-    summary = run_dir / "summary.json"
-    return json.loads(summary.read_text())["best_value"] if summary.is_file() else None
+    return read_summary(run_dir).get("best_value")
 
 
 def wait_for(process: subprocess.Popen[bytes]) -> int:
@@ -145,28 +145,15 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def continue_run(argv: Sequence[str]) -> list[str]:
-    """Replace `resume=FOLDER` by what FOLDER was started with; what else stands in `argv` wins.
-
-    Changes to the folder where they were typed, if it is still there, so that relative paths mean what they meant.
-    `allow_targets` is left out: a folder of someone else's must not allow code to run here.
+def continue_run(argv: Sequence[str], config_dir: Path) -> list[str]:
+    """Replace `resume=FOLDER` by what FOLDER was started with, as far as that is safe; what else is in `argv` wins.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
+        ValueError: if it is not continued, with the reason.
     """
-    folders = [word.removeprefix("resume=") for word in argv if word.startswith("resume=") and word != "resume=null"]
-    if not folders:
-        return list(argv)
-    folder = Path(folders[-1]).absolute()
-    if not (folder / COMMAND).is_file():
-        raise FileNotFoundError(f"resume={folders[-1]}: no run in that folder (it has no {COMMAND})")
-    recorded = json.loads((folder / COMMAND).read_text())
-    if Path(recorded["folder"]).is_dir():
-        os.chdir(recorded["folder"])
-    new = [word for word in argv if not word.startswith("resume=")] + [run_dir_is(folder)]
-    names = {key_of(word) for word in new} | {"allow_targets"}
-    old = [word for word in recorded["overrides"] if key_of(word) not in names]
-    return [*_options(recorded["config_dir"]), *old, *new]
+    names = [word for word in argv if word.startswith("resume=") and word != "resume=null"]
+    return continued(argv, config_dir) if names else list(argv)
 
 
 def without_null_groups(argv: Sequence[str], config_dir: Path) -> list[str]:

@@ -23,12 +23,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm_lightning.atomic import write_atomically
+from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.launch import key_of, run_dir_is, wait_for, without_null_groups
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
 
 MANIFEST = "manifest.json"
 """In the folder of a stage: what it was made from and what it reached."""
+MANIFEST_FACTS: Facts = {"finished": bool, "settings": str, "parents": dict}
 OUTPUT = "output.txt"
 """In the folder of a command: what it printed."""
 ONE_STAGE_ONLY = ("task", "experiment", "init_from", "resume", "sweep")
@@ -217,7 +219,7 @@ def _run_stage(chain: Chain, number: int, stage: Stage, script: Path) -> None:
     """Run a stage, unless that was done; leave its manifest."""
     folder = chain.folder / stage.name
     parents = {name: _checkpoint_digest(chain.folder / name) for name in stage.parents}
-    before = _read_json(folder / MANIFEST)
+    before = _read_manifest(folder)
     unchanged, stale = _judge(before, stage, parents, folder)
     if unchanged:
         chain.say(f"stage {stage.name} is unchanged and not run again ({_shown(_kept_in(folder, stage))})")
@@ -318,7 +320,7 @@ def _results(folder: Path) -> dict[str, Any]:
 
     from llm_lightning.checkpoint import verify
 
-    summary = _read_json(folder / "summary.json")
+    summary = read_summary(folder)
     if not summary.get("finished"):
         raise ValueError(f"{_shown(folder)} was left without a checkpoint: such a run is no stage of a pipeline")
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
@@ -347,7 +349,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _checkpoint_digest(folder: Path) -> str | None:
-    digest: str | None = _read_json(folder / MANIFEST).get("checkpoint", {}).get("digest")
+    digest: str | None = _read_manifest(folder).get("checkpoint", {}).get("digest")
     return digest
 
 
@@ -372,6 +374,7 @@ def _move_aside(folder: Path) -> Path:
 def _owned(folder: Path) -> Iterator[None]:
     """Be the only process that works on the chain in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -393,12 +396,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return found
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    remedy = "delete it: the stage is then run again, or goes on"
+    manifest = read_facts(folder / MANIFEST, MANIFEST_FACTS, remedy)
+    checkpoint = manifest.get("checkpoint", {"path": "", "digest": ""})
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), str) for key in ("path", "digest")):
+        raise ValueError(f"{folder / MANIFEST} is damaged ('checkpoint' must have a path and a digest); {remedy}")
+    return manifest
 
 
 def _shown(path: Path) -> Path:

@@ -27,11 +27,17 @@ from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
-from llm_lightning.data.sources import absolute_paths
 from llm_lightning.experiments.config_checks import refuse_changes
-from llm_lightning.experiments.launch import COMMAND
+from llm_lightning.experiments.foreign import COMMAND, damaged_summary
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
+from llm_lightning.experiments.whereabouts import (
+    OtherDataError,
+    find_weights,
+    places_of,
+    read_data,
+    refuse_other_parent,
+)
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
@@ -51,17 +57,20 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
         ValueError, OSError: for whatever is wrong with the settings, the data, a checkpoint or the disk.
     """
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    if settings["data"].get("path"):
-        settings["data"]["path"] = absolute_paths(settings["data"]["path"])  # tools find the data from anywhere
+    settings["resume"] = None  # where the run lies now is no setting of it
     settings["trainer"]["precision"] = choose_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     _quieten()
     try:
+        if cfg.data.preview and cfg.resume:
+            raise ValueError("data.preview=true shows the data of a new run; leave resume= or data.preview out")
         if cfg.data.preview:
             preview(cfg)
             return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
                 refuse_changes(run.header["config"], settings)
+                refuse_other_parent(run, settings["init_from"])
+            find_weights(cfg, run)
             return fit(cfg, settings, run, command)
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
         raise ValueError(str(error)) from error
@@ -75,10 +84,12 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     parent = load_model(run.checkpoint or cfg.init_from) if cfg.init_from else None
     if parent is not None and run.checkpoint is not None:
         parent.header["digest"] = run.header["lineage"]["parent"]
-    datamodule = build_datamodule(cfg, parent)
+    datamodule = read_data(cfg, run, partial(build_datamodule, cfg, parent))
     if "val" not in datamodule.eval_samples and str(cfg.monitor).startswith("val/"):
         raise ValueError(f"monitor={cfg.monitor}, but there is no validation text; set monitor=train/eval_loss")
     module = build_module(cfg, settings, datamodule, parent)
+    places = places_of(cfg, settings, run, module.header["lineage"])
+    module.header["lineage"]["places"] = places
     module.adapt_data(datamodule)
     del parent  # or its weights stay, beside those that are cast
     if run.checkpoint is not None:
@@ -89,7 +100,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         return say_finished(cfg, run)
     if is_main_process():
         run.write_config(settings)
-        write_atomically(run.path / COMMAND, json.dumps(command, indent=2) + "\n")
+        write_atomically(run.path / COMMAND, json.dumps({**command, "places": places}, indent=2) + "\n")
     announce(trainer, datamodule, module, run)
     if cfg.compile:
         module.compile_model()
@@ -161,11 +172,15 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
 def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
+    try:
+        lines = closing_lines(summary, run.path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of someone else's, or another version's
+        raise damaged_summary(run.path, f"it does not say what was reached: {error!r}") from error
     print(
         f"This run is finished: it ends at the first of trainer.max_epochs={cfg.trainer.max_epochs} and "
         f"trainer.max_steps={cfg.trainer.max_steps}. To train on, raise the one that was reached."
     )
-    print("\n".join(closing_lines(summary, run.path)))
+    print("\n".join(lines))
     return summary["best_value"]
 
 
@@ -191,8 +206,12 @@ def preview(cfg: DictConfig) -> None:
     print(datamodule.preview(3))
 
 
-def build_datamodule(cfg: DictConfig, parent: LoadedModel | None) -> BaseDataModule:
-    """The data module, built: read, checked and tokenised."""
+def build_datamodule(cfg: DictConfig, parent: LoadedModel | None, digest: str | None = None) -> BaseDataModule:
+    """The data module, built: read, checked and tokenised.
+
+    Raises:
+        OtherDataError: if it can tell beforehand that the data has not the given digest.
+    """
     options = {key: value for key, value in cfg.data.items() if key != "preview"}
     datamodule: BaseDataModule = build(
         options,
@@ -201,6 +220,8 @@ def build_datamodule(cfg: DictConfig, parent: LoadedModel | None) -> BaseDataMod
         seed=cfg.seed,
         _convert_="all",
     )
+    if digest is not None and datamodule.digest_of_source() not in (None, digest):
+        raise OtherDataError("other data")
     datamodule.build()
     return datamodule
 
@@ -228,6 +249,8 @@ def build_module(
     """The task's module around its model; its header is what checkpoints and summary say of the run."""
     task: type[TaskModule] = get_class(cfg.task._target_)
     options = {key: value for key, value in settings["task"].items() if key != "_target_"}
+    if "reference" in options:
+        options["reference"] = cfg.task.reference  # where it is now
     options |= task.options_from(datamodule)
     trunk = build_model(cfg, task, datamodule.tokenizer, parent)
     model: GPT | Classifier = trunk

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from llm_lightning.atomic import write_atomically
+from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
 
 State = Literal["fresh", "resumable", "finished"]
 
@@ -30,6 +31,7 @@ WORKERS_DIE_SECONDS = 15.0
 # Not every network file system passes locks between hosts, and a process of another host cannot be looked up. A run
 # that writes nothing for this long is taken for dead.
 SILENT_SECONDS = 600.0
+OWNER_FACTS: Facts = {"pid": int, "host": str, "process_start": (str, type(None)), "started": str}
 
 
 class RunFolderInUseError(ValueError):
@@ -77,13 +79,15 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
     Raises:
         RunFolderInUseError: if a living process owns it; names the process.
         CheckpointError: if it holds checkpoints and none is valid.
+        ValueError: if it holds links, or a damaged `owner.json` or `summary.json`.
         OSError: if it cannot be created.
     """
     path = Path(run_dir)
     path.mkdir(parents=True, exist_ok=True)
+    refuse_links(path)
     main = is_main_process()
     with _owned(path) if main else contextlib.nullcontext():
-        run = RunFolder(path, *_newest_checkpoint(path), _read_json(path / "summary.json"))
+        run = RunFolder(path, *_newest_checkpoint(path), read_summary(path))
         if run.checkpoint is None and main:
             run.write_config(config)
         yield run
@@ -113,7 +117,7 @@ def _acquire(lock: FileLock, path: Path) -> None:
             lock.acquire(timeout=0)
             return
         except Timeout:
-            owner = _read_json(path / "owner.json")
+            owner = _read_owner(path)
             if _is_alive(owner) or time.monotonic() > deadline:
                 raise RunFolderInUseError(_in_use(path, owner)) from None
         time.sleep(0.05)
@@ -121,7 +125,7 @@ def _acquire(lock: FileLock, path: Path) -> None:
 
 def _refuse_if_alive(path: Path) -> None:
     """Refuse an owner that lives although the lock was free: the file system does not pass locks on."""
-    owner = _read_json(path / "owner.json")
+    owner = _read_owner(path)
     if _is_alive(owner):
         raise RunFolderInUseError(_in_use(path, owner))
     if owner and owner["host"] != platform.node():
@@ -193,8 +197,5 @@ def _in_use(path: Path, owner: dict[str, Any]) -> str:
     return f"run folder {path} is in use by {who}; wait for it to end, stop it, or choose another run_name"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+def _read_owner(path: Path) -> dict[str, Any]:
+    return read_facts(path / "owner.json", OWNER_FACTS, "make sure that no process works in the folder, and delete it")

@@ -17,6 +17,7 @@ from typing import Any
 from llm_lightning.atomic import write_atomically
 from llm_lightning.experiments.launch import STARTED_IN
 from llm_lightning.experiments.run_folder import RunFolder
+from llm_lightning.places import names_of_parent
 
 PACKAGES = ("llm-lightning", "torch", "lightning", "hydra-core")
 SHOWN_METRICS = (
@@ -104,7 +105,9 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
     lines += _tested(metrics)
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
-    parent = summary["lineage"].get("parent_name")
+    lineage = summary["lineage"]
+    place = lineage.get("places", {}).get("init_from")
+    parent = next(iter(names_of_parent(lineage.get("parent_name"), place, run_dir)), None)
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
     command = NEXT.get(task, 'llm-lightning generate {} "The"').format(checkpoint, parent=shlex.quote(str(parent)))
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]

@@ -19,8 +19,9 @@ from llm_lightning.experiments.config_checks import (
     refuse_changes,
     resolve_target,
 )
+from llm_lightning.experiments.foreign import COMMAND
 from llm_lightning.experiments.help import read_settings
-from llm_lightning.experiments.launch import COMMAND, continue_run
+from llm_lightning.experiments.launch import continue_run
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -349,14 +350,19 @@ def test_no_file_of_the_users_folder_allows_a_package(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["allow_targets=[shutil]", "++allow_targets=[shutil]", "+allow_targets=[shutil]"])
 def test_resume_does_not_take_over_what_a_folder_allows(tmp_path: Path, word: str) -> None:
-    words = ["+callbacks.x._target_=shutil.rmtree", "+callbacks.x.path=x", "seed=3", word]
-    recorded = {"folder": str(tmp_path / "gone"), "config_dir": None, "overrides": words}
+    target = "+callbacks.x._target_=shutil.rmtree"
+    recorded = {"folder": str(tmp_path / "gone"), "config_dir": None, "overrides": [target, "seed=3", word]}
     (tmp_path / COMMAND).write_text(json.dumps(recorded))
-    continued = continue_run([f"resume={tmp_path}"])
-    assert continued == [*words[:3], f"hydra.run.dir='{tmp_path}'"]
+    with pytest.raises(
+        ValueError, match=r"command.json asks for .*shutil.rmtree \(.*allow_targets=\[shutil\] \(lets code"
+    ):
+        continue_run([f"resume={tmp_path}"], CONF)
+    continued = continue_run([f"resume={tmp_path}", target, "allow_targets=[]"], CONF)
+    assert continued == ["seed=3", target, "allow_targets=[]", f"resume='{tmp_path}'", f"hydra.run.dir='{tmp_path}'"]
     with pytest.raises(ValueError, match=r"'shutil.rmtree' is not allowed.*add allow_targets=\[PACKAGE\]"):
         check_overrides(continued, CONF)
-    check_overrides(continue_run([f"resume={tmp_path}", "allow_targets=[shutil]"]), CONF)
+    trusted = [target, "+callbacks.x.path=x", "allow_targets=[shutil]"]
+    check_overrides(continue_run([f"resume={tmp_path}", *trusted], CONF), CONF)
 
 
 # --- resume --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""A project folder is moved, copied or renamed: its runs find their data and first weights by their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from tiny_run import SETTINGS, train_here, write_corpus
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.cli.evaluate import _records_of_split, open_split
+from llm_lightning.cli.lineage import trace
+from llm_lightning.cli.respond import data_of
+from llm_lightning.experiments.run_folder import RunFolder
+from llm_lightning.experiments.whereabouts import read_data
+from llm_lightning.places import candidates, existing, place_of
+
+BASE = [word for word in SETTINGS if "prompts" not in word and "max_steps" not in word]
+QUIET = [*BASE, "trainer.max_steps=2", "callbacks.samples=null", "callbacks.plots=null", "logger=csv"]
+LAST = Path("checkpoints", "last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of one's own, every path in it relative: pretraining, and preference tuning that begins with it."""
+    folder = tmp_path_factory.mktemp("there") / "mine"
+    folder.mkdir()
+    write_corpus(folder / "corpus.txt")
+    names = [f"{first} {second}" for first in ("red", "green", "blue", "old") for second in "abcdefg"]
+    pairs = [{"instruction": name, "input": "", "chosen": "yes", "rejected": "no"} for name in names]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    rows = [f"{'good' if index % 2 else 'bad'} {name}\t{index % 2}" for index, name in enumerate(names)]
+    (folder / "texts.tsv").write_text("\n".join(["text\tlabel", *rows, ""]))
+    more = ["data.template='{instruction}[{input}]:{response}'", "data.val_fraction=0.2"]
+    parents = ["init_from=outputs/pretraining/first", f"task.reference=outputs/pretraining/first/{LAST}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for words in (
+            ["run_name=first", "data.path=corpus.txt"],
+            ["run_name=second", "task=dpo", "data.path=pairs.json", *parents, *more],
+            ["run_name=third", "task=classification", "data.path=texts.tsv", "data.split_seed=1"],
+        ):
+            outcome = train_here([*QUIET, *words])
+            assert outcome.code == 0, outcome.err
+    return folder
+
+
+def go_on(run: Path | str, *more: str, steps: int = 3) -> str:
+    outcome = train_here([f"resume={run}", f"trainer.max_steps={steps}", *more])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Resuming from " in outcome.out
+    return outcome.out
+
+
+def lineage(run: Path) -> dict[str, Any]:
+    return checkpoints.read_header(run / LAST)["lineage"]
+
+
+def test_a_moved_project_goes_on_and_is_evaluated(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(project, tmp_path / "before")
+    moved = (tmp_path / "before").rename(tmp_path / "it's moved, too")
+    hidden = project.rename(project.with_name("hidden"))  # nothing is where it was
+    try:
+        first, second, third = (
+            moved / "outputs" / name for name in ("pretraining/first", "dpo/second", "classification/third")
+        )
+        loaded = checkpoints.load_model(first)
+        assert open_split(loaded, "val").n_tokens > 0
+        assert len(data_of(checkpoints.load_model(second)).records["test"]) > 0
+        assert len(_records_of_split(checkpoints.load_model(third), "test")) > 0
+        assert [link["state"] for link in trace(str(second))] == ["same", "same"]
+        out = go_on(Path("it's moved, too/outputs/dpo/second"))
+        assert "is read from" not in out
+        places = lineage(second)["places"]
+        assert places["data.path"]["found"] == [str(moved / "pairs.json")]
+        assert places["init_from"]["from_run"] == ["../../pretraining/first"]
+        assert places["task.reference"]["from_run"] == ["../../pretraining/first/checkpoints/last.ckpt"]
+        go_on(first)
+        monkeypatch.chdir(moved)  # the same command is typed where the project is now
+        assert train_here([*QUIET, "run_name=first", "data.path=corpus.txt", "trainer.max_steps=4"]).code == 0
+        assert lineage(first)["places"]["data.path"]["found"] == [str(moved / "corpus.txt")]
+        assert json.loads((first / "summary.json").read_text())["steps"] == 4
+    finally:
+        hidden.rename(project)
+
+
+def test_what_has_the_recorded_digest_is_used_the_nearest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a copied project its own; of what a folder names, nothing else than what the run was made from."""
+    there, copy, here = (tmp_path / name for name in ("there", "copy", "here"))
+    run = copy / "outputs" / "run"
+    run.mkdir(parents=True)
+    for folder in (there, copy, here):
+        folder.mkdir(exist_ok=True)
+        (folder / "a.txt").write_text("same")
+    monkeypatch.chdir(here)
+    place = place_of("a.txt", [str(there / "a.txt")], there / "outputs" / "run", digest_of(there / "a.txt"))
+    command = {
+        "folder": str(there),
+        "config_dir": None,
+        "overrides": ["data.path=a.txt"],
+        "places": {"data.path": place},
+    }
+    opened = RunFolder(run, None, {}, {})
+    log = []
+    for change in (None, copy, there, here):  # they take another text one after the other
+        if change is not None:
+            (change / "a.txt").write_text("other")
+        (run / "command.json").write_text(json.dumps(command))
+        cfg = OmegaConf.create({"resume": str(run), "data": {"path": "a.txt"}})
+        try:
+            read_data(cfg, opened, partial(built, cfg))
+            log.append(cfg.data.path)
+        except ValueError as error:
+            log.append(str(error))
+    assert log[:3] == [str(folder / "a.txt") for folder in (copy, there, here)]
+    assert log[3].startswith(
+        "cannot resume: data.path changed since the run began: digest 0967115f2813 is not that of "
+    )
+    assert [str(folder / "a.txt") in log[3] for folder in (copy, there, here)] == [True] * 3
+    typed = OmegaConf.create({"resume": str(run), "data": {"path": "b.txt"}})
+    assert read_data(typed, opened, lambda digest: digest) is None  # what is typed again means what it says
+    for folder in (copy, there, here):
+        (folder / "a.txt").unlink()
+    gone = OmegaConf.create({"resume": str(run), "data": {"path": "a.txt"}})
+    with pytest.raises(
+        FileNotFoundError, match=r"data.path=a.txt of the run is not there \(looked for .*type data.path="
+    ):
+        read_data(gone, opened, lambda digest: digest)
+
+
+def built(cfg: Any, digest: str | None) -> Any:
+    return SimpleNamespace(data_digest=digest_of(Path(cfg.data.path)))
+
+
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+def test_a_copied_project_reads_its_own_data_and_no_other_text(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(project, tmp_path / "copy")
+    run = copy / "outputs" / "pretraining" / "first"
+    assert "is read from" not in go_on(run)
+    assert lineage(run)["places"]["data.path"]["found"] == [str(copy / "corpus.txt")]
+    text = (copy / "corpus.txt").read_text()
+    (copy / "corpus.txt").write_text(text + "more")
+    outcome = train_here([f"resume={run}", "trainer.max_steps=4"])
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: cannot resume: data.path changed since the run began: digest ")
+    assert str(copy / "corpus.txt") in outcome.err
+    (tmp_path / "elsewhere.txt").write_text(text)
+    go_on(run, "data.path=elsewhere.txt", steps=4)
+    assert lineage(run)["places"]["data.path"]["from_run"] == ["../../../../elsewhere.txt"]
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_takes_first_weights_by_their_digest(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run that was killed early: its first weights are not in a checkpoint of its own yet."""
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(project, tmp_path / "copy")
+    run, parent = copy / "outputs" / "dpo" / "second", copy / "outputs" / "pretraining" / "first"
+    digest = lineage(run)["parent"]
+    for file in (*(run / "checkpoints").iterdir(), run / "summary.json", run / "metrics.csv"):
+        file.unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    outcome = train_here([f"resume={run}"])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert lineage(run)["parent"] == digest
+    assert lineage(run)["parent_name"] == str(parent)
+    shutil.rmtree(run)
+    for path, content in before.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    go_on(parent)  # it is another one now, and the one of the original is taken
+    outcome = train_here([f"resume={run}"])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "init_from=outputs/pretraining/first is read from " in outcome.out
+    assert lineage(run)["parent_name"] == str(project / "outputs" / "pretraining" / "first")
+
+
+@pytest.mark.slow
+def test_other_first_weights_are_refused_and_the_same_ones_elsewhere_are_not(project: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(project / "outputs" / "dpo" / "second", tmp_path / "run")
+    shutil.copy(project / "outputs" / "pretraining" / "first" / LAST, tmp_path / "same.ckpt")
+    shutil.copy(project / "outputs" / "classification" / "third" / LAST, tmp_path / "other.ckpt")
+    typed = [f"data.path={project / 'pairs.json'}", f"task.reference={tmp_path / 'same.ckpt'}"]
+    outcome = train_here([f"resume={run}", f"init_from={tmp_path / 'other.ckpt'}", *typed[:1], "trainer.max_steps=3"])
+    assert outcome.code == 2
+    assert "init_from was 'outputs/pretraining/first' and is " in outcome.err
+    go_on(run, f"init_from={tmp_path / 'same.ckpt'}", *typed[:1])
+    assert lineage(run)["places"]["init_from"]["from_run"] == ["../same.ckpt"]
+
+
+def test_folders_of_an_earlier_version_go_on(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold an absolute data.path in the settings of their checkpoints, and no places."""
+    run = shutil.copytree(project / "outputs" / "pretraining" / "first", tmp_path / "run")
+    for path in {file.resolve() for file in (run / "checkpoints").iterdir()}:
+        state = checkpoints.load(path)
+        header = state[checkpoints.HEADER]
+        header.pop("digest")
+        header["lineage"].pop("places")
+        header["config"]["data"]["path"] = str(project / "corpus.txt")
+        checkpoints.save(path, state)
+    command = json.loads((run / "command.json").read_text())
+    command.pop("places")
+    (run / "command.json").write_text(json.dumps(command))
+    assert open_split(checkpoints.load_model(run), "val").n_tokens > 0
+    monkeypatch.chdir(tmp_path)
+    go_on(run)
+    header = checkpoints.read_header(run / LAST)
+    assert header["config"]["data"]["path"] == "corpus.txt"
+    assert header["lineage"]["places"]["data.path"]["found"] == [str(project / "corpus.txt")]
+
+
+def test_places_are_kept_relative_to_the_run_folder(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    run = tmp_path / "outputs" / "run"
+    kept = place_of("a.txt,b.txt", [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], run, "0")
+    assert kept["from_run"] == ["../../a.txt", "../../b.txt"]
+    there = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert candidates(kept, run) == [there, there]
+    assert existing(candidates(kept, run)) == [there]
+    assert candidates(kept, tmp_path / "x" / "y" / "z") == [
+        [str(tmp_path / "x" / name) for name in ("a.txt", "b.txt")],
+        there,
+    ]
+    assert candidates(kept, None) == [there]
+    assert existing([["nowhere.txt"], [], [str(tmp_path / "*.txt")]]) == [[str(tmp_path / "*.txt")]]
+    for damaged in (None, 3, [], {"from_run": "x"}, {"from_run": [3], "found": [None]}):
+        assert candidates(damaged, run) == []
