@@ -13,6 +13,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,8 @@ class ClassificationDataModule(BaseDataModule):
         for line in self._lines():
             log.info(line)
 
-    def collate(self, samples: Sequence[LabelledSample]) -> ClassificationBatch:
-        return collate_classification(samples, pad_id=self.pad_id, pad_to=self.pad_to or self._width(samples))
-
-    def _width(self, samples: Sequence[LabelledSample]) -> int:
-        longest = max((len(sample.token_ids) for sample in samples), default=1)
-        return min(-(-longest // WIDTHS) * WIDTHS, self.context_length)
+    def collator(self) -> Callable[[Sequence[LabelledSample]], ClassificationBatch]:
+        return partial(_collate, pad_id=self.pad_id, pad_to=self.pad_to, most=self.context_length)
 
     def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
         if not self._bucket or (is_training and not self.shuffle):
@@ -363,6 +360,13 @@ def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> li
     if absent:
         raise ValueError(f"no record has the label {sorted(absent)[0]!r} of data.labels; leave it out")
     return [index[record.label] for record in records]
+
+
+def _collate(samples: Sequence[LabelledSample], *, pad_id: int, pad_to: int | None, most: int) -> ClassificationBatch:
+    """Pad to `pad_to`, or to one of few widths that are at most `most`."""
+    longest = max((len(sample.token_ids) for sample in samples), default=1)
+    width = min(-(-longest // WIDTHS) * WIDTHS, most)
+    return collate_classification(samples, pad_id=pad_id, pad_to=pad_to or width)
 
 
 def _check_settings(

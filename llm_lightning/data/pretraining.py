@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,18 @@ class Windows(Dataset):
     def __getitem__(self, index: int) -> Sample:
         start = index * self.stride
         return Sample(index, np.asarray(self.tokens[start : start + self.length + 1]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a memory map only where it is: a loader process that is not forked would be sent all its content."""
+        if not isinstance(self.tokens, np.memmap):
+            return self.__dict__
+        return {**self.__dict__, "tokens": (str(self.tokens.filename), self.tokens.dtype.str, self.tokens.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.tokens, tuple):
+            path, dtype, shape = self.tokens
+            self.tokens = np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
 class PretrainingDataModule(BaseDataModule):
@@ -118,8 +131,8 @@ class PretrainingDataModule(BaseDataModule):
         if self.eval_batches > 0:
             self.eval_samples["train_eval"] = evenly_spaced(train, self.eval_batches * self.batch_size)
 
-    def collate(self, samples: Sequence[Sample]) -> LMBatch:
-        return collate_lm(samples, pad_id=0)
+    def collator(self) -> Callable[[Sequence[Sample]], LMBatch]:
+        return partial(collate_lm, pad_id=0)
 
     def preview(self, n: int) -> str:
         lines = []

@@ -347,7 +347,7 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
 
 def _check_override(override: Override, groups: Sequence[str], dirs: ConfigDirs) -> None:
     name = override.key_or_group
-    if override.is_delete() and not name.startswith(tuple(f"{group}." for group in OPEN_GROUPS)):
+    if override.is_delete() and not name.startswith(tuple(f"{group}." for group in (*OPEN_GROUPS, "hydra.callbacks"))):
         raise ValueError(f"'{override.input_line}': a setting cannot be removed; give it a value, or null")
     chosen = override.value()
     for option in (chosen if isinstance(chosen, list) else [chosen]) if name in groups else []:
@@ -413,6 +413,9 @@ def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={value!r} must be {wanted}, such as {str(default).lower()}")
         if type(default) is int and isinstance(value, float):
             raise ValueError(f"{key}={value} must be a whole number, such as {default}")
+    strategy = str(config.trainer.get("strategy"))
+    if strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise ValueError(f"trainer.strategy={strategy} trains in processes that hand nothing back; use ddp")
     if config.run_name is not None and not re.fullmatch(r"\w[\w.-]*", str(config.run_name)):
         raise ValueError(f"run_name={config.run_name!r} names a folder: use letters, digits, dot, dash and underscore")
 

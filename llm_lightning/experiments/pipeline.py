@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from filelock import FileLock, Timeout
 
 from llm_lightning.atomic import write_atomically
 from llm_lightning.experiments.help import group_options
-from llm_lightning.experiments.launch import key_of, run_dir_is, wait_for, without_null_groups
+from llm_lightning.experiments.launch import key_of, run_dir_is, without_null_groups
+from llm_lightning.experiments.processes import start, wait_for
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
 
 MANIFEST = "manifest.json"
@@ -291,8 +291,7 @@ def _own_process(chain: Chain, stage: Stage, script: Path) -> int:
 
 
 def _exit_code(command: Sequence[str], **options: Any) -> int:
-    code = wait_for(subprocess.Popen(command, **options))
-    return 128 - code if code < 0 else code  # as a shell says it of a process that a signal ended
+    return wait_for(start(command, **options))
 
 
 def _filled_override(word: str, folders: Mapping[str, str]) -> str:
