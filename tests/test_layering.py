@@ -34,6 +34,8 @@ LEVELS = [
     ("llm_lightning.data", 1),
     ("llm_lightning.data.batches", 1),
     ("llm_lightning.data.order", 1),
+    ("llm_lightning.data.samples", 1),
+    ("llm_lightning.data.workers", 1),
     ("llm_lightning.data.templates", 1),
     ("llm_lightning.data.sources", 1),
     ("llm_lightning.data.labelled_records", 1),

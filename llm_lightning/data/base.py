@@ -33,9 +33,10 @@ from llm_lightning.data.conversations import (
 )
 from llm_lightning.data.download import Pinned, check_name, file_of
 from llm_lightning.data.order import BatchOrder, bucketed_order
+from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS
 from llm_lightning.data.templates import Conversation, Template, choose_template
-from llm_lightning.data.workers import Loader, begin_with
+from llm_lightning.data.workers import Loader, are_forked, begin_with
 from llm_lightning.tokenizers import Tokenizer
 
 Record = TypeVar("Record")
@@ -47,19 +48,6 @@ as padded batches, with 124M parameters on a CPU."""
 BATCHES_LOOKED_AT = 200
 
 log = logging.getLogger(__name__)
-
-
-class Rows(Dataset, Generic[Sample]):
-    """Samples in a list."""
-
-    def __init__(self, rows: list[Sample]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
 
 
 class BaseDataModule(L.LightningDataModule):
@@ -209,11 +197,12 @@ class BaseDataModule(L.LightningDataModule):
             batch_sampler=order,
             collate_fn=self.collator(),
             num_workers=self.num_workers,
-            worker_init_fn=begin_with(0 if self.trainer is None else self.trainer.global_rank),
+            worker_init_fn=begin_with(),
+            persistent_workers=self.num_workers > 0 and not are_forked(),  # one that is not takes seconds to start
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: a DataLoader without one draws from the global RNG at every epoch, which would
-            # tie dropout to how often the loader was made.
-            generator=torch.Generator().manual_seed(self.seed),
+            # tie dropout to how often the loader was made. Workers are seeded from it, those of each rank differently.
+            generator=torch.Generator().manual_seed(self.seed + order.rank),
         )
 
 

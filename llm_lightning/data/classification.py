@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, Rows, evenly_spaced
-from llm_lightning.data.batches import WIDTHS, ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
 from llm_lightning.data.download import Pinned, check_name, file_of
 from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.order import bucketed_order
@@ -144,7 +144,7 @@ class ClassificationDataModule(BaseDataModule):
             log.info(line)
 
     def collator(self) -> Callable[[Sequence[LabelledSample]], ClassificationBatch]:
-        return partial(_collate, pad_id=self.pad_id, pad_to=self.pad_to, most=self.context_length)
+        return partial(collate_classification, pad_id=self.pad_id, pad_to=self.pad_to, most=self.context_length)
 
     def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
         if not self._bucket or (is_training and not self.shuffle):
@@ -360,13 +360,6 @@ def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> li
     if absent:
         raise ValueError(f"no record has the label {sorted(absent)[0]!r} of data.labels; leave it out")
     return [index[record.label] for record in records]
-
-
-def _collate(samples: Sequence[LabelledSample], *, pad_id: int, pad_to: int | None, most: int) -> ClassificationBatch:
-    """Pad to `pad_to`, or to one of few widths that are at most `most`."""
-    longest = max((len(sample.token_ids) for sample in samples), default=1)
-    width = min(-(-longest // WIDTHS) * WIDTHS, most)
-    return collate_classification(samples, pad_id=pad_id, pad_to=pad_to or width)
 
 
 def _check_settings(

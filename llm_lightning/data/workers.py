@@ -31,7 +31,7 @@ class Loader(DataLoader):
     def _get_iterator(self) -> Any:
         if not self.num_workers:
             return super()._get_iterator()
-        if multiprocessing.get_start_method() != "fork":
+        if not are_forked():
             resource_tracker.ensure_running()  # it unblocks signals itself
         with held_back():  # a worker has no way of its own to be safe before `begin`
             iterator: Any = super()._get_iterator()
@@ -41,23 +41,24 @@ class Loader(DataLoader):
         return iterator
 
 
-def begin_with(rank: int) -> Callable[[int], None]:
-    """The first thing that every worker of the process `rank` does."""
+def are_forked() -> bool:
+    """Whether workers are forks of this process, as on Linux, and not started afresh."""
+    return multiprocessing.get_start_method() == "fork"
+
+
+def begin_with() -> Callable[[int], None]:
+    """The first thing that every worker of this process does."""
     # What the system takes for the parent is the thread that starts the worker, and other threads end earlier.
     is_main = threading.current_thread() is threading.main_thread()
-    return functools.partial(begin, parent=os.getpid() if is_main else None, rank=rank)
+    return functools.partial(begin, parent=os.getpid() if is_main else None)
 
 
-def begin(worker: int, *, parent: int | None, rank: int) -> None:
-    """Ignore signals, end with the process `parent`, and seed as Lightning does."""
+def begin(worker: int, *, parent: int | None) -> None:
+    """Ignore the signals that the run itself answers, and end with the process `parent`."""
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
     if parent is not None:
         signal_at_death_of(parent, signal.SIGKILL)
-    if int(os.environ.get("PL_SEED_WORKERS", "0")):
-        from lightning.fabric.utilities.seed import pl_worker_init_function
-
-        pl_worker_init_function(worker, rank)
 
 
 def _end_workers() -> None:

@@ -27,6 +27,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -150,13 +151,23 @@ def check_overrides(argv: Sequence[str], config_dir: Path) -> DictConfig:
     Raises:
         ValueError: one line: a wrong group, option, key, value or target, and the nearest right one.
     """
-    register_resolvers()
-    arguments = _parse_arguments(argv)
-    folders = [Path(arguments.config_dir), config_dir] if arguments.config_dir else [config_dir]
-    dirs = ConfigDirs(tuple(folder.absolute() for folder in folders))
+    arguments, dirs = _arguments_and_dirs(argv, config_dir)
     overrides = [_parse_override(text) for text in arguments.overrides]
     first, *_ = [_check_job(job, dirs) for job in _jobs(overrides, dirs, multirun=arguments.multirun)]
     return first
+
+
+def asks_for_many(argv: Sequence[str], config_dir: Path) -> bool:
+    """Whether a file that `argv` chooses makes a multirun of it: `hydra.mode: MULTIRUN` in an experiment's."""
+    arguments, dirs = _arguments_and_dirs(argv, config_dir)
+    return dirs.compose(arguments.overrides).hydra.mode == RunMode.MULTIRUN
+
+
+def _arguments_and_dirs(argv: Sequence[str], config_dir: Path) -> tuple[Any, ConfigDirs]:
+    register_resolvers()
+    arguments = _parse_arguments(argv)
+    folders = [Path(arguments.config_dir), config_dir] if arguments.config_dir else [config_dir]
+    return arguments, ConfigDirs(tuple(folder.absolute() for folder in folders))
 
 
 def unknown_keys(

@@ -203,11 +203,14 @@ def _planned(
         return Stage(name, tuple(words), is_command, parents, _digest(list(words)))
     from omegaconf import OmegaConf
 
-    from llm_lightning.experiments.config_checks import check_overrides
+    from llm_lightning.experiments.config_checks import asks_for_many, check_overrides
 
     unfilled = {other: f"{{{other}}}" for other in earlier}
+    argv = [*options, *(_filled_override(word, unfilled) for word in words)]
     try:
-        config = check_overrides([*options, *(_filled_override(word, unfilled) for word in words)], config_dir)
+        config = check_overrides(argv, config_dir)
+        if any(key_of(word) == "experiment" for word in words) and asks_for_many(argv, config_dir):
+            raise ValueError("its experiment is a multirun (hydra.mode), and a stage is one run; choose another file")
     except ValueError as error:
         raise ValueError(f"pipeline={pipeline}: stage {name}: {error}") from None
     return Stage(name, tuple(words), is_command, parents, _digest(OmegaConf.to_container(config, resolve=True)))

@@ -406,3 +406,5 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFo
     )
     if run.checkpoint is not None:
         log.info("Resuming from %s", run.checkpoint)
+    elif run.began:
+        log.info("Starting again from step 0: the earlier run in %s left no checkpoint", run.path)
