@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
+from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import LMBatch, Sample, collate_lm
 from llm_lightning.models.gpt import GPT, GPTConfig
@@ -93,7 +94,7 @@ def tiny_trainer(folder: Path, callbacks: list[L.Callback] | None = None, **opti
     return L.Trainer(
         **{**defaults, **options},
         default_root_dir=folder,
-        callbacks=[ExactResume(), *(callbacks if callbacks is not None else [Checkpoints(every_n_steps=3)])],
+        callbacks=[ExactResume(), Signals(), *(callbacks if callbacks is not None else [Checkpoints(every_n_steps=3)])],
         plugins=[VerifiedCheckpointIO()],
         enable_checkpointing=False,
         enable_model_summary=False,

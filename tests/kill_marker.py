@@ -1,4 +1,4 @@
-"""A callback that tells the outside, in one byte of a file, what a run is doing. Used by test_kill.py."""
+"""A callback that tells the outside, in one byte of a file, what a run is doing. Of test_kill and test_signals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-STARTING, TRAINING, VALIDATING, SAVING = b"s", b"t", b"v", b"w"
+STARTING, TRAINING, VALIDATING, SAMPLING, SAVING = b"s", b"t", b"v", b"p", b"w"
 
 
 class Marker(L.Callback):
@@ -21,6 +21,9 @@ class Marker(L.Callback):
 
     def on_validation_batch_start(self, *_: Any) -> None:
         self.byte[0:1] = VALIDATING
+
+    def on_validation_epoch_end(self, *_: Any) -> None:
+        self.byte[0:1] = SAMPLING  # until `on_validation_end`, the last of whose callbacks this one is
 
     def on_save_checkpoint(self, *_: Any) -> None:
         self.byte[0:1] = SAVING  # until the next batch: what is written comes after this hook

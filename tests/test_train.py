@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -227,9 +228,9 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
     corpus: Path, tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
     command = long_run(corpus, tmp_path / "stopped")
-    process = start(command, tmp_path)
+    process = start([*command, "data.num_workers=2"], tmp_path, start_new_session=True)
     wait_for_a_checkpoint(process, tmp_path / "stopped")
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # as a terminal does, and many a scheduler: the loader processes get it, too
     outcome = finish(process)
     assert outcome.code == code
     step = checkpoints.read_header(tmp_path / "stopped" / "checkpoints" / "last.ckpt")["step"]
@@ -241,6 +242,16 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
         assert train_here(arguments).code == 0
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
     assert steps(tmp_path / "stopped") == steps(tmp_path / "whole") == list(range(150))
+
+
+def test_a_run_that_left_no_checkpoint_says_that_it_starts_again(corpus: Path, tmp_path: Path) -> None:
+    words = one_epoch(corpus, tmp_path / "run", "callbacks.checkpoints=null", "trainer.max_epochs=-1")
+    said = "Starting again from step 0: the earlier run in "
+    assert said not in train_here([*words, "trainer.max_steps=2"]).out
+    (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed
+    assert train_here([*words, "trainer.max_steps=2"]).out.count(said) == 1
+    assert said not in train_here([*words, "trainer.max_steps=2"]).out, "it is finished"
+    assert said in train_here([*words, "trainer.max_steps=3"]).out
 
 
 def test_adapters_on_a_frozen_bfloat16_model(corpus: Path, tmp_path: Path) -> None:
@@ -281,6 +292,31 @@ def test_two_processes_log_the_losses_of_one_with_the_double_batch(corpus: Path,
         for (_, one), (_, other) in zip(curves[0][name], curves[1][name], strict=True):
             assert one == pytest.approx(other, rel=1e-5), name
     assert outcome.out.count("Finished 20 steps") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", [os.kill, os.killpg])
+def test_a_signal_to_one_of_two_processes_or_to_both_saves(corpus: Path, tmp_path: Path, to: Any) -> None:
+    two = ["accelerator=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.num_workers=1", *LONG]
+    process = start(one_epoch(corpus, tmp_path / "run", *two), tmp_path, start_new_session=True)
+    wait_for_a_checkpoint(process, tmp_path / "run")
+    to(process.pid, signal.SIGUSR1)
+    outcome = finish(process)
+    assert outcome.code == 128 + signal.SIGUSR1
+    assert outcome.err.count("stopped by SIGUSR1; saved") == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
+
+
+@pytest.mark.slow
+def test_started_workers_train_as_no_workers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import multiprocessing\nmultiprocessing.set_start_method('spawn')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    command = one_epoch(corpus, tmp_path / "spawned", "trainer.max_epochs=2", "data.num_workers=1")
+    outcome = finish(start(command, tmp_path))
+    assert outcome.code == 0, outcome.err
+    assert train_here(one_epoch(corpus, tmp_path / "here", "trainer.max_epochs=2")).code == 0
+    assert_same_weights(tmp_path / "spawned", tmp_path / "here")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -83,7 +84,13 @@ def start(arguments: Sequence[str], folder: Path, **options: Any) -> subprocess.
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, **options)
+    return subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=_take_signals, **options)
+
+
+def _take_signals() -> None:
+    """As an interactive shell starts a process: it ignores none, though the tests may run in the background."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:

@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and what a signal does.
+"""When checkpoints are written, and which are kept.
 
 Everything is written at one moment: between two updates, after the validation and the log rows of the last one. So a
 checkpoint after N updates covers every row of steps 0..N-1, and nothing of step N.
@@ -6,10 +6,7 @@ checkpoint after N updates covers every row of steps 0..N-1, and nothing of step
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,6 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from llm_lightning import checkpoint as checkpoints
-
-log = logging.getLogger(__name__)
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -34,16 +29,6 @@ class VerifiedCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
-
-
-class Interrupted(Exception):  # noqa: N818
-    """A signal asked the run to stop, and it saved itself. Not an error."""
-
-    def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; saved {path}; continue with resume={path.parents[1]}"
-        )
-        self.exit_code = 128 + signum
 
 
 class Checkpoints(L.Callback):
@@ -79,12 +64,10 @@ class Checkpoints(L.Callback):
         self._best_is_new = False
         self._last_saved_step = 0
         self._last_saved_time = time.monotonic()
-        self._signal: int | None = None
 
     # --- when ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._take_signals(trainer)
         self._last_saved_step, self._last_saved_time = trainer.global_step, time.monotonic()
         path = self._path(trainer)
         if trainer.is_global_zero:
@@ -98,9 +81,6 @@ class Checkpoints(L.Callback):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        signum = self._agreed_signal(trainer)
-        if signum is not None:
-            raise Interrupted(signum, self.save(trainer))
         if trainer.global_step > self._last_saved_step and (self._best_is_new or self._due(trainer)):
             self.save(trainer)
 
@@ -171,30 +151,6 @@ class Checkpoints(L.Callback):
             return False
         late = time.monotonic() - self._last_saved_time > 60 * self.every_n_minutes
         return trainer.strategy.reduce_boolean_decision(late, all=False)  # clocks differ between processes
-
-    def _take_signals(self, trainer: L.Trainer) -> None:
-        # Lightning's own handler for SIGTERM ends the run without a checkpoint and with exit code 0. It is installed
-        # after on_fit_start; at the end, whatever happens, Lightning puts back what stood before it.
-        if trainer.received_sigterm:
-            self._signal = signal.SIGTERM
-            trainer._signal_connector.received_sigterm = False  # or Lightning exits with 0 before our next step
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, self._on_signal)
-
-    def _on_signal(self, signum: int, _: Any) -> None:
-        if self._signal is not None:  # a second one: the user insists
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        self._signal = signum
-        log.warning("%s received: saving at the next step", signal.Signals(signum).name)
-
-    def _agreed_signal(self, trainer: L.Trainer) -> int | None:
-        if trainer.world_size == 1:
-            return self._signal
-        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
-            return None
-        return self._signal or signal.SIGTERM
 
 
 def _refuse_non_finite(trainer: L.Trainer) -> None:

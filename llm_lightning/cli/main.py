@@ -15,6 +15,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from llm_lightning.experiments.processes import end_with_parent
+
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
 
@@ -39,6 +41,7 @@ BROKEN_PIPE = 141
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
+    end_with_parent()
     verb, rest = _choose_verb(argv)
     module = import_module(f"llm_lightning.cli.{verb.replace('-', '_')}")
     parser = argparse.ArgumentParser(prog=f"llm-lightning {verb}", description=module.__doc__)

@@ -33,8 +33,10 @@ from llm_lightning.data.conversations import (
 )
 from llm_lightning.data.download import Pinned, check_name, file_of
 from llm_lightning.data.order import BatchOrder, bucketed_order
+from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS
 from llm_lightning.data.templates import Conversation, Template, choose_template
+from llm_lightning.data.workers import Loader, are_forked, begin_with
 from llm_lightning.tokenizers import Tokenizer
 
 Record = TypeVar("Record")
@@ -48,23 +50,10 @@ BATCHES_LOOKED_AT = 200
 log = logging.getLogger(__name__)
 
 
-class Rows(Dataset, Generic[Sample]):
-    """Samples in a list."""
-
-    def __init__(self, rows: list[Sample]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
-
-
 class BaseDataModule(L.LightningDataModule):
     """Builds the loaders of `train_samples` and `eval_samples`.
 
-    Subclasses fill these in `build` and override `collate`:
+    Subclasses fill these in `build` and override `collator`:
 
     - `tokenizer`
     - `train_samples`: a map-style Dataset of samples
@@ -111,9 +100,17 @@ class BaseDataModule(L.LightningDataModule):
     def build(self) -> None:
         """Read, check and tokenise the data. Called once, before the model is built: it needs the vocabulary."""
 
-    @abstractmethod
+    def collator(self) -> Callable[[Sequence[Any]], Any]:
+        """The function that turns samples of one micro-batch, possibly none, into a named batch.
+
+        Subclasses return a function of a module with plain values bound to it: it is sent to every loader process that
+        is not forked, where a method would drag the data and the trainer along.
+        """
+        return self.collate
+
     def collate(self, samples: Sequence[Any]) -> Any:
-        """Samples of one micro-batch, possibly none, to a named batch."""
+        """The batch of these samples. Overridden instead of `collator`, it does where loader processes are forked."""
+        return self.collator()(samples)
 
     @abstractmethod
     def preview(self, n: int) -> str:
@@ -199,16 +196,17 @@ class BaseDataModule(L.LightningDataModule):
         return BatchOrder(len(samples), self.batch_size, rank=rank, world_size=world_size, **options)
 
     def _loader(self, samples: Dataset, order: BatchOrder) -> DataLoader:
-        collate: Callable = self.collate
-        return DataLoader(
+        return Loader(
             samples,
             batch_sampler=order,
-            collate_fn=collate,
+            collate_fn=self.collator(),
             num_workers=self.num_workers,
+            worker_init_fn=begin_with(),
+            persistent_workers=self.num_workers > 0 and not are_forked(),  # one that is not takes seconds to start
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: a DataLoader without one draws from the global RNG at every epoch, which would
-            # tie dropout to how often the loader was made.
-            generator=torch.Generator().manual_seed(self.seed),
+            # tie dropout to how often the loader was made. Workers are seeded from it, those of each rank differently.
+            generator=torch.Generator().manual_seed(self.seed + order.rank),
         )
 
 

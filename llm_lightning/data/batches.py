@@ -204,14 +204,16 @@ class LabelledSample(NamedTuple):
 
 
 def collate_classification(
-    samples: Sequence[LabelledSample], *, pad_id: int, pad_to: int | None = None
+    samples: Sequence[LabelledSample], *, pad_id: int, pad_to: int | None = None, most: int | None = None
 ) -> ClassificationBatch:
-    """Pad on the right to `pad_to` tokens, or to the longest sample.
+    """Pad on the right to `pad_to` tokens, or to the longest sample, with `most` to one of few widths up to that.
 
     Without samples (a process that ran out of data before the others) the batch is one pad without a label.
     """
-    longest = max((len(sample.token_ids) for sample in samples), default=1)
-    input_ids = torch.full((max(len(samples), 1), pad_to or longest), pad_id, dtype=torch.int64)
+    width = max((len(sample.token_ids) for sample in samples), default=1)
+    if most is not None:
+        width = min(-(-width // WIDTHS) * WIDTHS, most)
+    input_ids = torch.full((max(len(samples), 1), pad_to or width), pad_id, dtype=torch.int64)
     lengths = torch.ones(len(input_ids), dtype=torch.int64)
     labels = torch.full_like(lengths, IGNORE_INDEX)
     for row, sample in enumerate(samples):

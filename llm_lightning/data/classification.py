@@ -13,13 +13,14 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, Rows, evenly_spaced
-from llm_lightning.data.batches import WIDTHS, ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
 from llm_lightning.data.download import Pinned, check_name, file_of
 from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.order import bucketed_order
@@ -142,12 +143,8 @@ class ClassificationDataModule(BaseDataModule):
         for line in self._lines():
             log.info(line)
 
-    def collate(self, samples: Sequence[LabelledSample]) -> ClassificationBatch:
-        return collate_classification(samples, pad_id=self.pad_id, pad_to=self.pad_to or self._width(samples))
-
-    def _width(self, samples: Sequence[LabelledSample]) -> int:
-        longest = max((len(sample.token_ids) for sample in samples), default=1)
-        return min(-(-longest // WIDTHS) * WIDTHS, self.context_length)
+    def collator(self) -> Callable[[Sequence[LabelledSample]], ClassificationBatch]:
+        return partial(collate_classification, pad_id=self.pad_id, pad_to=self.pad_to, most=self.context_length)
 
     def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
         if not self._bucket or (is_training and not self.shuffle):

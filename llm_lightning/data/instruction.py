@@ -7,7 +7,8 @@ padded or packed. Everything that was dropped or cut is counted in `report()` an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,10 +118,10 @@ class InstructionDataModule(ConversationDataModule[Conversation, MaskedSample]):
         saved = (len(samples) - 1) * shared_prefix(samples) if self.share_prefix else 0
         return len(samples) * max(lengths), sum(lengths) - saved
 
-    def collate(self, samples: Sequence[MaskedSample]) -> LMBatch:
+    def collator(self) -> Callable[[Sequence[MaskedSample]], LMBatch]:
         if self.is_packed:
-            return collate_packed(samples, pad_id=self.pad_id, share_prefix=self.share_prefix)
-        return collate_padded(samples, pad_id=self.pad_id, context_length=self.context_length)
+            return partial(collate_packed, pad_id=self.pad_id, share_prefix=self.share_prefix)
+        return partial(collate_padded, pad_id=self.pad_id, context_length=self.context_length)
 
     def content_of(self, record: Conversation) -> list[Any]:
         return [record.system, *map(list, record.turns)]

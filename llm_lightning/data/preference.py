@@ -7,7 +7,8 @@ what sequences have in common only once. Everything that was dropped or cut is c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,10 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
         longest = max(len(one.prompt_ids) + max(len(one.chosen_ids), len(one.rejected_ids)) for one in samples)
         return 2 * len(samples) * (longest - 1), packed_length(samples, share_prefix=self.share_prefix)
 
-    def collate(self, samples: Sequence[PairSample]) -> PreferenceBatch:
+    def collator(self) -> Callable[[Sequence[PairSample]], PreferenceBatch]:
         if self.is_packed:
-            return collate_packed_pairs(samples, pad_id=self.pad_id, share_prefix=self.share_prefix)
-        return collate_padded_pairs(samples, pad_id=self.pad_id, context_length=self.context_length)
+            return partial(collate_packed_pairs, pad_id=self.pad_id, share_prefix=self.share_prefix)
+        return partial(collate_padded_pairs, pad_id=self.pad_id, context_length=self.context_length)
 
     def content_of(self, record: PreferencePair) -> list[Any]:
         return [record.conversation.system, *map(list, record.conversation.turns), record.rejected]

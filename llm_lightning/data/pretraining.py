@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
-
-import numpy as np
-from torch.utils.data import Dataset
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, Sample, collate_lm
+from llm_lightning.data.samples import Windows
 from llm_lightning.data.sources import open_source
 from llm_lightning.data.token_files import TokenFile, build_token_files
 from llm_lightning.tokenizers import Tokenizer
-
-
-class Windows(Dataset):
-    """Windows of `length` inputs over a flat array of tokens, one every `stride` tokens.
-
-    Args:
-        tokens: (n,) ids.
-        length: inputs per window; a window reads one token more, its last label.
-        stride: distance of two windows; below `length` they overlap.
-        last: `keep` adds a shorter window for the targets that no full one reaches; `drop` leaves them out, as the
-            book does.
-    """
-
-    def __init__(self, tokens: np.ndarray, length: int, stride: int, *, last: str = "keep") -> None:
-        if last not in ("keep", "drop"):
-            raise ValueError(f"data.last_window={last!r} must be keep or drop")
-        if stride < 1:
-            raise ValueError(f"data.stride={stride} must be at least 1")
-        self.tokens, self.length, self.stride = tokens, length, stride
-        full = len(range(0, len(tokens) - length, stride))
-        targets_reached = (full - 1) * stride + length if full else 0
-        self.n_windows = full + (last == "keep" and targets_reached < len(tokens) - 1)
-
-    def __len__(self) -> int:
-        return self.n_windows
-
-    def __getitem__(self, index: int) -> Sample:
-        start = index * self.stride
-        return Sample(index, np.asarray(self.tokens[start : start + self.length + 1]))
 
 
 class PretrainingDataModule(BaseDataModule):
@@ -121,8 +91,8 @@ class PretrainingDataModule(BaseDataModule):
     def digest_of_source(self) -> str:
         return self._source.digest()
 
-    def collate(self, samples: Sequence[Sample]) -> LMBatch:
-        return collate_lm(samples, pad_id=0)
+    def collator(self) -> Callable[[Sequence[Sample]], LMBatch]:
+        return partial(collate_lm, pad_id=0)
 
     def preview(self, n: int) -> str:
         lines = []

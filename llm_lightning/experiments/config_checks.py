@@ -27,6 +27,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -152,13 +153,23 @@ def check_overrides(argv: Sequence[str], config_dir: Path) -> DictConfig:
     Raises:
         ValueError: one line: a wrong group, option, key, value or target, and the nearest right one.
     """
-    register_resolvers()
-    arguments = _parse_arguments(argv)
-    folders = [Path(arguments.config_dir), config_dir] if arguments.config_dir else [config_dir]
-    dirs = ConfigDirs(tuple(folder.absolute() for folder in folders))
+    arguments, dirs = _arguments_and_dirs(argv, config_dir)
     overrides = [_parse_override(text) for text in arguments.overrides]
     first, *_ = [_check_job(job, dirs) for job in _jobs(overrides, dirs, multirun=arguments.multirun)]
     return first
+
+
+def asks_for_many(argv: Sequence[str], config_dir: Path) -> bool:
+    """Whether a file that `argv` chooses makes a multirun of it: `hydra.mode: MULTIRUN` in an experiment's."""
+    arguments, dirs = _arguments_and_dirs(argv, config_dir)
+    return dirs.compose(arguments.overrides).hydra.mode == RunMode.MULTIRUN
+
+
+def _arguments_and_dirs(argv: Sequence[str], config_dir: Path) -> tuple[Any, ConfigDirs]:
+    register_resolvers()
+    arguments = _parse_arguments(argv)
+    folders = [Path(arguments.config_dir), config_dir] if arguments.config_dir else [config_dir]
+    return arguments, ConfigDirs(tuple(folder.absolute() for folder in folders))
 
 
 def unknown_keys(
@@ -349,7 +360,7 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
 
 def _check_override(override: Override, groups: Sequence[str], dirs: ConfigDirs) -> None:
     name = override.key_or_group
-    if override.is_delete() and not name.startswith(tuple(f"{group}." for group in OPEN_GROUPS)):
+    if override.is_delete() and not name.startswith(tuple(f"{group}." for group in (*OPEN_GROUPS, "hydra.callbacks"))):
         raise ValueError(f"'{override.input_line}': a setting cannot be removed; give it a value, or null")
     chosen = override.value()
     for option in (chosen if isinstance(chosen, list) else [chosen]) if name in groups else []:
@@ -415,6 +426,9 @@ def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={value!r} must be {wanted}, such as {str(default).lower()}")
         if type(default) is int and isinstance(value, float):
             raise ValueError(f"{key}={value} must be a whole number, such as {default}")
+    strategy = str(config.trainer.get("strategy"))
+    if strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise ValueError(f"trainer.strategy={strategy} trains in processes that hand nothing back; use ddp")
     if config.run_name is not None and not re.fullmatch(r"\w[\w.-]*", str(config.run_name)):
         raise ValueError(f"run_name={config.run_name!r} names a folder: use letters, digits, dot, dash and underscore")
 

@@ -6,8 +6,6 @@ import contextlib
 import errno
 import logging
 import os
-import signal
-import subprocess
 import sys
 import threading
 import traceback
@@ -16,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments.foreign import continued, read_summary, refuse_links
+from llm_lightning.experiments.processes import end_with_parent, start, wait_for
 from llm_lightning.experiments.run_folder import is_main_process
 
 STARTED_IN = Path.cwd()
 """Where the user stands."""
 USAGE_ERROR = 2
+ONE_RUN = "hydra.mode=RUN"
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
 _MAKE_ROOM = "make room and continue with resume=RUN_FOLDER; what was written before is intact"
 _REMEDIES = {
@@ -37,6 +37,7 @@ SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
 
 def main(script: Path) -> None:
     """Run the command line of `script`, whose configuration is the folder `conf` beside it."""
+    end_with_parent()
     run_guarded(lambda: _main(script))
 
 
@@ -56,6 +57,8 @@ def _main(script: Path) -> None:
     from llm_lightning.experiments.config_checks import check_overrides
 
     typed = without_null_groups(continue_run(sys.argv[1:], config_dir), config_dir)
+    if any(key_of(word) == "resume" and word != "resume=null" for word in sys.argv[1:]):
+        typed.append(ONE_RUN)  # it may be a job of a multirun that a file asks for
     sys.argv = [str(script), *expand_sweep(typed, config_dir)]
     check_overrides(sys.argv[1:], config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
@@ -81,7 +84,7 @@ def _job(cfg: Any, failures: list[str]) -> float | None:
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
-        return _own_process(list(hydra_config.overrides.task), run_dir, failures)
+        return _own_process([*hydra_config.overrides.task, *one_run(hydra_config)], run_dir, failures)
     code, result = guarded(lambda: refuse_links(run_dir))  # before a line is written to train.log or traceback.txt
     if not code:
         code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir)
@@ -99,11 +102,28 @@ def _train(cfg: Any, run_dir: Path) -> float | None:
 
 
 def _typed() -> tuple[str | None, list[str]]:
-    """`--config-dir` and the overrides of this command line."""
+    """`--config-dir` and the overrides of this command line, those that `one_run` added left out."""
     from hydra._internal.utils import get_args_parser
 
     arguments = get_args_parser().parse_args(sys.argv[1:])
-    return arguments.config_dir, arguments.overrides
+    return arguments.config_dir, [word for word in arguments.overrides if not _of_one_run(word)]
+
+
+def one_run(hydra_config: Any) -> list[str]:
+    """Words after which a command line is one run, even if its files (`experiment=`) ask for many.
+
+    `hydra_config`: Hydra's part of the multirun that the run is a job of. Its callbacks have been called there.
+    """
+    added = [key_of(word) for word in hydra_config.overrides.hydra if word.startswith("+")]  # and not in any file
+    prefixes = [f"hydra.callbacks.{name}" for name in hydra_config.callbacks or ()]
+    return [
+        ONE_RUN,
+        *(f"~{prefix}" for prefix in prefixes if not any(f"{key}.".startswith(f"{prefix}.") for key in added)),
+    ]
+
+
+def _of_one_run(word: str) -> bool:
+    return word == ONE_RUN or word.startswith("~hydra.callbacks.")
 
 
 def _options(config_dir: str | None) -> list[str]:
@@ -116,33 +136,11 @@ def _own_process(overrides: list[str], run_dir: Path, failures: list[str]) -> fl
     One that fails is added to `failures`; the others still run.
     """
     command = [sys.executable, sys.argv[0], *_options(_typed()[0]), *overrides, run_dir_is(run_dir)]
-    code = wait_for(subprocess.Popen(command))
+    code = wait_for(start(command))
     if code:
         failures.append(f"{run_dir} (exit code {code})")
         return None
     return read_summary(run_dir).get("best_value")
-
-
-def wait_for(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of `process`, which is given the time to save itself when this one is told to stop."""
-
-    received: list[int] = []
-
-    def stop(signum: int, _: Any) -> None:
-        received.append(signum)
-        process.terminate()  # to wait for it in here would wait for ever: `wait` below holds a lock
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        code = process.wait()
-        if received:
-            sys.exit(128 + received[0])
-        return code
-    except KeyboardInterrupt:  # the terminal sends it to both
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def continue_run(argv: Sequence[str], config_dir: Path) -> list[str]:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from filelock import FileLock, Timeout
 from llm_lightning.atomic import write_atomically
 from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.experiments.help import group_options
-from llm_lightning.experiments.launch import key_of, run_dir_is, wait_for, without_null_groups
+from llm_lightning.experiments.launch import key_of, run_dir_is, without_null_groups
+from llm_lightning.experiments.processes import start, wait_for
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
 
 MANIFEST = "manifest.json"
@@ -205,11 +205,14 @@ def _planned(
         return Stage(name, tuple(words), is_command, parents, _digest(list(words)))
     from omegaconf import OmegaConf
 
-    from llm_lightning.experiments.config_checks import check_overrides
+    from llm_lightning.experiments.config_checks import asks_for_many, check_overrides
 
     unfilled = {other: f"{{{other}}}" for other in earlier}
+    argv = [*options, *(_filled_override(word, unfilled) for word in words)]
     try:
-        config = check_overrides([*options, *(_filled_override(word, unfilled) for word in words)], config_dir)
+        config = check_overrides(argv, config_dir)
+        if any(key_of(word) == "experiment" for word in words) and asks_for_many(argv, config_dir):
+            raise ValueError("its experiment is a multirun (hydra.mode), and a stage is one run; choose another file")
     except ValueError as error:
         raise ValueError(f"pipeline={pipeline}: stage {name}: {error}") from None
     return Stage(name, tuple(words), is_command, parents, _digest(OmegaConf.to_container(config, resolve=True)))
@@ -293,8 +296,7 @@ def _own_process(chain: Chain, stage: Stage, script: Path) -> int:
 
 
 def _exit_code(command: Sequence[str], **options: Any) -> int:
-    code = wait_for(subprocess.Popen(command, **options))
-    return 128 - code if code < 0 else code  # as a shell says it of a process that a signal ended
+    return wait_for(start(command, **options))
 
 
 def _filled_override(word: str, folders: Mapping[str, str]) -> str:

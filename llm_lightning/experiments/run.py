@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +25,7 @@ from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.run_logs import TensorBoard
+from llm_lightning.callbacks.signals import Signals
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
@@ -365,7 +367,7 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
 def build_trainer(cfg: DictConfig, settings: dict[str, Any], run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     fast = bool(cfg.trainer.fast_dev_run)
-    callbacks = [ExactResume()] + [build(c) for c in cfg.callbacks.values() if c is not None]
+    callbacks = [ExactResume(), Signals()] + [build(c) for c in cfg.callbacks.values() if c is not None]
     if fast:  # one batch of everything leaves no files
         callbacks = [c for c in callbacks if type(c).__name__ not in ("Checkpoints", "Plots", "Samples", "Responses")]
     ours = {"run_dir": run.path, "resumed_step": run.header["step"] if run.checkpoint else 0}
@@ -375,7 +377,7 @@ def build_trainer(cfg: DictConfig, settings: dict[str, Any], run: RunFolder) -> 
         if logger is not None
     ]
     options = {key: value for key, value in cfg.trainer.items() if key != "precision"}
-    return build(
+    trainer: L.Trainer = build(
         options,
         precision=settings["trainer"]["precision"],
         default_root_dir=run.path,
@@ -386,6 +388,9 @@ def build_trainer(cfg: DictConfig, settings: dict[str, Any], run: RunFolder) -> 
         enable_model_summary=False,
         _convert_="all",
     )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # whatever chose it: a class, a notebook
+        raise ValueError("trainer.strategy trains in processes that hand nothing back; use trainer.strategy=ddp")
+    return trainer
 
 
 def choose_precision(setting: str, accelerator: str) -> str:
@@ -424,3 +429,5 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFo
     )
     if run.checkpoint is not None:
         log.info("Resuming from %s", run.checkpoint)
+    elif run.began:
+        log.info("Starting again from step 0: the earlier run in %s left no checkpoint", run.path)

@@ -49,6 +49,8 @@ class RunFolder:
     """What that checkpoint says of itself; empty if there is none."""
     previous_summary: dict[str, Any]
     """`summary.json` of an earlier session, empty if there is none."""
+    began: bool = False
+    """Whether an earlier session wrote its settings here."""
 
     @property
     def checkpoints(self) -> Path:
@@ -87,7 +89,8 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
     refuse_links(path)
     main = is_main_process()
     with _owned(path) if main else contextlib.nullcontext():
-        run = RunFolder(path, *_newest_checkpoint(path), read_summary(path))
+        began = (path / "config.yaml").is_file()
+        run = RunFolder(path, *_newest_checkpoint(path), read_summary(path), began)
         if run.checkpoint is None and main:
             run.write_config(config)
         yield run

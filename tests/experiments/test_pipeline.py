@@ -203,18 +203,25 @@ def test_a_chain_in_use_is_refused(words: list[str], chain: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_chain_that_is_told_to_stop_lets_its_stage_save(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_chain_that_is_stopped_or_killed_lets_its_stage_save(
+    words: list[str], tmp_path: Path, signum: signal.Signals
+) -> None:
     folder = tmp_path / "chain"
     longer = ["trainer.max_steps=100000", "trainer.max_epochs=-1", f"hydra.run.dir={folder}"]
-    process = start([*(word for word in words if "max_steps" not in word), *longer], tmp_path)
+    process = start([*(word for word in words if "max_steps" not in word), *longer], tmp_path, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (folder / "first" / "metrics.csv").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.terminate()
-    outcome = finish(process)
-    assert outcome.code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; saved" in outcome.err
+    process.send_signal(signum)
+    outcome = finish(process)  # once nobody writes to its pipes any more
+    assert outcome.code == (-signum if signum == signal.SIGKILL else 128 + signum)
+    # The system tells the stage of the death of its parent by SIGTERM.
+    told = "SIGTERM" if signum == signal.SIGKILL else signum.name
+    assert f"stopped by {told}; saved" in outcome.err
     assert list((folder / "first" / "checkpoints").glob("step_*.ckpt"))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 @pytest.mark.slow

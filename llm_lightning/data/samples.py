@@ -1,0 +1,66 @@
+"""What the loaders read. Without Lightning: a loader process that is not forked imports this file when it starts."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from llm_lightning.data.batches import Sample
+
+One = TypeVar("One")
+
+
+class Rows(Dataset, Generic[One]):
+    """Samples in a list."""
+
+    def __init__(self, rows: list[One]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> One:
+        return self.rows[index]
+
+
+class Windows(Dataset):
+    """Windows of `length` inputs over a flat array of tokens, one every `stride` tokens.
+
+    Args:
+        tokens: (n,) ids.
+        length: inputs per window; a window reads one token more, its last label.
+        stride: distance of two windows; below `length` they overlap.
+        last: `keep` adds a shorter window for the targets that no full one reaches; `drop` leaves them out, as the
+            book does.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, stride: int, *, last: str = "keep") -> None:
+        if last not in ("keep", "drop"):
+            raise ValueError(f"data.last_window={last!r} must be keep or drop")
+        if stride < 1:
+            raise ValueError(f"data.stride={stride} must be at least 1")
+        self.tokens, self.length, self.stride = tokens, length, stride
+        full = len(range(0, len(tokens) - length, stride))
+        targets_reached = (full - 1) * stride + length if full else 0
+        self.n_windows = full + (last == "keep" and targets_reached < len(tokens) - 1)
+
+    def __len__(self) -> int:
+        return self.n_windows
+
+    def __getitem__(self, index: int) -> Sample:
+        start = index * self.stride
+        return Sample(index, np.asarray(self.tokens[start : start + self.length + 1]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a memory map only where it is: a loader process that is not forked would be sent all its content."""
+        if not isinstance(self.tokens, np.memmap):
+            return self.__dict__
+        return {**self.__dict__, "tokens": (str(self.tokens.filename), self.tokens.dtype.str, self.tokens.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.tokens, tuple):
+            path, dtype, shape = self.tokens
+            self.tokens = np.memmap(path, dtype=dtype, mode="r", shape=shape)

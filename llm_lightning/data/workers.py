@@ -1,0 +1,70 @@
+"""Loader processes: they leave signals to the process that they work for, and end with it, however it ends."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from typing import Any
+from weakref import WeakSet
+
+from torch.utils.data import DataLoader
+
+from llm_lightning.signals import STOPPING, held_back, signal_at_death_of
+
+_started: WeakSet[BaseProcess] = WeakSet()
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers survive a signal to the whole process group, so that the run can save itself.
+
+    What a worker is given (the samples, `collate_fn`, `worker_init_fn`) must be picklable, and should be light: macOS
+    and Windows send it to every worker that they start.
+    """
+
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        if not are_forked():
+            resource_tracker.ensure_running()  # it unblocks signals itself
+        with held_back():  # a worker has no way of its own to be safe before `begin`
+            iterator: Any = super()._get_iterator()
+        _started.update(iterator._workers)
+        atexit.unregister(_end_workers)  # last in, first out: before PyTorch waits for each of them in turn
+        atexit.register(_end_workers)
+        return iterator
+
+
+def are_forked() -> bool:
+    """Whether workers are forks of this process, as on Linux, and not started afresh."""
+    return multiprocessing.get_start_method() == "fork"
+
+
+def begin_with() -> Callable[[int], None]:
+    """The first thing that every worker of this process does."""
+    # What the system takes for the parent is the thread that starts the worker, and other threads end earlier.
+    is_main = threading.current_thread() is threading.main_thread()
+    return functools.partial(begin, parent=os.getpid() if is_main else None)
+
+
+def begin(worker: int, *, parent: int | None) -> None:
+    """Ignore the signals that the run itself answers, and end with the process `parent`."""
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    if parent is not None:
+        signal_at_death_of(parent, signal.SIGKILL)
+
+
+def _end_workers() -> None:
+    """Kill what is left at the end of the process, which waits for its children and whose SIGTERM they ignore."""
+    living = [worker for worker in _started if worker.is_alive()]
+    if living and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call it an error
+    for worker in living:
+        worker.kill()

@@ -1,0 +1,171 @@
+"""What each signal does at each moment of a run, in this process; whole processes: `test_signals.py` above."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from tiny_run import assert_same
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks import signals
+from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
+from llm_lightning.callbacks.signals import Interrupted, Signals
+from llm_lightning.signals import STOPPING
+
+STEPS = 22
+"""Two epochs of 11 updates."""
+
+
+@pytest.fixture(autouse=True)
+def dispositions() -> Iterator[None]:
+    """As an interactive shell starts a process; a background job may have been started with SIGINT ignored."""
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOPPING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+class SendAt(L.Callback):
+    """Send signals to this process in `hook`, once `step` updates are done."""
+
+    def __init__(self, hook: str, step: int, *signums: signal.Signals) -> None:
+        self.step, self.signums = step, signums
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            signums, self.signums = self.signums, ()
+            for signum in signums:
+                os.kill(os.getpid(), signum)
+
+
+def saved_step(folder: Path) -> int | None:
+    path = folder / "checkpoints" / "last.ckpt"
+    return checkpoints.read_header(path)["step"] if path.is_file() else None
+
+
+@pytest.fixture
+def fit(make_module: Any, make_trainer: Any, make_data: Any) -> Any:
+    """Train in a folder, from its newest checkpoint on; returns the exit code, and the words of an end by signal."""
+
+    def run(folder: Path, *extra: L.Callback, kept: bool = True, test: bool = False) -> tuple[int, str]:
+        L.seed_everything(7, verbose=False)
+        trainer = make_trainer(folder, [*([Checkpoints(every_n_steps=100)] if kept else []), *extra])
+        data = make_data(batch_size=2, seed=5)
+        data.test_samples = {"test": data.eval_samples["val"]} if test else {}
+        path = checkpoints.newest_valid(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
+        module = make_module(dropout=0.3)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+            if test:
+                trainer.test(module, datamodule=data, verbose=False)
+        except Interrupted as stop:
+            return stop.exit_code, str(stop)
+        return 0, ""
+
+    return run
+
+
+def test_every_signal_saves_at_every_moment(tmp_path: Path, fit: Any) -> None:
+    assert fit(tmp_path / "whole") == (0, "")
+    whole = checkpoints.load(tmp_path / "whole" / "checkpoints" / "last.ckpt")
+    moments = {
+        "on_train_start": (0, 0),
+        "on_train_batch_end": (4, 4),
+        "on_before_optimizer_step": (4, 5),  # within an update
+        "on_validation_batch_start": (11, 11),
+        "on_validation_end": (11, 11),  # where samples are written
+        "on_train_epoch_end": (22, 22),  # after the last update
+    }
+    cases = [(hook, *moments[hook], STOPPING[number % 4]) for number, hook in enumerate(moments)]
+    failed = []
+    for number, (hook, sent_at, saved_at, signum) in enumerate([*cases, ("on_train_batch_end", 4, 4, STOPPING[3])]):
+        folder = tmp_path / str(number)
+        code, words = fit(folder, SendAt(hook, sent_at, signum))
+        right = f"stopped by {signum.name}; saved {folder}/checkpoints/last.ckpt; continue with resume={folder}"
+        if (code, words, saved_step(folder)) != (128 + signum, right, saved_at):
+            failed.append((hook, signum.name, code, words, saved_step(folder)))
+        assert fit(folder) == (0, "")
+        for key in ("state_dict", "optimizer_states", "rng", "task_module", "position"):
+            assert_same(checkpoints.load(folder / "checkpoints" / "last.ckpt")[key], whole[key], f"{hook}: {key}")
+    assert not failed
+
+
+def test_the_test_split_is_left_at_once(tmp_path: Path, fit: Any) -> None:
+    class Swallow(L.Callback):
+        """A library that takes every exception for its own."""
+
+        def on_test_batch_end(self, *_: Any) -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            except Exception:
+                return
+
+    sent = SendAt("on_test_batch_start", 22, signal.SIGTERM)
+    for name, extra, code in (("straight", sent, 143), ("swallowed", Swallow(), 138)):
+        assert fit(tmp_path / name, extra, test=True)[0] == code
+        assert saved_step(tmp_path / name) == STEPS
+
+
+def test_repeated_signals_but_a_second_ctrl_c_are_one(
+    tmp_path: Path, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    assert fit(tmp_path / "one", SendAt("on_train_batch_end", 3, *twice))[0] == 143
+    assert saved_step(tmp_path / "one") == 3
+    ended = []
+
+    def end(signum: int) -> None:
+        ended.append((signum, signal.getsignal(signum)))
+        raise SystemExit
+
+    monkeypatch.setattr(signals.signal, "raise_signal", end)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "two", SendAt("on_train_batch_end", 3, signal.SIGINT, signal.SIGINT))
+    assert ended == [(signal.SIGINT, signal.SIG_DFL)]
+    assert saved_step(tmp_path / "two") is None
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path: Path, fit: Any) -> None:
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    assert fit(tmp_path, SendAt("on_train_batch_end", 3, *STOPPING))[0] == 0
+    assert saved_step(tmp_path) == STEPS
+    assert all(signal.getsignal(signum) is signal.SIG_IGN for signum in STOPPING)
+
+
+def test_without_checkpoints_a_run_ends_all_the_same(tmp_path: Path, fit: Any) -> None:
+    sent = SendAt("on_train_batch_end", 3, signal.SIGTERM)
+    assert fit(tmp_path, sent, kept=False) == (143, "stopped by SIGTERM; nothing was saved")
+    assert saved_step(tmp_path) is None
+
+
+def test_where_slurm_requeues_its_signal_stays_lightnings(
+    tmp_path: Path, make_module: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    found: dict[int, Any] = {}
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            found.update({signum: signal.getsignal(signum) for signum in STOPPING})
+
+    callbacks = [Signals(), Checkpoints(), Look()]
+    plugins = [VerifiedCheckpointIO(), SLURMEnvironment(auto_requeue=True)]
+    options = {"accelerator": "cpu", "devices": 1, "max_steps": 3, "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, callbacks=callbacks, plugins=plugins, enable_checkpointing=False, **options
+    )
+    trainer.fit(make_module(), datamodule=make_data(batch_size=2))
+    ours = {signum for signum, handler in found.items() if getattr(handler, "__self__", None) is callbacks[0]}
+    assert ours == set(STOPPING) - {signal.SIGUSR1}
+    assert callable(found[signal.SIGUSR1])

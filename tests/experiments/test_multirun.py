@@ -1,0 +1,83 @@
+"""A multirun that an experiment file asks for: each of its jobs is one run, whatever the file says of Hydra."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import ROOT, SETTINGS, train_here, write_corpus
+
+from llm_lightning.experiments import launch
+from llm_lightning.experiments.pipeline import plan
+
+EXPERIMENT = """# @package _global_
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params:
+      optimizer.lr: 0.001,0.002
+  callbacks:
+    told:
+      _target_: hydra.experimental.callbacks.LogJobReturnCallback
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """What is typed: `--config-dir`, the experiment, settings of a run of 4 steps."""
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "search.yaml").write_text(EXPERIMENT)
+    data = f"data.path={write_corpus(tmp_path / 'corpus.txt')}"
+    return [f"--config-dir={tmp_path / 'mine'}", *SETTINGS, data, "experiment=search"]
+
+
+def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def start(command: list[str]) -> Any:
+        commands.append(command[2:])
+
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(launch, "wait_for", lambda _: 0)
+    assert train_here([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"]).code == 0
+    assert len(commands) == 2
+    # Had one not become a run but another multirun, its jobs would be among the commands.
+    assert train_here(commands[1]).code == 0
+    assert len(commands) == 2
+    folder = tmp_path / "sweep" / "1"
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+    typed = json.loads((folder / "command.json").read_text())["overrides"]
+    assert [word for word in typed if "hydra" in word] == [f"hydra.run.dir='{folder}'"]
+    log = (folder / "train.log").read_text()
+    assert log.count("Succeeded with return value") == 1, "the multirun has called the callback already"
+    outcome = train_here([f"resume={folder}", "trainer.max_steps=6"])
+    assert outcome.code == 0, outcome.err
+    assert len(commands) == 2
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+
+
+def test_such_a_file_is_no_stage_of_a_pipeline(words: list[str], tmp_path: Path) -> None:
+    stages = tmp_path / "mine" / "pipeline"
+    stages.mkdir()
+    (stages / "p.yaml").write_text("stages:\n  - name: a\n    overrides: [experiment=search]\n")
+    with pytest.raises(ValueError, match="stage a: its experiment is a multirun"):
+        plan([*words[:-1], "pipeline=p"], ROOT / "conf")
+
+
+@pytest.mark.slow
+def test_two_jobs_in_processes_of_their_own(words: list[str], tmp_path: Path) -> None:
+    outcome = train_here([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"])
+    assert outcome.code == 0, outcome.err
+    rates = []
+    for number in ("0", "1"):
+        summary = json.loads((tmp_path / "sweep" / number / "summary.json").read_text())
+        assert summary["finished"]
+        rates.append((tmp_path / "sweep" / number / "config.yaml").read_text())
+    assert "lr: 0.001" in rates[0]
+    assert "lr: 0.002" in rates[1]
+    assert not (tmp_path / "sweep" / "2").exists()
