@@ -55,7 +55,7 @@ def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
     assert [word for word in typed if "hydra" in word] == [f"hydra.run.dir='{folder}'"]
     log = (folder / "train.log").read_text()
     assert log.count("Succeeded with return value") == 1, "the multirun has called the callback already"
-    outcome = train_here([f"resume={folder}", "trainer.max_steps=6"])
+    outcome = train_here([words[0], f"resume={folder}", "trainer.max_steps=6"])
     assert outcome.code == 0, outcome.err
     assert len(commands) == 2
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
