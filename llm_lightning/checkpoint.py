@@ -32,6 +32,7 @@ from llm_lightning.models.lora import (
     use_adapter,
     without_lora,
 )
+from llm_lightning.moved import moved_with
 from llm_lightning.peft_format import base_name_of, import_peft, is_peft_folder
 from llm_lightning.tokenizers import Tokenizer, from_description
 
@@ -299,10 +300,13 @@ def build_model(header: dict[str, Any], state: dict[str, torch.Tensor]) -> GPT |
     return model.to(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else model
 
 
-def base_digest(model: GPT | Classifier) -> str:
-    """The digest of a trunk's own weights, which an adapter belongs to, whatever file they come from."""
-    trunk = model.trunk if isinstance(model, Classifier) else model
-    return _digest_of({name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name})
+def base_digest(model: GPT | Classifier, positions: int | None = None) -> str:
+    """The digest of a trunk's own weights, which an adapter belongs to, whatever file they come from.
+
+    Args:
+        positions: of the adapter's model, if the trunk may have more.
+    """
+    return _digest_of(_own_weights(model.trunk if isinstance(model, Classifier) else model, positions))
 
 
 def _digest_of(state: dict[str, torch.Tensor]) -> str:
@@ -312,19 +316,38 @@ def _digest_of(state: dict[str, torch.Tensor]) -> str:
 
 def _base_state(path: Path, header: dict[str, Any], base: str | Path | None) -> dict[str, torch.Tensor]:
     """The weights that the adapter at `path` belongs to, by the names they have in its model."""
-    name = base or header["lineage"]["parent_name"]
-    try:
-        trunk = merged_trunk(load_model(name).model)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} is an adapter for the weights of {name}, which are not there ({error}); say where with base="
-        ) from error
-    state = _cut_like(header, trunk)
+    state = _found_base(path, header) if base is None else _weights_under(header, base)
+    _refuse_other_base(path, header["base"], state)
     if header["model"]["tied_head"]:
         state["lm_head.weight"] = state["token_embedding.weight"]
-    _refuse_other_base(path, header["base"], state)
     prefix = "trunk." if "classifier" in header else ""
     return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+def _found_base(path: Path, header: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights under an adapter, from where they were in training or where they went with its folder."""
+    name, first_error, found = header["lineage"]["parent_name"], None, None
+    for place in [name, *moved_with(name, path)]:
+        try:
+            state = _weights_under(header, place)
+        except (FileNotFoundError, ValueError) as error:
+            first_error = first_error or error
+            continue
+        if _digest_of(state) == header["base"]:
+            return state
+        found = found or state
+    if found is not None:
+        return found
+    assert first_error is not None
+    if not isinstance(first_error, FileNotFoundError):
+        raise first_error
+    raise FileNotFoundError(
+        f"{path} is an adapter for the weights of {name}, which are not there ({first_error}); say where with base="
+    ) from first_error
+
+
+def _weights_under(header: dict[str, Any], name: str | Path) -> dict[str, torch.Tensor]:
+    return _own_weights(merged_trunk(load_model(name).model), header["model"]["context_length"])
 
 
 def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict[str, Any]:
@@ -340,7 +363,7 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
         if not header.get("lora") or "classifier" in header:
             what = "a classifier's: give it alone, and its base with --base" if header.get("lora") else "none"
             raise ValueError(f"{source} should be an adapter for a GPT, but is {what}")
-        _refuse_other_base(source, header["lineage"]["base"], _cut_like(header, model))
+        _refuse_other_base(source, header["lineage"]["base"], _own_weights(model, header["model"]["context_length"]))
         config = LoRAConfig(**header["lora"])
         ours = {key.removeprefix("model."): tensor for key, tensor in checkpoint["state_dict"].items()}
         state = {key.removesuffix(".default"): tensor for key, tensor in ours.items() if "lora_" in key}
@@ -353,10 +376,10 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
     return asdict(config)
 
 
-def _cut_like(header: dict[str, Any], trunk: GPT) -> dict[str, torch.Tensor]:
-    """The weights of a GPT without adapters, as many positions as the model of `header` has."""
+def _own_weights(trunk: GPT, positions: int | None = None) -> dict[str, torch.Tensor]:
+    """The weights of a GPT without adapters, of the first `positions` only."""
     state = {name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name}
-    state["position_embedding.weight"] = state["position_embedding.weight"][: header["model"]["context_length"]]
+    state["position_embedding.weight"] = state["position_embedding.weight"][:positions]
     return state
 
 
@@ -369,13 +392,17 @@ def _refuse_other_base(adapter: str | Path, expected: str, state: dict[str, torc
         )
 
 
-def save_adapter(source: str | Path, target: str | Path) -> str:
+def save_adapter(source: str | Path, target: str | Path, lineage: Mapping[str, Any] | None = None) -> str:
     """Write what was trained of a LoRA checkpoint: adapters and, of a classifier, the head. Megabytes.
 
     `load_model(target)` puts it on the weights that `lineage.parent_name` names, and checks their digest.
+
+    Args:
+        lineage: of the run, where that of the checkpoint may be an older one.
     """
     state = load(source, mmap=True)
-    header = state[HEADER] | {"base": state[HEADER]["lineage"]["base"]}
+    known = dict(lineage or state[HEADER]["lineage"])
+    header = state[HEADER] | {"lineage": known, "base": known["base"]}
     small = {name: tensor for name, tensor in state["state_dict"].items() if _is_of_adapter(name)}
     return save(target, {HEADER: header, "state_dict": small})
 

@@ -28,6 +28,7 @@ from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.sources import absolute_paths
+from llm_lightning.experiments.adapters import adapter_lineage, continued_lineage, mend_adapter, write_adapter
 from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
@@ -73,12 +74,15 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     # A run that continues has all it needs in its own checkpoint: the first weights may be gone, or trained on.
     parent = load_model(run.checkpoint or cfg.init_from) if cfg.init_from else None
-    if parent is not None and run.checkpoint is not None:
-        parent.header["digest"] = run.header["lineage"]["parent"]
+    lineage: dict[str, Any] | None = None
+    if run.checkpoint is not None:
+        lineage = continued_lineage(run.header, parent)
+        if parent is not None:
+            parent.header["digest"] = lineage["parent"]
     datamodule = build_datamodule(cfg, parent)
     if "val" not in datamodule.eval_samples and str(cfg.monitor).startswith("val/"):
         raise ValueError(f"monitor={cfg.monitor}, but there is no validation text; set monitor=train/eval_loss")
-    module = build_module(cfg, settings, datamodule, parent)
+    module = build_module(cfg, settings, datamodule, parent, lineage)
     module.adapt_data(datamodule)
     del parent  # or its weights stay, beside those that are cast
     if run.checkpoint is not None:
@@ -86,6 +90,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     trainer = build_trainer(cfg, settings, run)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if run.state(total_steps(trainer, datamodule)) == "finished":
+        mend_adapter(run, module.header["lineage"])
         return say_finished(cfg, run)
     if is_main_process():
         run.write_config(settings)
@@ -117,10 +122,7 @@ def conclude(
     run: RunFolder, trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, *, seconds: float
 ) -> None:
     """Write the summary and the adapter alone, close the logs, and say what was reached."""
-    if module.lora is not None and module.header["lineage"]["base"] is not None:
-        source = checkpoints.resolve(run.path)
-        assert source is not None
-        checkpoints.save_adapter(source, run.checkpoints / "adapter.ckpt")
+    write_adapter(run, module.header["lineage"])
     summary = build_summary(run, trainer, module, data=datamodule.report(), seconds=seconds)
     write_summary(run.path, summary)
     for logger in trainer.loggers:
@@ -223,9 +225,16 @@ def _train_tokenizer(name: str, vocab_size: int | None, texts: Any) -> Tokenizer
 
 
 def build_module(
-    cfg: DictConfig, settings: dict[str, Any], datamodule: BaseDataModule, parent: LoadedModel | None
+    cfg: DictConfig,
+    settings: dict[str, Any],
+    datamodule: BaseDataModule,
+    parent: LoadedModel | None,
+    lineage: dict[str, Any] | None = None,
 ) -> TaskModule:
-    """The task's module around its model; its header is what checkpoints and summary say of the run."""
+    """The task's module around its model; its header is what checkpoints and summary say of the run.
+
+    `lineage` is that of a run which continues: `parent` is then the run's own checkpoint.
+    """
     task: type[TaskModule] = get_class(cfg.task._target_)
     options = {key: value for key, value in settings["task"].items() if key != "_target_"}
     options |= task.options_from(datamodule)
@@ -234,15 +243,14 @@ def build_module(
     if parent and isinstance(parent.model, Classifier) and options.get("labels") == parent.labels:
         model = with_head_of(parent, trunk, options)
     lora = build(cfg.lora) if cfg.get("lora") else None
-    header = {
-        "config": settings,
-        "lineage": {
+    if lineage is None:
+        lineage = {
             "data": datamodule.data_digest,
             "parent": parent.header["digest"] if parent else None,
             "parent_name": _place(cfg.init_from) if parent else None,
-            "base": checkpoints.base_digest(model) if parent and lora is not None else None,
-        },
-    }
+            **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
+        }
+    header = {"config": settings, "lineage": lineage}
     # Not through instantiate(): it would look for targets to build inside the header's copy of the settings.
     return task(
         model=model,
