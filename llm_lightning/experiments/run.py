@@ -31,6 +31,7 @@ from llm_lightning.data.sources import absolute_paths
 from llm_lightning.experiments.adapters import adapter_lineage, continued_lineage, mend_adapter, write_adapter
 from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.launch import COMMAND
+from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
 from llm_lightning.models.classifier import Classifier
@@ -55,6 +56,7 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
     if settings["data"].get("path"):
         settings["data"]["path"] = absolute_paths(settings["data"]["path"])  # tools find the data from anywhere
     settings["trainer"]["precision"] = choose_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    fill_modes(cfg, settings)
     _quieten()
     try:
         if cfg.data.preview:
@@ -80,13 +82,12 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         if parent is not None:
             parent.header["digest"] = lineage["parent"]
     datamodule = build_datamodule(cfg, parent)
-    if "val" not in datamodule.eval_samples and str(cfg.monitor).startswith("val/"):
-        raise ValueError(f"monitor={cfg.monitor}, but there is no validation text; set monitor=train/eval_loss")
     module = build_module(cfg, settings, datamodule, parent, lineage)
     module.adapt_data(datamodule)
     del parent  # or its weights stay, beside those that are cast
     if run.checkpoint is not None:
         refuse_other_data(run.header["lineage"]["data"], datamodule.data_digest)
+    refuse_unknown(cfg, module, datamodule)
     trainer = build_trainer(cfg, settings, run)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if run.state(total_steps(trainer, datamodule)) == "finished":

@@ -107,6 +107,10 @@ class TaskModule(L.LightningModule):
         """Metrics of a whole evaluation, from the means and all `StepOutput.outputs` of it. Tasks may override."""
         return means
 
+    def metric_names(self) -> tuple[str, ...]:
+        """What `eval_metrics` returns, known before training: these can be monitored. Tasks extend."""
+        return ("loss",)
+
     @classmethod
     def options_from(cls, datamodule: Any) -> dict[str, Any]:
         """Constructor arguments that only the data can tell, such as the names of the classes. Tasks may override."""
