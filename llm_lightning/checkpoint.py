@@ -8,6 +8,7 @@ always. PyTorch itself does not check the archive's contents when it loads: a fl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -300,13 +301,10 @@ def build_model(header: dict[str, Any], state: dict[str, torch.Tensor]) -> GPT |
     return model.to(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else model
 
 
-def base_digest(model: GPT | Classifier, positions: int | None = None) -> str:
-    """The digest of a trunk's own weights, which an adapter belongs to, whatever file they come from.
-
-    Args:
-        positions: of the adapter's model, if the trunk may have more.
-    """
-    return _digest_of(_own_weights(model.trunk if isinstance(model, Classifier) else model, positions))
+def base_digest(model: GPT | Classifier) -> str:
+    """The digest of a trunk's own weights, which an adapter belongs to, whatever file they come from."""
+    trunk = model.trunk if isinstance(model, Classifier) else model
+    return _digest_of({name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name})
 
 
 def _digest_of(state: dict[str, torch.Tensor]) -> str:
@@ -314,40 +312,36 @@ def _digest_of(state: dict[str, torch.Tensor]) -> str:
     return weights_digest((name, state[name].float()) for name in sorted(state) if name != "lm_head.weight")
 
 
+def digest_under(header: dict[str, Any], trunk: GPT) -> str:
+    """The digest by which the adapter of `header` knows the weights of `trunk`, which may have more positions."""
+    return _digest_of(_cut_like(header, trunk))
+
+
+def _place_of_base(path: Path, header: dict[str, Any]) -> str | Path:
+    """Where the weights under an adapter are: where they were in training, or where they went with its folder."""
+    name = header["lineage"]["parent_name"]
+    for place in moved_with(name, path):
+        with contextlib.suppress(OSError, ValueError):
+            if digest_under(header, merged_trunk(load_model(place).model)) == header["base"]:
+                return place
+    return name
+
+
 def _base_state(path: Path, header: dict[str, Any], base: str | Path | None) -> dict[str, torch.Tensor]:
     """The weights that the adapter at `path` belongs to, by the names they have in its model."""
-    state = _found_base(path, header) if base is None else _weights_under(header, base)
-    _refuse_other_base(path, header["base"], state)
+    name = base or _place_of_base(path, header)
+    try:
+        trunk = merged_trunk(load_model(name).model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is an adapter for the weights of {name}, which are not there ({error}); say where with base="
+        ) from error
+    state = _cut_like(header, trunk)
     if header["model"]["tied_head"]:
         state["lm_head.weight"] = state["token_embedding.weight"]
+    _refuse_other_base(path, header["base"], state)
     prefix = "trunk." if "classifier" in header else ""
     return {f"{prefix}{key}": tensor for key, tensor in state.items()}
-
-
-def _found_base(path: Path, header: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights under an adapter, from where they were in training or where they went with its folder."""
-    name, first_error, found = header["lineage"]["parent_name"], None, None
-    for place in [name, *moved_with(name, path)]:
-        try:
-            state = _weights_under(header, place)
-        except (FileNotFoundError, ValueError) as error:
-            first_error = first_error or error
-            continue
-        if _digest_of(state) == header["base"]:
-            return state
-        found = found or state
-    if found is not None:
-        return found
-    assert first_error is not None
-    if not isinstance(first_error, FileNotFoundError):
-        raise first_error
-    raise FileNotFoundError(
-        f"{path} is an adapter for the weights of {name}, which are not there ({first_error}); say where with base="
-    ) from first_error
-
-
-def _weights_under(header: dict[str, Any], name: str | Path) -> dict[str, torch.Tensor]:
-    return _own_weights(merged_trunk(load_model(name).model), header["model"]["context_length"])
 
 
 def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict[str, Any]:
@@ -363,7 +357,7 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
         if not header.get("lora") or "classifier" in header:
             what = "a classifier's: give it alone, and its base with --base" if header.get("lora") else "none"
             raise ValueError(f"{source} should be an adapter for a GPT, but is {what}")
-        _refuse_other_base(source, header["lineage"]["base"], _own_weights(model, header["model"]["context_length"]))
+        _refuse_other_base(source, header["lineage"]["base"], _cut_like(header, model))
         config = LoRAConfig(**header["lora"])
         ours = {key.removeprefix("model."): tensor for key, tensor in checkpoint["state_dict"].items()}
         state = {key.removesuffix(".default"): tensor for key, tensor in ours.items() if "lora_" in key}
@@ -376,10 +370,10 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
     return asdict(config)
 
 
-def _own_weights(trunk: GPT, positions: int | None = None) -> dict[str, torch.Tensor]:
-    """The weights of a GPT without adapters, of the first `positions` only."""
+def _cut_like(header: dict[str, Any], trunk: GPT) -> dict[str, torch.Tensor]:
+    """The weights of a GPT without adapters, as many positions as the model of `header` has."""
     state = {name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name}
-    state["position_embedding.weight"] = state["position_embedding.weight"][:positions]
+    state["position_embedding.weight"] = state["position_embedding.weight"][: header["model"]["context_length"]]
     return state
 
 

@@ -65,7 +65,7 @@ def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
             error,
         )
         return None
-    return checkpoints.base_digest(checkpoints.merged_trunk(parent.model), header["model"]["context_length"])
+    return checkpoints.digest_under(dict(header), checkpoints.merged_trunk(parent.model))
 
 
 def write_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:
