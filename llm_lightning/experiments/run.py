@@ -33,7 +33,7 @@ from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
-from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
+from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
@@ -408,5 +408,7 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFo
         world,
         steps,
     )
+    for split, facts in datamodule.sampled(trainer).items():
+        log.info("Limited evaluation: a fixed sample, %s", sample_words(split, facts))
     if run.checkpoint is not None:
         log.info("Resuming from %s", run.checkpoint)

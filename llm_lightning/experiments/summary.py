@@ -72,6 +72,7 @@ def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, 
         },
         **module.results(),
         "data": data,
+        "sampled": sampled_of(trainer),
         "lineage": module.header.get("lineage", {}),
         "precision": trainer.precision,
         "processes": trainer.world_size,
@@ -101,8 +102,9 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
     if summary["best_value"] is not None:
         reached = [f"Best {summary['monitor']} {summary['best_value']:.4f} after {summary['best_step']:,} steps"]
         reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
-        lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
-    lines += _tested(metrics)
+        line = "; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached)
+        lines.append(f"{line}{_sample_note(summary, 'val')}.")
+    lines += _tested(metrics, _sample_note(summary, "test"), _sample_note(summary, "answers"))
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
     parent = summary["lineage"].get("parent_name")
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
@@ -110,25 +112,50 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]
 
 
-def _tested(metrics: dict[str, float]) -> list[str]:
+def sampled_of(trainer: Any) -> dict[str, dict[str, Any]]:
+    """Which splits were not measured whole: how many samples were, of how many, and what they are called."""
+    from llm_lightning.callbacks.responses import Responses
+
+    sampled: dict[str, dict[str, Any]] = trainer.datamodule.sampled(trainer)
+    answered = next((c.answered for c in trainer.callbacks if isinstance(c, Responses)), None)
+    if answered is not None and answered[0] < answered[1]:
+        sampled["answers"] = {"measured": answered[0], "of": answered[1], "what": "records"}
+    return sampled
+
+
+def _sample_note(summary: dict[str, Any], split: str) -> str:
+    facts = summary.get("sampled", {}).get(split)
+    if facts is None:
+        return ""
+    if split == "answers":
+        return f" ({facts['measured']:,} of {facts['of']:,} test {facts['what']}, the first that fit)"
+    return f" ({sample_words(split, facts)}, a fixed sample)"
+
+
+def sample_words(split: str, facts: dict[str, Any]) -> str:
+    """`16 of 92 test texts`."""
+    return f"{facts['measured']:,} of {facts['of']:,} {split} {facts['what']}"
+
+
+def _tested(metrics: dict[str, float], note: str, note_of_answers: str) -> list[str]:
     """What the best checkpoint reached on the test split."""
     lines = []
     if "test/accuracy" in metrics:
         more = ", ".join(
             f"{name} {metrics[f'test/{name}']:.4f}" for name in ("f1", "auroc") if f"test/{name}" in metrics
         )
-        lines.append(f"Test accuracy of the best checkpoint {_with_interval(metrics, 'test/accuracy')}, {more}.")
+        lines.append(f"Test accuracy of the best checkpoint {_with_interval(metrics, 'test/accuracy')}, {more}{note}.")
     if "test/reward_accuracy" in metrics:
         accuracy, margin = _with_interval(metrics, "test/reward_accuracy"), metrics["test/reward_margin"]
-        lines.append(f"Test reward accuracy of the best checkpoint {accuracy}, margin {margin:.4f}.")
+        lines.append(f"Test reward accuracy of the best checkpoint {accuracy}, margin {margin:.4f}{note}.")
     if "test/perplexity" in metrics:
         perplexity = f"perplexity {metrics['test/perplexity']:.4f}"
-        lines.append(f"Test loss of the best checkpoint {metrics['test/loss']:.4f}, {perplexity}.")
+        lines.append(f"Test loss of the best checkpoint {metrics['test/loss']:.4f}, {perplexity}{note}.")
     if "test/exact_match" in metrics:
         frequent = metrics["test/exact_match_of_most_frequent"]
         lines.append(
             f"Exact match of its answers {_with_interval(metrics, 'test/exact_match')}; "
-            f"the most frequent answer alone has {frequent:.4f}."
+            f"the most frequent answer alone has {frequent:.4f}{note_of_answers}."
         )
     return lines
 

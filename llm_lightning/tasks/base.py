@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.order import limited
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
@@ -402,11 +403,7 @@ class TaskModule(L.LightningModule):
 
 def batches_per_epoch(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     """Micro-batches of one epoch and process, within the trainer's limit."""
-    batches = datamodule.batches_per_epoch(trainer.world_size)
-    limit = trainer.limit_train_batches
-    if limit is None:
-        return batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return limited(datamodule.batches_per_epoch(trainer.world_size), trainer.limit_train_batches)
 
 
 def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
