@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
+from llm_lightning.callbacks.endings import stays_stopped, stopped_by
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.throughput import Throughput
@@ -90,7 +91,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     refuse_unknown(cfg, module, datamodule)
     trainer = build_trainer(cfg, settings, run)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
-    if run.state(total_steps(trainer, datamodule)) == "finished":
+    if is_finished(run, trainer, total_steps(trainer, datamodule)):
         mend_adapter(run, module.header["lineage"])
         return say_finished(cfg, run)
     if is_main_process():
@@ -102,10 +103,11 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
     seconds = throughput.wall_seconds if throughput else time.monotonic() - started
+    stopped = stopped_by(trainer, module.total_steps)
     if datamodule.test_samples:
         test_best(trainer, module, datamodule, run.checkpoints / "best.ckpt")
     if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
-        conclude(run, trainer, module, datamodule, seconds=seconds)
+        conclude(run, trainer, module, datamodule, seconds=seconds, stopped=stopped)
     kept = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     return kept.best_value if kept is not None else None
 
@@ -120,11 +122,17 @@ def test_best(trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule
 
 
 def conclude(
-    run: RunFolder, trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, *, seconds: float
+    run: RunFolder,
+    trainer: L.Trainer,
+    module: TaskModule,
+    datamodule: BaseDataModule,
+    *,
+    seconds: float,
+    stopped: str | None,
 ) -> None:
     """Write the summary and the adapter alone, close the logs, and say what was reached."""
     write_adapter(run, module.header["lineage"])
-    summary = build_summary(run, trainer, module, data=datamodule.report(), seconds=seconds)
+    summary = build_summary(run, trainer, module, data=datamodule.report(), seconds=seconds, stopped=stopped)
     write_summary(run.path, summary)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoard):
@@ -161,13 +169,27 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
         )
 
 
+def is_finished(run: RunFolder, trainer: L.Trainer, total: int) -> bool:
+    """Whether there is nothing to do: the last step was made, or what ended the run before it would do so again."""
+    if run.state(total) != "finished":
+        return False
+    if run.previous_summary["steps"] >= total or run.checkpoint is None:
+        return True
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return stays_stopped(checkpoints.load(run.checkpoint, mmap=True), callbacks)
+
+
 def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
-    print(
-        f"This run is finished: it ends at the first of trainer.max_epochs={cfg.trainer.max_epochs} and "
-        f"trainer.max_steps={cfg.trainer.max_steps}. To train on, raise the one that was reached."
-    )
+    limits = f"trainer.max_epochs={cfg.trainer.max_epochs} and trainer.max_steps={cfg.trainer.max_steps}"
+    if summary["steps"] >= summary["total_steps"]:
+        why = f"it ends at the first of {limits}. To train on, raise the one that was reached."
+    else:
+        early = cfg.callbacks.get("early_stopping")
+        patience = f"callbacks.early_stopping.patience={early.patience}, or " if early else ""
+        why = f"it was stopped early. To train on, raise {patience}the lower of {limits}."
+    print(f"This run is finished: {why}")
     print("\n".join(closing_lines(summary, run.path)))
     return summary["best_value"]
 

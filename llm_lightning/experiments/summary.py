@@ -34,7 +34,15 @@ NEXT = {
 }
 
 
-def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, Any], seconds: float) -> dict[str, Any]:
+def build_summary(
+    run: RunFolder,
+    trainer: Any,
+    module: Any,
+    *,
+    data: dict[str, Any],
+    seconds: float,
+    stopped: str | None = None,
+) -> dict[str, Any]:
     """Collect the summary of a run that has ended by itself, as plain values.
 
     Args:
@@ -42,6 +50,7 @@ def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, 
         trainer, module: after `fit`, and `test` where there is a test split.
         data: what the data is like (`BaseDataModule.report`).
         seconds: that training took, in all sessions of the run that are known.
+        stopped: what ended it before its last step (`callbacks/endings.py`).
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
     from llm_lightning.callbacks.throughput import Throughput
@@ -51,7 +60,8 @@ def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, 
     best = run.checkpoints / "best.ckpt"
     metrics = module.latest_metrics()
     return {
-        "finished": True,
+        "finished": stopped != "time",  # the same command goes on
+        "stopped_by": stopped,
         "task": module.task,
         "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
         "steps": trainer.global_step,
@@ -96,9 +106,11 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
     rate = summary[f"{items}_per_second"]
     speed = f", {rate:,.0f} {items}/s" if rate else ""
     lines = [
-        f"Finished {summary['steps']:,} steps, {summary['epochs']:g} epochs, {summary[items]:,} {items} "
+        f"{_ended(summary)}, {summary['epochs']:g} epochs, {summary[items]:,} {items} "
         f"in {duration(summary['seconds'])}{speed}."
     ]
+    if summary.get("stopped_by") == "time":
+        lines.append("It is not finished: the same command trains on, for as long again.")
     if summary["best_value"] is not None:
         reached = [f"Best {summary['monitor']} {summary['best_value']:.4f} after {summary['best_step']:,} steps"]
         reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
@@ -110,6 +122,18 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
     command = NEXT.get(task, 'llm-lightning generate {} "The"').format(checkpoint, parent=shlex.quote(str(parent)))
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]
+
+
+def _ended(summary: dict[str, Any]) -> str:
+    words = {
+        "time": "Stopped by trainer.max_time after",
+        "early_stopping": "Stopped early after",
+        "other": "Stopped after",
+    }
+    reason = summary.get("stopped_by")
+    if reason is None:
+        return f"Finished {summary['steps']:,} steps"
+    return f"{words[reason]} {summary['steps']:,} of {summary['total_steps']:,} steps"
 
 
 def sampled_of(trainer: Any) -> dict[str, dict[str, Any]]:

@@ -93,6 +93,7 @@ class TaskModule(L.LightningModule):
         self.last_lr = math.nan
         self.total_steps = 0
         self.is_sharded = False
+        self._must_stop = False
         self._window: list[tuple[StepOutput, int, tuple[int, ...]]] = []
         self._step_means: dict[str, float] = {}
         self._earlier_metrics: dict[str, float] = {}
@@ -170,8 +171,12 @@ class TaskModule(L.LightningModule):
         self._window.clear()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._window:  # the update is still to come
+        if self._window:  # the update is still to come, and a stop before it would lose these gradients
+            self._must_stop |= self.trainer.should_stop
+            self.trainer.should_stop = False
             return
+        self.trainer.should_stop |= self._must_stop
+        self._must_stop = False
         # Lightning would free them only after the next forward pass: 0.5 GB of 3 GB at the peak with 124M parameters.
         for parameter in self.parameters():
             parameter.grad = None
