@@ -11,11 +11,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import DictConfig
+
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.checkpoint import LoadedModel
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
+from llm_lightning.tasks.base import TaskModule
 
 ADAPTER = "adapter.ckpt"
 EXACT = ("32-true", "64-true", "16-mixed")
@@ -66,6 +69,19 @@ def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
         )
         return None
     return checkpoints.digest_under(dict(header), checkpoints.merged_trunk(parent.model))
+
+
+def refuse_lost_adapters(cfg: DictConfig, module: TaskModule) -> None:
+    """Refuse to train adapters that no checkpoint would keep.
+
+    Raises:
+        ValueError: if `callbacks.checkpoints` is null beside adapters on given weights.
+    """
+    kept = cfg.callbacks.get("checkpoints") is not None or cfg.trainer.fast_dev_run
+    if module.lora is not None and module.header["lineage"]["base"] is not None and not kept:
+        raise ValueError(
+            "callbacks.checkpoints=null keeps nothing of the adapters that lora trains; leave it out, or set lora=none"
+        )
 
 
 def write_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:

@@ -321,7 +321,7 @@ def _results(folder: Path) -> dict[str, Any]:
     summary = _read_json(folder / "summary.json")
     if summary.get("stopped_by") == "time":
         raise ValueError(f"{_shown(folder)} was stopped by trainer.max_time; the same command goes on there")
-    if not summary.get("finished"):
+    if not summary.get("finished") or summary["checkpoint"] is None:
         raise ValueError(f"{_shown(folder)} was left without a checkpoint: such a run is no stage of a pipeline")
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     kept = ("task", "steps", "monitor", "best_value", "metrics", "versions", "git")

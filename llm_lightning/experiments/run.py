@@ -29,11 +29,17 @@ from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.sources import absolute_paths
-from llm_lightning.experiments.adapters import adapter_lineage, continued_lineage, mend_adapter, write_adapter
+from llm_lightning.experiments.adapters import (
+    adapter_lineage,
+    continued_lineage,
+    mend_adapter,
+    refuse_lost_adapters,
+    write_adapter,
+)
 from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
-from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
+from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
@@ -61,12 +67,16 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
     _quieten()
     try:
         if cfg.data.preview:
-            preview(cfg)
+            with leaving_nothing(run_dir):
+                preview(cfg)
             return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
                 refuse_changes(run.header["config"], settings)
-            return fit(cfg, settings, run, command)
+            best_value = fit(cfg, settings, run, command)
+            if is_main_process():
+                (run.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier session, which failed
+            return best_value
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
         raise ValueError(str(error)) from error
 
@@ -89,6 +99,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     if run.checkpoint is not None:
         refuse_other_data(run.header["lineage"]["data"], datamodule.data_digest)
     refuse_unknown(cfg, module, datamodule)
+    refuse_lost_adapters(cfg, module)
     trainer = build_trainer(cfg, settings, run)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if is_finished(run, trainer, total_steps(trainer, datamodule)):

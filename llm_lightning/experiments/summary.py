@@ -27,6 +27,7 @@ SHOWN_METRICS = (
     "val/reward_margin",
     "train/eval_loss",
 )
+RESPONSES = "responses.json"
 NEXT = {
     "classification": 'llm-lightning classify {} "Hello, are you free tonight?"',
     "sft": "llm-lightning respond {} --split test -o responses.json",
@@ -57,7 +58,8 @@ def build_summary(
 
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
     checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
-    best = run.checkpoints / "best.ckpt"
+    kept = (run.checkpoints / name for name in ("best.ckpt", "last.ckpt"))
+    checkpoint = next((str(path.relative_to(run.path)) for path in kept if path.is_file()), None)
     metrics = module.latest_metrics()
     return {
         "finished": stopped != "time",  # the same command goes on
@@ -74,7 +76,7 @@ def build_summary(
         "monitor": checkpoints.monitor if checkpoints else None,
         "best_value": checkpoints.best_value if checkpoints else None,
         "best_step": checkpoints.best_step if checkpoints else None,
-        "checkpoint": str((best if best.is_file() else run.checkpoints / "last.ckpt").relative_to(run.path)),
+        "checkpoint": checkpoint,
         "metrics": {k: float(v) for k, v in sorted(metrics.items()) if "/" in k},
         "parameters": {
             "total": sum(p.numel() for p in module.parameters()),
@@ -117,10 +119,14 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         line = "; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached)
         lines.append(f"{line}{_sample_note(summary, 'val')}.")
     lines += _tested(metrics, _sample_note(summary, "test"), _sample_note(summary, "answers"))
+    if summary["checkpoint"] is None:  # callbacks.checkpoints=null
+        return [*lines, f"Run folder: {folder}"]
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
     parent = summary["lineage"].get("parent_name")
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
     command = NEXT.get(task, 'llm-lightning generate {} "The"').format(checkpoint, parent=shlex.quote(str(parent)))
+    if task == "sft" and (run_dir / RESPONSES).is_file():  # it has answered already
+        command = f"llm-lightning judge {shlex.quote(str(folder / RESPONSES))} --lexical"
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]
 
 
