@@ -8,6 +8,7 @@ always. PyTorch itself does not check the archive's contents when it loads: a fl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -33,6 +34,7 @@ from llm_lightning.models.lora import (
     without_lora,
 )
 from llm_lightning.peft_format import base_name_of, import_peft, is_peft_folder
+from llm_lightning.places import parent_names
 from llm_lightning.tokenizers import Tokenizer, from_description
 
 FORMAT_VERSION = 1
@@ -312,9 +314,24 @@ def _digest_of(state: dict[str, torch.Tensor]) -> str:
     return weights_digest((name, state[name].float()) for name in sorted(state) if name != "lm_head.weight")
 
 
+def digest_under(header: dict[str, Any], trunk: GPT) -> str:
+    """The digest by which the adapter of `header` knows the weights of `trunk`, which may have more positions."""
+    return _digest_of(_cut_like(header, trunk))
+
+
+def _place_of_base(path: Path, header: dict[str, Any]) -> str:
+    """Where the weights under an adapter are: where they were in training, or where they went with its folder."""
+    names = parent_names(header, path)
+    for name in names[:-1]:
+        with contextlib.suppress(OSError, ValueError):
+            if digest_under(header, merged_trunk(load_model(name).model)) == header["base"]:
+                return name
+    return names[-1]
+
+
 def _base_state(path: Path, header: dict[str, Any], base: str | Path | None) -> dict[str, torch.Tensor]:
     """The weights that the adapter at `path` belongs to, by the names they have in its model."""
-    name = base or header["lineage"]["parent_name"]
+    name = base or _place_of_base(path, header)
     try:
         trunk = merged_trunk(load_model(name).model)
     except FileNotFoundError as error:
@@ -371,13 +388,17 @@ def _refuse_other_base(adapter: str | Path, expected: str, state: dict[str, torc
         )
 
 
-def save_adapter(source: str | Path, target: str | Path) -> str:
+def save_adapter(source: str | Path, target: str | Path, lineage: Mapping[str, Any] | None = None) -> str:
     """Write what was trained of a LoRA checkpoint: adapters and, of a classifier, the head. Megabytes.
 
     `load_model(target)` puts it on the weights that `lineage.parent_name` names, and checks their digest.
+
+    Args:
+        lineage: of the run, where that of the checkpoint may be an older one.
     """
     state = load(source, mmap=True)
-    header = state[HEADER] | {"base": state[HEADER]["lineage"]["base"]}
+    known = dict(lineage or state[HEADER]["lineage"])
+    header = state[HEADER] | {"lineage": known, "base": known["base"]}
     small = {name: tensor for name, tensor in state["state_dict"].items() if _is_of_adapter(name)}
     return save(target, {HEADER: header, "state_dict": small})
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm_lightning.experiments.config_checks import PRESETS, check_overrides, register_resolvers
 from llm_lightning.experiments.help import group_options, help_text, read_defaults, read_settings
 from llm_lightning.experiments.launch import expand_sweep
+from llm_lightning.experiments.monitors import fill_modes
 from llm_lightning.experiments.pipeline import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
@@ -176,6 +177,7 @@ def test_callbacks_and_loggers_build(tmp_path: Path) -> None:
 
     config = composed("callbacks=early_stopping", "task=sft")
     assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping", "responses"}
+    fill_modes(config, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     for node in config.callbacks.values():
         assert isinstance(instantiate(node), L.Callback)
     for node in config.logger.values():

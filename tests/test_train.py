@@ -168,7 +168,27 @@ def test_preview_shows_windows_and_leaves_nothing(corpus: Path, tmp_path: Path) 
     assert (code, err) == (0, "")
     text = corpus.read_text()
     assert out.startswith(f"--- window 0: 16 targets\n{text[:17]}\n--- window 1: 16 targets\n{text[16:33]}")
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.log").write_text("of a run")
+    assert train_here(one_epoch(corpus, tmp_path / "run", "data.preview=true")).code == 0
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {"train.log": "of a run"}
+
+
+def test_a_run_without_checkpoints_advises_none_and_takes_an_old_traceback_away(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "traceback.txt").write_text("of the first try")
+    quick = ["trainer.max_steps=1", "callbacks.plots=null", "callbacks.checkpoints=null"]
+    code, out, err = train_here(one_epoch(corpus, tmp_path / "run", *quick))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].startswith("Run folder: ")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["checkpoint"] is None
+    assert not (tmp_path / "run" / "traceback.txt").exists()
+    more = [f"init_from={write_checkpoint(tmp_path / 'given.ckpt')}", "lora=default", "lora.rank=2"]
+    code, out, err = train_here(one_epoch(corpus, tmp_path / "lora", *quick, *more))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "callbacks.checkpoints=null keeps nothing of the adapters that lora trains" in err
+    assert "Batch: " not in out  # before training
 
 
 def test_init_from_starts_at_the_given_weights(corpus: Path, tmp_path: Path) -> None:

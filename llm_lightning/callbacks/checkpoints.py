@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks.monitored import better_when
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -39,7 +40,7 @@ class Checkpoints(L.Callback):
         every_n_minutes: minutes between two checkpoints; null for none.
         keep: how many `step_*.ckpt` stay, at least 2, so that one damaged file never ends a run.
         monitor: the metric that decides which is the best; null keeps no best.
-        mode: `min` or `max`.
+        mode: `min` or `max`; null: as the metric says (`callbacks/monitored.py`).
     """
 
     def __init__(
@@ -49,14 +50,16 @@ class Checkpoints(L.Callback):
         every_n_minutes: float | None = 10.0,
         keep: int = 2,
         monitor: str | None = "val/loss",
-        mode: str = "min",
+        mode: str | None = None,
     ) -> None:
         if keep < 2:
             raise ValueError(
                 f"callbacks.checkpoints.keep={keep} must be at least 2: one file may be damaged by a crash"
             )
-        if mode not in ("min", "max"):
-            raise ValueError(f"callbacks.checkpoints.mode={mode!r} must be min or max")
+        if mode is None and monitor is not None:
+            mode = better_when(monitor)
+        if mode not in ("min", "max") and monitor is not None:
+            raise ValueError(f"callbacks.checkpoints.mode={mode!r} must be min or max, for monitor={monitor}")
         self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
         self.monitor, self.mode = monitor, mode
         self.best_value: float | None = None

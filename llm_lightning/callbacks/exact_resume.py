@@ -15,12 +15,15 @@ import lightning as L
 import numpy as np
 import torch
 
+from llm_lightning.callbacks.endings import forget_limits, start_again, stays_stopped, stopped_by
+
 
 class ExactResume(L.Callback):
     def __init__(self) -> None:
         self._position: tuple[int, int] | None = None
         self._rng: dict[str, Any] | None = None
         self._stopped_of: int | None = None
+        self._stays_stopped = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Our data module continues at the right batch without the loader's help.
@@ -30,6 +33,7 @@ class ExactResume(L.Callback):
         epoch, batches_done = position(trainer)
         checkpoint["position"] = {"epoch": epoch, "batches_done": batches_done}
         checkpoint["stopped_of"] = pl_module.total_steps if trainer.should_stop else None
+        checkpoint["stopped_by"] = stopped_by(trainer, pl_module.total_steps)
         checkpoint["rng"] = _gather(trainer, rng_state())
         _write_position(checkpoint["loops"]["fit_loop"], epoch, batches_done)
 
@@ -44,10 +48,15 @@ class ExactResume(L.Callback):
             )
         self._rng = states[trainer.global_rank]
         self._stopped_of = checkpoint["stopped_of"]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._stays_stopped = self._stopped_of is not None and stays_stopped(checkpoint, callbacks)
+        forget_limits(checkpoint, callbacks)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._stopped_of == pl_module.total_steps:
+        if self._stopped_of == pl_module.total_steps and self._stays_stopped:
             trainer.should_stop = True  # it had stopped early; where more steps are asked for, it goes on
+        elif self._stopped_of is not None:
+            start_again(trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

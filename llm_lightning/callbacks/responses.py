@@ -27,6 +27,7 @@ class Responses(L.Callback):
             if value < 1:
                 raise ValueError(f"callbacks.responses.{name}={value} must be at least 1")
         self.max_records = max_records
+        self.answered: tuple[int, int] | None = None  # how many records, of how many
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -34,10 +35,11 @@ class Responses(L.Callback):
         if pl_module.is_sharded or not hasattr(datamodule, "conversations_of"):
             return  # sharded weights run in all processes together; `llm-lightning respond` answers from the checkpoint
         if trainer.is_global_zero:
-            records = datamodule.conversations_of("test")
+            every = datamodule.conversations_of("test")
             length = pl_module.trunk.config.context_length
             template, tokenizer = datamodule.template, pl_module.tokenizer
-            records = [one for one in records if len(template.prompt_ids(tokenizer, one)) < length][: self.max_records]
+            records = [one for one in every if len(template.prompt_ids(tokenizer, one)) < length][: self.max_records]
+            self.answered = len(records), len(every)
             with trainer.precision_plugin.forward_context():
                 texts = respond(pl_module.trunk, tokenizer, template, records, **self.options)
             rows = [answered(one, {"model_response": text}) for one, text in zip(records, texts, strict=True)]

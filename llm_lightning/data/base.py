@@ -32,7 +32,7 @@ from llm_lightning.data.conversations import (
     split_conversations,
 )
 from llm_lightning.data.download import Pinned, check_name, file_of
-from llm_lightning.data.order import BatchOrder, bucketed_order
+from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS
 from llm_lightning.data.templates import Conversation, Template, choose_template
@@ -75,6 +75,8 @@ class BaseDataModule(L.LightningDataModule):
     eval_samples: dict[str, Dataset]
     test_samples: dict[str, Dataset]
     data_digest: str
+    samples_are: ClassVar[str] = "samples"
+    """What a person calls them."""
 
     def __init__(
         self,
@@ -138,10 +140,12 @@ class BaseDataModule(L.LightningDataModule):
         return self._loader(self.train_samples, self._train_order)
 
     def val_dataloader(self) -> list[DataLoader]:
-        return [self._eval_loader(samples) for samples in self.eval_samples.values()]
+        limit = None if self.trainer is None else self.trainer.limit_val_batches
+        return [self._eval_loader(samples, limit) for samples in self.eval_samples.values()]
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [self._eval_loader(samples) for samples in self.test_samples.values()]
+        limit = None if self.trainer is None else self.trainer.limit_test_batches
+        return [self._eval_loader(samples, limit) for samples in self.test_samples.values()]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the coming epoch."""
@@ -185,8 +189,31 @@ class BaseDataModule(L.LightningDataModule):
         options = {"shuffle": self.shuffle, "drop_last": self.drop_last, "world_size": world_size}
         return self._order(self.train_samples, order=self.order_of(self.train_samples, is_training=True), **options)
 
-    def _eval_loader(self, samples: Dataset) -> DataLoader:
-        return self._loader(samples, self._order(samples, order=self.order_of(samples, is_training=False)))
+    def _eval_loader(self, samples: Any, limit: int | float | None) -> DataLoader:
+        """A loader of `samples`, whose first batches, as many as Lightning reads within `limit`, are a fair sample."""
+        order = self._order(samples)
+        measured = min(len(samples), limited(len(order), limit) * self.batch_size * order.world_size)
+        if measured in (0, len(samples)):
+            order.order = self.order_of(samples, is_training=False)
+            return self._loader(samples, order)
+        # In the order of evaluation the first batches would be the shortest samples.
+        chosen = spread_sample(len(samples), measured)
+        within = self.order_of(Subset(samples, chosen.tolist()), is_training=False)
+        others = np.setdiff1d(np.arange(len(samples)), chosen)
+        order.order = lambda epoch: np.concatenate([chosen if within is None else chosen[within(epoch)], others])
+        return self._loader(samples, order)
+
+    def sampled(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
+        """Of each split that the limits of `trainer` do not evaluate whole: how many samples are, and of how many."""
+        found = {}
+        limits = {"val": trainer.limit_val_batches, "test": trainer.limit_test_batches}
+        for split, limit in limits.items():
+            samples: Any = {**self.eval_samples, **self.test_samples}.get(split, ())
+            per_batch = self.batch_size * trainer.world_size
+            measured = min(len(samples), limited(-(-len(samples) // per_batch), limit) * per_batch)
+            if measured < len(samples):
+                found[split] = {"measured": measured, "of": len(samples), "what": self.samples_are}
+        return found
 
     def _order(self, samples: Any, *, world_size: int | None = None, **options: Any) -> BatchOrder:
         options = {"shuffle": False, "seed": self.seed, **options}

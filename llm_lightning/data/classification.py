@@ -78,6 +78,7 @@ class ClassificationDataModule(BaseDataModule):
         bucket: batches of similar length; false: a plain shuffle.
     """
 
+    samples_are = "texts"
     labels: list[str]
     pad_to: int | None
     pad_id: int

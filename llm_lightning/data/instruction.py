@@ -71,6 +71,7 @@ class InstructionDataModule(ConversationDataModule[Conversation, MaskedSample]):
 
     named = NAMED
     unit = ""
+    samples_are = "records"
     nothing_fits = "no {split} record fits into {limit} tokens; raise model.context_length or data.max_length"
 
     def __init__(

@@ -124,3 +124,20 @@ class BatchOrder(Sampler[list[int]]):
         for position in range(start, len(self)):
             first = (position * self.world_size + self.rank) * self.batch_size
             yield order[first : first + self.batch_size].tolist()
+
+
+def limited(n_batches: int, limit: int | float | None) -> int:
+    """How many of `n_batches` Lightning runs within a limit: a number of batches, a fraction, or None for all."""
+    if limit is None:
+        return n_batches
+    return min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+
+
+def spread_sample(n_samples: int, n_chosen: int) -> np.ndarray:
+    """Choose `n_chosen` indices of `n_samples`: one from each of as many equal stretches, ascending.
+
+    Drawn within the stretch, always alike: an even distance would meet records that alternate always on the same foot.
+    """
+    edges = np.arange(n_chosen + 1) * n_samples // n_chosen
+    draw = np.random.Generator(np.random.Philox(key=[n_samples, n_chosen])).random(n_chosen)
+    return edges[:-1] + (draw * np.diff(edges)).astype(np.int64)

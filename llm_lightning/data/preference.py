@@ -56,6 +56,7 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
 
     named = NAMED
     unit = "pairs"
+    samples_are = "pairs"
     left_out_as = "identical"
     nothing_fits = (
         "no {split} pair of two different answers fits into {limit} tokens; raise model.context_length or "

@@ -28,6 +28,7 @@ class PretrainingDataModule(BaseDataModule):
         add_eot: put `<|endoftext|>` between documents.
     """
 
+    samples_are = "windows"
     train_file: TokenFile
     val_file: TokenFile | None
 

@@ -70,6 +70,8 @@ SET_ELSEWHERE = {
 MAY_CHANGE = (
     "trainer.max_epochs",  # training on is what resuming is for; a schedule is stretched to the new length
     "trainer.max_steps",
+    "trainer.max_time",
+    "callbacks.early_stopping*",
     "trainer.enable_progress_bar",  # what is shown and logged, and who prepares the batches, changes no weight
     "trainer.log_every_n_steps",
     "trainer.profiler",

@@ -323,7 +323,9 @@ def _results(folder: Path) -> dict[str, Any]:
     from llm_lightning.checkpoint import verify
 
     summary = read_summary(folder)
-    if not summary.get("finished"):
+    if summary.get("stopped_by") == "time":
+        raise ValueError(f"{_shown(folder)} was stopped by trainer.max_time; the same command goes on there")
+    if not summary.get("finished") or summary.get("checkpoint") is None:
         raise ValueError(f"{_shown(folder)} was left without a checkpoint: such a run is no stage of a pipeline")
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     kept = ("task", "steps", "monitor", "best_value", "metrics", "versions", "git")

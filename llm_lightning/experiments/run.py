@@ -23,16 +23,25 @@ from omegaconf import DictConfig, OmegaConf
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
+from llm_lightning.callbacks.endings import stays_stopped, stopped_by
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.experiments.adapters import (
+    adapter_lineage,
+    continued_lineage,
+    mend_adapter,
+    refuse_lost_adapters,
+    write_adapter,
+)
 from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.foreign import COMMAND, damaged_summary
-from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
-from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
+from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
+from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
+from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
 from llm_lightning.experiments.whereabouts import (
     OtherDataError,
     find_weights,
@@ -61,19 +70,24 @@ def train(cfg: DictConfig, run_dir: Path, command: Mapping[str, Any]) -> float |
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     settings["resume"] = None  # where the run lies now is no setting of it
     settings["trainer"]["precision"] = choose_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    fill_modes(cfg, settings)
     _quieten()
     try:
         if cfg.data.preview and cfg.resume:
             raise ValueError("data.preview=true shows the data of a new run; leave resume= or data.preview out")
         if cfg.data.preview:
-            preview(cfg)
+            with leaving_nothing(run_dir):
+                preview(cfg)
             return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
                 refuse_changes(run.header["config"], settings)
                 refuse_other_parent(run, settings["init_from"])
             find_weights(cfg, run)
-            return fit(cfg, settings, run, command)
+            best_value = fit(cfg, settings, run, command)
+            if is_main_process():
+                (run.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier session, which failed
+            return best_value
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
         raise ValueError(str(error)) from error
 
@@ -84,21 +98,24 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     # A run that continues has all it needs in its own checkpoint: the first weights may be gone, or trained on.
     parent = load_model(run.checkpoint or cfg.init_from) if cfg.init_from else None
-    if parent is not None and run.checkpoint is not None:
-        parent.header["digest"] = run.header["lineage"]["parent"]
+    lineage: dict[str, Any] | None = None
+    if run.checkpoint is not None:
+        lineage = continued_lineage(run.header, parent)
+        if parent is not None:
+            parent.header["digest"] = lineage["parent"]
     datamodule = read_data(cfg, run, partial(build_datamodule, cfg, parent))
-    if "val" not in datamodule.eval_samples and str(cfg.monitor).startswith("val/"):
-        raise ValueError(f"monitor={cfg.monitor}, but there is no validation text; set monitor=train/eval_loss")
-    module = build_module(cfg, settings, datamodule, parent)
-    places = places_of(cfg, settings, run, module.header["lineage"])
-    module.header["lineage"]["places"] = places
+    module = build_module(cfg, settings, datamodule, parent, lineage)
+    module.header["lineage"]["places"] = places = places_of(cfg, settings, run, module.header["lineage"])
     module.adapt_data(datamodule)
     del parent  # or its weights stay, beside those that are cast
     if run.checkpoint is not None:
         refuse_other_data(run.header["lineage"]["data"], datamodule.data_digest)
+    refuse_unknown(cfg, module, datamodule)
+    refuse_lost_adapters(cfg, module)
     trainer = build_trainer(cfg, settings, run)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
-    if run.state(total_steps(trainer, datamodule)) == "finished":
+    if is_finished(run, trainer, total_steps(trainer, datamodule)):
+        mend_adapter(run, module.header["lineage"])
         return say_finished(cfg, run)
     if is_main_process():
         run.write_config(settings)
@@ -109,10 +126,11 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
     seconds = throughput.wall_seconds if throughput else time.monotonic() - started
+    stopped = stopped_by(trainer, module.total_steps)
     if datamodule.test_samples:
         test_best(trainer, module, datamodule, run.checkpoints / "best.ckpt")
     if trainer.is_global_zero and not cfg.trainer.fast_dev_run:
-        conclude(run, trainer, module, datamodule, seconds=seconds)
+        conclude(run, trainer, module, datamodule, seconds=seconds, stopped=stopped)
     kept = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     return kept.best_value if kept is not None else None
 
@@ -127,14 +145,17 @@ def test_best(trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule
 
 
 def conclude(
-    run: RunFolder, trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, *, seconds: float
+    run: RunFolder,
+    trainer: L.Trainer,
+    module: TaskModule,
+    datamodule: BaseDataModule,
+    *,
+    seconds: float,
+    stopped: str | None,
 ) -> None:
     """Write the summary and the adapter alone, close the logs, and say what was reached."""
-    if module.lora is not None and module.header["lineage"]["base"] is not None:
-        source = checkpoints.resolve(run.path)
-        assert source is not None
-        checkpoints.save_adapter(source, run.checkpoints / "adapter.ckpt")
-    summary = build_summary(run, trainer, module, data=datamodule.report(), seconds=seconds)
+    write_adapter(run, module.header["lineage"])
+    summary = build_summary(run, trainer, module, data=datamodule.report(), seconds=seconds, stopped=stopped)
     write_summary(run.path, summary)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoard):
@@ -171,17 +192,31 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
         )
 
 
+def is_finished(run: RunFolder, trainer: L.Trainer, total: int) -> bool:
+    """Whether there is nothing to do: the last step was made, or what ended the run before it would do so again."""
+    if run.state(total) != "finished":
+        return False
+    if run.previous_summary["steps"] >= total or run.checkpoint is None:
+        return True
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return stays_stopped(checkpoints.load(run.checkpoint, mmap=True), callbacks)
+
+
 def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
+    limits = f"trainer.max_epochs={cfg.trainer.max_epochs} and trainer.max_steps={cfg.trainer.max_steps}"
     try:
+        if summary["steps"] >= summary["total_steps"]:
+            why = f"it ends at the first of {limits}. To train on, raise the one that was reached."
+        else:
+            early = cfg.callbacks.get("early_stopping")
+            patience = f"callbacks.early_stopping.patience={early.patience}, or " if early else ""
+            why = f"it was stopped early. To train on, raise {patience}the lower of {limits}."
         lines = closing_lines(summary, run.path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of someone else's, or another version's
         raise damaged_summary(run.path, f"it does not say what was reached: {error!r}") from error
-    print(
-        f"This run is finished: it ends at the first of trainer.max_epochs={cfg.trainer.max_epochs} and "
-        f"trainer.max_steps={cfg.trainer.max_steps}. To train on, raise the one that was reached."
-    )
+    print(f"This run is finished: {why}")
     print("\n".join(lines))
     return summary["best_value"]
 
@@ -246,9 +281,16 @@ def _train_tokenizer(name: str, vocab_size: int | None, texts: Any) -> Tokenizer
 
 
 def build_module(
-    cfg: DictConfig, settings: dict[str, Any], datamodule: BaseDataModule, parent: LoadedModel | None
+    cfg: DictConfig,
+    settings: dict[str, Any],
+    datamodule: BaseDataModule,
+    parent: LoadedModel | None,
+    lineage: dict[str, Any] | None = None,
 ) -> TaskModule:
-    """The task's module around its model; its header is what checkpoints and summary say of the run."""
+    """The task's module around its model; its header is what checkpoints and summary say of the run.
+
+    `lineage` is that of a run which continues: `parent` is then the run's own checkpoint.
+    """
     task: type[TaskModule] = get_class(cfg.task._target_)
     options = {key: value for key, value in settings["task"].items() if key != "_target_"}
     if "reference" in options:
@@ -259,15 +301,14 @@ def build_module(
     if parent and isinstance(parent.model, Classifier) and options.get("labels") == parent.labels:
         model = with_head_of(parent, trunk, options)
     lora = build(cfg.lora) if cfg.get("lora") else None
-    header = {
-        "config": settings,
-        "lineage": {
+    if lineage is None:
+        lineage = {
             "data": datamodule.data_digest,
             "parent": parent.header["digest"] if parent else None,
             "parent_name": _place(cfg.init_from) if parent else None,
-            "base": checkpoints.base_digest(model) if parent and lora is not None else None,
-        },
-    }
+            **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
+        }
+    header = {"config": settings, "lineage": lineage}
     # Not through instantiate(): it would look for targets to build inside the header's copy of the settings.
     return task(
         model=model,
@@ -427,6 +468,8 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFo
         world,
         steps,
     )
+    for split, facts in datamodule.sampled(trainer).items():
+        log.info("Limited evaluation: a fixed sample, %s", sample_words(split, facts))
     if run.checkpoint is not None:
         log.info("Resuming from %s", run.checkpoint)
     elif run.began:

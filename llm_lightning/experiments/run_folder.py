@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -94,6 +95,23 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
         if run.checkpoint is None and main:
             run.write_config(config)
         yield run
+
+
+@contextlib.contextmanager
+def leaving_nothing(path: Path) -> Iterator[None]:
+    """Keep a folder that was made for a run as it is: nothing is logged there, and an empty one is removed."""
+    root = logging.getLogger()
+    files = [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]
+    own = [handler for handler in files if path.absolute() in Path(handler.baseFilename).parents]
+    for handler in own:
+        root.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in own:
+            root.addHandler(handler)
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ SHOWN_METRICS = (
     "val/reward_margin",
     "train/eval_loss",
 )
+RESPONSES = "responses.json"
 NEXT = {
     "classification": 'llm-lightning classify {} "Hello, are you free tonight?"',
     "sft": "llm-lightning respond {} --split test -o responses.json",
@@ -35,7 +36,15 @@ NEXT = {
 }
 
 
-def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, Any], seconds: float) -> dict[str, Any]:
+def build_summary(
+    run: RunFolder,
+    trainer: Any,
+    module: Any,
+    *,
+    data: dict[str, Any],
+    seconds: float,
+    stopped: str | None = None,
+) -> dict[str, Any]:
     """Collect the summary of a run that has ended by itself, as plain values.
 
     Args:
@@ -43,16 +52,19 @@ def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, 
         trainer, module: after `fit`, and `test` where there is a test split.
         data: what the data is like (`BaseDataModule.report`).
         seconds: that training took, in all sessions of the run that are known.
+        stopped: what ended it before its last step (`callbacks/endings.py`).
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
     from llm_lightning.callbacks.throughput import Throughput
 
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
     checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
-    best = run.checkpoints / "best.ckpt"
+    kept = (run.checkpoints / name for name in ("best.ckpt", "last.ckpt"))
+    checkpoint = next((str(path.relative_to(run.path)) for path in kept if path.is_file()), None)
     metrics = module.latest_metrics()
     return {
-        "finished": True,
+        "finished": stopped != "time",  # the same command goes on
+        "stopped_by": stopped,
         "task": module.task,
         "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
         "steps": trainer.global_step,
@@ -65,7 +77,7 @@ def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, 
         "monitor": checkpoints.monitor if checkpoints else None,
         "best_value": checkpoints.best_value if checkpoints else None,
         "best_step": checkpoints.best_step if checkpoints else None,
-        "checkpoint": str((best if best.is_file() else run.checkpoints / "last.ckpt").relative_to(run.path)),
+        "checkpoint": checkpoint,
         "metrics": {k: float(v) for k, v in sorted(metrics.items()) if "/" in k},
         "parameters": {
             "total": sum(p.numel() for p in module.parameters()),
@@ -73,6 +85,7 @@ def build_summary(run: RunFolder, trainer: Any, module: Any, *, data: dict[str, 
         },
         **module.results(),
         "data": data,
+        "sampled": sampled_of(trainer),
         "lineage": module.header.get("lineage", {}),
         "precision": trainer.precision,
         "processes": trainer.world_size,
@@ -96,42 +109,86 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
     rate = summary[f"{items}_per_second"]
     speed = f", {rate:,.0f} {items}/s" if rate else ""
     lines = [
-        f"Finished {summary['steps']:,} steps, {summary['epochs']:g} epochs, {summary[items]:,} {items} "
+        f"{_ended(summary)}, {summary['epochs']:g} epochs, {summary[items]:,} {items} "
         f"in {duration(summary['seconds'])}{speed}."
     ]
+    if summary.get("stopped_by") == "time":
+        lines.append("It is not finished: the same command trains on, for as long again.")
     if summary["best_value"] is not None:
         reached = [f"Best {summary['monitor']} {summary['best_value']:.4f} after {summary['best_step']:,} steps"]
         reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
-        lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
-    lines += _tested(metrics)
+        line = "; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached)
+        lines.append(f"{line}{_sample_note(summary, 'val')}.")
+    lines += _tested(metrics, _sample_note(summary, "test"), _sample_note(summary, "answers"))
+    if summary["checkpoint"] is None:  # callbacks.checkpoints=null
+        return [*lines, f"Run folder: {folder}"]
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
     lineage = summary["lineage"]
     place = lineage.get("places", {}).get("init_from")
     parent = next(iter(names_of_parent(lineage.get("parent_name"), place, run_dir)), None)
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
     command = NEXT.get(task, 'llm-lightning generate {} "The"').format(checkpoint, parent=shlex.quote(str(parent)))
+    if task == "sft" and (run_dir / RESPONSES).is_file():  # it has answered already
+        command = f"llm-lightning judge {shlex.quote(str(folder / RESPONSES))} --lexical"
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]
 
 
-def _tested(metrics: dict[str, float]) -> list[str]:
+def _ended(summary: dict[str, Any]) -> str:
+    words = {
+        "time": "Stopped by trainer.max_time after",
+        "early_stopping": "Stopped early after",
+        "other": "Stopped after",
+    }
+    reason = summary.get("stopped_by")
+    if reason is None:
+        return f"Finished {summary['steps']:,} steps"
+    return f"{words[reason]} {summary['steps']:,} of {summary['total_steps']:,} steps"
+
+
+def sampled_of(trainer: Any) -> dict[str, dict[str, Any]]:
+    """Which splits were not measured whole: how many samples were, of how many, and what they are called."""
+    from llm_lightning.callbacks.responses import Responses
+
+    sampled: dict[str, dict[str, Any]] = trainer.datamodule.sampled(trainer)
+    answered = next((c.answered for c in trainer.callbacks if isinstance(c, Responses)), None)
+    if answered is not None and answered[0] < answered[1]:
+        sampled["answers"] = {"measured": answered[0], "of": answered[1], "what": "records"}
+    return sampled
+
+
+def _sample_note(summary: dict[str, Any], split: str) -> str:
+    facts = summary.get("sampled", {}).get(split)
+    if facts is None:
+        return ""
+    if split == "answers":
+        return f" ({facts['measured']:,} of {facts['of']:,} test {facts['what']}, the first that fit)"
+    return f" ({sample_words(split, facts)}, a fixed sample)"
+
+
+def sample_words(split: str, facts: dict[str, Any]) -> str:
+    """`16 of 92 test texts`."""
+    return f"{facts['measured']:,} of {facts['of']:,} {split} {facts['what']}"
+
+
+def _tested(metrics: dict[str, float], note: str, note_of_answers: str) -> list[str]:
     """What the best checkpoint reached on the test split."""
     lines = []
     if "test/accuracy" in metrics:
         more = ", ".join(
             f"{name} {metrics[f'test/{name}']:.4f}" for name in ("f1", "auroc") if f"test/{name}" in metrics
         )
-        lines.append(f"Test accuracy of the best checkpoint {_with_interval(metrics, 'test/accuracy')}, {more}.")
+        lines.append(f"Test accuracy of the best checkpoint {_with_interval(metrics, 'test/accuracy')}, {more}{note}.")
     if "test/reward_accuracy" in metrics:
         accuracy, margin = _with_interval(metrics, "test/reward_accuracy"), metrics["test/reward_margin"]
-        lines.append(f"Test reward accuracy of the best checkpoint {accuracy}, margin {margin:.4f}.")
+        lines.append(f"Test reward accuracy of the best checkpoint {accuracy}, margin {margin:.4f}{note}.")
     if "test/perplexity" in metrics:
         perplexity = f"perplexity {metrics['test/perplexity']:.4f}"
-        lines.append(f"Test loss of the best checkpoint {metrics['test/loss']:.4f}, {perplexity}.")
+        lines.append(f"Test loss of the best checkpoint {metrics['test/loss']:.4f}, {perplexity}{note}.")
     if "test/exact_match" in metrics:
         frequent = metrics["test/exact_match_of_most_frequent"]
         lines.append(
             f"Exact match of its answers {_with_interval(metrics, 'test/exact_match')}; "
-            f"the most frequent answer alone has {frequent:.4f}."
+            f"the most frequent answer alone has {frequent:.4f}{note_of_answers}."
         )
     return lines
 

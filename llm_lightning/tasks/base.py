@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.order import limited
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
@@ -92,6 +93,7 @@ class TaskModule(L.LightningModule):
         self.last_lr = math.nan
         self.total_steps = 0
         self.is_sharded = False
+        self._must_stop = False
         self._window: list[tuple[StepOutput, int, tuple[int, ...]]] = []
         self._step_means: dict[str, float] = {}
         self._earlier_metrics: dict[str, float] = {}
@@ -106,6 +108,10 @@ class TaskModule(L.LightningModule):
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of a whole evaluation, from the means and all `StepOutput.outputs` of it. Tasks may override."""
         return means
+
+    def metric_names(self) -> tuple[str, ...]:
+        """What `eval_metrics` returns, known before training: these can be monitored. Tasks extend."""
+        return ("loss",)
 
     @classmethod
     def options_from(cls, datamodule: Any) -> dict[str, Any]:
@@ -165,8 +171,12 @@ class TaskModule(L.LightningModule):
         self._window.clear()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._window:  # the update is still to come
+        if self._window:  # the update is still to come, and a stop before it would lose these gradients
+            self._must_stop |= self.trainer.should_stop
+            self.trainer.should_stop = False
             return
+        self.trainer.should_stop |= self._must_stop
+        self._must_stop = False
         # Lightning would free them only after the next forward pass: 0.5 GB of 3 GB at the peak with 124M parameters.
         for parameter in self.parameters():
             parameter.grad = None
@@ -396,11 +406,7 @@ class TaskModule(L.LightningModule):
 
 def batches_per_epoch(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     """Micro-batches of one epoch and process, within the trainer's limit."""
-    batches = datamodule.batches_per_epoch(trainer.world_size)
-    limit = trainer.limit_train_batches
-    if limit is None:
-        return batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return limited(datamodule.batches_per_epoch(trainer.world_size), trainer.limit_train_batches)
 
 
 def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:

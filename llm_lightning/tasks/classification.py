@@ -246,6 +246,9 @@ class ClassificationModule(TaskModule):
 
     # --- a whole evaluation ----------------------------------------------------------------------------------------
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "accuracy", "accuracy_low", "accuracy_high", "precision", "recall", "f1", "auroc")
+
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         logits, labels = outputs["logits"], outputs["labels"]
         if stage == "val" and self.tune_threshold:

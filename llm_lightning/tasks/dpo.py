@@ -275,6 +275,12 @@ class DPOModule(TaskModule):
 
     # --- the whole -------------------------------------------------------------------------------------------------
 
+    def metric_names(self) -> tuple[str, ...]:
+        rewards = ("reward_accuracy", "reward_margin", "reward_accuracy_low", "reward_accuracy_high", "chosen_reward")
+        rest = ("rejected_reward", "chosen_log_prob", "rejected_log_prob", "chosen_log_ratio", "log_ratio_per_token")
+        kl = () if self.reference_kind in ("cached", "none") else ("kl_per_token",)
+        return ("loss", *rewards, *rest, *kl, "margin_length_correlation")
+
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         margin, longer = outputs["margin"].double(), outputs["longer_by"].double()
         low, high = wilson_interval(round(means["reward_accuracy"] * len(margin)), len(margin))

@@ -22,6 +22,9 @@ class PretrainingModule(TaskModule):
         hidden = self.model.hidden_states(batch.input_ids)  # (B, T, C)
         return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), batch.labels), batch.n_targets)
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "perplexity", "bits_per_byte")
+
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps
         metrics = {**means, "perplexity": math.exp(min(means["loss"], 700))}

@@ -32,6 +32,9 @@ class SFTModule(TaskModule):
         if any(dropouts) or (self.lora and self.lora.dropout):
             datamodule.choose_layout(share_prefix=False)
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "perplexity")
+
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps
         return {**means, "perplexity": math.exp(min(means["loss"], 700))}

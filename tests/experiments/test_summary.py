@@ -88,6 +88,16 @@ def test_closing_lines_say_what_where_and_what_next(
     for parent, command in (("start.ckpt", "compare start.ckpt "), (None, "respond ")):
         of_dpo = {"task": "dpo", "item": "token", "lineage": {"parent_name": parent}}
         assert closing_lines(fixed | of_dpo, tmp_path)[-1].startswith(f"Next: llm-lightning {command}")
+    assert closing_lines(fixed | {"checkpoint": None}, tmp_path)[-1].startswith("Run folder: ")
+    for answers, command in ((False, "respond "), (True, "judge ")):  # what it answered is not answered again
+        if answers:
+            (tmp_path / "responses.json").touch()
+        assert closing_lines(fixed | {"task": "sft"}, tmp_path)[-1].startswith(f"Next: llm-lightning {command}")
+    for reason, said in (
+        ("time", "Stopped by trainer.max_time after 5 of 12 steps"),
+        ("other", "Stopped after 5 of 12"),
+    ):
+        assert closing_lines(fixed | {"steps": 5, "stopped_by": reason}, tmp_path)[0].startswith(said)
 
 
 @pytest.mark.parametrize(

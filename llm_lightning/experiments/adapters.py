@@ -1,0 +1,105 @@
+"""What a run with adapters knows of the weights under them, and the adapter alone that it leaves.
+
+An adapter belongs to the weights that it was trained on, which its file names by their digest, `lineage.base`. A run
+that continues has other weights in hand: its own checkpoint's, adapters merged. So the digest is taken once, at the
+start of the run, and then passed on from checkpoint to checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.checkpoint import LoadedModel
+from llm_lightning.experiments.run_folder import RunFolder, is_main_process
+from llm_lightning.models.classifier import Classifier
+from llm_lightning.models.gpt import GPT
+from llm_lightning.tasks.base import TaskModule
+
+ADAPTER = "adapter.ckpt"
+EXACT = ("32-true", "64-true", "16-mixed")
+"""Precisions in which a checkpoint holds frozen weights as they came; in others they are rounded."""
+
+log = logging.getLogger(__name__)
+
+
+def adapter_lineage(model: GPT | Classifier, parent: LoadedModel) -> dict[str, Any]:
+    """What a checkpoint says of the weights under its adapters: their digest, and that of the file they came from."""
+    return {"base": checkpoints.base_digest(model), "base_of": parent.header["digest"]}
+
+
+def continued_lineage(header: Mapping[str, Any], own: LoadedModel | None) -> dict[str, Any]:
+    """The lineage in the header of a run's own checkpoint, with the base that its adapters really have.
+
+    Earlier versions took the run's own weights for the base whenever it continued, and did not write `base_of`.
+
+    Args:
+        header: of the checkpoint that the run continues from.
+        own: that checkpoint, its adapters not merged; None if the run began with random weights.
+    """
+    lineage = dict(header["lineage"])
+    lineage.setdefault("base", None)
+    if own is None or not header.get("lora") or lineage.get("base_of") is not None:
+        return lineage
+    frozen = checkpoints.base_digest(own.model)
+    if header["config"]["trainer"]["precision"] in EXACT:
+        lineage["base"] = frozen
+    elif frozen != lineage["base"]:
+        lineage["base"] = _digest_of_parent(header) or lineage["base"]
+    return lineage | {"base_of": lineage["parent"]}
+
+
+def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
+    """The digest of the weights that the run began with; None, with a warning, if they are not there any more."""
+    lineage = header["lineage"]
+    try:
+        parent = checkpoints.load_model(lineage["parent_name"])
+        if parent.header["digest"] != lineage["parent"]:
+            raise ValueError("they have changed since")
+    except (OSError, ValueError) as error:
+        log.warning(
+            "The adapter of this run may be refused: its checkpoint is of an earlier version, and the weights of %s, "
+            "which it belongs to, cannot be read (%s)",
+            lineage["parent_name"],
+            error,
+        )
+        return None
+    return checkpoints.digest_under(dict(header), checkpoints.merged_trunk(parent.model))
+
+
+def refuse_lost_adapters(cfg: DictConfig, module: TaskModule) -> None:
+    """Refuse to train adapters that no checkpoint would keep.
+
+    Raises:
+        ValueError: if `callbacks.checkpoints` is null beside adapters on given weights.
+    """
+    kept = cfg.callbacks.get("checkpoints") is not None or cfg.trainer.fast_dev_run
+    if module.lora is not None and module.header["lineage"]["base"] is not None and not kept:
+        raise ValueError(
+            "callbacks.checkpoints=null keeps nothing of the adapters that lora trains; leave it out, or set lora=none"
+        )
+
+
+def write_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:
+    """Write `adapter.ckpt`, the best adapter alone, if the run has adapters for known weights."""
+    source = checkpoints.resolve(run.path)
+    if lineage["base"] is not None and source is not None:
+        checkpoints.save_adapter(source, run.checkpoints / ADAPTER, lineage)
+
+
+def mend_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:
+    """Write the adapter of a finished run again if an earlier version left one for other weights, or it is damaged."""
+    target = run.checkpoints / ADAPTER
+    if lineage["base"] is None or not target.is_file() or not is_main_process():
+        return
+    try:
+        is_right = checkpoints.read_header(target)["base"] == lineage["base"]
+    except (checkpoints.CheckpointError, KeyError):
+        is_right = False
+    if not is_right:
+        write_adapter(run, lineage)
+        log.info("%s could not be loaded, and is written again", target)
