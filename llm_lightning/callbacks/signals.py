@@ -95,8 +95,12 @@ class Signals(L.Callback):
 
     def _stop_if_told(self, trainer: L.Trainer, *, save: bool = False) -> None:
         signum = self._agreed(trainer)
-        if signum is not None:
-            raise Interrupted(signum, _last(trainer, save=save))
+        if signum is None:
+            return
+        saved = _last(trainer, save=save)
+        # Lightning kills the first process at the sight of another that has ended with a code of its own.
+        getattr(trainer.strategy.launcher, "procs", []).clear()
+        raise Interrupted(signum, saved)
 
     def _agreed(self, trainer: L.Trainer) -> int | None:
         if trainer.world_size == 1:

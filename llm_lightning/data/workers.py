@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import resource_tracker
@@ -57,7 +58,7 @@ def begin(worker: int, *, parent: int | None) -> None:
     """Ignore the signals that the run itself answers, and end with the process `parent`."""
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
-    if parent is not None:
+    if parent is not None and sys.platform == "linux":  # elsewhere PyTorch's worker looks for it every 5 seconds
         signal_at_death_of(parent, signal.SIGKILL)
 
 

@@ -158,7 +158,13 @@ def check_overrides(argv: Sequence[str], config_dir: Path) -> DictConfig:
     arguments, dirs = _arguments_and_dirs(argv, config_dir)
     overrides = [_parse_override(text) for text in arguments.overrides]
     first, *_ = [_check_job(job, dirs) for job in _jobs(overrides, dirs, multirun=arguments.multirun)]
-    return first
+    if arguments.multirun or first.hydra.mode == RunMode.MULTIRUN:
+        in_files = [
+            _parse_override(f"{key}={values}") for key, values in (first.hydra.sweeper.get("params") or {}).items()
+        ]
+        for job in _jobs([*in_files, *overrides], dirs, multirun=True) if in_files else []:
+            _check_job(job, dirs)
+    return _ours(first)
 
 
 def asks_for_many(argv: Sequence[str], config_dir: Path) -> bool:
@@ -336,6 +342,7 @@ def _values(override: Override, dirs: ConfigDirs) -> list[Override]:
 
 
 def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
+    """The checked config of one run, Hydra's own part included."""
     groups = dirs.groups()
     for override in overrides:
         _check_override(override, groups, dirs)
@@ -357,7 +364,7 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
     _check_values(config, known)
     check_targets(config, allow)
     _check_hydra_targets(_plain(full.hydra, resolve=False))
-    return config
+    return full
 
 
 def _check_override(override: Override, groups: Sequence[str], dirs: ConfigDirs) -> None:

@@ -34,7 +34,7 @@ def end_with_parent() -> None:
     may wait for it for ever.
     """
     parent = os.environ.pop(PARENT, None)  # it is not the parent of what this process starts
-    if parent is not None:
+    if parent is not None and parent.isdigit():
         if not signal_at_death_of(int(parent), signal.SIGTERM):
             _when_gone(int(parent), lambda: os.kill(os.getpid(), signal.SIGTERM))
     elif os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import ROOT, assert_same, write_corpus
+from tiny_run import ROOT, assert_same, living, write_corpus
 
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.classification import ClassificationDataModule
@@ -44,22 +44,6 @@ if __name__ == "__main__":
 """
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def has_ended(pid: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while is_running(pid):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_survive_signals_to_the_group_and_end_with_the_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
@@ -80,7 +64,10 @@ def test_workers_survive_signals_to_the_group_and_end_with_the_process(tmp_path:
             process.kill()
         out, err = process.communicate("\n", timeout=60)
         assert (process.returncode, out, err) == ((-9, "", "") if is_killed else (0, "780 False\n", ""))
-        assert all(has_ended(worker, 2) for worker in workers), is_killed
+        deadline = time.monotonic() + 2
+        while living(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not living(process.pid), is_killed
 
 
 def modules(folder: Path) -> dict[str, BaseDataModule]:

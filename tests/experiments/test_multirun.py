@@ -61,6 +61,15 @@ def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
 
 
+def test_what_such_a_file_sweeps_over_is_checked_first(words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine" / "experiment" / "search.yaml"
+    file.write_text(EXPERIMENT.replace("optimizer.lr:", "optimizer.lrr:"))
+    outcome = train_here([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"])
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?" in outcome.err
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_such_a_file_is_no_stage_of_a_pipeline(words: list[str], tmp_path: Path) -> None:
     stages = tmp_path / "mine" / "pipeline"
     stages.mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import ROOT
+from tiny_run import ROOT, living
 
 # A run in small: it counts the signals it gets, "saves", and ends with 128 + the first.
 CHILD = """
@@ -20,6 +20,10 @@ from llm_lightning.experiments import processes
 got = []
 for name in sys.argv[2].split(","):
     signal.signal(getattr(signal, name), lambda signum, _: got.append(signum))
+if "later rank" in sys.argv[1]:
+    del os.environ[processes.PARENT]
+    os.environ["LOCAL_RANK"] = "1"
+    processes.LATER_RANK_SECONDS = 0.1
 if "without prctl" in sys.argv[1]:
     processes.signal_at_death_of = lambda *_: False
 processes.end_with_parent()
@@ -115,8 +119,18 @@ def test_a_child_outlives_no_parent_that_is_killed(tmp_path: Path, words: str) -
     process, child = start(tmp_path / "run", words)
     process.kill()
     assert saved(tmp_path / "run") == [signal.SIGTERM]
-    assert wait_until(lambda: not Path(f"/proc/{child}").exists()) or sys.platform != "linux"
+    assert wait_until(lambda: not living(process.pid))
     process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_later_process_of_distributed_training_ends_some_time_after_the_first(tmp_path: Path) -> None:
+    process, child = start(tmp_path / "run", "later rank")
+    assert Path(f"/proc/{child}").exists()
+    process.kill()
+    process.communicate()
+    assert wait_until(lambda: child not in living(process.pid))
+    assert not (tmp_path / "run" / "saved").exists()
 
 
 def test_a_parent_that_is_gone_before_it_is_looked_at(tmp_path: Path) -> None:
