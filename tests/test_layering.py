@@ -22,6 +22,7 @@ LEVELS = [
     ("llm_lightning.atomic", 0),
     ("llm_lightning.generation", 1),
     ("llm_lightning.checkpoint", 1),
+    ("llm_lightning.checkpoint_checks", 1),
     ("llm_lightning.pretrained", 1),
     ("llm_lightning.peft_format", 1),
     ("llm_lightning.hf_export", 1),

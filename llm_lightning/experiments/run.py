@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
-from llm_lightning.callbacks.exact_resume import ExactResume
+from llm_lightning.callbacks.exact_resume import ExactResume, refusing_damage
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
@@ -93,7 +93,8 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     announce(trainer, datamodule, module, run)
     if cfg.compile:
         module.compile_model()
-    trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+    with refusing_damage(run.checkpoint):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
     seconds = throughput.wall_seconds if throughput else time.monotonic() - started
     if datamodule.test_samples:

@@ -317,6 +317,8 @@ class TaskModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":  # the best weights are tested, the run's own counts stand
             return
+        if not self.is_sharded:
+            checkpoints.check_fits(str(self.trainer.ckpt_path), checkpoint, self, self.model)
         self._earlier_metrics = dict(checkpoint[checkpoints.HEADER]["metrics"])
         state = checkpoint["task_module"]
         self.items_seen, self._epoch_sums = state["items_seen"], state["epoch_sums"]
