@@ -75,6 +75,7 @@ def _dict_of(check: Check) -> Check:
     )
 
 
+_ONE: Check = (lambda value: isinstance(value, list) and [type(v) for v in value] == [dict], "a list of one dict")
 _NEEDED: dict[str, Check] = {"task": _TEXT, "model": _DICT, "tokenizer": _DICT}
 _OPTIONAL: dict[str, Check] = {
     "step": _COUNT,
@@ -104,8 +105,8 @@ _RESUMED: dict[str, Check] = {
     "global_step": _COUNT,
     "loops": _DICT,
     "callbacks": _DICT,
-    "optimizer_states": _list_of(_DICT),
-    "lr_schedulers": _list_of(_DICT),
+    "optimizer_states": _ONE,
+    "lr_schedulers": _ONE,
     "position": _DICT,
     "stopped_of": _or_none(_COUNT),
     "rng": _list_of(_DICT),

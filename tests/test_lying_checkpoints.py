@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 from test_checkpoint import with_digest
-from tiny_run import SETTINGS, train_here, write_corpus
 
 from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks.checkpoints import Checkpoints
+from llm_lightning.callbacks.exact_resume import refusing_damage
 from llm_lightning.checkpoint import HEADER, CheckpointError
 from llm_lightning.cli.main import main
 from llm_lightning.models.classifier import Classifier
@@ -295,9 +296,10 @@ def test_what_a_forger_may_write_is_refused_at_once(tmp_path: Path, capsys: pyte
         checkpoints.load_model(written(tmp_path / "honest.ckpt", honest(kind)))
         checkpoints.examine(tmp_path / "honest.ckpt")
     checkpoints.examine(written(tmp_path / "honest.ckpt", honest("adapter")))
-    wrong, number = [], 0
+    wrong, names = [], []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number, (name, path) in enumerate(liars(tmp_path), start=1):
+    for name, path in liars(tmp_path):
+        names.append(name)
         began = time.process_time()
         try:
             checkpoints.load_model(path)
@@ -318,7 +320,7 @@ def test_what_a_forger_may_write_is_refused_at_once(tmp_path: Path, capsys: pyte
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
     capsys.readouterr()
     assert not wrong, "\n".join(wrong)
-    assert number > 120
+    assert len(names) > 120
     assert grown < MEGABYTES
 
 
@@ -328,3 +330,85 @@ LATE = {
     "merges that are none": "the tokenizer is built where it is needed",
     "a base of no name": "may be given with --base",
 }
+
+
+# --- what a run continues from -----------------------------------------------------------------------------------
+
+FIT = "/loops/fit_loop"
+RESUMED = {
+    "no loops": at("/loops", ...),
+    "loops a list": at("/loops", []),
+    "a loop's counter in words": at(f"{FIT}/epoch_progress/current/completed", "one"),
+    "a loop's counter negative": at(f"{FIT}/epoch_progress/current/completed", -1),
+    "a loop without counters": at(f"{FIT}/epoch_loop.batch_progress", {"total": 3}),
+    "a loop a number": at(FIT, 3),
+    "no fit loop": at(FIT, ...),
+    "other updates than the header says": at("/global_step", 7),
+    "other updates than the loops made": lambda state: [at("/global_step", 7)(state), at("step", 7)(state)],
+    "position null": at("/position", None),
+    "position negative": at("/position/batches_done", -1),
+    "position in words": at("/position/epoch", "last"),
+    "stopped_of a text": at("/stopped_of", "here"),
+    "no generators": at("/rng", ...),
+    "generators of two processes": at("/rng", lambda states: states * 2),
+    "short words of Python's generator": lambda state: state["rng"][0]["python"].update(words=torch.zeros(3).long()),
+    "a short state of torch's generator": lambda state: state["rng"][0].update(torch=torch.zeros(8).byte()),
+    "a generator of another kind": lambda state: state["rng"][0]["numpy"].update(kind="PCG64"),
+    "a generator's index": lambda state: state["rng"][0]["numpy"].update(index=10**9),
+    "sums in words": at("/task_module/epoch_sums", {"loss": "high"}),
+    "sums of one number": at("/task_module/epoch_sums", {"loss": [1.0]}),
+    "items_seen null": at("/task_module/items_seen", None),
+    "no metrics": at("metrics", ...),
+    "the best value in words": at("/callbacks/Checkpoints/best_value", "low"),
+    "a callback's state a list": at("/callbacks/Checkpoints", [1]),
+    "no optimizer": at("/optimizer_states", []),
+    "an optimizer a list": at("/optimizer_states", [[]]),
+    "a moment of another shape": lambda state: moments(state).update(exp_avg=torch.ones(3)),
+    "a moment missing": lambda state: moments(state).pop("exp_avg_sq"),
+    "a moment on the meta device": lambda state: moments(state).update(exp_avg=moments(state)["exp_avg"].to("meta")),
+    "other parameters": lambda state: group(state)["param_names"].reverse() or group(state)["param_names"].pop(),
+    "a rate in words": lambda state: group(state).update(lr="fast"),
+    "betas a number": lambda state: group(state).update(betas=0.9),
+    "a schedule's method": lambda state: state["lr_schedulers"][0].update(step=5),
+    "a schedule's epoch in words": lambda state: state["lr_schedulers"][0].update(last_epoch="3"),
+    "no schedule": at("/lr_schedulers", []),
+    "a weight of another shape": at("/state_dict/model.final_norm.weight", torch.ones(17)),
+    "an unknown tensor": at("/state_dict/reference.final_norm.weight", torch.ones(16)),
+    "weights with nan": at("/state_dict/model.final_norm.weight", with_nan),
+}
+
+
+def moments(state: State) -> Any:
+    return state["optimizer_states"][0]["state"][0]
+
+
+def group(state: State) -> Any:
+    return state["optimizer_states"][0]["param_groups"][0]
+
+
+def test_a_run_does_not_continue_from_what_is_not_its_state(
+    tmp_path: Path, make_trainer: Any, make_module: Any, make_data: Any
+) -> None:
+    make_trainer(tmp_path, max_steps=3).fit(make_module(), datamodule=make_data(batch_size=4))
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    content, wrong = path.read_bytes(), []
+
+    def resume() -> None:
+        trainer = make_trainer(tmp_path / "again", callbacks=[Checkpoints(every_n_steps=9)], max_steps=5)
+        with refusing_damage(path):
+            trainer.fit(make_module(), datamodule=make_data(batch_size=4), ckpt_path=path, weights_only=True)
+
+    resume()
+    for name, lie in RESUMED.items():
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        lie(state)
+        written(path, state)
+        try:
+            resume()
+            wrong.append(f"{name}: resumed")
+        except ValueError as error:
+            if "last.ckpt" not in str(error) and "cannot resume" not in str(error):
+                wrong.append(f"{name}: {error}")
+        except Exception as error:
+            wrong.append(f"{name}: {error!r:.200}")
+    assert not wrong, "\n".join(wrong)
