@@ -24,6 +24,7 @@ LEVELS = [
     ("llm_lightning.checkpoint", 1),
     ("llm_lightning.checkpoint_checks", 1),
     ("llm_lightning.pretrained", 1),
+    ("llm_lightning.export_folder", 1),
     ("llm_lightning.peft_format", 1),
     ("llm_lightning.hf_export", 1),
     ("llm_lightning.frozen_cache", 1),
