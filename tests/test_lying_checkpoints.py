@@ -291,11 +291,28 @@ def liars(folder: Path) -> Iterator[tuple[str, Path]]:
     yield "no archive", folder / "text.ckpt"
 
 
+TYPICAL = ("10**9 layers", "layers in words", "format null", "a sparse weight", "a compressed archive", "alpha null")
+VERBS = (
+    ["generate", "FILE", "a"],
+    ["lineage", "FILE"],
+    ["export", "FILE", "FOLDER/export"],
+    ["evaluate", "FILE", "--text", "FOLDER/a.txt"],
+)
+LATE = {
+    "a tokenizer with too many tokens": "the tokenizer is built where it is needed",
+    "an unknown tokenizer": "the tokenizer is built where it is needed",
+    "words that are none": "the tokenizer is built where it is needed",
+    "merges that are none": "the tokenizer is built where it is needed",
+    "a base of no name": "may be given with --base",
+}
+
+
 def test_what_a_forger_may_write_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("plain", "classifier", "lora"):  # or everything below would be refused for another reason
         checkpoints.load_model(written(tmp_path / "honest.ckpt", honest(kind)))
         checkpoints.examine(tmp_path / "honest.ckpt")
     checkpoints.examine(written(tmp_path / "honest.ckpt", honest("adapter")))
+    (tmp_path / "a.txt").write_text("to be or not to be")
     wrong, names = [], []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, path in liars(tmp_path):
@@ -314,22 +331,17 @@ def test_what_a_forger_may_write_is_refused_at_once(tmp_path: Path, capsys: pyte
             wrong.append(f"{name}: {error!r:.200}")
         if time.process_time() - began > SECONDS:
             wrong.append(f"{name}: {time.process_time() - began:.1f} s")
-        if main(["inspect", str(path)]) != 2 and name not in ("a tokenizer with too many tokens", *LATE):
+        if main(["inspect", str(path)]) != 2 and name not in LATE:
             wrong.append(f"{name}: inspected")
+        for verb in VERBS if name in TYPICAL else ():
+            if main([word.replace("FILE", str(path)).replace("FOLDER", str(tmp_path)) for word in verb]) != 2:
+                wrong.append(f"{name}: {verb[0]}")
         path.unlink()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
     capsys.readouterr()
     assert not wrong, "\n".join(wrong)
     assert len(names) > 120
     assert grown < MEGABYTES
-
-
-LATE = {
-    "an unknown tokenizer": "the tokenizer is built where it is needed",
-    "words that are none": "the tokenizer is built where it is needed",
-    "merges that are none": "the tokenizer is built where it is needed",
-    "a base of no name": "may be given with --base",
-}
 
 
 # --- what a run continues from -----------------------------------------------------------------------------------

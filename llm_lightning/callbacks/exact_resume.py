@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 
-from llm_lightning.checkpoint import CheckpointError
+from llm_lightning.checkpoint import HEADER, CheckpointError
 
 
 class ExactResume(L.Callback):
@@ -53,6 +53,9 @@ class ExactResume(L.Callback):
         self._rng = states[trainer.global_rank]
         self._stopped_of = checkpoint["stopped_of"]
         self._step = checkpoint["global_step"]
+        for logger in trainer.loggers:
+            if trainer.state.fn == "fit" and hasattr(logger, "expect"):
+                logger.expect(checkpoint[HEADER].get("rows"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         made = trainer.global_step

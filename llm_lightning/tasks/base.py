@@ -310,6 +310,7 @@ class TaskModule(L.LightningModule):
             metrics=self.latest_metrics(),
             **{f"{self.item}s_seen": self.items_seen},
             **self.describe_model(),
+            **self._covered_rows(),
             **self.header,
         )
         checkpoint["task_module"] = {"items_seen": self.items_seen, "epoch_sums": self._epoch_sums}
@@ -340,6 +341,11 @@ class TaskModule(L.LightningModule):
         return self._earlier_metrics | {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     # --- details ---------------------------------------------------------------------------------------------------
+
+    def _covered_rows(self) -> dict[str, Any]:
+        """What the metrics file holds up to here, for a start that continues; nothing where there is no such file."""
+        found = [logger.covered(self.global_step) for logger in self.trainer.loggers if hasattr(logger, "covered")]
+        return {"rows": found[0]} if found and found[0] is not None else {}  # None: not the first process
 
     def _fused(self) -> bool:
         setting = self.optimizer_config.fused
