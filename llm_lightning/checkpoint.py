@@ -15,12 +15,14 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from llm_lightning import checkpoint_checks as checks
+from llm_lightning.checkpoint_checks import HEADER
 from llm_lightning.frozen_cache import weights_digest
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
@@ -38,7 +40,6 @@ from llm_lightning.places import parent_names
 from llm_lightning.tokenizers import Tokenizer, from_description
 
 FORMAT_VERSION = 1
-HEADER = "llm_lightning"
 _MARK = b"llm-lightning checkpoint sha256:"
 _COMMENT_LENGTH = len(_MARK) + 64
 _REMEDY = "use another checkpoint of the run, or train again"
@@ -114,24 +115,89 @@ def load(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
     Raises:
         CheckpointError: if it is corrupt, foreign, or of a newer format.
     """
-    digest = verify(path)
-    try:
-        state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-        version = state[HEADER]["format"]
-        state[HEADER]["digest"] = digest
-    except Exception as error:  # whatever a forged archive makes the unpickler raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be loaded safely ({reason}); {_REMEDY}") from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}; update llm-lightning"
-        )
+    path, digest = Path(path), verify(path)
+    size = path.stat().st_size
+    with _refusing(path):
+        try:
+            checks.check_archive(path)
+            state = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+        except Exception as error:  # whatever a forged archive makes the unpickler raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"it cannot be loaded safely ({reason})") from error
+        checks.check_state(state, size)
+        header = state[HEADER]
+        if header["format"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {header['format']}, this version reads up to {FORMAT_VERSION}; update llm-lightning"
+            )
+        checks.check_header(header)
+        checks.check_weights(header, state.get("state_dict"), size)
+    header["digest"] = digest
     return state
+
+
+def load_to_resume(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint that a run continues from.
+
+    Raises:
+        CheckpointError: as `load`, or if weights are not finite, or what a run needs beside the weights is damaged.
+    """
+    state = load(path, map_location=map_location)
+    with _refusing(path):
+        checks.check_values(state["state_dict"], state[HEADER])
+        checks.check_resumable(state)
+    return state
+
+
+def check_fits(path: str | Path, state: Mapping[str, Any], module: torch.nn.Module, trained: torch.nn.Module) -> None:
+    """Compare a loaded checkpoint with the module that continues from it, of which `trained` is optimized.
+
+    Raises:
+        CheckpointError: if a tensor of the weights or the optimizer is missing, unknown or of another shape.
+    """
+    parameters = {name: tensor for name, tensor in trained.named_parameters() if tensor.requires_grad}
+    with _refusing(path):
+        checks.check_fits(state, module.state_dict(), parameters)
+
+
+@contextlib.contextmanager
+def _refusing(path: str | Path) -> Iterator[None]:
+    """Put the file before a complaint about what is in it, and the remedy behind it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}; {_REMEDY}") from error
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself: task, step, model, tokenizer, config, lineage."""
     return load(path, mmap=True)[HEADER]
+
+
+def read_run_header(path: str | Path) -> dict[str, Any]:
+    """`read_header` of a checkpoint that a run continues from.
+
+    Raises:
+        CheckpointError: as `load`, or if it does not say what the run was: step, settings, data.
+    """
+    header = read_header(path)
+    with _refusing(path):
+        checks.check_run(header)
+    return header
+
+
+def examine(path: str | Path) -> tuple[dict[str, Any], int]:
+    """The header of a checkpoint all of whose values were looked at, and the model's number of parameters.
+
+    Raises:
+        CheckpointError: as `load`, or if weights are not finite.
+    """
+    state = load(path, mmap=True)
+    with _refusing(path):
+        checks.check_values(state["state_dict"], state[HEADER])
+    return state[HEADER], checks.n_parameters(state[HEADER], state["state_dict"])
 
 
 def newest_valid(folder: str | Path) -> Path | None:
@@ -230,32 +296,50 @@ def load_model(
         FileNotFoundError: if there is nothing at the path.
         CheckpointError, ValueError: if what is there is damaged or not a GPT, or an adapter is for another model.
     """
+    loaded = _load_model(name_or_path, base, adapters or {}, ())
+    return replace(loaded, model=loaded.model.to(device=device, dtype=dtype).eval())
+
+
+def _load_model(
+    name_or_path: str | Path, base: str | Path | None, adapters: Mapping[str, str | Path], above: tuple[str, ...]
+) -> LoadedModel:
+    """`load_model`; `above`: the adapters whose base this is, by their real paths."""
+    above = _with(above, name_or_path)
     if is_peft_folder(name_or_path):
-        found = load_model(base or base_name_of(name_or_path), adapters={"default": name_or_path})
-        return LoadedModel(found.model.to(device=device, dtype=dtype), found.tokenizer, found.header)
+        return _load_model(base or base_name_of(name_or_path), None, {"default": name_or_path} | dict(adapters), above)
     path = resolve(name_or_path)
     if path is None:
         header, state, tokenizer = _from_pretrained(str(name_or_path))
     else:
         checkpoint = load(path, mmap=True)
         header = checkpoint[HEADER]
-        try:
+        with _refusing(path):
             tokenizer = from_description(header["tokenizer"])
-            tensors = checkpoint["state_dict"].items()
-            state = {name.removeprefix("model."): tensor for name, tensor in tensors if _is_of_model(name)}
-            if "base" in header:
-                state |= _base_state(path, header, base)
-            elif base is not None:
-                raise ValueError(f"{path} is no adapter, so it needs no base; leave base= out")
-            described_model(header)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} does not hold what a model needs ({error!r}); {_REMEDY}") from error
+            if tokenizer.vocab_size > header["model"]["vocab_size"]:
+                raise ValueError(
+                    f"its tokenizer has {tokenizer.vocab_size} tokens, but "
+                    f"{HEADER}.model.vocab_size={header['model']['vocab_size']}"
+                )
+            checks.check_values(checkpoint["state_dict"], header)
+        state = checks.of_model(checkpoint["state_dict"])
+        if "base" in header:
+            state |= _base_state(path, header, base, above)
+        elif base is not None:
+            raise ValueError(f"{path} is no adapter, so it needs no base; leave base= out")
     model = build_model(header, state)
-    for name, adapter in (adapters or {}).items():
+    for name, adapter in adapters.items():
         header = header | {"lora": _add_adapter(model, adapter, name)}
     if adapters:
         use_adapter(model, next(iter(adapters)))
-    return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer, header, path)
+    return LoadedModel(model, tokenizer, header, path)
+
+
+def _with(above: tuple[str, ...], name_or_path: str | Path) -> tuple[str, ...]:
+    """`above` and this one, which must not be its own base."""
+    place = os.path.realpath(resolve(name_or_path) or name_or_path)
+    if place in above:
+        raise CheckpointError(f"{name_or_path} names itself as the weights under its adapter; say which with base=")
+    return (*above, place)
 
 
 def resolve(name_or_path: str | Path) -> Path | None:
@@ -319,25 +403,33 @@ def digest_under(header: dict[str, Any], trunk: GPT) -> str:
     return _digest_of(_cut_like(header, trunk))
 
 
-def _place_of_base(path: Path, header: dict[str, Any]) -> str:
+def _place_of_base(path: Path, header: dict[str, Any], above: tuple[str, ...]) -> str:
     """Where the weights under an adapter are: where they were in training, or where they went with its folder."""
     names = parent_names(header, path)
+    if not names:
+        raise CheckpointError(
+            f"{path} is an adapter and does not name the weights that it is for; say where with base="
+        )
     for name in names[:-1]:
         with contextlib.suppress(OSError, ValueError):
-            if digest_under(header, merged_trunk(load_model(name).model)) == header["base"]:
+            if digest_under(header, merged_trunk(_load_model(name, None, {}, above).model)) == header["base"]:
                 return name
     return names[-1]
 
 
-def _base_state(path: Path, header: dict[str, Any], base: str | Path | None) -> dict[str, torch.Tensor]:
+def _base_state(
+    path: Path, header: dict[str, Any], base: str | Path | None, above: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     """The weights that the adapter at `path` belongs to, by the names they have in its model."""
-    name = base or _place_of_base(path, header)
+    name = base or _place_of_base(path, header, above)
     try:
-        trunk = merged_trunk(load_model(name).model)
+        trunk = merged_trunk(_load_model(name, None, {}, above).model)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is an adapter for the weights of {name}, which are not there ({error}); say where with base="
         ) from error
+    with _refusing(path):
+        checks.check_base(header, trunk.config)
     state = _cut_like(header, trunk)
     if header["model"]["tied_head"]:
         state["lm_head.weight"] = state["token_embedding.weight"]
@@ -354,14 +446,17 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
         config, state = import_peft(source)
     else:
         path = resolve(source)
-        checkpoint = load(path) if path is not None else {HEADER: {}}
+        checkpoint = load(path) if path is not None else {HEADER: {}, "state_dict": {}}
         header = checkpoint[HEADER]
         if not header.get("lora") or "classifier" in header:
             what = "a classifier's: give it alone, and its base with --base" if header.get("lora") else "none"
             raise ValueError(f"{source} should be an adapter for a GPT, but is {what}")
-        _refuse_other_base(source, header["lineage"]["base"], _cut_like(header, model))
+        with _refusing(source):
+            checks.check_values(checkpoint["state_dict"], header)
+            checks.check_base(header, model.config)
+        _refuse_other_base(source, header.get("lineage", {}).get("base"), _cut_like(header, model))
         config = LoRAConfig(**header["lora"])
-        ours = {key.removeprefix("model."): tensor for key, tensor in checkpoint["state_dict"].items()}
+        ours = checks.of_model(checkpoint["state_dict"])
         state = {key.removesuffix(".default"): tensor for key, tensor in ours.items() if "lora_" in key}
     if name in adapter_names(model):
         raise ValueError(f"the model has an adapter named {name!r} already; merge it first, with llm-lightning export")
@@ -379,7 +474,11 @@ def _cut_like(header: dict[str, Any], trunk: GPT) -> dict[str, torch.Tensor]:
     return state
 
 
-def _refuse_other_base(adapter: str | Path, expected: str, state: dict[str, torch.Tensor]) -> None:
+def _refuse_other_base(adapter: str | Path, expected: str | None, state: dict[str, torch.Tensor]) -> None:
+    if expected is None:
+        raise CheckpointError(
+            f"{adapter} was trained together with its own weights, from none that are stored elsewhere; load it alone"
+        )
     found = _digest_of(state)
     if found != expected:
         raise CheckpointError(
@@ -403,13 +502,8 @@ def save_adapter(source: str | Path, target: str | Path, lineage: Mapping[str, A
     return save(target, {HEADER: header, "state_dict": small})
 
 
-def _is_of_model(name: str) -> bool:
-    """Whether a tensor belongs to the model itself, and not to a reference that it was trained against."""
-    return name.startswith("model.") and ("lora_" not in name or name.endswith(".default"))
-
-
 def _is_of_adapter(name: str) -> bool:
-    return ("lora_" in name and _is_of_model(name)) or name.startswith(("model.head.", "model.threshold"))
+    return ("lora_" in name and checks.is_of_model(name)) or name.startswith(("model.head.", "model.threshold"))
 
 
 def merged_trunk(model: GPT | Classifier) -> GPT:

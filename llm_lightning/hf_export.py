@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_lightning.data.download import commit, sha256_of
+from llm_lightning.export_folder import (
+    NOTE,
+    REPORT,
+    check_target,
+    digests_of,
+    publishing,
+    write_json,
+    write_text,
+    write_weights,
+)
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.gpt2_weights import MOST_PADDING, config_to_hf, from_hf, to_hf
-from llm_lightning.pretrained import NOTE, WEIGHTS, Pretrained, gpt2_merges, load_pretrained
+from llm_lightning.pretrained import WEIGHTS, Pretrained, gpt2_merges, load_pretrained
 from llm_lightning.tokenizers import END_OF_TEXT, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,9 +70,10 @@ def export_hf(
         return _read_back(written, weights, cut, tokenizer)
 
     folder = Path(folder).resolve()  # "." has no name to put a temporary folder beside
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     weights = _ready(to_hf(state, cut), dtype)
-    return _publish(folder, weights, cut, {}, tokenizer, dtype, check, padding=config.vocab_size - cut.vocab_size)
+    padding = config.vocab_size - cut.vocab_size
+    return _publish(folder, weights, cut, {}, tokenizer, dtype, check, padding=padding, overwrite=overwrite)
 
 
 def export_classifier(
@@ -108,10 +115,10 @@ def export_classifier(
         return _compare_classifiers(written, model)
 
     folder = Path(folder).resolve()
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     weights = _ready(to_hf(state, config) | {"score.weight": head.weight}, dtype)
     padding = model.trunk.config.vocab_size - config.vocab_size
-    return _publish(folder, weights, config, more, tokenizer, dtype, check, padding=padding)
+    return _publish(folder, weights, config, more, tokenizer, dtype, check, padding=padding, overwrite=overwrite)
 
 
 def _ready(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -138,28 +145,15 @@ def _publish(
     check: Callable[[Path], dict[str, Any]],
     *,
     padding: int,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Write, check and put the folder in its place; `more` goes into its `config.json`."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with publishing(folder, overwrite=overwrite) as temporary:
         _write_folder(temporary, weights, config, more, tokenizer, dtype)
         report = _report(temporary, config, tokenizer, dtype, padding=padding)
         report |= check(temporary)
-        _write_json(temporary / "export_report.json", report)
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(temporary / REPORT, report)
     return report
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} is not empty; choose another folder, or allow overwriting")
-    if not (folder / NOTE).is_file():
-        raise ValueError(f"{folder} is no earlier export (it has no {NOTE}), so it is not replaced; choose another")
 
 
 def _cut_to_tokenizer(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
@@ -182,24 +176,11 @@ def _write_folder(
 ) -> None:
     eot = tokenizer.eot_id
     ends = {} if eot is None else {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    _write_json(folder / "config.json", config_to_hf(config, eot) | {"dtype": dtype} | dict(more))
-    _write_json(folder / "generation_config.json", ends)
-    _write_json(folder / NOTE, {"format": 1, "tokenizer": tokenizer.describe()})
+    write_json(folder / "config.json", config_to_hf(config, eot) | {"dtype": dtype} | dict(more))
+    write_json(folder / "generation_config.json", ends)
+    write_json(folder / NOTE, {"format": 1, "tokenizer": tokenizer.describe()})
     _write_tokenizer(folder, tokenizer, config.context_length)
-    _write_weights(folder / WEIGHTS, weights)
-
-
-def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-        path.chmod(path.with_name("config.json").stat().st_mode)  # the library writes it for its owner's eyes only
-    except SafetensorError as error:
-        needed = sum(tensor.nbytes for tensor in weights.values())
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(f"cannot write {path} ({error}): {needed:,} bytes needed, {free:,} free") from error
+    write_weights(folder / WEIGHTS, weights)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
@@ -212,9 +193,9 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) ->
     merges = gpt2_merges() if description["name"] == "gpt2" else description["merges"]
     # Ids: the 256 bytes in the order of the characters that stand for them, the merges, the end of text.
     tokens = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)}, indent=None)
-    _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
-    _write_json(
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)}, indent=None)
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "GPT2Tokenizer",
@@ -240,7 +221,7 @@ def _report(folder: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str, *
         "vocab_size": config.vocab_size,
         "tied_head": config.tied_head,
         "notes": notes,
-        "sha256": {file.name: sha256_of(file) for file in sorted(folder.iterdir())},
+        "sha256": digests_of(folder),
     }
 
 
@@ -302,22 +283,3 @@ def _compare_classifiers(folder: Path, model: Classifier) -> dict[str, Any]:
     rounded = not torch.equal(theirs.score.weight, model.head.weight.float().cpu())  # bfloat16 keeps 8 bits
     verdict = _verdict(difference / 64 if rounded else difference, largest)
     return verdict | {"max_logit_difference": difference}
-
-
-def _put_in_place(finished: Path, folder: Path) -> None:
-    for file in finished.iterdir():
-        with file.open("r+b") as flushed:
-            os.fsync(flushed.fileno())
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    commit(finished, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
-    _write_text(path, json.dumps(content, indent=indent))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

@@ -6,18 +6,31 @@ As below each other and B block-diagonal: the product is the same.
 
 from __future__ import annotations
 
-import json
+import functools
 import re
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llm_lightning.export_folder import (
+    ADAPTER,
+    REPORT,
+    Stated,
+    check_target,
+    digests_of,
+    publishing,
+    read_json,
+    write_json,
+    write_weights,
+)
 from llm_lightning.models.gpt2_weights import module_from_hf, module_to_hf
 from llm_lightning.models.lora import LoRAConfig, LoRALinear, adapter_state
+from llm_lightning.pretrained import read_safetensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # key of adapter_config.json -> values that mean what our adapters compute
     "peft_type": ("LORA",),
@@ -44,7 +57,9 @@ def base_name_of(folder: str | Path) -> str:
     Raises:
         ValueError: if the folder does not say it.
     """
-    name = str(_read_config(Path(folder)).get("base_model_name_or_path") or "")
+    name = _read_config(Path(folder)).get("base_model_name_or_path")
+    if not isinstance(name, (str, type(None))) or "\0" in (name or ""):
+        raise ValueError(f"{Path(folder) / CONFIG}: base_model_name_or_path={short(name)} must be a name or a path")
     if not name:
         raise ValueError(f"{Path(folder) / CONFIG} does not name the model that the adapter is for; say it with base=")
     size = name.removeprefix("openai-community/")
@@ -52,25 +67,31 @@ def base_name_of(folder: str | Path) -> str:
 
 
 def export_peft(
-    model: nn.Module, config: LoRAConfig, folder: str | Path, *, name: str = "default", base_name: str = ""
+    model: nn.Module,
+    config: LoRAConfig,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    base_name: str = "",
+    overwrite: bool = False,
 ) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained` puts it on transformers' GPT-2.
+
+    The folder appears only when it is complete.
 
     Args:
         model: with the adapter; the trunk of a classifier counts, its head does not.
         name: of the adapter.
         base_name: what PEFT looks for as the base model.
+        overwrite: replace an earlier export.
 
     Raises:
-        ValueError: if the folder is not empty, or the adapter stands on a classification head, which transformers
-            keeps without a bias.
+        ValueError: if the folder is not empty, a value is not finite, or the adapter stands on a classification head,
+            which transformers keeps without a bias.
         OSError: if the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; choose another folder")
+    folder = Path(folder).resolve()
+    check_target(folder, overwrite)
     layers = {path.removeprefix("trunk."): model.get_submodule(path) for path in _paths(model, name)}
     if "head" in layers:
         raise ValueError(
@@ -88,9 +109,11 @@ def export_peft(
         tensors |= {
             f"{_PREFIX}{module_to_hf(path)}.lora_{kind}.weight": m.contiguous() for kind, m in (("A", a), ("B", b))
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    _write_config(folder, config, ranks, base_name)
+    _refuse_non_finite(tensors, "the adapter")
+    with publishing(folder, overwrite=overwrite) as temporary:
+        write_weights(temporary / WEIGHTS, tensors)
+        _write_config(temporary, config, ranks, base_name)
+        write_json(temporary / REPORT, {"sha256": digests_of(temporary)})
 
 
 def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
@@ -111,44 +134,71 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     facts = _read_config(folder)
     for key, allowed in _NEUTRAL.items():
         if facts.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{folder / CONFIG}: {key}={facts[key]!r} is not supported; it must be {allowed[0]!r}")
+            raise ValueError(
+                f"{folder / CONFIG}: {key}={short(facts[key])} is not supported; it must be {allowed[0]!r}"
+            )
+    Stated(folder).digest_of(folder / WEIGHTS)
     state = {}
-    for key, tensor in _tensors(folder / WEIGHTS).items():
+    for key, tensor in read_safetensors(folder / WEIGHTS).items():
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(_PREFIX))
         if not found:
-            raise ValueError(f"{folder / WEIGHTS}: {key} is no matrix of a LoRA adapter")
-        state[f"{module_from_hf(found[1])}.lora_{found[2]}"] = tensor
-    targets = tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in state))
-    if missing := [key for key in ("r", "lora_alpha") if key not in facts]:
-        raise ValueError(f"{folder / CONFIG} has no {missing[0]}; save the adapter with PEFT's save_pretrained")
-    config = LoRAConfig(
-        rank=facts["r"],
-        alpha=facts["lora_alpha"],
-        dropout=facts.get("lora_dropout", 0.0),
-        targets=targets,
-        scaling="rslora" if facts.get("use_rslora") else "standard",
-    )
+            raise ValueError(f"{folder / WEIGHTS}: {short(key)} is no matrix of a LoRA adapter")
+        try:
+            state[f"{module_from_hf(found[1])}.lora_{found[2]}"] = tensor
+        except ValueError as error:
+            raise ValueError(f"{folder / WEIGHTS}: {error}") from None
+    _refuse_non_finite(state, str(folder / WEIGHTS))
+    config = _config_of(facts, state, folder / CONFIG)
+    _check_matrices(state, config, folder / WEIGHTS)
     return config, state
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _config_of(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> LoRAConfig:
+    """The settings in a file of PEFT's, types and ranges checked."""
+    targets = tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in state))
+    if not targets:
+        raise ValueError(f"{path.with_name(WEIGHTS)} has no adapter in it; save it again with PEFT's save_pretrained")
+    if missing := [key for key in ("r", "lora_alpha") if key not in facts]:
+        raise ValueError(f"{path} has no {missing[0]}; save the adapter with PEFT's save_pretrained")
+    if not isinstance(facts.get("use_rslora"), (bool, type(None))):
+        raise ValueError(f"{path}: use_rslora={short(facts['use_rslora'])} must be true or false")
     try:
-        facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return LoRAConfig(
+            rank=facts["r"],
+            alpha=facts["lora_alpha"],
+            dropout=facts.get("lora_dropout", 0.0),
+            targets=targets,
+            scaling="rslora" if facts.get("use_rslora") else "standard",
+        )
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON ({error}); get it again") from None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{folder / CONFIG} must hold a JSON object; get it again")
-    return facts
+        words = {"lora.rank": "r", "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout"}
+        theirs = functools.reduce(lambda text, name: text.replace(name, words[name]), words, str(error))
+        raise ValueError(f"{path}: {theirs}; save the adapter with PEFT's save_pretrained") from None
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _check_matrices(state: dict[str, Tensor], config: LoRAConfig, path: Path) -> None:
+    """Refuse what is not two matrices of floating-point numbers and the stated rank, before anything is built."""
+    for key, tensor in state.items():
+        layer, _, kind = key.rpartition(".lora_")
+        other = state.get(f"{layer}.lora_{'B' if kind == 'A' else 'A'}")
+        if other is None:
+            raise ValueError(f"{path}: {key} stands alone, an adapter has two matrices; get it again")
+        if not tensor.is_floating_point() or tensor.dim() != 2:
+            raise ValueError(f"{path}: {key} is no matrix of floating-point numbers; get it again")
+        rank = tensor.size(0 if kind == "A" else 1)
+        if rank != config.rank:
+            raise ValueError(f"{path}: {key} has rank {rank}, but {CONFIG} says r={config.rank}; get them again")
 
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again") from error
+
+def _refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{where}: {key} has values that are not finite; use an earlier checkpoint")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    Stated(folder).digest_of(folder / CONFIG)
+    return read_json(folder / CONFIG)
 
 
 def _paths(model: nn.Module, name: str) -> list[str]:
@@ -176,4 +226,4 @@ def _write_config(folder: Path, config: LoRAConfig, ranks: dict[str, int], base_
         },
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, facts)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llm_lightning.data.download import download, hub_file, sha256_of
+from llm_lightning.export_folder import NOTE, Stated, read_json
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.models.gpt2_weights import (
     MOST_PADDING,
@@ -33,8 +34,6 @@ from llm_lightning.tokenizers import GPT2_VOCAB_BPE_SHA256
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-NOTE = "llm_lightning.json"
-"""Our file in an exported folder: the tokenizer's description, whatever tokenizer it is."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -120,7 +119,7 @@ def load_pretrained(name_or_path: str | Path) -> Pretrained:
     )
     path = download(pinned)
     with _naming(path):
-        state = _owned(from_hf(_read(path), release.config), release.config)
+        state = _owned(from_hf(read_safetensors(path), release.config), release.config)
     source = f"{release.repository}@{release.revision}"
     return Pretrained(release.config, state, {"name": "gpt2"}, _info(source, pinned.sha256, state))
 
@@ -128,15 +127,20 @@ def load_pretrained(name_or_path: str | Path) -> Pretrained:
 def _load_local(path: Path) -> Pretrained:
     files = _weight_files(path)
     folder = path if path.is_dir() else path.parent
+    stated = Stated(folder)
+    digests = [stated.digest_of(file) for file in files]
+    for name in ("config.json", *_tokenizer_files(folder)):
+        if (folder / name).is_file():
+            stated.digest_of(folder / name)
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= _read(file)
+        state |= read_safetensors(file)
     with _naming(path):
         config = _local_config(folder, state)
         views = from_hf(state, config)
         state.clear()
         ours = _owned(views, config)
-    digests = [sha256_of(file) for file in files]
+        _refuse_non_finite(ours)
     digest = digests[0] if len(files) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Pretrained(config, ours, _tokenizer_description(folder, config), _info(str(path), digest, ours))
 
@@ -157,7 +161,7 @@ def _weight_files(path: Path) -> list[Path]:
         )
         found = f"; {others[0]} is not read, because pickled weights can run code" if others else ""
         raise FileNotFoundError(f"{path} has no {WEIGHTS}{found}; save the model as safetensors")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise ValueError(f"{index}: weight_map must name files of this folder; get it again")
@@ -166,11 +170,15 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, each in memory of its own.
 
     A length is compared with the file before memory of that size is asked for. The library checks the header; the
     tensors are read here, because it maps the whole file, whose pages then count beside what is copied from them.
+
+    Raises:
+        ValueError: if it is no safetensors file, or damaged.
+        OSError: if it cannot be read.
     """
     from safetensors import safe_open
 
@@ -209,7 +217,7 @@ def _tensor(file: BinaryIO, start: int, *, dtype: str, shape: list[int], data_of
 
 def _local_config(folder: Path, state: Mapping[str, Tensor]) -> GPTConfig:
     if (folder / "config.json").is_file():
-        return config_from_hf(_read_json(folder / "config.json"))
+        return config_from_hf(read_json(folder / "config.json"))
     config = infer_config(state)
     log.info("no config.json in %s: n_head=%d, because GPT-2's heads are 64 wide", folder, config.n_head)
     return config
@@ -224,17 +232,28 @@ def _owned(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     return {name: owned.get(name, owned["token_embedding.weight"]) for name in names}
 
 
+def _refuse_non_finite(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # nan wins either way
+            raise ValueError(f"{name} has values that are not finite; get it again, or export an earlier checkpoint")
+
+
+def _tokenizer_files(folder: Path) -> Iterator[str]:
+    """The file that says which tokenizer belongs to the weights, the first of those that are there."""
+    yield from [name for name in (NOTE, "merges.txt", "tokenizer.json") if (folder / name).is_file()][:1]
+
+
 def _tokenizer_description(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
     """Ours if we wrote the folder; GPT-2's if its merges are there, or nothing but a vocabulary of its size."""
     if (folder / NOTE).is_file():
-        description = _read_json(folder / NOTE).get("tokenizer")
+        description = read_json(folder / NOTE).get("tokenizer")
         if not isinstance(description, dict):
             raise ValueError(f"{folder / NOTE} has no tokenizer; export the model again")
         return description
     if (folder / "merges.txt").is_file():
         return {"name": "gpt2"} if sha256_of(folder / "merges.txt") == GPT2_VOCAB_BPE_SHA256 else None
     if (folder / "tokenizer.json").is_file():
-        model = _read_json(folder / "tokenizer.json").get("model")
+        model = read_json(folder / "tokenizer.json").get("model")
         merges = model.get("merges", []) if isinstance(model, dict) else []  # "a b" in older files, ["a", "b"] in newer
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         return {"name": "gpt2"} if pairs == [merge.split(" ") for merge in gpt2_merges()] else None
@@ -247,16 +266,6 @@ def _tokenizer_description(folder: Path, config: GPTConfig) -> dict[str, Any] | 
 def _info(source: str, digest: str, state: Mapping[str, Tensor]) -> dict[str, str]:
     dtype = str(state["token_embedding.weight"].dtype).removeprefix("torch.")
     return {"source": source, "digest": digest, "dtype": dtype}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); get it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}; get it again")
-    return content
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def test_checkpoints_of_other_programs_are_refused(tmp_path: Path, foreign: Any)
     with pytest.raises(CheckpointError, match="written by another program"):
         checkpoints.load(path)
     path.write_bytes(with_digest(path.read_bytes()))
-    with pytest.raises(CheckpointError, match="cannot be loaded safely"):
+    with pytest.raises(CheckpointError, match=r"another program has written it|llm_lightning\.format=None must be"):
         checkpoints.load(path)
 
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_without_a_model_is_refused(tmp_path: Path, missing: str) -
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "one.ckpt", model_state(model=asdict(CONFIG) | {"n_embd": 16}))
-    with pytest.raises(CheckpointError, match=r"weights do not fit the model: .*size mismatch"):
+    with pytest.raises(CheckpointError, match=r"weights do not fit the model: .* has shape \(257, 8\)"):
         checkpoints.load_model(tmp_path / "one.ckpt")
 
 
@@ -260,9 +260,14 @@ def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_needed(saved: Path
 
 
 SAVE_FOREVER = """
-import sys, torch
+import sys
 from llm_lightning import checkpoint as checkpoints
-state = {"state_dict": {"w": torch.arange(300_000.)}, "llm_lightning": {"format": 1, "step": 0}}
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.tokenizers import build_tokenizer
+config = GPTConfig(vocab_size=4000, context_length=8, n_layer=1, n_head=1, n_embd=64)
+header = checkpoints.describe(task="pretraining", model_config=config, tokenizer=build_tokenizer("byte"))
+weights = {f"model.{name}": tensor for name, tensor in GPT(config).state_dict().items()}
+state = {"state_dict": weights, "llm_lightning": header}
 for step in range(int(sys.argv[2]), 10**6):
     state["llm_lightning"]["step"] = step
     checkpoints.save(f"{sys.argv[1]}/step_{step:08d}.ckpt", state)

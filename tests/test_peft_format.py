@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.checkpoint import load_model
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.gpt2_weights import config_to_hf, module_from_hf, module_to_hf, to_hf
@@ -21,6 +25,7 @@ from llm_lightning.models.lora import (
     merge_lora,
 )
 from llm_lightning.peft_format import export_peft, import_peft
+from llm_lightning.tokenizers import build_tokenizer
 
 peft = pytest.importorskip("peft", reason="needs the dev extra: peft")
 transformers = pytest.importorskip("transformers", reason="needs the dev extra: transformers")
@@ -159,6 +164,7 @@ def test_other_kinds_of_adapters_are_refused(tmp_path: Path, key: str, value: An
     export_peft(adapted(config)[0], config, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    file.with_name("export_report.json").unlink()
     with pytest.raises(ValueError, match=f"adapter_config.json: {key}="):
         import_peft(tmp_path / "adapter")
 
@@ -169,3 +175,62 @@ def test_missing_and_occupied_folders(tmp_path: Path) -> None:
         import_peft(tmp_path)
     with pytest.raises(ValueError, match="is not empty"):
         export_peft(adapted(FORMS[0])[0], FORMS[0], tmp_path)
+
+
+def test_odd_values_in_a_folder_of_peft(tmp_path: Path) -> None:
+    """Each is one line that names the file and the key, before an adapter is built."""
+    config, folder, base = FORMS[0], tmp_path / "adapter", tmp_path / "base.ckpt"
+    export_peft(adapted(config)[0], config, folder, base_name=str(folder))
+    model, tokenizer = GPT(CONFIG), build_tokenizer("word", texts=["to be"])
+    header = checkpoints.describe(task="pretraining", model_config=CONFIG, tokenizer=tokenizer)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoints.save(base, {"state_dict": weights, checkpoints.HEADER: header})
+    file = folder / "adapter_config.json"
+    (folder / "export_report.json").unlink()
+    facts, tensors = json.loads(file.read_text()), load_file(folder / "adapter_model.safetensors")
+    key = next(iter(tensors))
+    settings: list[tuple[str, Any]] = [
+        ("r", "2"), ("r", 2.5), ("r", True), ("r", 0), ("r", None), ("r", 10**12), ("r", [4]), ("r", 3),
+        ("lora_alpha", None), ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", "6"),
+        ("lora_alpha", 0), ("lora_alpha", -1), ("lora_dropout", "no"), ("lora_dropout", 1.0), ("use_rslora", "yes"),
+        ("base_model_name_or_path", 3), ("base_model_name_or_path", ["gpt2"]), ("use_dora", 10**5 * "x"),
+        ("base_model_name_or_path", str(folder)), ("base_model_name_or_path", None),
+    ]  # fmt: skip
+    matrices: list[tuple[str, Any]] = [
+        ("nan", torch.full_like(tensors[key], math.nan)),
+        ("infinite", torch.full_like(tensors[key], math.inf)),
+        ("integers", tensors[key].long()),
+        ("one dimension", tensors[key].flatten()),
+        ("another rank", torch.ones(5, 5)),
+        ("none", None),
+    ]
+    texts = [b"{", b"[1]", b"7", b"", b"\xff", b"[" * 100_000]
+    wrong = []
+
+    def refused(what: str, named: str) -> None:
+        try:
+            load_model(folder)
+            wrong.append(f"{what}: loaded")
+        except ValueError as error:
+            if named not in str(error) or "\n" in str(error) or len(str(error)) > 500:
+                wrong.append(f"{what}: {error}")
+        except Exception as error:
+            wrong.append(f"{what}: {error!r}")
+
+    file.write_text(json.dumps(facts | {"base_model_name_or_path": str(base)}))
+    load_model(folder)  # or everything below would be refused for another reason
+    for name, value in settings:
+        file.write_text(json.dumps(facts | {"base_model_name_or_path": str(base)} | {name: value}))
+        named = "names itself" if value == str(folder) else "adapter_config.json"
+        refused(f"{name}={value!r:.40}", named)
+    file.write_text(json.dumps(facts | {"base_model_name_or_path": str(base)}))
+    for what, matrix in matrices:
+        changed = {name: tensor for name, tensor in (tensors | {key: matrix}).items() if tensor is not None}
+        save_file(changed, folder / "adapter_model.safetensors")
+        refused(what, "adapter_model.safetensors")
+    save_file({}, folder / "adapter_model.safetensors")
+    refused("no matrix", "adapter_model.safetensors")
+    for text in texts:
+        file.write_bytes(text)
+        refused(f"{text!r:.20}", "adapter_config.json")
+    assert not wrong, "\n".join(wrong)

@@ -26,7 +26,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         checkpoints.save(path, checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        return checkpoints.load(path, map_location=map_location or "cpu")
+        return checkpoints.load_to_resume(path, map_location=map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

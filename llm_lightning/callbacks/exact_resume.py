@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 
 from llm_lightning.callbacks.endings import forget_limits, start_again, stays_stopped, stopped_by
+from llm_lightning.checkpoint import HEADER, CheckpointError
 
 
 class ExactResume(L.Callback):
@@ -24,6 +30,7 @@ class ExactResume(L.Callback):
         self._rng: dict[str, Any] | None = None
         self._stopped_of: int | None = None
         self._stays_stopped = True
+        self._step: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Our data module continues at the right batch without the loader's help.
@@ -51,8 +58,18 @@ class ExactResume(L.Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._stays_stopped = self._stopped_of is not None and stays_stopped(checkpoint, callbacks)
         forget_limits(checkpoint, callbacks)
+        self._step = checkpoint["global_step"]
+        for logger in trainer.loggers:
+            if trainer.state.fn == "fit" and hasattr(logger, "expect"):
+                logger.expect(checkpoint[HEADER].get("rows"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        made = trainer.global_step
+        if self._step not in (None, made):
+            raise CheckpointError(
+                f"{trainer.ckpt_path}: global_step={self._step}, but its loops have made {made} updates; use another "
+                "checkpoint of the run, or train again"
+            )
         if self._stopped_of == pl_module.total_steps and self._stays_stopped:
             trainer.should_stop = True  # it had stopped early; where more steps are asked for, it goes on
         elif self._stopped_of is not None:
@@ -69,6 +86,27 @@ class ExactResume(L.Callback):
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None
+
+
+@contextmanager
+def refusing_damage(checkpoint: Path | None) -> Iterator[None]:
+    """Turn what Lightning raises over the content of a checkpoint that it restores into one clear error.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+        if checkpoint is None or checkpoint_connector.__name__ not in names:
+            raise
+        raise CheckpointError(
+            f"{checkpoint} does not hold what this run continues from ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); use another checkpoint of the run, or train again"
+        ) from error
 
 
 def position(trainer: L.Trainer) -> tuple[int, int]:

@@ -8,21 +8,25 @@ passes `resumed_step=N`, and what a killed process logged beyond it is dropped.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
+import logging
 import os
-import struct
+import re
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from llm_lightning.atomic import write_atomically
+from llm_lightning.callbacks.event_files import drop_events_from, keep_damaged
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -30,6 +34,30 @@ if TYPE_CHECKING:
 FIRST_COLUMNS = ("step", "train/loss", "val/loss", "train/eval_loss")
 
 Row = dict[str, str]
+
+log = logging.getLogger(__name__)
+
+
+class Covered(NamedTuple):
+    """Rows of a metrics file, in their order."""
+
+    n_rows: int = 0
+    last: int = -1
+    """Step of the last row."""
+    sha256: str = ""
+    """Of the digest without the last row, and the cells of that row; columns that are empty in it do not count."""
+
+    def followed_by(self, rows: Iterable[Row]) -> Covered:
+        """These rows and further ones."""
+        n_rows, last, digest = self
+        for row in rows:
+            n_rows, last = n_rows + 1, int(row["step"])
+            digest = hashlib.sha256(f"{digest} {json.dumps(sorted(row.items()))}".encode()).hexdigest()
+        return Covered(n_rows, last, digest)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of them."""
+        return {"count": self.n_rows, "sha256": self.sha256}
 
 
 class MetricsFile(Logger):
@@ -54,6 +82,7 @@ class MetricsFile(Logger):
         self._last = -1  # step of the file's last row
         self._tail = 0  # where in the file that row begins
         self._unsaved = False
+        self._before = Covered()  # the rows before that one
 
     @property
     def save_dir(self) -> str:
@@ -86,7 +115,24 @@ class MetricsFile(Logger):
             self._write_at_tail(rows)
         self._unsaved = False
 
-    def _load(self) -> None:
+    @rank_zero_only
+    def covered(self, step: int) -> dict[str, Any]:
+        """How many rows there are before `step`, and their digest, for a checkpoint of so many updates."""
+        self.save()
+        before, rows = self._before, list(self._rows.values())
+        if before.last >= step:
+            before, rows = Covered(), _parse(self._content())[1]
+        return before.followed_by(row for row in rows if int(row["step"]) < step).facts()
+
+    @rank_zero_only
+    def expect(self, covered: Mapping[str, Any] | None) -> None:
+        """Compare the file with what `covered` said when the checkpoint was written that the run continues from.
+
+        Rows that are missing or altered are said, and the file as it was is kept.
+        """
+        self._load(covered)
+
+    def _load(self, covered: Mapping[str, Any] | None = None) -> None:
         """Look at the file, once; drop what a killed process wrote too much and what it left half written."""
         if self._columns is not None:
             return
@@ -95,10 +141,30 @@ class MetricsFile(Logger):
         if columns and columns[0] != "step":
             raise ValueError(f"{self.path}, line 1: the first column is {columns[0]!r}, not 'step'; move the file away")
         rows = [row for row in rows if int(row["step"]) < self._resumed_step]
+        if self._is_damaged(content, rows, covered):
+            rows = [row for row in rows if all(map(_is_number, row.values()))]
         if content == _file(columns, rows):
+            self._before = Covered()
             self._settle(columns, rows, len(content))
         else:
             self._rewrite(columns, rows)
+
+    def _is_damaged(self, content: bytes, rows: list[Row], covered: Mapping[str, Any] | None) -> bool:
+        """Whether the rows are others than a checkpoint covers; then it is said, and the file as it was is kept."""
+        found, step = Covered().followed_by(rows).facts(), self._resumed_step
+        if covered is None or found == covered:  # checkpoints of earlier versions do not tell
+            lines = _unreadable(content)
+            if not lines:
+                return False
+            what = f"line {lines[0]} cannot be read and is left out"
+        elif found["count"] != covered["count"]:
+            what = f"it has {found['count']} rows before step {step}, the checkpoint covers {covered['count']}"
+        else:
+            what = f"rows before step {step} are not those that the checkpoint covers"
+        kept = keep_damaged(self.path, content, self.path.name) if content else "gone"
+        remedy = "stop the run and put a copy back, or let its curves have a gap"
+        log.warning("%s is not what this run wrote: %s; the file as it was is %s; %s", self.path, what, kept, remedy)
+        return True
 
     def _content(self) -> bytes:
         return self.path.read_bytes() if self.path.is_file() else b""
@@ -107,6 +173,7 @@ class MetricsFile(Logger):
         content = _file(columns, rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, content)
+        self._before = Covered()
         self._settle(columns, rows, len(content))
 
     def _write_at_tail(self, rows: list[Row]) -> None:
@@ -122,6 +189,7 @@ class MetricsFile(Logger):
 
     def _settle(self, columns: list[str], rows: list[Row], size: int) -> None:
         """Remember what stands on disk: of the rows only the last, to which later values of its step are added."""
+        self._before = self._before.followed_by(rows[:-1])
         self._columns = columns
         self._rows = {int(row["step"]): row for row in rows[-1:]}
         self._last = max(self._rows, default=-1)
@@ -129,25 +197,61 @@ class MetricsFile(Logger):
 
 
 def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a `metrics.csv`: for each metric its (step, value) pairs in order."""
+    """The curves in a `metrics.csv`: for each metric its (step, value) pairs in order.
+
+    Raises:
+        ValueError: if a cell is no number.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in _parse(Path(path).read_bytes())[1]:
         step = int(row.pop("step"))
         for name, cell in row.items():
-            curves.setdefault(name, []).append((step, float(cell)))
+            try:
+                curves.setdefault(name, []).append((step, float(cell)))
+            except ValueError:
+                raise ValueError(f"{path}, step {step}: {name}={cell!r} is no number; delete that line") from None
     return curves
 
 
 def _parse(content: bytes) -> tuple[list[str], list[Row]]:
     """Columns and rows of a metrics file; a line without its end, or with too few cells, was never finished."""
-    whole = content[: content.rfind(b"\n") + 1].decode()
-    columns, *lines = list(csv.reader(io.StringIO(whole))) or [[]]
-    rows = [
-        {name: cell for name, cell in zip(columns, cells, strict=True) if cell}
-        for cells in lines
-        if len(cells) == len(columns) and cells[0].isdigit()
-    ]
+    columns, *lines = _cells(content) or [[]]
+    rows = [{name: cell for name, cell in zip(columns, cells, strict=True) if cell}
+            for cells in lines if _is_row(cells, columns)]  # fmt: skip
     return columns, rows
+
+
+def _unreadable(content: bytes) -> list[int]:
+    """Numbers of the lines that are no rows; the last may have been left so by a killed process."""
+    columns, *lines = _cells(content) or [[]]
+    return [number for number, cells in enumerate(lines[:-1], start=2) if not _is_row(cells, columns)]
+
+
+def _cells(content: bytes) -> list[list[str]]:
+    """The cells of each line; a line that is damaged, such as by a stray quote, does not take the next ones along."""
+    whole = content[: content.rfind(b"\n") + 1].decode(errors="replace").replace("\0", "\ufffd")
+    return [_split(line.rstrip("\r")) for line in whole.split("\n")[:-1]]
+
+
+def _split(line: str) -> list[str]:
+    if '"' not in line:
+        return line.split(",")
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return [line]
+
+
+def _is_row(cells: list[str], columns: list[str]) -> bool:
+    return len(cells) == len(columns) and re.fullmatch(r"[0-9]{1,18}", cells[0]) is not None
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _file(columns: list[str], rows: list[Row]) -> bytes:
@@ -202,7 +306,7 @@ class TensorBoard(Logger):
             sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
             from torch.utils.tensorboard import SummaryWriter
 
-            _drop_events_from(self.path, self._resumed_step)
+            drop_events_from(self.path, self._resumed_step)
             _wait_for_a_later_name(self.path)
             # purge_step is for a TensorBoard that has read the dropped events already. And half a run of a minute would
             # pass before the default of 120 seconds between two flushes shows anything.
@@ -261,27 +365,10 @@ class TensorBoard(Logger):
         self.save()
 
 
-def _drop_events_from(folder: Path, step: int) -> None:
-    """Remove the events of `step` and later, and what a killed process left half written."""
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    for path in folder.glob("events.out.tfevents.*"):
-        content, kept, start = path.read_bytes(), [], 0
-        while len(content) >= start + 12:  # a record: length, its checksum, an event, its checksum
-            end = start + 12 + struct.unpack_from("<Q", content, start)[0] + 4
-            if end > len(content):
-                break
-            event = Event.FromString(content[start + 12 : end - 4])
-            if event.step < step or event.file_version:
-                kept.append(content[start:end])
-            start = end
-        if len(remaining := b"".join(kept)) < len(content):
-            write_atomically(path, remaining)
-
-
 def _wait_for_a_later_name(folder: Path) -> None:
     """Return when a new event file will sort after those there: TensorBoard reads them by name, a name has seconds."""
-    started = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
+    started = [int(parts[3]) for parts in names if re.fullmatch(r"[0-9]{1,18}", parts[3])]
     if int(time.time()) in started:
         time.sleep(1 - time.time() % 1)
 

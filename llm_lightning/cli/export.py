@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export, in one step")
     add_base_argument(parser)
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     loaded = load_model(args.checkpoint, base=args.base)
     if args.format == "peft":
-        _export_adapter(loaded, args.folder)
+        _export_adapter(loaded, args.folder, overwrite=args.overwrite)
         return
     trunk, options = merged_trunk(loaded.model), {"dtype": args.dtype, "overwrite": args.overwrite}
     if isinstance(loaded.model, Classifier):
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.folder}: {n_parameters:,} parameters in {args.dtype}, {checked}")
 
 
-def _export_adapter(loaded: LoadedModel, folder: Path) -> None:
+def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> None:
     from llm_lightning.models.lora import LoRAConfig
     from llm_lightning.peft_format import export_peft
     from llm_lightning.places import parent_names
@@ -62,5 +62,5 @@ def _export_adapter(loaded: LoadedModel, folder: Path) -> None:
         raise ValueError("this model has no adapter (it was not trained with lora=...); leave --format peft out")
     config = LoRAConfig(**loaded.header["lora"])
     base = next(iter(parent_names(loaded.header, loaded.path)), "")
-    export_peft(loaded.model, config, folder, base_name=base)
+    export_peft(loaded.model, config, folder, base_name=base, overwrite=overwrite)
     print(f"{folder}: adapter of rank {config.rank}{f' for {base}' if base else ''}")

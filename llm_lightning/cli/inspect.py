@@ -35,12 +35,15 @@ def describe(name_or_path: str) -> dict[str, Any]:
         FileNotFoundError: if there is nothing at the path.
         ValueError: if what is there is damaged or not a GPT.
     """
-    from llm_lightning.checkpoint import described_model, load_model, read_header, resolve
+    from llm_lightning.checkpoint import examine, load_model, resolve
     from llm_lightning.pretrained import GPT2_WEIGHTS
 
     path = resolve(name_or_path)
-    header = load_model(name_or_path).header if path is None else read_header(path)
-    parameters = sum(parameter.numel() for parameter in described_model(header).parameters())
+    if path is None:
+        loaded = load_model(name_or_path)
+        header, parameters = loaded.header, sum(parameter.numel() for parameter in loaded.model.parameters())
+    else:
+        header, parameters = examine(path)
     verified = path is not None or name_or_path in GPT2_WEIGHTS
     return {"path": str(path or name_or_path), "parameters": parameters, "verified": verified, **header}
 

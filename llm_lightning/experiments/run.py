@@ -24,7 +24,7 @@ from llm_lightning import checkpoint as checkpoints
 from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.endings import stays_stopped, stopped_by
-from llm_lightning.callbacks.exact_resume import ExactResume
+from llm_lightning.callbacks.exact_resume import ExactResume, refusing_damage
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.callbacks.throughput import Throughput
@@ -123,7 +123,8 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     announce(trainer, datamodule, module, run)
     if cfg.compile:
         module.compile_model()
-    trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+    with refusing_damage(run.checkpoint):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
     seconds = throughput.wall_seconds if throughput else time.monotonic() - started
     stopped = stopped_by(trainer, module.total_steps)

@@ -167,10 +167,10 @@ def _sweep(path: Path) -> None:
 def _newest_checkpoint(path: Path) -> tuple[Path | None, dict[str, Any]]:
     if not (path / "checkpoints").is_dir():
         return None, {}
-    from llm_lightning.checkpoint import newest_valid, read_header
+    from llm_lightning.checkpoint import newest_valid, read_run_header
 
     checkpoint = newest_valid(path / "checkpoints")
-    return checkpoint, read_header(checkpoint) if checkpoint else {}
+    return checkpoint, read_run_header(checkpoint) if checkpoint else {}
 
 
 def is_main_process() -> bool:

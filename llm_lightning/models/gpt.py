@@ -10,6 +10,7 @@ D head width (C / H), V vocabulary.
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ class GPTConfig:
     """What the weights look like. Every field is stored in every checkpoint.
 
     Raises:
-        ValueError: if a size is not positive, `n_embd` is not a multiple of `n_head`, or a dropout is outside [0, 1).
+        ValueError: if a value is of another type, a size is not positive, `n_embd` is not a multiple of `n_head`, a
+            dropout is outside [0, 1), or `layer_norm_eps` is not positive and finite.
     """
 
     vocab_size: int = 50257
@@ -41,13 +43,25 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
+            self._require(name, int, "a whole number")
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            self._require(name, (int, float), "a number")
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("qkv_bias", "tied_head"):
+            self._require(name, bool, "true or false")
+        self._require("layer_norm_eps", (int, float), "a number")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"model.layer_norm_eps={self.layer_norm_eps} must be positive and finite")
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
+
+    def _require(self, name: str, kinds: type | tuple[type, ...], what: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise ValueError(f"model.{name}={reprlib.repr(value)} must be {what}")
 
 
 class KVCache:

@@ -116,7 +116,7 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
         theirs.setdefault(_HEAD, theirs.get("wte.weight", torch.empty(0)))
     names = _names(config, theirs_has_qkv_bias=True)
     _check_names({name for name in theirs if not _MASK_BUFFER.fullmatch(name)}, set(names.values()))
-    shapes = _shapes(config)
+    shapes = shapes_of(config)
     result = {}
     for ours, name in names.items():
         stored = shapes[ours][::-1] if _is_conv1d(ours) else shapes[ours]
@@ -138,7 +138,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """
     names = _names(config, theirs_has_qkv_bias=config.qkv_bias)
     _check_names(set(state), set(names))
-    shapes = _shapes(config)
+    shapes = shapes_of(config)
     fitted = {name: _fitted(name, state[name], shapes[name], name in _VOCABULARY_ROWS) for name in names}
     _check_tie(fitted, config)
     result = {}
@@ -210,7 +210,7 @@ def _names(config: GPTConfig, *, theirs_has_qkv_bias: bool) -> dict[str, str]:
     return names | {_HEAD: _HEAD}
 
 
-def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each of our tensors, a query-key-value bias included."""
     width = config.n_embd
     outputs = {"attn.qkv_proj": 3 * width, "mlp.up_proj": 4 * width}

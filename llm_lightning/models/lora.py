@@ -9,6 +9,7 @@ Tensor letters: R rank, I inputs, O outputs, P parts of a split projection.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ class LoRAConfig:
         scaling: `standard`, or `rslora`: alpha / sqrt(rank) (Kalajdzievski 2023).
         init: A is uniform with the bound 1 / sqrt(fan), fan being the layer's inputs (`kaiming`, PEFT's) or the rank
             (`book`: there A lies the other way round). B is 0: at first an adapter changes nothing.
+
+    Raises:
+        ValueError: if a value is of another type or out of range.
     """
 
     rank: int = 8
@@ -43,10 +47,11 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
+        self._check_types()
         if self.rank < 1:
             raise ValueError(f"lora.rank={self.rank} must be at least 1")
-        if self.alpha <= 0:
-            raise ValueError(f"lora.alpha={self.alpha} must be positive")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha={self.alpha} must be positive" + (" and finite" if self.alpha > 0 else ""))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
         if not self.targets:
@@ -58,6 +63,15 @@ class LoRAConfig:
         ):
             if getattr(self, name) not in options:
                 raise ValueError(f"lora.{name}={getattr(self, name)!r} must be {' or '.join(options)}")
+
+    def _check_types(self) -> None:
+        for name, kinds, what in (("rank", (int,), "a whole number"), ("alpha", (int, float), "a number"),
+                                  ("dropout", (int, float), "a number")):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"lora.{name}={reprlib.repr(value)} must be {what}")
+        if not all(isinstance(target, str) for target in self.targets):
+            raise ValueError(f"lora.targets={reprlib.repr(self.targets)} must be names, such as [qkv_proj,out_proj]")
 
     @property
     def scale(self) -> float:

@@ -318,6 +318,7 @@ class TaskModule(L.LightningModule):
             metrics=self.latest_metrics(),
             **{f"{self.item}s_seen": self.items_seen},
             **self.describe_model(),
+            **self._covered_rows(),
             **self.header,
         )
         checkpoint["task_module"] = {"items_seen": self.items_seen, "epoch_sums": self._epoch_sums}
@@ -325,6 +326,8 @@ class TaskModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":  # the best weights are tested, the run's own counts stand
             return
+        if not self.is_sharded:
+            checkpoints.check_fits(str(self.trainer.ckpt_path), checkpoint, self, self.model)
         self._earlier_metrics = dict(checkpoint[checkpoints.HEADER]["metrics"])
         state = checkpoint["task_module"]
         self.items_seen, self._epoch_sums = state["items_seen"], state["epoch_sums"]
@@ -346,6 +349,11 @@ class TaskModule(L.LightningModule):
         return self._earlier_metrics | {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     # --- details ---------------------------------------------------------------------------------------------------
+
+    def _covered_rows(self) -> dict[str, Any]:
+        """What the metrics file holds up to here, for a start that continues; nothing where there is no such file."""
+        found = [logger.covered(self.global_step) for logger in self.trainer.loggers if hasattr(logger, "covered")]
+        return {"rows": found[0]} if found and found[0] is not None else {}  # None: not the first process
 
     def _fused(self) -> bool:
         setting = self.optimizer_config.fused

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llm_lightning.callbacks.event_files import masked_crcs
 from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard, read_metrics
 
 FORK = multiprocessing.get_context("fork")
@@ -157,7 +158,8 @@ def test_tensorboard_shows_each_step_once_after_kills(tmp_path: Path) -> None:
         process.join()
         newest = max((tmp_path / "tensorboard").iterdir())
         with newest.open("ab") as file:  # a record that announces 100 bytes and has 5
-            file.write(struct.pack("<Q", 100) + b"12345")
+            length = struct.pack("<Q", 100)
+            file.write(length + struct.pack("<I", masked_crcs([length])[0]) + b"12345")
     assert scalars(tmp_path / "tensorboard", "train/loss") == [(step, float(step)) for step in range(35)]
     assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True] * 3
 

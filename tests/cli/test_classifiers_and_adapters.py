@@ -329,6 +329,7 @@ def test_a_peft_adapter_that_names_no_base_asks_for_it(speaker: Path, base: Path
     facts = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert facts["base_model_name_or_path"] == str(base)
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(facts | {"base_model_name_or_path": None}))
+    (tmp_path / "peft" / "export_report.json").unlink()
     capsys.readouterr()
     assert cli(["generate", str(tmp_path / "peft"), "to be"]) == 2
     assert "does not name the model that the adapter is for; say it with base=" in capsys.readouterr().err

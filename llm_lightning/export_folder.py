@@ -1,0 +1,239 @@
+"""Exported folders: each appears whole, replaces an earlier one in one step, and states the sha256 of its files.
+
+A folder is written beside its place under a hidden name, flushed to the disk and moved there. Two folders are swapped
+by one call of the system where it has such a call, so that at every instant the old or the new one stands there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llm_lightning.data.download import commit, sha256_of
+
+REPORT = "export_report.json"
+"""What was exported; its `sha256` names every other file of the folder."""
+NOTE = "llm_lightning.json"
+"""Our file in an exported model: the tokenizer's description, whatever tokenizer it is."""
+ADAPTER = "adapter_config.json"
+"""PEFT's file in an exported adapter."""
+
+_HOST = re.sub(r"\W", "-", platform.node()) or "host"
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); get it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}; get it again")
+    return content
+
+
+class Stated:
+    """The digests that the report of an exported folder states; none in any other folder.
+
+    Raises:
+        ValueError: if the report is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._report = folder / REPORT
+        self._digests: dict[str, str] = {}
+        if not self._report.is_file():
+            return
+        try:
+            digests = json.loads(self._report.read_text(encoding="utf-8"))["sha256"]
+            self._digests = {str(name): digest.lower() for name, digest in digests.items()}
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self._report} is damaged ({type(error).__name__}); export again, or delete it if that was meant"
+            ) from None
+
+    def digest_of(self, path: Path) -> str:
+        """The sha256 of a file that is about to be read, compared with what was exported.
+
+        Raises:
+            ValueError: if it was changed since.
+        """
+        actual = sha256_of(path)
+        expected = self._digests.get(path.name, actual)
+        if actual != expected:
+            raise ValueError(
+                f"{path} is not what was exported: its sha256 is {actual[:12]}..., {self._report.name} states "
+                f"{expected[:12]!r}...; export again, or delete {self._report} if the change was meant"
+            )
+        return actual
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def publishing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder to be filled; at the end of the block it is put in the place of `folder`.
+
+    What a killed export has left behind is removed first; an earlier export that it had moved away is put back.
+
+    Raises:
+        ValueError: if `folder` is not empty and may not be overwritten, or is no earlier export.
+        OSError: if it cannot be written.
+    """
+    check_target(folder, overwrite)
+    temporary = _beside(folder, "tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that an export may not take the place of, and sweep up after a killed one.
+
+    Raises:
+        ValueError: saying why.
+    """
+    _sweep(folder)
+    if not folder.exists() or _is_empty(folder):
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} is not empty; choose another folder, or allow overwriting")
+    is_adapter = (folder / REPORT).is_file() and (folder / ADAPTER).is_file()
+    if not is_adapter and not (folder / NOTE).is_file():
+        raise ValueError(f"{folder} is no earlier export (it has no {NOTE}), so it is not replaced; choose another")
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """File name -> sha256, as a report states them."""
+    return {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: naming the path, the bytes needed and the bytes free.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(weights), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        needed = sum(tensor.nbytes for tensor in weights.values())
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"cannot write {path} ({error}): {needed:,} bytes needed, {free:,} free") from error
+    path.chmod(mode)  # the library writes it for its owner's eyes only
+
+
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+    write_text(path, json.dumps(content, indent=indent))
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _put_in_place(finished: Path, folder: Path) -> None:
+    for file in finished.iterdir():
+        with file.open("r+b") as flushed:
+            os.fsync(flushed.fileno())
+    if not folder.exists() or _is_empty(folder):
+        commit(finished, folder)
+    elif not _swap(finished, folder):
+        _replace_in_two_steps(finished, folder)
+
+
+def _replace_in_two_steps(finished: Path, folder: Path) -> None:
+    """For systems that cannot swap: between the steps the earlier export is under its hidden name alone."""
+    old = _beside(folder, "old")
+    folder.rename(old)
+    try:
+        commit(finished, folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where system or file system cannot."""
+    names: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {
+        "linux": ("renameat2", lambda a, b: (-100, a, -100, b, 2)),  # AT_FDCWD, RENAME_EXCHANGE
+        "darwin": ("renamex_np", lambda a, b: (a, b, 2)),  # RENAME_SWAP
+    }
+    if sys.platform not in names:
+        return False
+    name, arguments = names[sys.platform]
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is None:
+        return False
+    if function(*arguments(os.fsencode(one), os.fsencode(other))) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{_HOST}.{os.getpid()}.{kind}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed exports to `folder` have left; put an export back that one had moved away."""
+    if not folder.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(?:{re.escape(_HOST)}\.)?(\d+)\.(tmp|old)")
+    left = [(path, found) for path in folder.parent.iterdir() if (found := pattern.fullmatch(path.name))]
+    for path, found in sorted(left):
+        if _is_alive(int(found[1])):
+            continue
+        if found[2] == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process of this machine has that number."""
+    if pid == os.getpid():
+        return False
+    if os.name != "posix":
+        return True  # there, asking with a signal would end it
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
