@@ -91,7 +91,10 @@ _OPTIONAL: dict[str, Check] = {
     "base": _TEXT,
     "rows": _DICT,
 }
-_LINEAGE: dict[str, Check] = dict.fromkeys(("data", "parent", "parent_name", "base"), _or_none(_TEXT))
+_LINEAGE: dict[str, Check] = {
+    **dict.fromkeys(("data", "parent", "parent_name", "base", "base_of"), _or_none(_TEXT)),
+    "places": _DICT,
+}
 _CLASSIFIER: dict[str, Check] = {
     "labels": _list_of(_TEXT),
     "pooling": (lambda value: value in POOLINGS, f"one of {', '.join(POOLINGS)}"),
