@@ -20,6 +20,8 @@ LEVELS = [
     ("llm_lightning.optim", 0),
     ("llm_lightning.tokenizers", 0),
     ("llm_lightning.atomic", 0),
+    ("llm_lightning.bounded_http", 0),
+    ("llm_lightning.terminal", 0),
     ("llm_lightning.generation", 1),
     ("llm_lightning.checkpoint", 1),
     ("llm_lightning.pretrained", 1),

@@ -322,12 +322,8 @@ def _judge(args: argparse.Namespace) -> Judge | None:
     """The judge, if one is wanted and something listens at its address: told before the models are at work."""
     if not args.judge and args.judge_url is None and args.judge_model is None:
         return None
-    from importlib.util import find_spec
-
     from llm_lightning.judge import DEFAULT_MODEL, DEFAULT_URL, Judge
 
-    if find_spec("openai") is None:
-        raise ValueError("the judge needs the openai package: pip install 'llm-lightning[judge]'")
     judge = Judge(args.judge_url or DEFAULT_URL, args.judge_model or DEFAULT_MODEL, progress=True)
     with _own_options():
         judge.refuse_unreachable()

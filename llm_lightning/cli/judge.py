@@ -116,7 +116,11 @@ def _add_judge_arguments(group: argparse._ArgumentGroup) -> None:
         help="of an answer; more for a model that thinks aloud first (default: %(default)s)",
     )
     group.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="for one answer (default: %(default)g)"
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for one whole answer, sending again after an error included (default: %(default)g)",
     )
     group.add_argument(
         "--concurrency", type=int, default=4, metavar="N", help="requests at once (default: %(default)s)"
