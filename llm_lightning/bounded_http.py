@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 MOST_BYTES = 4 << 20
 """Of one answer of `exchange`: an answer of a language model has a thousandth of it."""
 HEADER_BYTES = 1 << 17
-TOO_LONG = f"the answer has more than {MOST_BYTES:,} bytes"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -29,7 +28,7 @@ class NoConnectionError(ConnectionError):
     """Nothing accepts connections at the address."""
 
 
-class TooLongError(OSError):
+class TooLongError(ConnectionError):
     """An answer has more bytes than are read."""
 
 
@@ -44,10 +43,10 @@ class Allowance(Protocol):
 
 
 class Once:
-    """So many seconds from now and so many bytes, together with all headers."""
+    """So many seconds from now, and so many bytes besides the headers."""
 
-    def __init__(self, seconds: float, n_bytes: int) -> None:
-        self._deadline, self._left = time.monotonic() + seconds, n_bytes
+    def __init__(self, seconds: float, most_bytes: int) -> None:
+        self._deadline, self._bytes = time.monotonic() + seconds, _Bytes(most_bytes)
 
     def seconds(self) -> float:
         left = self._deadline - time.monotonic()
@@ -56,16 +55,14 @@ class Once:
         return left
 
     def take(self, n_bytes: int) -> None:
-        self._left -= n_bytes
-        if self._left < 0:
-            raise TooLongError(TOO_LONG)
+        self._bytes.take(n_bytes)
 
 
 class Pace:
-    """As long as it takes, but in every `seconds` at least `n_bytes`: for files, whose size is checked elsewhere."""
+    """As long as so many bytes besides the headers take, of which at least `least_bytes` come in every `seconds`."""
 
-    def __init__(self, seconds: float, n_bytes: int) -> None:
-        self._seconds, self._least = seconds, n_bytes
+    def __init__(self, seconds: float, least_bytes: float, most_bytes: int) -> None:
+        self._seconds, self._least, self._bytes = seconds, least_bytes, _Bytes(most_bytes)
         self._begin()
 
     def seconds(self) -> float:
@@ -79,9 +76,24 @@ class Pace:
 
     def take(self, n_bytes: int) -> None:
         self._found += n_bytes
+        self._bytes.take(n_bytes)
 
     def _begin(self) -> None:
         self._end, self._found = time.monotonic() + self._seconds, 0
+
+
+class _Bytes:
+    def __init__(self, most: int) -> None:
+        self._most, self._found = most, 0
+
+    def take(self, n_bytes: int) -> None:
+        self._found += n_bytes
+        if self._found > self._most + HEADER_BYTES:
+            raise _too_long(self._most)
+
+
+def _too_long(most: int) -> TooLongError:
+    return TooLongError(f"the answer has more than {most:,} bytes")
 
 
 class Reply(NamedTuple):
@@ -110,8 +122,8 @@ def exchange(
         TooLongError: if it has more than `MOST_BYTES`.
         OSError, http.client.HTTPException: if the connection breaks, or what comes is not HTTP.
     """
-    allowance = Once(seconds, MOST_BYTES + HEADER_BYTES)
-    # Asked for because 4 MiB of gzip are 4 GiB of text.
+    allowance = Once(seconds, MOST_BYTES)
+    # Not compressed, for 4 MiB of gzip may be 4 GiB of text.
     request = urllib.request.Request(url, data=body, headers={**headers, "Accept-Encoding": "identity"})
     direct = urlsplit(url).hostname in LOCAL_HOSTS
     opened = opener(allowance, [] if direct else [urllib.request.ProxyHandler()])
@@ -119,7 +131,7 @@ def exchange(
         with opened.open(request, timeout=min(connect_seconds, allowance.seconds())) as response:
             found = response.read(MOST_BYTES + 1)
             if len(found) > MOST_BYTES:
-                raise TooLongError(TOO_LONG)
+                raise _too_long(MOST_BYTES)
             if response.length:  # read(n) does not mind an end that comes too early
                 raise IncompleteRead(found, response.length)
             return Reply(response.status, response.reason, response.headers, found)

@@ -25,6 +25,8 @@ Script = Callable[[str, int], Any]
 class JudgeServer(ThreadingHTTPServer):
     """Serves `/v1/chat/completions` and `/v1/models`."""
 
+    request_queue_size = 64
+
     def __init__(self, script: Script) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script, self.requests = script, list[dict[str, Any]]()
