@@ -43,6 +43,7 @@ from llm_lightning.judge import (
     summarise_pairs,
     summarise_scores,
 )
+from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,9 +139,9 @@ def run(args: argparse.Namespace) -> None:
         report = report_on(file)
         written = _write(report, output)
         if args.json:
-            print(json.dumps(report.summary))
+            say_json(report.summary)
         else:
-            print("\n".join([*report.lines, f"written: {', '.join(map(str, written))}"]))
+            say_lines([*report.lines, f"written: {', '.join(map(str, written))}"])
 
 
 def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int | None = None) -> Responses:
@@ -416,5 +417,4 @@ def _failure_remarks(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
+    return f"'{one_line(text, WIDTH)}'"

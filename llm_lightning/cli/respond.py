@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_lightning.cli.main import add_base_argument, add_device_arguments, open_model
+from llm_lightning.terminal import inline, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -83,8 +84,10 @@ def run(args: argparse.Namespace) -> None:
     ]
     write_atomically(args.output, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     progress_path(args.output).unlink(missing_ok=True)
-    print(f"{args.output}: {len(rows):,} records, {', '.join(columns)}")
-    print(f"Next: llm-lightning judge {args.output} --lexical")
+    say_lines([
+        f"{args.output}: {len(rows):,} records, {', '.join(columns)}",
+        f"Next: llm-lightning judge {args.output} --lexical",
+    ])  # fmt: skip
 
 
 def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
@@ -174,7 +177,10 @@ def _respond(
     if len(missing) < len(keys):
         log.warning("%d of %d answers are there already, in %s", len(keys) - len(missing), len(keys), progress)
     progress.parent.mkdir(parents=True, exist_ok=True)
-    with progress.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc=column, disable=None) as bar:
+    with (
+        progress.open("a", encoding="utf-8") as file,
+        tqdm(total=len(missing), desc=inline(column), disable=None) as bar,
+    ):
 
         def keep(index: int, response: str) -> None:
             known[keys[missing[index]]] = response

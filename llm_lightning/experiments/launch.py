@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments.run_folder import is_main_process
+from llm_lightning.terminal import guard_messages, one_line, say, visible
 
 STARTED_IN = Path.cwd()
 """Where the user stands; `resume=` works in the folder of the run's first command."""
@@ -39,6 +40,7 @@ SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
 
 def main(script: Path) -> None:
     """Run the command line of `script`, whose configuration is the folder `conf` beside it."""
+    guard_messages()
     run_guarded(lambda: _main(script))
 
 
@@ -48,7 +50,7 @@ def _main(script: Path) -> None:
     config_dir = script.parent / "conf"
     text = help_text(sys.argv[1:], config_dir)
     if text is not None:
-        print(text)
+        say(text)
         return
     if any(key_of(word) == "pipeline" and word != "pipeline=null" for word in sys.argv[1:]):
         from llm_lightning.experiments.pipeline import run_pipeline
@@ -229,7 +231,7 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         # Lightning turns a KeyboardInterrupt that comes before training into an exit with code 1.
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return 130, None
     except (ValueError, OSError) as error:
         _report(error, log_dir)
@@ -239,7 +241,7 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         if exit_code is None:
             raise
         if is_main_process():  # all processes of a run stop together, with the same words
-            print(error, file=sys.stderr)
+            say(error, file=sys.stderr)
         return exit_code, None
 
 
@@ -250,11 +252,11 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 def _report(error: BaseException, log_dir: Path | None) -> None:
     if os.environ.get(SHOW_TRACEBACK):
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     elif log_dir is not None:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
-            (log_dir / "traceback.txt").write_text("".join(traceback.format_exception(error)))
-    print(f"error: {' '.join(_message(error).split())}", file=sys.stderr)
+            (log_dir / "traceback.txt").write_text(visible("".join(traceback.format_exception(error))), "utf-8")
+    say(f"error: {one_line(_message(error))}", file=sys.stderr)
 
 
 def _message(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from llm_lightning.experiments.summary import build_summary, closing_lines, writ
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
+from llm_lightning.terminal import say, say_lines
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -161,11 +163,11 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
 def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
     """Say that there is nothing to do, and what was reached; leave every file as it is."""
     summary = run.previous_summary
-    print(
+    say(
         f"This run is finished: it ends at the first of trainer.max_epochs={cfg.trainer.max_epochs} and "
         f"trainer.max_steps={cfg.trainer.max_steps}. To train on, raise the one that was reached."
     )
-    print("\n".join(closing_lines(summary, run.path)))
+    say_lines(closing_lines(summary, run.path))
     return summary["best_value"]
 
 
@@ -188,7 +190,7 @@ def build(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
 def preview(cfg: DictConfig) -> None:
     """Show the first training samples as the model will see them."""
     datamodule = build_datamodule(cfg, load_model(cfg.init_from) if cfg.init_from else None)
-    print(datamodule.preview(3))
+    say(datamodule.preview(3), colours=sys.stdout.isatty())
 
 
 def build_datamodule(cfg: DictConfig, parent: LoadedModel | None) -> BaseDataModule:
