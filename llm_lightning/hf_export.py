@@ -6,9 +6,11 @@ What is computed with names and layouts stands in `models/gpt2_weights.py`; `pre
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_lightning.atomic import naming
 from llm_lightning.data.download import commit, sha256_of
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
@@ -141,13 +144,15 @@ def _publish(
 ) -> dict[str, Any]:
     """Write, check and put the folder in its place; `more` goes into its `config.json`."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
-        _write_folder(temporary, weights, config, more, tokenizer, dtype)
+        with naming(folder):
+            temporary.mkdir(parents=True)
+            _write_folder(temporary, weights, config, more, tokenizer, dtype)
         report = _report(temporary, config, tokenizer, dtype, padding=padding)
         report |= check(temporary)
-        _write_json(temporary / "export_report.json", report)
-        _put_in_place(temporary, folder)
+        with naming(folder):
+            _write_json(temporary / "export_report.json", report)
+            _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
@@ -186,20 +191,24 @@ def _write_folder(
     _write_json(folder / "generation_config.json", ends)
     _write_json(folder / NOTE, {"format": 1, "tokenizer": tokenizer.describe()})
     _write_tokenizer(folder, tokenizer, config.context_length)
-    _write_weights(folder / WEIGHTS, weights)
+    write_weights(folder / WEIGHTS, weights)
 
 
-def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write a file of safetensors; raises OSError that says how much room is needed, where it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         save_file(weights, path, metadata={"format": "pt"})
-        path.chmod(path.with_name("config.json").stat().st_mode)  # the library writes it for its owner's eyes only
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library writes it for its owner's eyes only
     except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        reason = os.strerror(int(number[1])) if number else str(error)
         needed = sum(tensor.nbytes for tensor in weights.values())
         free = shutil.disk_usage(path.parent).free
-        raise OSError(f"cannot write {path} ({error}): {needed:,} bytes needed, {free:,} free") from error
+        reason = f"{reason} ({needed:,} bytes needed, {free:,} free)"
+        raise OSError(int(number[1]) if number else errno.EIO, reason, str(path)) from error
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_lightning.atomic import write_atomically
+from llm_lightning.hf_export import write_weights
 from llm_lightning.models.gpt2_weights import module_from_hf, module_to_hf
 from llm_lightning.models.lora import LoRAConfig, LoRALinear, adapter_state
 
@@ -66,8 +68,6 @@ def export_peft(
             keeps without a bias.
         OSError: if the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another folder")
@@ -89,7 +89,7 @@ def export_peft(
             f"{_PREFIX}{module_to_hf(path)}.lora_{kind}.weight": m.contiguous() for kind, m in (("A", a), ("B", b))
         }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder / WEIGHTS, tensors)
     _write_config(folder, config, ranks, base_name)
 
 
@@ -176,4 +176,4 @@ def _write_config(folder: Path, config: LoRAConfig, ranks: dict[str, int], base_
         },
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / CONFIG, json.dumps(facts, indent=2) + "\n")

@@ -12,7 +12,10 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, TextIO
+
+from llm_lightning.atomic import naming
 
 # Controls (C0, DEL, C1), separators of lines and paragraphs, halves of surrogate pairs, and characters that change how
 # others are shown: overrides and isolates of direction, invisible ones, tags. Not: joiners (emoji, Persian, Hindi),
@@ -23,6 +26,7 @@ _CONTROLS = (
 )
 _IN_A_LINE = re.compile(f"[{_CONTROLS}]")
 _IN_A_TEXT = re.compile(rf"(?![\n\t])[{_CONTROLS}]")
+STANDARD_OUTPUT = "standard output"
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 _COLOURS = re.compile("(" + "|".join(map(re.escape, (GREEN, GREY, PLAIN))) + ")")
 
@@ -77,9 +81,10 @@ def write_raw(text: str, file: TextIO | None = None, *, flush: bool = False) -> 
     """
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    if flush:
-        stream.flush()
+    with naming(STANDARD_OUTPUT) if stream is sys.stdout else nullcontext():
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        if flush:
+            stream.flush()
 
 
 def guard_messages() -> None:

@@ -22,6 +22,7 @@ LEVELS = [
     ("llm_lightning.atomic", 0),
     ("llm_lightning.bounded_http", 0),
     ("llm_lightning.terminal", 0),
+    ("llm_lightning.disk_errors", 1),
     ("llm_lightning.generation", 1),
     ("llm_lightning.checkpoint", 1),
     ("llm_lightning.pretrained", 1),

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from llm_lightning.atomic import write_atomically
+from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.generation import generate
 from llm_lightning.terminal import one_line, visible
@@ -165,7 +165,7 @@ def _prompts_of(trainer: L.Trainer, n: int) -> list[list[int]]:
 def append_section(path: Path, section: str) -> None:
     """Add `section`; returns when it is on the disk, because the next checkpoint covers it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with naming(path), path.open("a", encoding="utf-8", newline="") as file:
         file.write(section)
         file.flush()
         os.fsync(file.fileno())

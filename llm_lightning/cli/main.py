@@ -15,7 +15,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
-from llm_lightning.terminal import guard_messages, inline, one_line, say
+from llm_lightning.disk_errors import explain
+from llm_lightning.terminal import STANDARD_OUTPUT, guard_messages, inline, one_line, say, write_raw
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -37,6 +38,7 @@ VERBS = {
 USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+ELSEWHERE, AGAIN = "choose another place", "repeat the command"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,16 +58,24 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         module.run(args)
-        sys.stdout.flush()
+        write_raw("", flush=True)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `llm-lightning ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        say(f"llm-lightning {verb}: {one_line(error)}", file=sys.stderr)
+        message = error if isinstance(error, ValueError) else explain(error, elsewhere=ELSEWHERE, again=AGAIN)
+        say(f"llm-lightning {verb}: {one_line(message)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename == STANDARD_OUTPUT:
+            _drop_output()
         return USAGE_ERROR
     return 0
+
+
+def _drop_output() -> None:
+    """Nobody takes what is left of standard output: Python must not try, at its end, to write it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:

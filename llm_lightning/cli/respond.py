@@ -16,6 +16,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.cli.main import add_base_argument, add_device_arguments, open_model
 from llm_lightning.terminal import inline, say_lines
 
@@ -64,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.atomic import write_atomically
     from llm_lightning.responses import answered
 
     checkpoints, data = _split_paths(args)
@@ -178,6 +178,7 @@ def _respond(
         log.warning("%d of %d answers are there already, in %s", len(keys) - len(missing), len(keys), progress)
     progress.parent.mkdir(parents=True, exist_ok=True)
     with (
+        naming(progress),
         progress.open("a", encoding="utf-8") as file,
         tqdm(total=len(missing), desc=inline(column), disable=None) as bar,
     ):
@@ -211,7 +212,7 @@ def _known(progress: Path) -> dict[str, str]:
     if not progress.is_file():
         return {}
     whole = progress.read_text(encoding="utf-8").rpartition("\n")[0]
-    progress.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    write_atomically(progress, whole + "\n" if whole else "")
     return dict(json.loads(line) for line in whole.splitlines())
 
 

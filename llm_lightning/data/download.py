@@ -108,7 +108,8 @@ def download(pinned: Pinned, folder: Path | None = None) -> Path:
             except DownloadError:
                 raise
             except OSError as error:  # the disk's, not the network's
-                raise _failure(pinned, part, f"{part} cannot be written ({error.strerror or error})") from error
+                reason = f"{part} cannot be written ({error.strerror or error}); make room there, or set "
+                raise _failure(pinned, part, f"{reason}LLM_LIGHTNING_CACHE to another folder") from error
     return target
 
 

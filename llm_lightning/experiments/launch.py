@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.disk_errors import explain
 from llm_lightning.experiments.run_folder import is_main_process
 from llm_lightning.terminal import guard_messages, one_line, say, visible
 
@@ -25,16 +25,7 @@ COMMAND = "command.json"
 """In a run folder: what was typed to start the run, and where."""
 USAGE_ERROR = 2
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
-_MAKE_ROOM = "make room and continue with resume=RUN_FOLDER; what was written before is intact"
-_REMEDIES = {
-    errno.EACCES: f"make it accessible, or {_ELSEWHERE}",
-    errno.EROFS: _ELSEWHERE,
-    errno.EEXIST: _ELSEWHERE,
-    errno.ENOTDIR: _ELSEWHERE,
-    errno.ENOSPC: _MAKE_ROOM,
-    errno.EDQUOT: _MAKE_ROOM,
-    errno.EFBIG: _MAKE_ROOM,
-}
+_AGAIN = "continue with resume=RUN_FOLDER; what was written before is intact"
 SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
 
 
@@ -260,7 +251,4 @@ def _report(error: BaseException, log_dir: Path | None) -> None:
 
 
 def _message(error: BaseException) -> str:
-    """The error's words; one of the system's own, which name no remedy, is given one."""
-    if not isinstance(error, OSError) or error.errno not in _REMEDIES:  # ours have no errno
-        return str(error)
-    return f"{error.filename or 'cannot write'}: {error.strerror}; {_REMEDIES[error.errno]}"
+    return explain(error, elsewhere=_ELSEWHERE, again=_AGAIN) if isinstance(error, OSError) else str(error)
