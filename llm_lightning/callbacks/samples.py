@@ -13,10 +13,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from llm_lightning.atomic import write_atomically
+from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.callbacks.run_logs import TensorBoard
-from llm_lightning.data.inspection import printable
 from llm_lightning.generation import generate
+from llm_lightning.terminal import one_line, visible
 
 TERMINAL_WIDTH = 100
 
@@ -134,7 +134,7 @@ class Samples(L.Callback):
         pairs = zip(self._prompt_ids, continuations, strict=True)
         # Decoded together, because words may be joined by a space.
         whole = [(tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
-        texts = [(printable(prompt), printable(text[len(prompt) :])) for prompt, text in whole]
+        texts = [(visible(prompt), visible(text[len(prompt) :])) for prompt, text in whole]
         return texts, repetition_rate(continuations)
 
     def path(self, trainer: L.Trainer) -> Path:
@@ -165,7 +165,7 @@ def _prompts_of(trainer: L.Trainer, n: int) -> list[list[int]]:
 def append_section(path: Path, section: str) -> None:
     """Add `section`; returns when it is on the disk, because the next checkpoint covers it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with naming(path), path.open("a", encoding="utf-8", newline="") as file:
         file.write(section)
         file.flush()
         os.fsync(file.fileno())
@@ -193,7 +193,6 @@ def _indented(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    line = line if len(line) <= TERMINAL_WIDTH else line[: TERMINAL_WIDTH - 3] + "..."
+    line = one_line(text, TERMINAL_WIDTH)
     encoding = sys.stdout.encoding or "ascii"  # a terminal that cannot show a character must not end the run
     return line.encode(encoding, errors="replace").decode(encoding)

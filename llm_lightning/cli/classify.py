@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_lightning.cli.main import add_model_arguments, open_model
+from llm_lightning.terminal import inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,10 +64,13 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         lines = (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found)
         write_atomically(args.output, "".join(lines))
-        print(f"{args.output}: {len(texts):,} texts")
+        say_lines([f"{args.output}: {len(texts):,} texts"])
         return
     for one in found:
-        print(json.dumps(asdict(one), ensure_ascii=False) if args.json else _row(one))
+        if args.json:
+            say_json(asdict(one), ensure_ascii=False)
+        else:
+            say(_row(one))
 
 
 def classify_text(loaded: LoadedModel, text: str) -> Classification:
@@ -150,9 +154,7 @@ def _classification(loaded: LoadedModel, text: str, probabilities: Tensor) -> Cl
 
 
 def _row(found: Classification) -> str:
-    text = " ".join(found.text.split())
-    shown = text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
-    return f"{found.label}\t{found.probabilities[found.label]:.3f}\t{shown}"
+    return f"{inline(found.label)}\t{found.probabilities[found.label]:.3f}\t{one_line(found.text, WIDTH)}"
 
 
 def _read(name: str, text_field: str) -> list[str]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llm_lightning.cli.main import add_base_argument, add_device_arguments, aligned, open_model
 from llm_lightning.cli.respond import DATA_SUFFIXES
 from llm_lightning.experiments.comparison_page import Item, Measure, Page, as_html, as_markdown
+from llm_lightning.terminal import say_lines, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,9 +132,9 @@ def run(args: argparse.Namespace) -> None:
         write_figure(picture, _figure(curves))
     for suffix, form in ((".html", as_html), (".md", as_markdown)):
         write_atomically(args.output.with_suffix(suffix), form(page))
-    print("\n".join(aligned([("", "A", "B", "of"), *measures])))
+    say_lines(aligned([("", "A", "B", "of"), *measures]))
     written = [args.output.with_suffix(suffix) for suffix in PAGE_SUFFIXES] + ([picture] if picture else [])
-    print(f"written: {', '.join(map(str, written))}")
+    say_lines([f"written: {', '.join(map(str, written))}"])
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
@@ -322,12 +323,8 @@ def _judge(args: argparse.Namespace) -> Judge | None:
     """The judge, if one is wanted and something listens at its address: told before the models are at work."""
     if not args.judge and args.judge_url is None and args.judge_model is None:
         return None
-    from importlib.util import find_spec
-
     from llm_lightning.judge import DEFAULT_MODEL, DEFAULT_URL, Judge
 
-    if find_spec("openai") is None:
-        raise ValueError("the judge needs the openai package: pip install 'llm-lightning[judge]'")
     judge = Judge(args.judge_url or DEFAULT_URL, args.judge_model or DEFAULT_MODEL, progress=True)
     with _own_options():
         judge.refuse_unreachable()
@@ -459,6 +456,4 @@ def _item(conversation: Conversation, row: dict[str, Any], remarks: list[str]) -
 
 
 def _visible(text: str) -> str:
-    """Without characters that are control, not text."""
-    text = text.replace("\r\n", "\n")
-    return "".join(char if char.isprintable() or char in "\n\t" or char.isspace() else "\ufffd" for char in text)
+    return visible(text.replace("\r\n", "\n"))

@@ -12,7 +12,6 @@ without overlap, as in training; a smaller --stride shows each token more of wha
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_lightning.cli.main import add_model_arguments, open_model
+from llm_lightning.terminal import inline, say, say_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,12 +91,12 @@ def run(args: argparse.Namespace) -> None:
         texts = _read_texts(args.text, args.text_field)
         result = evaluate_texts(loaded, texts, stride=args.stride, progress=True)
     if args.json:
-        print(json.dumps(asdict(result)))
+        say_json(asdict(result))
         return
-    print(f"loss           {result.loss:.4f} nats per token")
-    print(f"perplexity     {result.perplexity:.2f}")
-    print(f"bits per byte  {result.bits_per_byte:.4f}")
-    print(f"tokens         {result.n_tokens:,} scored, of {result.n_bytes:,} bytes of text")
+    say(f"loss           {result.loss:.4f} nats per token")
+    say(f"perplexity     {result.perplexity:.2f}")
+    say(f"bits per byte  {result.bits_per_byte:.4f}")
+    say(f"tokens         {result.n_tokens:,} scored, of {result.n_bytes:,} bytes of text")
 
 
 def evaluate_text(loaded: LoadedModel, text: str, *, stride: int | None = None) -> Evaluation:
@@ -166,16 +166,17 @@ def _run_classifier(loaded: LoadedModel, args: argparse.Namespace) -> None:
     records = _records_of_split(loaded, args.split) if args.split else _labelled(args)
     result = evaluate_labelled(loaded, records, progress=True)
     if args.json:
-        print(json.dumps(result))
+        say_json(result)
         return
     interval = f"95% interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}"
-    print(f"accuracy   {result['accuracy']:.4f} ({interval}), {result['n']:,} texts")
+    say(f"accuracy   {result['accuracy']:.4f} ({interval}), {result['n']:,} texts")
     for name in ("loss", "precision", "recall", "f1", "auroc"):
-        print(f"{name:<10} {result[name]:.4f}")
-    width = max(map(len, loaded.labels)) + 2
-    print(f"{'true | said':<{width + 4}}" + "".join(f"{label:>{width}}" for label in loaded.labels))
-    for label, counts in zip(loaded.labels, result["confusion"], strict=True):
-        print(f"{label:<{width + 4}}" + "".join(f"{count:>{width},}" for count in counts))
+        say(f"{name:<10} {result[name]:.4f}")
+    labels = [inline(label) for label in loaded.labels]
+    width = max(map(len, labels)) + 2
+    say(f"{'true | said':<{width + 4}}" + "".join(f"{label:>{width}}" for label in labels))
+    for label, counts in zip(labels, result["confusion"], strict=True):
+        say(f"{label:<{width + 4}}" + "".join(f"{count:>{width},}" for count in counts))
 
 
 def _records_of_split(loaded: LoadedModel, split: str) -> list[tuple[str, str]]:

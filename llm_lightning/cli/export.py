@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_lightning.cli.main import add_base_argument, add_checkpoint_argument
+from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -45,12 +46,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         report = export_hf(trunk, trunk.config, loaded.tokenizer, args.folder, **options)
     for note in report["notes"]:
-        print(note)
+        say(note)
     version = report["transformers"]
     alone = "read back by llm-lightning; transformers is not installed"
     checked = f"compared with transformers {version}" if version else alone
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    print(f"{args.folder}: {n_parameters:,} parameters in {args.dtype}, {checked}")
+    say_lines([f"{args.folder}: {n_parameters:,} parameters in {args.dtype}, {checked}"])
 
 
 def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> None:
@@ -63,4 +64,4 @@ def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> No
     config = LoRAConfig(**loaded.header["lora"])
     base = next(iter(parent_names(loaded.header, loaded.path)), "")
     export_peft(loaded.model, config, folder, base_name=base, overwrite=overwrite)
-    print(f"{folder}: adapter of rank {config.rank}{f' for {base}' if base else ''}")
+    say_lines([f"{folder}: adapter of rank {config.rank}{f' for {base}' if base else ''}"])

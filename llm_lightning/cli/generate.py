@@ -3,6 +3,8 @@
 llm-lightning generate outputs/pretraining/my_run "The value of"
 llm-lightning generate gpt2-small "Hello, I am" "Every effort moves you" --greedy --max-new-tokens 25
 llm-lightning generate gpt2-small "Dear Sir" --adapter polite/checkpoints/adapter.ckpt --adapter rude_from_peft/
+
+On a terminal, control characters in the text are shown, as \\x1b; in a file or a pipe the text is as it was written.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_lightning.cli.main import add_model_arguments, open_model
+from llm_lightning.terminal import say, say_lines, write_raw
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -82,22 +85,28 @@ def run(args: argparse.Namespace) -> None:
 
             use_adapter(loaded.model, name)
         if len(adapters) > 1:
-            print(f"=== {path}")
+            say_lines([f"=== {path}"])
         _write(loaded, prompts, args.stream, settings)
 
 
 def _write(loaded: LoadedModel, prompts: list[str], stream: bool | None, settings: dict[str, Any]) -> None:
-    from llm_lightning.data.inspection import printable
-
     on_terminal = sys.stdout.isatty()
     if stream or (stream is None and on_terminal and len(prompts) == 1):
-        _stream(loaded, prompts[0], on_terminal, settings)
+        _stream(loaded, prompts[0], settings)
         return
     texts = generate_texts(loaded, prompts, **settings)
     for number, text in enumerate(texts, start=1):
         if len(texts) > 1:
-            print(f"--- {number}")
-        print(printable(text) if on_terminal else text)
+            say(f"--- {number}")
+        _show(text + "\n")
+
+
+def _show(text: str) -> None:
+    """What a model writes, untouched for a program that reads it; on a terminal its controls are shown, not obeyed."""
+    if sys.stdout.isatty():
+        say(text, end="", flush=True)
+    else:
+        write_raw(text, flush=True)
 
 
 def generate_text(loaded: LoadedModel, prompt: str, **settings: Any) -> str:
@@ -135,22 +144,16 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-def _stream(loaded: LoadedModel, prompt: str, on_terminal: bool, settings: dict[str, Any]) -> None:
-    from llm_lightning.data.inspection import printable
+def _stream(loaded: LoadedModel, prompt: str, settings: dict[str, Any]) -> None:
     from llm_lightning.tokenizers import StreamDecoder
 
     decoder = StreamDecoder(loaded.tokenizer)
-
-    def write(text: str) -> None:
-        sys.stdout.write(printable(text) if on_terminal else text)
-        sys.stdout.flush()
-
-    on_token: OnToken = lambda _row, token: write(decoder.feed(token))  # noqa: E731
-    write(loaded.tokenizer.decode(loaded.tokenizer.encode(prompt)))
+    on_token: OnToken = lambda _row, token: _show(decoder.feed(token))  # noqa: E731
+    _show(loaded.tokenizer.decode(loaded.tokenizer.encode(prompt)))
     try:
         generate_text(loaded, prompt, on_token=on_token, **settings)
     finally:
-        write(decoder.finish() + "\n")
+        _show(decoder.finish() + "\n")
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

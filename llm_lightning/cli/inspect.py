@@ -6,11 +6,11 @@ The file is read whole and compared with its digest.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from llm_lightning.cli.main import add_checkpoint_argument
+from llm_lightning.terminal import say_json, say_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     facts = describe(args.checkpoint)
     if args.json:
-        print(json.dumps(facts))
+        say_json(facts)
         return
-    for name, value in _rows(facts):
-        print(f"{name:<12}{value}")
+    say_lines(f"{name:<12}{value}" for name, value in _rows(facts))
 
 
 def describe(name_or_path: str) -> dict[str, Any]:

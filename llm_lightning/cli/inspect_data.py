@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_lightning.cli.respond import DATA_SUFFIXES
+from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.data.batches import LMBatch, MaskedSample
@@ -56,9 +57,10 @@ def run(args: argparse.Namespace) -> None:
     shown = _of_records(args) if _is_data(args.source) else _of_model(args)
     if args.html:
         write_atomically(args.html, as_html(shown.tokenizer, shown.batch, shown.title, titles=shown.rows))
-        print(f"{args.html}: {len(shown.batch.input_ids)} rows")
+        say_lines([f"{args.html}: {len(shown.batch.input_ids)} rows"])
         return
-    print(as_text(shown.tokenizer, shown.batch, colour=sys.stdout.isatty(), titles=shown.rows))
+    colours = sys.stdout.isatty()
+    say(as_text(shown.tokenizer, shown.batch, colour=colours, titles=shown.rows), colours=colours)
 
 
 def _is_data(source: str) -> bool:

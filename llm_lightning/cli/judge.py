@@ -43,6 +43,7 @@ from llm_lightning.judge import (
     summarise_pairs,
     summarise_scores,
 )
+from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +117,11 @@ def _add_judge_arguments(group: argparse._ArgumentGroup) -> None:
         help="of an answer; more for a model that thinks aloud first (default: %(default)s)",
     )
     group.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="for one answer (default: %(default)g)"
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for one whole answer, sending again after an error included (default: %(default)g)",
     )
     group.add_argument(
         "--concurrency", type=int, default=4, metavar="N", help="requests at once (default: %(default)s)"
@@ -134,9 +139,9 @@ def run(args: argparse.Namespace) -> None:
         report = report_on(file)
         written = _write(report, output)
         if args.json:
-            print(json.dumps(report.summary))
+            say_json(report.summary)
         else:
-            print("\n".join([*report.lines, f"written: {', '.join(map(str, written))}"]))
+            say_lines([*report.lines, f"written: {', '.join(map(str, written))}"])
 
 
 def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int | None = None) -> Responses:
@@ -412,5 +417,4 @@ def _failure_remarks(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
+    return f"'{one_line(text, WIDTH)}'"

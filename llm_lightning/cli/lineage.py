@@ -6,12 +6,12 @@ Each checkpoint is read whole and compared with the digest that the run which be
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llm_lightning.cli.main import add_checkpoint_argument
+from llm_lightning.terminal import say_json, say_lines
 
 SHORT = 12
 """Digits of a digest that are shown."""
@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     for depth, link in enumerate(trace(args.checkpoint)):
-        print(json.dumps(link) if args.json else _row(depth, link))
+        if args.json:
+            say_json(link)
+        else:
+            say_lines([_row(depth, link)])
 
 
 def trace(name_or_path: str) -> Iterator[dict[str, Any]]:

@@ -13,9 +13,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from llm_lightning.disk_errors import explain
 from llm_lightning.experiments.processes import end_with_parent
+from llm_lightning.terminal import STANDARD_OUTPUT, guard_messages, inline, one_line, say, write_raw
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -37,6 +39,12 @@ VERBS = {
 USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+ELSEWHERE, AGAIN = "choose another place", "repeat the command"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(inline(message))  # may quote what a pattern of the shell found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,28 +52,37 @@ def main(argv: list[str] | None = None) -> int:
     end_with_parent()
     verb, rest = _choose_verb(argv)
     module = import_module(f"llm_lightning.cli.{verb.replace('-', '_')}")
-    parser = argparse.ArgumentParser(prog=f"llm-lightning {verb}", description=module.__doc__)
+    parser = _Parser(prog=f"llm-lightning {verb}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(rest)  # options may stand between prompts
+    guard_messages()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         module.run(args)
-        sys.stdout.flush()
+        write_raw("", flush=True)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `llm-lightning ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        print(f"llm-lightning {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        message = error if isinstance(error, ValueError) else explain(error, elsewhere=ELSEWHERE, again=AGAIN)
+        say(f"llm-lightning {verb}: {one_line(message)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename == STANDARD_OUTPUT:
+            _drop_output()
         return USAGE_ERROR
     return 0
 
 
+def _drop_output() -> None:
+    """Nobody takes what is left of standard output: Python must not try, at its end, to write it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
     verbs = "\n".join(f"  {verb:<16} {summary}" for verb, summary in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llm-lightning",
         description="Use a trained model. Training is `python train.py`.",
         epilog=f"verbs:\n{verbs}\n\n`llm-lightning VERB --help` lists the options of a verb.",
@@ -80,14 +97,9 @@ def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table, the first column to the left and the others to the right."""
+    rows = [[inline(cell) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-
-
-def one_line(text: str, width: int) -> str:
-    """A text on one line of a terminal, cut to `width`."""
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

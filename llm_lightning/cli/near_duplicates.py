@@ -24,7 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.main import one_line
+from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.data.json_records import JsonRecord
@@ -58,15 +58,16 @@ def run(args: argparse.Namespace) -> None:
         texts = [_text(record, key) for record in records]
         found[key] = find_near_duplicates(texts, args.threshold, progress=True)
         if not args.json:
-            print("\n".join(_lines(key, texts, found[key], args.show)))
+            say_lines(_lines(key, texts, found[key], args.show))
     facts = {"file": str(args.file), "records": len(records), "threshold": args.threshold}
     facts["keys"] = {key: _facts(one, args.show) for key, one in found.items()}
     if args.remove:
         facts |= _remove(args.output, records, {key: found[key] for key in args.keys or REMOVED_BY if key in found})
     if args.json:
-        print(json.dumps(facts))
+        say_json(facts)
     elif args.remove:
-        print(f"{args.output}: {facts['kept']:,} records, {facts['removed']:,} removed ({facts['removed_by']})")
+        kept = f"{facts['kept']:,} records, {facts['removed']:,} removed ({facts['removed_by']})"
+        say_lines([f"{args.output}: {kept}"])
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -16,7 +16,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.cli.main import add_base_argument, add_device_arguments, open_model
+from llm_lightning.terminal import inline, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -63,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.atomic import write_atomically
     from llm_lightning.responses import answered
 
     checkpoints, data = _split_paths(args)
@@ -83,8 +84,10 @@ def run(args: argparse.Namespace) -> None:
     ]
     write_atomically(args.output, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     progress_path(args.output).unlink(missing_ok=True)
-    print(f"{args.output}: {len(rows):,} records, {', '.join(columns)}")
-    print(f"Next: llm-lightning judge {args.output} --lexical")
+    say_lines([
+        f"{args.output}: {len(rows):,} records, {', '.join(columns)}",
+        f"Next: llm-lightning judge {args.output} --lexical",
+    ])  # fmt: skip
 
 
 def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
@@ -180,7 +183,11 @@ def _respond(
     if len(missing) < len(keys):
         log.warning("%d of %d answers are there already, in %s", len(keys) - len(missing), len(keys), progress)
     progress.parent.mkdir(parents=True, exist_ok=True)
-    with progress.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc=column, disable=None) as bar:
+    with (
+        naming(progress),
+        progress.open("a", encoding="utf-8") as file,
+        tqdm(total=len(missing), desc=inline(column), disable=None) as bar,
+    ):
 
         def keep(index: int, response: str) -> None:
             known[keys[missing[index]]] = response
@@ -211,7 +218,7 @@ def _known(progress: Path) -> dict[str, str]:
     if not progress.is_file():
         return {}
     whole = progress.read_text(encoding="utf-8").rpartition("\n")[0]
-    progress.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    write_atomically(progress, whole + "\n" if whole else "")
     return dict(json.loads(line) for line in whole.splitlines())
 
 

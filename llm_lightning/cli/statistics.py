@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_lightning.atomic import write_figure
-from llm_lightning.cli.main import one_line
+from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> None:
     if args.plot or args.keys:
         raise ValueError(f"--plot and --keys are for .json and .jsonl files; {args.file} is read as one text")
     facts = describe_text(args.file, tokenizer)
-    print(json.dumps(facts) if args.json else "\n".join(_text_lines(facts)))
+    if args.json:
+        say_json(facts)
+    else:
+        say_lines(_text_lines(facts))
 
 
 def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
@@ -72,7 +75,10 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     facts = {"file": str(args.file), **describe_records(records, tokens), "tokenizer": args.tokenizer}
     if args.plot:
         write_figure(args.plot, _histograms(tokens, args.tokenizer))
-    print(json.dumps(facts) if args.json else "\n".join(_record_lines(facts)))
+    if args.json:
+        say_json(facts)
+    else:
+        say_lines(_record_lines(facts))
 
 
 def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:

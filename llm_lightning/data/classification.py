@@ -25,6 +25,7 @@ from llm_lightning.data.download import Pinned, check_name, file_of
 from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.splits import grouped_split, normalized
+from llm_lightning.terminal import inline, visible
 from llm_lightning.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -160,8 +161,8 @@ class ClassificationDataModule(BaseDataModule):
         lines = []
         for index in range(min(n, len(self.train_samples))):  # type: ignore[arg-type]
             sample = self.train_samples[index]
-            lines += [f"--- {self.labels[sample.label]}, {len(sample.token_ids)} tokens"]
-            lines += [self.tokenizer.decode(sample.token_ids.tolist())]
+            lines += [f"--- {inline(self.labels[sample.label])}, {len(sample.token_ids)} tokens"]
+            lines += [visible(self.tokenizer.decode(sample.token_ids.tolist()))]
         return "\n".join(lines)
 
     def describe(self) -> str:

@@ -13,6 +13,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -31,13 +32,17 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from llm_lightning.atomic import write_atomically
+from llm_lightning.bounded_http import Pace, opener
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles from there
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without a byte, or at less than the next
+LEAST_RATE = 1000.0  # bytes per second: a server that sends one now and then would hold us for ever
+LARGEST = 16 << 30  # bytes of a file whose size is not pinned; the largest weights of GPT-2 have 6.4 GB
 BLOCK = 1 << 18
+SHA256 = "[0-9a-f]{64}"
 
 # Worth another attempt. Any other OSError (full disk, no permission) is not the network's and goes straight up.
 _NETWORK_ERRORS = (
@@ -103,7 +108,8 @@ def download(pinned: Pinned, folder: Path | None = None) -> Path:
             except DownloadError:
                 raise
             except OSError as error:  # the disk's, not the network's
-                raise _failure(pinned, part, f"{part} cannot be written ({error.strerror or error})") from error
+                reason = f"{part} cannot be written ({error.strerror or error}); make room there, or set "
+                raise _failure(pinned, part, f"{reason}LLM_LIGHTNING_CACHE to another folder") from error
     return target
 
 
@@ -177,13 +183,14 @@ def _fetch(pinned: Pinned, part: Path) -> None:
         try:
             _receive(pinned, part)
         except urllib.error.HTTPError as error:
-            reason = f"the server answers {error.code} {error.reason}"
+            reason = f"the server answers {error.code} {' '.join(error.reason.split())[:100]}"
+            error.close()
             if error.code == 416:  # the range lies behind the end: what we hold is not a beginning of the file
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
                 break
         except _NETWORK_ERRORS as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            reason = str(getattr(error, "reason", error))[:200] or type(error).__name__
         else:
             actual = _digest_of_member(part, pinned) if pinned.member else sha256_of(part)
             if actual == pinned.sha256:
@@ -230,17 +237,21 @@ def _receive(pinned: Pinned, part: Path) -> None:
     held = part.stat().st_size if part.exists() else 0
     if held and held == pinned.n_bytes:
         return
+    most = LARGEST if pinned.n_bytes is None else pinned.n_bytes
+    if held > most:  # no beginning of the file
+        part.unlink()
+        held = 0
     headers = {"User-Agent": "llm-lightning", "Accept-Encoding": "identity"}
     if held:
         headers["Range"] = f"bytes={held}-"
-    with _open(urllib.request.Request(pinned.url, headers=headers)) as response:
+    with _open(urllib.request.Request(pinned.url, headers=headers), most) as response:
         start = _first_byte(response, held, part)
         length = response.headers.get("Content-Length", "")
-        end = start + int(length) if length.isdigit() else None
-        if pinned.n_bytes is not None and end not in (None, pinned.n_bytes):
+        end = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        if end is not None and (end > LARGEST if pinned.n_bytes is None else end != pinned.n_bytes):
             kind = response.headers.get_content_type()
-            reason = f"the server offers {end} bytes of {kind}, expected {pinned.n_bytes}"
-            raise _failure(pinned, part, reason)
+            expected = f"at most {LARGEST}" if pinned.n_bytes is None else pinned.n_bytes
+            raise _failure(pinned, part, f"the server offers {end} bytes of {kind}, expected {expected}")
         _append(response, part, start, end if end is not None else pinned.n_bytes)
 
 
@@ -287,6 +298,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         allowed = {"https"} if req.type == "https" else {"http", "https"}
         if urlsplit(newurl).scheme not in allowed:
             raise DownloadError(f"cannot download {req.full_url}: it redirects to {newurl}, which is refused")
+        fp.close()  # or the page that comes with it would be read whole, whatever its size
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -298,32 +310,37 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _open(
-    request: urllib.request.Request, redirects: urllib.request.HTTPRedirectHandler | None = None
+    request: urllib.request.Request, most_bytes: int, redirects: urllib.request.HTTPRedirectHandler | None = None
 ) -> http.client.HTTPResponse:
     """Open an http or https address; handlers for other schemes are not even installed."""
     if urlsplit(request.full_url).scheme not in ("http", "https"):
         raise DownloadError(f"cannot download {request.full_url}: only http and https addresses are fetched")
-    opener = urllib.request.OpenerDirector()
-    for handler in (
+    handlers = [
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         redirects or _Redirects(),
-    ):
-        opener.add_handler(handler)
-    return opener.open(request, timeout=TIMEOUT)
+    ]
+    return opener(Pace(TIMEOUT, TIMEOUT * LEAST_RATE, most_bytes), handlers).open(request, timeout=TIMEOUT)
 
 
 def _remembered_digest(name: str, url: str) -> str:
     record = cache_dir() / "digests" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
     with locked(record):
-        if record.exists():
-            return json.loads(record.read_text())["sha256"]
+        if (kept := _kept_digest(record)) is not None:
+            return kept
         digest = _stated_digest(url)
         write_atomically(record, json.dumps({"file": name, "sha256": digest}))
     return digest
+
+
+def _kept_digest(record: Path) -> str | None:
+    """What is remembered; None if nothing is, or it is damaged."""
+    try:
+        kept = json.loads(record.read_bytes())["sha256"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return kept if isinstance(kept, str) and re.fullmatch(SHA256, kept) else None
 
 
 def _stated_digest(url: str) -> str:
@@ -331,7 +348,8 @@ def _stated_digest(url: str) -> str:
     request = urllib.request.Request(url, headers={"User-Agent": "llm-lightning"}, method="HEAD")
     headers: Message
     try:
-        headers = _open(request, _NoRedirects()).headers
+        with _open(request, 0, _NoRedirects()) as response:
+            headers = response.headers
     except urllib.error.HTTPError as error:
         headers = error.headers
         if error.code >= 400:
@@ -339,6 +357,6 @@ def _stated_digest(url: str) -> str:
     except _NETWORK_ERRORS as error:
         raise DownloadError(f"cannot ask {url} for its digest: {getattr(error, 'reason', error)}") from error
     digest = headers.get("X-Linked-ETag", "").strip('"')
-    if len(digest) != 64:
+    if not re.fullmatch(SHA256, digest):
         raise DownloadError(f"cannot verify {url}: the hub states no sha256 for it (got {digest!r})")
     return digest

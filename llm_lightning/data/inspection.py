@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from llm_lightning.data.batches import LMBatch
 from llm_lightning.losses import IGNORE_INDEX
+from llm_lightning.terminal import GREEN, GREY, PLAIN, visible
 from llm_lightning.tokenizers import Tokenizer
 
 END, PAD = "<|endoftext|>", "\u00b7"
-LEARNT, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 STYLE = """<meta charset="utf-8"><style>
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #222 }
 pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; font-size: 13px }
@@ -73,21 +73,16 @@ def as_html(tokenizer: Tokenizer, batch: LMBatch, title: str, *, titles: Sequenc
     return "\n".join(lines) + "\n"
 
 
-def printable(text: str) -> str:
-    """A text without control characters: a young model also writes those, and a terminal would obey them."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
-
-
 def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     pieces = []
     for is_end, run in groupby(ids, key=lambda token: token == tokenizer.eot_id):
         tokens = list(run)
         pieces.append(END * len(tokens) if is_end else tokenizer.decode(tokens))
-    return printable("".join(pieces))
+    return visible("".join(pieces))
 
 
 def _painted(piece: Piece) -> str:
-    return {"learnt": LEARNT, "pad": GREY, "prompt": ""}[piece.kind] + piece.text + PLAIN
+    return {"learnt": GREEN, "pad": GREY, "prompt": ""}[piece.kind] + piece.text + PLAIN
 
 
 def _marked(piece: Piece) -> str:

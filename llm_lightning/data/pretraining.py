@@ -11,6 +11,7 @@ from llm_lightning.data.batches import LMBatch, Sample, collate_lm
 from llm_lightning.data.samples import Windows
 from llm_lightning.data.sources import open_source
 from llm_lightning.data.token_files import TokenFile, build_token_files
+from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import Tokenizer
 
 
@@ -99,7 +100,7 @@ class PretrainingDataModule(BaseDataModule):
         lines = []
         for index in range(min(n, len(self.train_samples))):  # type: ignore[arg-type]
             ids = self.train_samples[index].token_ids
-            lines += [f"--- window {index}: {len(ids) - 1} targets", self.tokenizer.decode(ids.tolist())]
+            lines += [f"--- window {index}: {len(ids) - 1} targets", visible(self.tokenizer.decode(ids.tolist()))]
         return "\n".join(lines)
 
     def describe(self) -> str:

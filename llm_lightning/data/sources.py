@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.data.download import Pinned, cache_dir, commit, download, locked, sha256_of
 
 log = logging.getLogger(__name__)
@@ -397,8 +398,9 @@ def hugging_face_file(
         if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
             temporary = target.with_suffix(".tmp")
             try:
-                _write_rows(_rows(name, config, split, revision, wanted_fields), temporary)
-                manifest.write_text(sha256_of(temporary))
+                with naming(target):
+                    _write_rows(_rows(name, config, split, revision, wanted_fields), temporary)
+                write_atomically(manifest, sha256_of(temporary))
                 commit(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)

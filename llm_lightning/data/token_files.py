@@ -260,7 +260,7 @@ def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise OSError(
             f"cannot make the token files in {folder}: {error} ({free:,.0f} MiB are free there); "
-            "free some space or set LLM_LIGHTNING_CACHE to a folder with more"
+            "make room, or set LLM_LIGHTNING_CACHE to a folder with more"
         ) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import sys
@@ -13,31 +12,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.disk_errors import explain
 from llm_lightning.experiments.foreign import continued, read_summary, refuse_links
 from llm_lightning.experiments.processes import end_with_parent, start, wait_for
 from llm_lightning.experiments.run_folder import is_main_process
+from llm_lightning.terminal import guard_messages, one_line, say, visible
 
 STARTED_IN = Path.cwd()
 """Where the user stands."""
 USAGE_ERROR = 2
 ONE_RUN = "hydra.mode=RUN"
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
-_MAKE_ROOM = "make room and continue with resume=RUN_FOLDER; what was written before is intact"
-_REMEDIES = {
-    errno.EACCES: f"make it accessible, or {_ELSEWHERE}",
-    errno.EROFS: _ELSEWHERE,
-    errno.EEXIST: _ELSEWHERE,
-    errno.ENOTDIR: _ELSEWHERE,
-    errno.ENOSPC: _MAKE_ROOM,
-    errno.EDQUOT: _MAKE_ROOM,
-    errno.EFBIG: _MAKE_ROOM,
-}
+_AGAIN = "continue with resume=RUN_FOLDER; what was written before is intact"
 SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
 
 
 def main(script: Path) -> None:
     """Run the command line of `script`, whose configuration is the folder `conf` beside it."""
     end_with_parent()
+    guard_messages()
     run_guarded(lambda: _main(script))
 
 
@@ -47,7 +40,7 @@ def _main(script: Path) -> None:
     config_dir = script.parent / "conf"
     text = help_text(sys.argv[1:], config_dir)
     if text is not None:
-        print(text)
+        say(text)
         return
     if any(key_of(word) == "pipeline" and word != "pipeline=null" for word in sys.argv[1:]):
         from llm_lightning.experiments.pipeline import run_pipeline
@@ -214,7 +207,7 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         # Lightning turns a KeyboardInterrupt that comes before training into an exit with code 1.
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return 130, None
     except (ValueError, OSError) as error:
         _report(error, log_dir)
@@ -224,7 +217,7 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         if exit_code is None:
             raise
         if is_main_process():  # all processes of a run stop together, with the same words
-            print(error, file=sys.stderr)
+            say(error, file=sys.stderr)
         return exit_code, None
 
 
@@ -235,15 +228,12 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 def _report(error: BaseException, log_dir: Path | None) -> None:
     if os.environ.get(SHOW_TRACEBACK):
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     elif log_dir is not None:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
-            (log_dir / "traceback.txt").write_text("".join(traceback.format_exception(error)))
-    print(f"error: {' '.join(_message(error).split())}", file=sys.stderr)
+            (log_dir / "traceback.txt").write_text(visible("".join(traceback.format_exception(error))), "utf-8")
+    say(f"error: {one_line(_message(error))}", file=sys.stderr)
 
 
 def _message(error: BaseException) -> str:
-    """The error's words; one of the system's own, which name no remedy, is given one."""
-    if not isinstance(error, OSError) or error.errno not in _REMEDIES:  # ours have no errno
-        return str(error)
-    return f"{error.filename or 'cannot write'}: {error.strerror}; {_REMEDIES[error.errno]}"
+    return explain(error, elsewhere=_ELSEWHERE, again=_AGAIN) if isinstance(error, OSError) else str(error)

@@ -27,6 +27,7 @@ from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.launch import key_of, run_dir_is, without_null_groups
 from llm_lightning.experiments.processes import start, wait_for
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
+from llm_lightning.terminal import say
 
 MANIFEST = "manifest.json"
 """In the folder of a stage: what it was made from and what it reached."""
@@ -70,7 +71,7 @@ class Chain:
     """`--config-dir`, for every run."""
 
     def say(self, text: str) -> None:
-        print(f"pipeline={self.name}: {text}", flush=True)  # before what the stage's process prints
+        say(f"pipeline={self.name}: {text}", flush=True)  # before what the stage's process prints
 
 
 def run_pipeline(argv: Sequence[str], script: Path) -> None:
@@ -88,7 +89,7 @@ def run_pipeline(argv: Sequence[str], script: Path) -> None:
             _run_stage(chain, number, stage, script)
     chain.say(f"finished, in {_shown(chain.folder)}")
     runs = [stage.name for stage in chain.stages if not stage.is_command]
-    print(f"Next: llm-lightning lineage {shlex.quote(str(_shown(chain.folder / runs[-1])))}")
+    say(f"Next: llm-lightning lineage {shlex.quote(str(_shown(chain.folder / runs[-1])))}")
 
 
 def plan(argv: Sequence[str], config_dir: Path) -> Chain:
@@ -291,7 +292,7 @@ def _own_process(chain: Chain, stage: Stage, script: Path) -> int:
     importable = [str(script.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder / OUTPUT).open("wb") as output:
         code = _exit_code(command, stdout=output, env={**os.environ, "PYTHONPATH": os.pathsep.join(importable)})
-    print((folder / OUTPUT).read_text("utf-8", errors="replace"), end="", flush=True)
+    say((folder / OUTPUT).read_text("utf-8", errors="replace"), end="", flush=True)
     return code
 
 

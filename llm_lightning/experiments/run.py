@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ from llm_lightning.experiments.whereabouts import (
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
+from llm_lightning.terminal import say, say_lines
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -217,8 +219,8 @@ def say_finished(cfg: DictConfig, run: RunFolder) -> float | None:
         lines = closing_lines(summary, run.path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of someone else's, or another version's
         raise damaged_summary(run.path, f"it does not say what was reached: {error!r}") from error
-    print(f"This run is finished: {why}")
-    print("\n".join(lines))
+    say(f"This run is finished: {why}")
+    say_lines(lines)
     return summary["best_value"]
 
 
@@ -241,7 +243,7 @@ def build(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
 def preview(cfg: DictConfig) -> None:
     """Show the first training samples as the model will see them."""
     datamodule = build_datamodule(cfg, load_model(cfg.init_from) if cfg.init_from else None)
-    print(datamodule.preview(3))
+    say(datamodule.preview(3), colours=sys.stdout.isatty())
 
 
 def build_datamodule(cfg: DictConfig, parent: LoadedModel | None, digest: str | None = None) -> BaseDataModule:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llm_lightning.callbacks import samples as samples_file
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.samples import Samples, append_section, drop_sections_from, repetition_rate
-from llm_lightning.data.inspection import printable
+from llm_lightning.terminal import visible
 
 
 def headings(folder: Path) -> list[int]:
@@ -121,7 +121,7 @@ def test_sections_of_the_resumed_step_and_later_are_dropped(tmp_path: Path) -> N
 
 
 def test_a_terminal_gets_no_control_characters_and_nothing_it_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert printable("a\x1b[31m\x07\u2028é\n") == "a\ufffd[31m\ufffd\ufffdé\n"
+    assert visible("a\x1b[31m\x07\u2028é\n") == r"a\x1b[31m\x07\u2028é" + "\n"
 
     class Ascii:
         encoding = "ascii"

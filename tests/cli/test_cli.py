@@ -20,10 +20,10 @@ from llm_lightning.checkpoint import HEADER, LoadedModel, describe, load_model, 
 from llm_lightning.cli import generate as generate_verb
 from llm_lightning.cli.evaluate import SOURCE_SETTINGS, evaluate_texts, windows
 from llm_lightning.cli.main import VERBS, main
-from llm_lightning.data.inspection import printable
 from llm_lightning.data.sources import open_source
 from llm_lightning.data.token_files import build_token_files
 from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, n_layer=2, n_head=2, n_embd=16)
@@ -113,7 +113,7 @@ def test_an_empty_prompt_starts_a_new_text(loaded: LoadedModel) -> None:
 
 
 def test_control_characters_reach_no_terminal() -> None:
-    assert printable("a\x1b[2Jb\n\tc\x07") == "a\ufffd[2Jb\n\tc\ufffd"
+    assert visible("a\x1b[2Jb\n\tc\x07") == r"a\x1b[2Jb" + "\n\t" + r"c\x07"
 
 
 def test_greedy_says_which_settings_it_ignores(

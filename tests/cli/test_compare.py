@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from llm_lightning.responses import respond
 
 TEMPLATE = "{instruction} {input} {response}"
 HOSTILE = "<script>alert('x')</script> & | `code` *star*\n    indented [link](javascript:1) $x$"
-needs_openai = pytest.mark.skipif(find_spec("openai") is None, reason="needs the judge extra: openai")
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +170,7 @@ def test_everything_is_escaped(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert compare("base", "tuned", "q.json", "-o", "<b>&.html") == 0
     page = Tables(Path("<b>&.html").read_text())
     assert not page.tags & {"script", "b"}
-    assert [HOSTILE, HOSTILE, f"\ufffd\ufffd{HOSTILE}"] in page.rows
+    assert [HOSTILE, HOSTILE, r"\x00\x1b" + HOSTILE] in page.rows
     assert [HOSTILE, "(empty)", HOSTILE] in page.rows
     assert 'src="%3Cb%3E%26_curves.png"' in Path("<b>&.html").read_text()
     text = Path("<b>&.md").read_text()
@@ -195,7 +193,6 @@ def preferring(prompt: str, seed: int) -> str:
     return "B" if second == "good" != first else "A"
 
 
-@needs_openai
 def test_a_judge_scores_both_and_compares_in_both_orders(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, ["bad", "bad", "bad", "good", "good"], ["good", "good", "good", "bad", "good"])
     with serving(preferring) as server:
@@ -214,7 +211,6 @@ def test_a_judge_scores_both_and_compares_in_both_orders(here: Path, monkeypatch
     assert page.count("Judge: score of A 80; score of B 80; a tie") == 1
 
 
-@needs_openai
 def test_what_the_judge_did_not_score_is_counted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, ["bad"] * 5, ["good"] * 4 + ["odd"])
     with serving(preferring) as server:
@@ -225,7 +221,6 @@ def test_what_the_judge_did_not_score_is_counted(here: Path, monkeypatch: pytest
     assert "score of A 20; score of B unparsable; a tie" in Path("comparison.md").read_text()
 
 
-@needs_openai
 @pytest.mark.parametrize("is_serving", [False, True])
 def test_a_judge_that_is_not_there_is_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_serving: bool
@@ -331,6 +326,6 @@ def test_the_base_goes_to_the_model_that_needs_it(here: Path, monkeypatch: pytes
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = {"torch", "numpy", "lightning", "openai", "matplotlib", "tqdm"}
+    heavy = {"torch", "numpy", "lightning", "matplotlib", "tqdm"}
     code = f"import sys, llm_lightning.cli.compare; print({heavy!r} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from llm_lightning import judge as judging
 from llm_lightning.cli import main as entry
 
 RECORD = {"instruction": "Name a fruit.", "input": "", "output": "A banana.", "model_response": "A lemon."}
-needs_openai = pytest.mark.skipif(find_spec("openai") is None, reason="needs the judge extra: openai")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +54,6 @@ def table(printed: str) -> list[dict[str, str]]:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-@needs_openai
 def test_a_table_a_report_and_a_histogram(
     server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +101,6 @@ def test_a_table_a_report_and_a_histogram(
     assert len(server.requests) == sent
 
 
-@needs_openai
 def test_columns_files_limit_and_json(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = lambda prompt, _: "90" if "good" in prompt else "10"
     rows = [{**RECORD, "output": f"{i}", "model_response": "good", "model 2 response": "bad"} for i in range(9)]
@@ -121,7 +117,6 @@ def test_columns_files_limit_and_json(server: JudgeServer, tmp_path: Path, capsy
     assert (tmp_path / "x.png").is_file()
 
 
-@needs_openai
 def test_the_rubric(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = lambda *_: "4"
     file = write(tmp_path / "responses.json", [RECORD, {**RECORD, "model_response": "Lime"}])
@@ -132,7 +127,6 @@ def test_the_rubric(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads((tmp_path / "responses.judged.json").read_text())["summary"]["scale"] == [1, 5]
 
 
-@needs_openai
 def test_half_a_surrogate_pair_from_a_judge(server: JudgeServer, tmp_path: Path) -> None:
     server.script = lambda *_: "\ud800"
     assert judge(write(tmp_path / "responses.json", [RECORD]), "--url", server.url) == 0
@@ -140,7 +134,6 @@ def test_half_a_surrogate_pair_from_a_judge(server: JudgeServer, tmp_path: Path)
     assert (record["model_response"]["outcome"], record["model_response"]["answer"]) == ("unparsable", "\ud800")
 
 
-@needs_openai
 def test_pairwise(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = lambda prompt, _: "A" if "wins" in prompt.split("[Response A]")[1].split("[Response B]")[0] else "B"
     rows = [{**RECORD, "model_response_1": "wins", "model_response_2": "x", "instruction": f"{i}"} for i in range(7)]
@@ -227,7 +220,6 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
     assert re.search(message, printed.err), printed.err
 
 
-@needs_openai
 def test_no_judge_at_the_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -238,7 +230,6 @@ def test_no_judge_at_the_address(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "responses.judged.json").exists()
 
 
-@needs_openai
 def test_a_model_that_is_not_there(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = lambda *_: 404
     assert judge(write(tmp_path / "responses.json", records()), "--url", server.url, "--model", "gone") == 2
@@ -246,6 +237,6 @@ def test_a_model_that_is_not_there(server: JudgeServer, tmp_path: Path, capsys: 
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = {"torch", "torchmetrics", "openai", "matplotlib", "lightning", "numpy"}
+    heavy = {"torch", "torchmetrics", "matplotlib", "lightning", "numpy"}
     code = f"import sys, llm_lightning.cli.judge; print({heavy!r} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -50,7 +50,7 @@ def test_pairs_are_printed_with_the_numbers_of_their_records(file: Path, capsys:
     assert lines[5] == "input: 2 texts; pairs: 1; groups: 1; later ones of a group: 1"
     assert [line.split()[-7] for line in lines[6:8]] == ["They", "they"]
     assert lines[8] == "output: 5 texts; pairs: 1; groups: 1; later ones of a group: 1"
-    assert lines[9].split(maxsplit=2)[2] == "Rome\ufffd[2J, \u00e9ternal", "no control character reaches a terminal"
+    assert lines[9].split(maxsplit=2)[2] == r"Rome\x1b[2J, " + "\u00e9ternal", "no control character reaches a terminal"
     assert len(lines) == 11
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import multiprocessing
@@ -13,16 +14,37 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pytest
+from judge_server import HUGE_WAYS, SLOW_WAYS, floods, sends
 
+from llm_lightning.bounded_http import HEADER_BYTES
 from llm_lightning.data import download as module
 from llm_lightning.data.download import DownloadError, Pinned, cache_dir, download, hub_file
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+ended = threading.Event()
+REDIRECT = "HTTP/1.1 302 Found\r\nLocation: /good\r\n"
+WAYS = {
+    **SLOW_WAYS,
+    **HUGE_WAYS,
+    "redirect with a page of 2 GB": floods(f"{REDIRECT}Content-Length: {2 << 30}\r\n\r\n", b" "),
+    "redirect with a page without end": floods(f"{REDIRECT}\r\n", b" "),
+    "redirect to itself": sends("HTTP/1.1 302 Found\r\nLocation: /redirect%20to%20itself\r\n\r\n"),
+    "redirect without end": sends("HTTP/1.1 302 Found\r\nLocation: ?x\r\n\r\n"),
+    "100 Continue without end": floods("", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "odd length": sends("HTTP/1.1 200 OK\r\nContent-Length: \u00b2\r\n\r\n".encode("latin-1"), CONTENT),
+    "length of 5000 digits": sends(f"HTTP/1.1 200 OK\r\nContent-Length: {'9' * 5000}\r\n\r\n"),
+}
+GOOD_WAYS = {"redirect with a page of 2 GB", "redirect with a page without end", "odd length"}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,8 +59,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        kind, wanted = self.path.strip("/"), self.headers.get("Range", "")
+        kind, wanted = unquote(self.path.partition("?")[0]).strip("/"), self.headers.get("Range", "")
         Handler.requests.append((kind, wanted))
+        if kind in WAYS:
+            with contextlib.suppress(OSError):  # the client has read enough
+                WAYS[kind](self.connection, ended)
+            self.close_connection = True
+            return None
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         first = sum(seen == kind for seen, _ in Handler.requests) == 1
         if kind.startswith("to-"):
@@ -154,6 +181,47 @@ def test_a_wrong_answer_leaves_no_file_and_says_why(server: str, tmp_path: Path,
     assert len(Handler.requests) == 1  # nothing that another attempt could change
 
 
+def test_no_server_holds_or_fills_us(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIMEOUT", 0.3)
+    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(module, "LARGEST", 1 << 20)
+
+    def brought(way: tuple[str, int | None]) -> str:
+        name, n_bytes = way
+        folder = tmp_path / f"{name} {n_bytes}"
+        try:
+            found = "brought" if download(pinned(f"{server}/{quote(name)}", n_bytes), folder).is_file() else "no file"
+        except DownloadError as error:
+            found = f"two lines: {error}" if "\n" in str(error) else "refused"
+        held = sum(file.stat().st_size for file in folder.iterdir())
+        return found if held <= (1 << 20) + HEADER_BYTES + module.BLOCK else f"{held} bytes on disk"
+
+    ways = [*((name, None) for name in WAYS), *((name, len(CONTENT)) for name in HUGE_WAYS)]
+    started = time.monotonic()
+    tracemalloc.start()
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            found = dict(zip(ways, pool.map(brought, ways), strict=True))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        ended.set()
+    wrong = {way: one for way, one in found.items() if one != ("brought" if way[0] in GOOD_WAYS else "refused")}
+    assert not wrong
+    assert peak < 40 << 20
+    assert time.monotonic() - started < 60
+
+
+def test_a_damaged_record_of_a_digest_is_asked_for_again(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server)
+    names = ("owner/model", "0123abcd", "model.safetensors", "m.safetensors")
+    hub_file(*names)
+    (record,) = (file for file in (cache_dir() / "digests").iterdir() if file.suffix == ".json")
+    for damage in ("", "[1]", "{}", '{"sha256": 1}', '{"sha256": "ab"}', "[" * 100_000, '"\x1b"'):
+        record.write_text(damage)
+        assert hub_file(*names).sha256 == SHA256
+
+
 def test_the_error_tells_where_to_put_a_copy(server: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=f"put a copy with sha256 {SHA256} at {tmp_path}/file.bin"):
         download(pinned(f"{server}/404"), tmp_path)
@@ -213,6 +281,7 @@ def test_eight_processes_download_once(server: str, tmp_path: Path) -> None:
 def test_killed_again_and_again_it_resumes(server: str, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
+from llm_lightning.bounded_http import HEADER_BYTES
 from llm_lightning.data import download as module
 module.BLOCK = 16_384
 print("ready", flush=True)

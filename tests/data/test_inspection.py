@@ -59,7 +59,7 @@ def test_the_page_escapes_what_it_shows() -> None:
 
 def test_a_row_without_padding_and_signs_that_cannot_be_shown() -> None:
     full = batch_of(([*b"\x1b[0m\n\tab", END], [8]))
-    assert as_text(BYTES, full) == "--- record 0: 9 tokens, 1 learnt\n\ufffd[0m\n\tab>><|endoftext|><<"
+    assert as_text(BYTES, full) == "--- record 0: 9 tokens, 1 learnt\n\\x1b[0m\n\tab>><|endoftext|><<"
     assert 'class="pad">\u00b7<' not in as_html(BYTES, full, "x")
 
 

@@ -16,13 +16,13 @@ from tiny_run import start as start_process
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.cli.respond import data_of
-from llm_lightning.data.inspection import printable
 from llm_lightning.frozen_cache import FrozenCache
 from llm_lightning.generation import generate
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.dpo import DPOModule
+from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
 
 LN2 = math.log(2)
@@ -259,7 +259,7 @@ def test_both_answer_the_prompts_of_the_validation_data(start: Path, pairs: Path
     answers = generate(loaded.gpt, prompts, max_new_tokens=8, stop_ids=[data.pad_id])
     assert text.count("    at the start: ") == 3 * text.count("## step")
     for prompt, answer in zip(prompts, answers, strict=True):
-        before = printable(loaded.tokenizer.decode([*prompt, *answer])[len(loaded.tokenizer.decode(prompt)) :])
+        before = visible(loaded.tokenizer.decode([*prompt, *answer])[len(loaded.tokenizer.decode(prompt)) :])
         assert f"at the start: {before}".splitlines()[0] in text
 
 
