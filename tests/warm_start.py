@@ -85,6 +85,9 @@ if __name__ == "__main__":
     sys.argv[0] = str(ROOT / "train.py")
     import torch.utils.tensorboard  # noqa: F401
 
+    import llm_lightning.experiments.run
+    import llm_lightning.tasks.dpo
+    import llm_lightning.tasks.pretraining  # noqa: F401
     from llm_lightning.experiments.launch import main
 
     wanted = _serve()
