@@ -1,4 +1,4 @@
-"""A callback that tells the outside, in one byte of a file, what a run is doing. Of test_kill and test_signals."""
+"""A callback that tells the outside, in one byte of a file, what a run is doing."""
 
 from __future__ import annotations
 

@@ -83,6 +83,8 @@ def _become(arguments: list[str], log: str) -> None:
 
 if __name__ == "__main__":
     sys.argv[0] = str(ROOT / "train.py")
+    import torch.utils.tensorboard  # noqa: F401
+
     import llm_lightning.experiments.run
     import llm_lightning.tasks.dpo
     import llm_lightning.tasks.pretraining  # noqa: F401

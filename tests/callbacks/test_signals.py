@@ -1,4 +1,4 @@
-"""What each signal does at each moment of a run, in this process; whole processes: `test_signals.py` above."""
+"""What each signal does at each moment of a run, in this process; whole processes: test_signal_trials.py."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_what_the_parent_ignores_stays_ignored_and_the_end_of_a_child_is_a_shell
 
 @pytest.mark.parametrize("words", ["", "without prctl"])
 def test_a_child_outlives_no_parent_that_is_killed(tmp_path: Path, words: str) -> None:
-    process, _child = start(tmp_path / "run", words)
+    process, _ = start(tmp_path / "run", words)
     process.kill()
     assert saved(tmp_path / "run") == [signal.SIGTERM]
     assert wait_until(lambda: not living(process.pid))
