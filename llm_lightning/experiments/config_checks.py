@@ -30,7 +30,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm_lightning.experiments.groups import is_off, option_with, refuse_missing, switched_off
 from llm_lightning.experiments.help import group_options
+from llm_lightning.experiments.words import refuse_null, settle, word_as_meant
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 """Groups whose files pick and set, but declare no key (a task declares its own node)."""
@@ -317,7 +319,8 @@ def _values(override: Override, dirs: ConfigDirs) -> list[Override]:
         texts = list(override.sweep_string_iterator())
     if not texts:
         raise ValueError(f"'{override.input_line}' has no values")
-    return [_parse_override(f"{override.get_key_element()}={text}") for text in texts]
+    words = [word_as_meant(f"{override.get_key_element()}={text}", dirs.folders) for text in texts]  # as the jobs will
+    return [_parse_override(word) for word in words]
 
 
 def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
@@ -327,22 +330,42 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
     # Hydra names no near miss, so that unknown keys are let in here, and found and named below.
     full = dirs.compose(_forced(override, groups) for override in overrides)
     allow = _allowed(overrides, dirs)
-    reference = _reference(full.hydra.runtime.choices, overrides, dirs)
-    declared = _compose_once(dirs, (f"task={full.hydra.runtime.choices.task}", *_of_allow_targets(overrides))).task
-    known = _nodes(reference) | _nodes({"task": _plain(declared, resolve=False)})
+    choices = full.hydra.runtime.choices
+    typed = [override.key_or_group for override in overrides]
+
+    def where(key: str) -> str:
+        file = None if key in typed else dirs.file_that_sets(key, choices)
+        return f" in {file}" if file else ""
+
     config = _ours(full)
+    reference = _reference(choices, overrides, dirs)
+    declared = _compose_once(dirs, (f"task={choices.task}", *_of_allow_targets(overrides))).task
+    known = _nodes(reference) | _nodes({"task": _plain(declared, resolve=False)})
+    if is_off(choices, config):
+        of_task = _compose_once(dirs, (f"task={choices.task}", "callbacks=none", "logger=none", "lora=none"))
+        config = switched_off(config, choices, typed, _plain(of_task, resolve=False))
     for key, right in unknown_keys(_plain(config, resolve=False), known, allow):
-        file = dirs.file_that_sets(key, full.hydra.runtime.choices)
-        raise ValueError(f"unknown key '{key}'{f' in {file}' if file else ''}; {_hint(key, right)}")
+        option = option_with(key, dirs.folders, choices)
+        if option:
+            raise ValueError(f"{key}{where(key)} is a setting of {option}; choose that as well")
+        raise ValueError(f"unknown key '{key}'{where(key)}; {_hint(key, right)}")
     forced = [override for override in overrides if _forced(override, groups) != _text(override)]
     if any(override.is_add() or override.key_or_group not in known for override in forced):
         dirs.compose(_text(override) for override in overrides)  # is a plus missing, or one too many?
     if config.allow_targets != allow:
         raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
+    refuse_missing(config, {group: dirs.options(group) for group in groups}, _preset_of(choices))
+    settle(config, _nodes(_plain(config)), dirs.folders, where)
     _check_values(config, known)
+    refuse_null(_nodes(_plain(config)), known, where)
     check_targets(config, allow)
     _check_hydra_targets(_plain(full.hydra, resolve=False))
     return config
+
+
+def _preset_of(choices: Mapping[str, Any]) -> str:
+    chosen = [f"{group}={choices[group]}" for group in ("experiment", "debug") if choices.get(group)]
+    return f" in {' or '.join(chosen)}" if chosen else ""
 
 
 def _check_override(override: Override, groups: Sequence[str], dirs: ConfigDirs) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _KEY_LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):(?P<value>.*?)(?: +# (?P<comment>.*))?$")
-_DEFAULT_LINE = re.compile(r"^  - (?:(?P<group>[\w/]+): )?(?P<option>[\w/]+)")
+_DEFAULT_LINE = re.compile(r"^  - (?:(?:override +)?/?(?P<group>[\w/]+): )?(?P<option>[\w/]+)")
 _PACKAGE_LINE = re.compile(r"^# @package (\S+)")
 
 
@@ -77,6 +77,12 @@ def group_options(config_dir: Path, group: str) -> list[str]:
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
+def package_of(file: Path, group: str) -> str:
+    """Where Hydra puts the content of a group's file: the group, unless its first line says another place."""
+    package = _PACKAGE_LINE.match(file.read_text("utf-8"))
+    return package[1].replace("_global_", "") if package else group
+
+
 def _full_help(config_dir: Path) -> Iterator[str]:
     main = config_dir / "train.yaml"
     defaults = [(group, option) for group, option in read_defaults(main) if group]
@@ -118,8 +124,7 @@ def _option_help(config_dir: Path, group: str, option: str) -> Iterator[str]:
 def _option_settings(config_dir: Path, group: str, option: str) -> list[Setting]:
     """The option's keys, and those of the files of its group that it builds on; its own win."""
     file = config_dir / group / f"{option}.yaml"
-    package = _PACKAGE_LINE.match(file.read_text("utf-8"))
-    prefix = package[1].replace("_global_", "") if package else group
+    prefix = package_of(file, group)
     merged: dict[str, Setting] = {}
     for other_group, base in read_defaults(file):
         if other_group is None:

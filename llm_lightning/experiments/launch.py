@@ -50,16 +50,16 @@ def _main(script: Path) -> None:
     if text is not None:
         print(text)
         return
-    if any(key_of(word) == "pipeline" and word != "pipeline=null" for word in sys.argv[1:]):
+    if any(key_of(word) == "pipeline" and word.partition("=")[2] not in ("null", "none") for word in sys.argv[1:]):
         from llm_lightning.experiments.pipeline import run_pipeline
 
         run_pipeline(sys.argv[1:], script)
         return
     from llm_lightning.experiments.config_checks import check_overrides
 
-    typed = without_null_groups(continue_run(sys.argv[1:]), config_dir)
-    sys.argv = [str(script), *expand_sweep(typed, config_dir)]
-    check_overrides(sys.argv[1:], config_dir)
+    typed = continue_run(sys.argv[1:])
+    sys.argv = [str(script), *as_hydra_reads(expand_sweep(typed, config_dir), config_dir)]
+    config = check_overrides(sys.argv[1:], config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
     logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback,
     threading.excepthook = _thread_failed  # nor must TensorBoard's
@@ -68,8 +68,8 @@ def _main(script: Path) -> None:
 
     failures: list[str] = []
 
-    def job(cfg: Any) -> float | None:
-        return _job(cfg, failures)
+    def job(_: Any) -> float | None:
+        return _job(config, failures)  # what was checked, groups that are none switched off
 
     hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(job)()
     if failures:
@@ -169,16 +169,16 @@ def continue_run(argv: Sequence[str]) -> list[str]:
     return [*_options(recorded["config_dir"]), *old, *new]
 
 
-def without_null_groups(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """`GROUP=null` is what a user types for none, and Hydra refuses: say `GROUP=none`, or nothing where that is all."""
-    words = []
-    for word in argv:
-        group, _, option = word.partition("=")
-        if option != "null" or not (config_dir / group).is_dir():
-            words.append(word)
-        elif (config_dir / group / "none.yaml").is_file():
-            words.append(f"{group}=none")
-    return words
+def as_hydra_reads(argv: Sequence[str], config_dir: Path) -> list[str]:
+    """The words of a user as Hydra means the same by them: no group is null, text that reads as a number is quoted.
+
+    Raises:
+        ValueError: if a group that every run needs is null.
+    """
+    from llm_lightning.experiments.groups import without_null_groups
+    from llm_lightning.experiments.words import as_meant
+
+    return as_meant(without_null_groups(argv, config_dir), config_dir)
 
 
 def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
@@ -188,7 +188,7 @@ def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
         ValueError: if there is no such sweep.
     """
     names = [word.partition("=")[2] for word in argv if key_of(word) == "sweep"]
-    if not names or names[-1] == "null":
+    if not names or names[-1] in ("null", "none"):
         return list(argv)
     import yaml
 
