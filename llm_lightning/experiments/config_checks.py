@@ -30,7 +30,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm_lightning.experiments.groups import is_off, option_with, refuse_missing, switched_off
+from llm_lightning.experiments.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
 from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.words import refuse_null, settle, word_as_meant
 
@@ -344,6 +344,7 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
     if is_off(choices, config):
         of_task = _compose_once(dirs, (f"task={choices.task}", "callbacks=none", "logger=none", "lora=none"))
         config = switched_off(config, choices, typed, _plain(of_task, resolve=False))
+        known |= {group: {} for group in OPTIONAL if group not in known}
     for key, right in unknown_keys(_plain(config, resolve=False), known, allow):
         option = option_with(key, dirs.folders, choices)
         if option:
