@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm_lightning.experiments.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
 from llm_lightning.experiments.help import group_options
+from llm_lightning.experiments.ignored import dotted
 from llm_lightning.experiments.words import refuse_null, settle, word_as_meant
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
@@ -53,6 +54,8 @@ SET_ELSEWHERE = {
     "trainer.enable_checkpointing": "callbacks.checkpoints",
     "trainer.plugins": "trainer.strategy or trainer.precision",
     "trainer.gradient_clip_val": "optimizer.max_grad_norm",
+    "trainer.gradient_clip_algorithm": "optimizer.max_grad_norm (by norm is the only way)",
+    "trainer.overfit_batches": "debug=overfit",
     "data.seed": "seed",
     "data.tokenizer": "tokenizer",
     "data.context_length": "model.context_length",
@@ -67,6 +70,16 @@ SET_ELSEWHERE = {
     "task.tokenizer": "tokenizer",
 }
 """Arguments that the run itself fills in, and the setting it takes them from."""
+
+NOTHING_READS = {
+    "trainer.enable_model_summary": "the run says its size in a line of its own",
+    "trainer.enable_autolog_hparams": "the run writes config.yaml",
+    "trainer.limit_predict_batches": "a run does not predict",
+    "trainer.model_registry": "checkpoints stay in the run folder",
+    "trainer.reload_dataloaders_every_n_epochs": "the data stay the same for a whole run",
+    "trainer.sync_batchnorm": "no model here has a batch norm",
+}
+"""Arguments of Lightning's Trainer without an effect here, and why."""
 
 MAY_CHANGE = (
     "trainer.max_epochs",  # training on is what resuming is for; a schedule is stretched to the new length
@@ -428,6 +441,8 @@ def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
             default = known.get(other[1])
         if key in SET_ELSEWHERE:
             raise ValueError(f"{key} would have no effect; set {SET_ELSEWHERE[key]} instead")
+        if key in NOTHING_READS:
+            raise ValueError(f"{key} would have no effect: {NOTHING_READS[key]}; leave it out")
         if isinstance(value, str) and value == "???":
             raise ValueError(f"{key} has no default: add {key}=VALUE")
         if key in WORDS_ALLOWED or not isinstance(default, (bool, int, float)):
@@ -448,17 +463,9 @@ def _plain(config: DictConfig, *, resolve: bool = True) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _nodes(config: Any, path: str = "") -> dict[str, Any]:
+def _nodes(config: Any) -> dict[str, Any]:
     """Every dotted key below `config`, nodes included, with its unresolved value."""
-    if not path:
-        config = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = f"{path}.{key}" if path else str(key)
-        found[inner] = value
-        if isinstance(value, Mapping):
-            found |= _nodes(value, inner)
-    return found
+    return dotted(OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config)
 
 
 def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,9 @@ def switched_off(
         choices: group -> chosen file.
         typed: the keys of the command line, groups included.
         of_task: what the task's preset alone puts into these groups.
+
+    Raises:
+        ValueError: if the command line both switches a group off and sets something in it.
     """
     for group in OPTIONAL:
         node = config.get(group)
@@ -91,7 +94,11 @@ def switched_off(
             continue
         kept = {} if node is None else OmegaConf.to_container(node, resolve=False)
         assert isinstance(kept, dict)
-        mine = [key.split(".")[1] for key in typed if key.startswith(f"{group}.")]
+        mine = {key.split(".")[1]: key for key in typed if key.startswith(f"{group}.")}
+        for member, key in mine.items() if group in typed else ():
+            value = kept.get(member)
+            if value is not None and not (isinstance(value, Mapping) and "_target_" in value):
+                raise ValueError(f"{key} would have no effect: {group}=none switches {group} off; leave one of them out")
         for member, value in list(kept.items()):
             if member not in mine and (group in typed or value == of_task.get(group, {}).get(member)):
                 del kept[member]

@@ -29,6 +29,7 @@ from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.sources import absolute_paths
 from llm_lightning.experiments.config_checks import refuse_changes
+from llm_lightning.experiments.ignored import ignored_settings
 from llm_lightning.experiments.launch import COMMAND
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, write_summary
@@ -91,6 +92,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         run.write_config(settings)
         write_atomically(run.path / COMMAND, json.dumps(command, indent=2) + "\n")
     announce(trainer, datamodule, module, run)
+    say_ignored(cfg, settings, command)
     if cfg.compile:
         module.compile_model()
     trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
@@ -102,6 +104,13 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         conclude(run, trainer, module, datamodule, seconds=seconds)
     kept = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     return kept.best_value if kept is not None else None
+
+
+def say_ignored(cfg: DictConfig, settings: dict[str, Any], command: Mapping[str, Any]) -> None:
+    """Name what was typed and has no effect, a line each."""
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    for line in ignored_settings(settings, raw, command["overrides"]) if is_main_process() else ():
+        log.info(line)
 
 
 def test_best(trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, best: Path) -> None:

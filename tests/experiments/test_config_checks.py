@@ -35,8 +35,8 @@ WRONG = [
     ("seed.x=1", "unknown key 'seed.x'; did you mean 'seed'?"),
     ("+data.batch_sise=3", "unknown key 'data.batch_sise'; did you mean 'data.batch_size'?"),
     ("+callbacks.samples.promts=[a]", "did you mean 'callbacks.samples.prompts'?"),
-    ("+trainer.limit_predict_batchez=2", "did you mean 'trainer.limit_predict_batches'?"),
-    ("trainer.limit_predict_batches=2", "write +trainer.limit_predict_batches=2"),
+    ("+trainer.limit_test_batchez=2", "did you mean 'trainer.limit_test_batches'?"),
+    ("trainer.limit_test_batches=2", "write +trainer.limit_test_batches=2"),
     ("hydra.runn.dir=x", "unknown key 'hydra.runn.dir'"),
     ("model=nanno", "model=nanno: no such option; did you mean 'nano'?"),
     ("experiment=ch05", "did you mean 'book/ch05'?"),
@@ -81,7 +81,7 @@ def test_a_wrong_command_line_is_refused_in_one_line(command: str, message: str)
 RIGHT = [
     "",
     "model=gpt2_small tokenizer=gpt2 optimizer.lr=6e-4 run_name=first",
-    "+trainer.limit_predict_batches=2 +trainer.profiler=simple trainer.deterministic=warn trainer.devices=auto",
+    "+trainer.limit_test_batches=2 +trainer.profiler=simple trainer.deterministic=warn trainer.devices=auto",
     "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor +callbacks.lr.logging_interval=step",
     "trainer.strategy={_target_:lightning.pytorch.strategies.DDPStrategy,find_unused_parameters:true}",
     "callbacks.samples=null ~callbacks.plots optimizer.max_grad_norm=null",
@@ -107,7 +107,7 @@ def test_the_config_of_the_run_is_returned() -> None:
 WRONG_FILES = [
     ("optimizer: {lrr: 3}", "unknown key 'optimizer.lrr' in {file}; did you mean 'optimizer.lr'?"),
     ("optimzer: {lr: 3}", "unknown key 'optimzer' in {file}; did you mean 'optimizer'?"),
-    ("trainer: {limit_predict_batchez: 3}", "unknown key 'trainer.limit_predict_batchez' in {file}"),
+    ("trainer: {limit_test_batchez: 3}", "unknown key 'trainer.limit_test_batchez' in {file}"),
     ("defaults:\n  - override /optimzer: adamw", "unknown group 'optimzer' in experiment/mine.yaml"),
     ("defaults:\n  - override /model: nanno", "model=nanno: no such option; did you mean 'nano'?"),
     ("optimizer: {lr: fast}", "optimizer.lr='fast' must be a number"),
