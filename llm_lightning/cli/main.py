@@ -10,10 +10,14 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from llm_lightning.experiments import unforeseen
 
 if TYPE_CHECKING:
     from llm_lightning.checkpoint import LoadedModel
@@ -35,16 +39,16 @@ VERBS = {
 USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+_SAVE_MEMORY = "out of memory: give shorter or fewer texts at once, --dtype bfloat16, or a smaller model"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
-    verb, rest = _choose_verb(argv)
-    module = import_module(f"llm_lightning.cli.{verb.replace('-', '_')}")
-    parser = argparse.ArgumentParser(prog=f"llm-lightning {verb}", description=module.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    module.add_arguments(parser)
-    args = parser.parse_intermixed_args(rest)  # options may stand between prompts
+    try:
+        verb, module, args = _parsed(argv)
+    except SystemExit:
+        _flush_help()
+        raise
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         module.run(args)
@@ -52,12 +56,35 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `llm-lightning ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        unforeseen.stop_writing()
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
+        if os.environ.get(unforeseen.SHOW_TRACEBACK):
+            traceback.print_exception(error)
         print(f"llm-lightning {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+    except Exception as error:
+        if unforeseen.is_out_of_memory(error):
+            print(f"llm-lightning {verb}: {' '.join(str(error).split())}; {_SAVE_MEMORY}", file=sys.stderr)
+            return USAGE_ERROR
+        return unforeseen.report(error, prefix=f"llm-lightning {verb}: ", file=unforeseen.cache_file(verb))
     return 0
+
+
+def _parsed(argv: list[str] | None) -> tuple[str, ModuleType, argparse.Namespace]:
+    verb, rest = _choose_verb(argv)
+    module = import_module(f"llm_lightning.cli.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser(prog=f"llm-lightning {verb}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    return verb, module, parser.parse_intermixed_args(rest)  # options may stand between prompts
+
+
+def _flush_help() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `llm-lightning --help | head` has read enough
+        unforeseen.stop_writing()
 
 
 def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:

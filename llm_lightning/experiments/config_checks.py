@@ -441,6 +441,8 @@ def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
             default = known.get(other[1])
         if key in SET_ELSEWHERE:
             raise ValueError(f"{key} would have no effect; set {SET_ELSEWHERE[key]} instead")
+        if key == "trainer.use_distributed_sampler" and value:
+            raise ValueError(f"{key} must stay false: the data module itself shares batches among processes")
         if key in NOTHING_READS:
             raise ValueError(f"{key} would have no effect: {NOTHING_READS[key]}; leave it out")
         if isinstance(value, str) and value == "???":
@@ -512,7 +514,8 @@ def _locate(key: str, target: Any, packages: Sequence[str]) -> Any:
         try:
             found = getattr(found, name) if hasattr(found, name) else importlib.import_module(".".join(names[:end]))
         except Exception as error:  # whatever the module raises while it is imported
-            raise ValueError(f"{key}={target!r} cannot be imported: {error}") from None
+            cause = None if _inside(target, PACKAGES) else error  # its owner wants to see where
+            raise ValueError(f"{key}={target!r} cannot be imported: {error}") from cause
     if isinstance(found, ModuleType) or not _inside(getattr(found, "__module__", None), packages):
         raise ValueError(refusal)
     return found

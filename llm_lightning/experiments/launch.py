@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.run_folder import is_main_process
 
 STARTED_IN = Path.cwd()
@@ -33,8 +35,12 @@ _REMEDIES = {
     errno.ENOSPC: _MAKE_ROOM,
     errno.EDQUOT: _MAKE_ROOM,
     errno.EFBIG: _MAKE_ROOM,
+    errno.EPIPE: "what read this output has ended; write it to a file, and continue with resume=RUN_FOLDER",
 }
-SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
+_SAVE_MEMORY = (
+    "out of memory: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, "
+    "set model.activation_checkpointing=true, or take a smaller model"
+)
 
 
 def main(script: Path) -> None:
@@ -48,7 +54,7 @@ def _main(script: Path) -> None:
     config_dir = script.parent / "conf"
     text = help_text(sys.argv[1:], config_dir)
     if text is not None:
-        print(text)
+        _print_help(text)
         return
     if any(key_of(word) == "pipeline" and word.partition("=")[2] not in ("null", "none") for word in sys.argv[1:]):
         from llm_lightning.experiments.pipeline import run_pipeline
@@ -76,6 +82,13 @@ def _main(script: Path) -> None:
         raise ChildProcessError(f"{len(failures)} of the runs failed: {'; '.join(failures)}")
 
 
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `--help | head` has read enough
+        unforeseen.stop_writing()
+
+
 def _job(cfg: Any, failures: list[str]) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -84,7 +97,7 @@ def _job(cfg: Any, failures: list[str]) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
         return _own_process(list(hydra_config.overrides.task), run_dir, failures)
-    code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir)
+    code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir, own=list(cfg.allow_targets))
     if code:
         sys.exit(code)
     return result
@@ -221,8 +234,11 @@ def run_guarded(action: Callable[[], Any]) -> None:
         sys.exit(code)
 
 
-def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int, Any]:
-    """Call `action` and return (exit code, result), with errors of the user's kind turned into one line on stderr."""
+def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequence[str] = ()) -> tuple[int, Any]:
+    """Call `action` and return (exit code, result), with exceptions turned into one line on stderr.
+
+    Code of the packages `own`, or of those that `allow_targets` on the command line lets in, keeps its traceback.
+    """
     try:
         return 0, action()
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -232,15 +248,27 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         print("interrupted", file=sys.stderr)
         return 130, None
     except (ValueError, OSError) as error:
-        _report(error, log_dir)
+        _report(error, log_dir, is_own=unforeseen.passes_through(error, own or _allowed()))
         return USAGE_ERROR, None
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)  # callbacks.checkpoints.Interrupted
-        if exit_code is None:
+        if exit_code is not None:
+            if is_main_process():  # all processes of a run stop together, with the same words
+                print(error, file=sys.stderr)
+            return exit_code, None
+        if unforeseen.passes_through(error, own or _allowed()):
             raise
-        if is_main_process():  # all processes of a run stop together, with the same words
-            print(error, file=sys.stderr)
-        return exit_code, None
+        if unforeseen.is_out_of_memory(error):
+            _report(MemoryError(f"{error}; {_SAVE_MEMORY}").with_traceback(error.__traceback__), log_dir)
+            return USAGE_ERROR, None
+        file = log_dir / unforeseen.TRACEBACK if log_dir is not None else unforeseen.cache_file("train")
+        return unforeseen.report(error, prefix="error: ", file=file), None
+
+
+def _allowed() -> list[str]:
+    """Packages that `allow_targets` on the command line names."""
+    values = [word.partition("=")[2] for word in sys.argv[1:] if key_of(word) == "allow_targets"]
+    return [name for value in values for name in re.findall(r"[\w.]+", value)]
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
@@ -248,12 +276,14 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _report(error: BaseException, log_dir: Path | None) -> None:
-    if os.environ.get(SHOW_TRACEBACK):
+def _report(error: BaseException, log_dir: Path | None, *, is_own: bool = False) -> None:
+    if isinstance(error, BrokenPipeError):
+        unforeseen.stop_writing()
+    if is_own or os.environ.get(unforeseen.SHOW_TRACEBACK):
         traceback.print_exception(error)
     elif log_dir is not None:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
-            (log_dir / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+            (log_dir / unforeseen.TRACEBACK).write_text("".join(traceback.format_exception(error)))
     print(f"error: {' '.join(_message(error).split())}", file=sys.stderr)
 
 

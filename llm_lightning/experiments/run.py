@@ -187,11 +187,21 @@ def _quieten() -> None:
 
 
 def build(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
-    """`instantiate`, but with the error of the constructor itself, not Hydra's around it."""
+    """`instantiate`, but with the error of the constructor itself, not Hydra's around it.
+
+    Raises:
+        ValueError: also where a package is missing that a class of others needs, or arguments do not suit it.
+    """
+    target = str(node.get("_target_"))
     try:
         return instantiate(node, **arguments)
     except InstantiationException as error:
-        raise error.__cause__ or error from None
+        cause = error.__cause__ or error
+        if isinstance(cause, ImportError):  # a logger of a service
+            raise ValueError(f"{target} needs a package that is not installed: {cause}") from cause
+        if isinstance(cause, TypeError) and target.startswith(("lightning.", "torchmetrics.")):
+            raise ValueError(f"{target} cannot be built with these arguments: {cause}") from cause
+        raise cause from None
 
 
 def preview(cfg: DictConfig) -> None:
