@@ -13,7 +13,7 @@ import importlib
 import inspect
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -33,16 +33,14 @@ from omegaconf.errors import OmegaConfBaseException
 from llm_lightning.experiments.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
 from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.ignored import dotted
-from llm_lightning.experiments.words import refuse_null, settle, word_as_meant
+from llm_lightning.experiments.values import refuse_wrong_values
+from llm_lightning.experiments.words import settle, word_as_meant
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 """Groups whose files pick and set, but declare no key (a task declares its own node)."""
 
 OPEN_GROUPS = ("callbacks", "logger")
 """Groups that take further members, under any name, as long as they have a `_target_`."""
-
-WORDS_ALLOWED = ("trainer.devices", "trainer.deterministic")
-"""Settings that are a number or a switch by default and may also be a word: `auto`, `warn`."""
 
 PACKAGES = ("llm_lightning", "torch", "lightning", "torchmetrics")
 """Packages that a `_target_` may name; `allow_targets` adds to them."""
@@ -370,8 +368,7 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
         raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
     refuse_missing(config, {group: dirs.options(group) for group in groups}, _preset_of(choices))
     settle(config, _nodes(_plain(config)), dirs.folders, where)
-    _check_values(config, known)
-    refuse_null(_nodes(_plain(config)), known, where)
+    _check_values(config, known, where)
     check_targets(config, allow)
     _check_hydra_targets(_plain(full.hydra, resolve=False))
     return config
@@ -433,29 +430,28 @@ def _ours(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
-def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
-    """Refuse a missing value, a word for a number or a switch, and a run name that is no folder name."""
-    for key, value in _nodes(_plain(config)).items():
-        default = known.get(key)
-        while isinstance(default, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", default)):
-            default = known.get(other[1])
+def _check_values(config: DictConfig, known: Mapping[str, Any], where: Callable[[str], str]) -> None:
+    """Refuse what has no effect, a missing value, a value of the wrong kind, and a run name that is no folder name."""
+    values = _nodes(_plain(config))
+    for key, value in values.items():
         if key in SET_ELSEWHERE:
             raise ValueError(f"{key} would have no effect; set {SET_ELSEWHERE[key]} instead")
-        if key == "trainer.use_distributed_sampler" and value:
-            raise ValueError(f"{key} must stay false: the data module itself shares batches among processes")
         if key in NOTHING_READS:
             raise ValueError(f"{key} would have no effect: {NOTHING_READS[key]}; leave it out")
+        if key == "trainer.use_distributed_sampler" and value:
+            raise ValueError(f"{key} must stay false: the data module itself shares batches among processes")
         if isinstance(value, str) and value == "???":
             raise ValueError(f"{key} has no default: add {key}=VALUE")
-        if key in WORDS_ALLOWED or not isinstance(default, (bool, int, float)):
-            continue
-        wanted = "true or false" if isinstance(default, bool) else "a number"
-        if isinstance(value, str):
-            raise ValueError(f"{key}={value!r} must be {wanted}, such as {str(default).lower()}")
-        if type(default) is int and isinstance(value, float):
-            raise ValueError(f"{key}={value} must be a whole number, such as {default}")
+    refuse_wrong_values(values, {key: _followed(default, known) for key, default in known.items()}, where)
     if config.run_name is not None and not re.fullmatch(r"\w[\w.-]*", str(config.run_name)):
         raise ValueError(f"run_name={config.run_name!r} names a folder: use letters, digits, dot, dash and underscore")
+
+
+def _followed(default: Any, known: Mapping[str, Any]) -> Any:
+    """A default, or what it takes over from another setting."""
+    while isinstance(default, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", default)):
+        default = known.get(other[1])
+    return default
 
 
 def _plain(config: DictConfig, *, resolve: bool = True) -> Any:

@@ -98,7 +98,9 @@ def switched_off(
         for member, key in mine.items() if group in typed else ():
             value = kept.get(member)
             if value is not None and not (isinstance(value, Mapping) and "_target_" in value):
-                raise ValueError(f"{key} would have no effect: {group}=none switches {group} off; leave one of them out")
+                raise ValueError(
+                    f"{key} would have no effect: {group}=none switches {group} off; leave one of them out"
+                )
         for member, value in list(kept.items()):
             if member not in mine and (group in typed or value == of_task.get(group, {}).get(member)):
                 del kept[member]

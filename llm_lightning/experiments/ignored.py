@@ -65,7 +65,7 @@ RULES = (
     Rule(("task.reference",), lambda v: v.get("task.loss") == "simpo", "task.loss=simpo has no reference"),
     Rule(("task.trained_blocks",), lambda v: v.get("lora.rank"), "adapters are trained instead (lora)"),
     Rule(("optimizer.clip_after_warmup",), _no_warmup, "there is no warmup"),
-    Rule(("optimizer.clip_after_warmup",), _is_off("optimizer.max_grad_norm"), "optimizer.max_grad_norm=null never clips"),
+    Rule(("optimizer.clip_after_warmup",), _is_off("optimizer.max_grad_norm"), "max_grad_norm=null never clips"),
     Rule(("scheduler.initial_lr",), _no_warmup, "scheduler.warmup=0 has no first rate"),
     Rule(("monitor", "monitor_mode"), _no_checkpoint_or_stop, "neither checkpoints nor early stopping are on"),
     Rule(

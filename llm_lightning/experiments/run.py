@@ -199,7 +199,8 @@ def build(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, ImportError):  # a logger of a service
             raise ValueError(f"{target} needs a package that is not installed: {cause}") from cause
-        if isinstance(cause, TypeError) and target.startswith(("lightning.", "torchmetrics.")):
+        is_foreign = target.startswith(("lightning.", "torchmetrics."))  # it checks few of its arguments
+        if is_foreign and isinstance(cause, (TypeError, AttributeError, KeyError)):
             raise ValueError(f"{target} cannot be built with these arguments: {cause}") from cause
         raise cause from None
 

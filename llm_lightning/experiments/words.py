@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,21 +63,6 @@ UNDECLARED: dict[str, Kind] = {
 SEVERAL = ("data.path",)
 """Texts of which a list may be given, too."""
 
-MAY_BE_NULL = (
-    *(key for key in UNDECLARED if key not in ("tokenizer.name", "allow_targets")),
-    "data.name",
-    "data.columns.*",
-    "tokenizer.vocab_size",
-    "optimizer.max_grad_norm",
-    "trainer.check_val_every_n_epoch",
-    "trainer.limit_*",
-    "trainer.deterministic",
-    "callbacks.*.monitor",
-    "callbacks.checkpoints.every_n_*",
-    "callbacks.samples.top_k",
-)
-"""Settings that null switches off or leaves open, as patterns; every other one needs a value."""
-
 _NUMBER_OR_SWITCH = re.compile(r"[+-]?(\d[\d_]*)?\.?[\d_]*(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
 _SWEEP = re.compile(r"(choice|shuffle|sort|tag)\((.*)\)", re.DOTALL)
 
@@ -107,7 +91,7 @@ def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = F
 def config_folders(argv: Sequence[str], config_dir: Path) -> tuple[Path, ...]:
     """Where YAML files are looked for: the folder of `--config-dir` in `argv`, if any, and the project's own."""
     own: list[str] = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, has_value, value = word.partition("=")
         if option in ("--config-dir", "-cd"):
             own = [value if has_value else following]
@@ -155,27 +139,6 @@ def settle(
             OmegaConf.update(config, key, [value])
             value = [value]
         _refuse_other_kind(key, kind, value, where)
-
-
-def refuse_null(config: Mapping[str, Any], known: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    """Refuse null for a setting that needs a value.
-
-    Args:
-        config: dotted key -> value of a run.
-        known: dotted key -> default, interpolations as they stand.
-
-    Raises:
-        ValueError: naming the key and its default.
-    """
-    for key, value in config.items():
-        default = known.get(key)
-        is_node = isinstance(default, Mapping)
-        if value is not None or default is None or (is_node and key.startswith(("callbacks.", "logger."))):
-            continue
-        if not any(fnmatchcase(key, pattern) for pattern in MAY_BE_NULL):
-            is_value = not is_node and not str(default).startswith(("?", "$"))
-            example = f", such as {_shown(default)}" if is_value else ""
-            raise ValueError(f"{key}=null{where(key)}: this setting needs a value{example}; leave it out for its default")
 
 
 def _shown(default: Any) -> str:

@@ -110,7 +110,7 @@ WRONG_FILES = [
     ("trainer: {limit_test_batchez: 3}", "unknown key 'trainer.limit_test_batchez' in {file}"),
     ("defaults:\n  - override /optimzer: adamw", "unknown group 'optimzer' in experiment/mine.yaml"),
     ("defaults:\n  - override /model: nanno", "model=nanno: no such option; did you mean 'nano'?"),
-    ("optimizer: {lr: fast}", "optimizer.lr='fast' must be a number"),
+    ("optimizer: {lr: fast}", "optimizer.lr='fast' in {file} must be a number"),
     ("optimizer: [1", "{file}"),
     ("allow_targets: [os]", "allow_targets lets code run"),
     ("callbacks: {x: {_target_: os.system}}", "callbacks.x._target_='os.system' is not allowed"),
