@@ -30,6 +30,12 @@ class AdamWConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr={self.lr} must be positive")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"optimizer.betas={list(self.betas)} must be two numbers from 0 to below 1, such as [0.9, 0.95]"
+            )
+        if self.eps <= 0:
+            raise ValueError(f"optimizer.eps={self.eps} must be positive")
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
         if self.decay not in ("matrices", "all"):

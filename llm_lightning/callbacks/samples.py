@@ -130,7 +130,13 @@ class Samples(L.Callback):
         # Frozen weights may be in bfloat16 under trained ones in float32, which go together under autocast only.
         is_mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
         with eager, pl_module.trainer.precision_plugin.forward_context() if is_mixed else nullcontext():
-            continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, **options)
+            try:
+                continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, **options)
+            except RuntimeError as error:  # there is no drawing from probabilities that are nan
+                if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+                    raise
+                reason = "the weights are not finite any more, so that no text can be drawn; lower optimizer.lr"
+                raise ValueError(f"non-finite weights after {pl_module.global_step} updates: {reason}") from error
         pairs = zip(self._prompt_ids, continuations, strict=True)
         # Decoded together, because words may be joined by a space.
         whole = [(tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])) for prompt, new in pairs]

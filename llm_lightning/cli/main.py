@@ -10,12 +10,15 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from llm_lightning.disk_errors import explain
+from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.processes import end_with_parent
 from llm_lightning.terminal import STANDARD_OUTPUT, guard_messages, inline, one_line, say, write_raw
 
@@ -40,6 +43,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 ELSEWHERE, AGAIN = "choose another place", "repeat the command"
+_SAVE_MEMORY = "out of memory: give shorter or fewer texts at once, --dtype bfloat16, or a smaller model"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,12 +54,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     end_with_parent()
-    verb, rest = _choose_verb(argv)
-    module = import_module(f"llm_lightning.cli.{verb.replace('-', '_')}")
-    parser = _Parser(prog=f"llm-lightning {verb}", description=module.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    module.add_arguments(parser)
-    args = parser.parse_intermixed_args(rest)  # options may stand between prompts
+    try:
+        verb, module, args = _parsed(argv)
+    except SystemExit:
+        _flush_help()
+        raise
     guard_messages()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
@@ -64,20 +67,38 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `llm-lightning ... | head` has read enough
-        _drop_output()
+        unforeseen.stop_writing()
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
+        if os.environ.get(unforeseen.SHOW_TRACEBACK):
+            say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
         message = error if isinstance(error, ValueError) else explain(error, elsewhere=ELSEWHERE, again=AGAIN)
         say(f"llm-lightning {verb}: {one_line(message)}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename == STANDARD_OUTPUT:
-            _drop_output()
+            unforeseen.stop_writing()
         return USAGE_ERROR
+    except Exception as error:
+        if unforeseen.is_out_of_memory(error):
+            say(f"llm-lightning {verb}: {one_line(error)}; {_SAVE_MEMORY}", file=sys.stderr)
+            return USAGE_ERROR
+        return unforeseen.report(error, prefix=f"llm-lightning {verb}: ", file=unforeseen.cache_file(verb))
     return 0
 
 
-def _drop_output() -> None:
-    """Nobody takes what is left of standard output: Python must not try, at its end, to write it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _parsed(argv: list[str] | None) -> tuple[str, ModuleType, argparse.Namespace]:
+    verb, rest = _choose_verb(argv)
+    module = import_module(f"llm_lightning.cli.{verb.replace('-', '_')}")
+    parser = _Parser(prog=f"llm-lightning {verb}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    return verb, module, parser.parse_intermixed_args(rest)  # options may stand between prompts
+
+
+def _flush_help() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `llm-lightning --help | head` has read enough
+        unforeseen.stop_writing()
 
 
 def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:

@@ -44,7 +44,9 @@ class Windows(Dataset):
         self.tokens, self.length, self.stride = tokens, length, stride
         full = len(range(0, len(tokens) - length, stride))
         targets_reached = (full - 1) * stride + length if full else 0
-        self.n_windows = full + (last == "keep" and targets_reached < len(tokens) - 1)
+        # A stride wider than a window may jump over the rest.
+        has_rest = max(targets_reached, full * stride) < len(tokens) - 1
+        self.n_windows = full + (last == "keep" and has_rest)
 
     def __len__(self) -> int:
         return self.n_windows

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -31,16 +31,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm_lightning.experiments.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
 from llm_lightning.experiments.help import group_options
+from llm_lightning.experiments.ignored import dotted
+from llm_lightning.experiments.values import refuse_wrong_values
+from llm_lightning.experiments.words import settle, word_as_meant
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 """Groups whose files pick and set, but declare no key (a task declares its own node)."""
 
 OPEN_GROUPS = ("callbacks", "logger")
 """Groups that take further members, under any name, as long as they have a `_target_`."""
-
-WORDS_ALLOWED = ("trainer.devices", "trainer.deterministic")
-"""Settings that are a number or a switch by default and may also be a word: `auto`, `warn`."""
 
 PACKAGES = ("llm_lightning", "torch", "lightning", "torchmetrics")
 """Packages that a `_target_` may name; `allow_targets` adds to them."""
@@ -52,6 +53,8 @@ SET_ELSEWHERE = {
     "trainer.enable_checkpointing": "callbacks.checkpoints",
     "trainer.plugins": "trainer.strategy or trainer.precision",
     "trainer.gradient_clip_val": "optimizer.max_grad_norm",
+    "trainer.gradient_clip_algorithm": "optimizer.max_grad_norm (by norm is the only way)",
+    "trainer.overfit_batches": "debug=overfit",
     "data.seed": "seed",
     "data.tokenizer": "tokenizer",
     "data.context_length": "model.context_length",
@@ -66,6 +69,16 @@ SET_ELSEWHERE = {
     "task.tokenizer": "tokenizer",
 }
 """Arguments that the run itself fills in, and the setting it takes them from."""
+
+NOTHING_READS = {
+    "trainer.enable_model_summary": "the run says its size in a line of its own",
+    "trainer.enable_autolog_hparams": "the run writes config.yaml",
+    "trainer.limit_predict_batches": "a run does not predict",
+    "trainer.model_registry": "checkpoints stay in the run folder",
+    "trainer.reload_dataloaders_every_n_epochs": "the data stay the same for a whole run",
+    "trainer.sync_batchnorm": "no model here has a batch norm",
+}
+"""Arguments of Lightning's Trainer without an effect here, and why."""
 
 MAY_CHANGE = (
     "trainer.max_epochs",  # training on is what resuming is for; a schedule is stretched to the new length
@@ -157,14 +170,12 @@ def check_overrides(argv: Sequence[str], config_dir: Path) -> DictConfig:
     """
     arguments, dirs = _arguments_and_dirs(argv, config_dir)
     overrides = [_parse_override(text) for text in arguments.overrides]
-    first, *_ = [_check_job(job, dirs) for job in _jobs(overrides, dirs, multirun=arguments.multirun)]
-    if arguments.multirun or first.hydra.mode == RunMode.MULTIRUN:
-        in_files = [
-            _parse_override(f"{key}={values}") for key, values in (first.hydra.sweeper.get("params") or {}).items()
-        ]
+    (first, hydra), *_ = [_check_job(job, dirs) for job in _jobs(overrides, dirs, multirun=arguments.multirun)]
+    if arguments.multirun or hydra.mode == RunMode.MULTIRUN:
+        in_files = [_parse_override(f"{key}={values}") for key, values in (hydra.sweeper.get("params") or {}).items()]
         for job in _jobs([*in_files, *overrides], dirs, multirun=True) if in_files else []:
             _check_job(job, dirs)
-    return _ours(first)
+    return first
 
 
 def asks_for_many(argv: Sequence[str], config_dir: Path) -> bool:
@@ -338,33 +349,54 @@ def _values(override: Override, dirs: ConfigDirs) -> list[Override]:
         texts = list(override.sweep_string_iterator())
     if not texts:
         raise ValueError(f"'{override.input_line}' has no values")
-    return [_parse_override(f"{override.get_key_element()}={text}") for text in texts]
+    words = [word_as_meant(f"{override.get_key_element()}={text}", dirs.folders) for text in texts]  # as the jobs will
+    return [_parse_override(word) for word in words]
 
 
-def _check_job(overrides: list[Override], dirs: ConfigDirs) -> DictConfig:
-    """The checked config of one run, Hydra's own part included."""
+def _check_job(overrides: list[Override], dirs: ConfigDirs) -> tuple[DictConfig, DictConfig]:
+    """The checked config of one run, and Hydra's own part beside it."""
     groups = dirs.groups()
     for override in overrides:
         _check_override(override, groups, dirs)
     # Hydra names no near miss, so that unknown keys are let in here, and found and named below.
     full = dirs.compose(_forced(override, groups) for override in overrides)
     allow = _allowed(overrides, dirs)
-    reference = _reference(full.hydra.runtime.choices, overrides, dirs)
-    declared = _compose_once(dirs, (f"task={full.hydra.runtime.choices.task}", *_of_allow_targets(overrides))).task
-    known = _nodes(reference) | _nodes({"task": _plain(declared, resolve=False)})
+    choices = full.hydra.runtime.choices
+    typed = [override.key_or_group for override in overrides]
+
+    def where(key: str) -> str:
+        file = None if key in typed else dirs.file_that_sets(key, choices)
+        return f" in {file}" if file else ""
+
     config = _ours(full)
+    reference = _reference(choices, overrides, dirs)
+    declared = _compose_once(dirs, (f"task={choices.task}", *_of_allow_targets(overrides))).task
+    known = _nodes(reference) | _nodes({"task": _plain(declared, resolve=False)})
+    if is_off(choices, config):
+        of_task = _compose_once(dirs, (f"task={choices.task}", "callbacks=none", "logger=none", "lora=none"))
+        config = switched_off(config, choices, typed, _plain(of_task, resolve=False))
+        known |= {group: {} for group in OPTIONAL if group not in known}
     for key, right in unknown_keys(_plain(config, resolve=False), known, allow):
-        file = dirs.file_that_sets(key, full.hydra.runtime.choices)
-        raise ValueError(f"unknown key '{key}'{f' in {file}' if file else ''}; {_hint(key, right)}")
+        option = option_with(key, dirs.folders, choices)
+        if option:
+            raise ValueError(f"{key}{where(key)} is a setting of {option}; choose that as well")
+        raise ValueError(f"unknown key '{key}'{where(key)}; {_hint(key, right)}")
     forced = [override for override in overrides if _forced(override, groups) != _text(override)]
     if any(override.is_add() or override.key_or_group not in known for override in forced):
         dirs.compose(_text(override) for override in overrides)  # is a plus missing, or one too many?
     if config.allow_targets != allow:
         raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
-    _check_values(config, known)
+    refuse_missing(config, {group: dirs.options(group) for group in groups}, _preset_of(choices))
+    settle(config, _nodes(_plain(config)), dirs.folders, where)
+    _check_values(config, known, where)
     check_targets(config, allow)
     _check_hydra_targets(_plain(full.hydra, resolve=False))
-    return full
+    return config, full.hydra
+
+
+def _preset_of(choices: Mapping[str, Any]) -> str:
+    chosen = [f"{group}={choices[group]}" for group in ("experiment", "debug") if choices.get(group)]
+    return f" in {' or '.join(chosen)}" if chosen else ""
 
 
 def _check_override(override: Override, groups: Sequence[str], dirs: ConfigDirs) -> None:
@@ -418,28 +450,31 @@ def _ours(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
-def _check_values(config: DictConfig, known: Mapping[str, Any]) -> None:
-    """Refuse a missing value, a word for a number or a switch, and a run name that is no folder name."""
-    for key, value in _nodes(_plain(config)).items():
-        default = known.get(key)
-        while isinstance(default, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", default)):
-            default = known.get(other[1])
+def _check_values(config: DictConfig, known: Mapping[str, Any], where: Callable[[str], str]) -> None:
+    """Refuse what has no effect, a missing value, a value of the wrong kind, and a run name that is no folder name."""
+    values = _nodes(_plain(config))
+    for key, value in values.items():
         if key in SET_ELSEWHERE:
             raise ValueError(f"{key} would have no effect; set {SET_ELSEWHERE[key]} instead")
+        if key in NOTHING_READS:
+            raise ValueError(f"{key} would have no effect: {NOTHING_READS[key]}; leave it out")
+        if key == "trainer.use_distributed_sampler" and value:
+            raise ValueError(f"{key} must stay false: the data module itself shares batches among processes")
         if isinstance(value, str) and value == "???":
             raise ValueError(f"{key} has no default: add {key}=VALUE")
-        if key in WORDS_ALLOWED or not isinstance(default, (bool, int, float)):
-            continue
-        wanted = "true or false" if isinstance(default, bool) else "a number"
-        if isinstance(value, str):
-            raise ValueError(f"{key}={value!r} must be {wanted}, such as {str(default).lower()}")
-        if type(default) is int and isinstance(value, float):
-            raise ValueError(f"{key}={value} must be a whole number, such as {default}")
+    refuse_wrong_values(values, {key: _followed(default, known) for key, default in known.items()}, where)
     strategy = str(config.trainer.get("strategy"))
     if strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise ValueError(f"trainer.strategy={strategy} trains in processes that hand nothing back; use ddp")
     if config.run_name is not None and not re.fullmatch(r"\w[\w.-]*", str(config.run_name)):
         raise ValueError(f"run_name={config.run_name!r} names a folder: use letters, digits, dot, dash and underscore")
+
+
+def _followed(default: Any, known: Mapping[str, Any]) -> Any:
+    """A default, or what it takes over from another setting."""
+    while isinstance(default, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", default)):
+        default = known.get(other[1])
+    return default
 
 
 def _plain(config: DictConfig, *, resolve: bool = True) -> Any:
@@ -449,17 +484,10 @@ def _plain(config: DictConfig, *, resolve: bool = True) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _nodes(config: Any, path: str = "") -> dict[str, Any]:
+def _nodes(config: Any) -> dict[str, Any]:
     """Every dotted key below `config`, nodes included, with its unresolved value."""
-    if not path:
-        config = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = f"{path}.{key}" if path else str(key)
-        found[inner] = value
-        if isinstance(value, Mapping):
-            found |= _nodes(value, inner)
-    return found
+    plain: Any = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+    return dotted(plain)
 
 
 def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -506,7 +534,8 @@ def _locate(key: str, target: Any, packages: Sequence[str]) -> Any:
         try:
             found = getattr(found, name) if hasattr(found, name) else importlib.import_module(".".join(names[:end]))
         except Exception as error:  # whatever the module raises while it is imported
-            raise ValueError(f"{key}={target!r} cannot be imported: {error}") from None
+            cause = None if _inside(target, PACKAGES) else error  # its owner wants to see where
+            raise ValueError(f"{key}={target!r} cannot be imported: {error}") from cause
     if isinstance(found, ModuleType) or not _inside(getattr(found, "__module__", None), packages):
         raise ValueError(refusal)
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _KEY_LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):(?P<value>.*?)(?: +# (?P<comment>.*))?$")
-_DEFAULT_LINE = re.compile(r"^  - (?:(?P<group>[\w/]+): )?(?P<option>[\w/]+)")
+_DEFAULT_LINE = re.compile(r"^  - (?:(?:override +)?/?(?P<group>[\w/]+): )?(?P<option>[\w/]+)")
 _PACKAGE_LINE = re.compile(r"^# @package (\S+)")
 
 
@@ -85,8 +85,14 @@ def declared_settings(config_dir: Path) -> frozenset[str]:
     for group in (path.name for path in config_dir.iterdir() if path.is_dir()):
         for option in group_options(config_dir, group):
             file = config_dir / group / f"{option}.yaml"
-            found |= {setting.path for setting in read_settings(file, _package(file, group))}
+            found |= {setting.path for setting in read_settings(file, package_of(file, group))}
     return frozenset(found)
+
+
+def package_of(file: Path, group: str) -> str:
+    """Where Hydra puts the content of a group's file: the group, unless its first line says another place."""
+    package = _PACKAGE_LINE.match(file.read_text("utf-8"))
+    return package[1].replace("_global_", "") if package else group
 
 
 def _full_help(config_dir: Path) -> Iterator[str]:
@@ -130,18 +136,12 @@ def _option_help(config_dir: Path, group: str, option: str) -> Iterator[str]:
 def _option_settings(config_dir: Path, group: str, option: str) -> list[Setting]:
     """The option's keys, and those of the files of its group that it builds on; its own win."""
     file = config_dir / group / f"{option}.yaml"
-    prefix = _package(file, group)
+    prefix = package_of(file, group)
     merged: dict[str, Setting] = {}
     for other_group, base in read_defaults(file):
         if other_group is None:
             merged |= {setting.path: setting for setting in _option_settings(config_dir, group, base)}
     return list((merged | {setting.path: setting for setting in read_settings(file, prefix)}).values())
-
-
-def _package(file: Path, group: str) -> str:
-    """Where Hydra puts the content of a file."""
-    package = _PACKAGE_LINE.match(file.read_text("utf-8"))
-    return package[1].replace("_global_", "") if package else group
 
 
 def _rows(settings: list[Setting]) -> Iterator[str]:

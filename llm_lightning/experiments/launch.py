@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.disk_errors import explain
+from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.foreign import continued, read_summary, refuse_links
 from llm_lightning.experiments.processes import end_with_parent, start, wait_for
 from llm_lightning.experiments.run_folder import is_main_process
@@ -24,7 +26,10 @@ USAGE_ERROR = 2
 ONE_RUN = "hydra.mode=RUN"
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
 _AGAIN = "continue with resume=RUN_FOLDER; what was written before is intact"
-SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
+_SAVE_MEMORY = (
+    "out of memory: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, "
+    "set model.activation_checkpointing=true, or take a smaller model"
+)
 
 
 def main(script: Path) -> None:
@@ -40,20 +45,20 @@ def _main(script: Path) -> None:
     config_dir = script.parent / "conf"
     text = help_text(sys.argv[1:], config_dir)
     if text is not None:
-        say(text)
+        _print_help(text)
         return
-    if any(key_of(word) == "pipeline" and word != "pipeline=null" for word in sys.argv[1:]):
+    if any(key_of(word) == "pipeline" and word.partition("=")[2] not in ("null", "none") for word in sys.argv[1:]):
         from llm_lightning.experiments.pipeline import run_pipeline
 
         run_pipeline(sys.argv[1:], script)
         return
     from llm_lightning.experiments.config_checks import check_overrides
 
-    typed = without_null_groups(continue_run(sys.argv[1:], config_dir), config_dir)
+    typed = continue_run(sys.argv[1:], config_dir)
     if any(key_of(word) == "resume" and word != "resume=null" for word in sys.argv[1:]):
         typed.append(ONE_RUN)  # it may be a job of a multirun that a file asks for
-    sys.argv = [str(script), *expand_sweep(typed, config_dir)]
-    check_overrides(sys.argv[1:], config_dir)
+    sys.argv = [str(script), *as_hydra_reads(expand_sweep(typed, config_dir), config_dir)]
+    config = check_overrides(sys.argv[1:], config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
     logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback,
     threading.excepthook = _thread_failed  # nor must TensorBoard's
@@ -62,12 +67,19 @@ def _main(script: Path) -> None:
 
     failures: list[str] = []
 
-    def job(cfg: Any) -> float | None:
-        return _job(cfg, failures)
+    def job(_: Any) -> float | None:
+        return _job(config, failures)  # what was checked, groups that are none switched off
 
     hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(job)()
     if failures:
         raise ChildProcessError(f"{len(failures)} of the runs failed: {'; '.join(failures)}")
+
+
+def _print_help(text: str) -> None:
+    try:
+        say(text, flush=True)
+    except BrokenPipeError:  # `--help | head` has read enough
+        unforeseen.stop_writing()
 
 
 def _job(cfg: Any, failures: list[str]) -> float | None:
@@ -80,7 +92,7 @@ def _job(cfg: Any, failures: list[str]) -> float | None:
         return _own_process([*hydra_config.overrides.task, *one_run(hydra_config)], run_dir, failures)
     code, result = guarded(lambda: refuse_links(run_dir))  # before a line is written to train.log or traceback.txt
     if not code:
-        code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir)
+        code, result = guarded(lambda: _train(cfg, run_dir), log_dir=run_dir, own=list(cfg.allow_targets))
     if code:
         sys.exit(code)
     return result
@@ -147,16 +159,16 @@ def continue_run(argv: Sequence[str], config_dir: Path) -> list[str]:
     return continued(argv, config_dir) if names else list(argv)
 
 
-def without_null_groups(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """`GROUP=null` is what a user types for none, and Hydra refuses: say `GROUP=none`, or nothing where that is all."""
-    words = []
-    for word in argv:
-        group, _, option = word.partition("=")
-        if option != "null" or not (config_dir / group).is_dir():
-            words.append(word)
-        elif (config_dir / group / "none.yaml").is_file():
-            words.append(f"{group}=none")
-    return words
+def as_hydra_reads(argv: Sequence[str], config_dir: Path) -> list[str]:
+    """The words of a user as Hydra means the same by them: no group is null, text that reads as a number is quoted.
+
+    Raises:
+        ValueError: if a group that every run needs is null.
+    """
+    from llm_lightning.experiments.groups import without_null_groups
+    from llm_lightning.experiments.words import as_meant
+
+    return as_meant(without_null_groups(argv, config_dir), config_dir)
 
 
 def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
@@ -166,7 +178,7 @@ def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
         ValueError: if there is no such sweep.
     """
     names = [word.partition("=")[2] for word in argv if key_of(word) == "sweep"]
-    if not names or names[-1] == "null":
+    if not names or names[-1] in ("null", "none"):
         return list(argv)
     import yaml
 
@@ -199,8 +211,11 @@ def run_guarded(action: Callable[[], Any]) -> None:
         sys.exit(code)
 
 
-def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int, Any]:
-    """Call `action` and return (exit code, result), with errors of the user's kind turned into one line on stderr."""
+def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequence[str] = ()) -> tuple[int, Any]:
+    """Call `action` and return (exit code, result), with exceptions turned into one line on stderr.
+
+    Code of the packages `own`, or of those that `allow_targets` on the command line lets in, keeps its traceback.
+    """
     try:
         return 0, action()
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -210,15 +225,27 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None) -> tuple[int
         say("interrupted", file=sys.stderr)
         return 130, None
     except (ValueError, OSError) as error:
-        _report(error, log_dir)
+        _report(error, log_dir, is_own=unforeseen.passes_through(error, own or _allowed()))
         return USAGE_ERROR, None
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)  # callbacks.checkpoints.Interrupted
-        if exit_code is None:
+        if exit_code is not None:
+            if is_main_process():  # all processes of a run stop together, with the same words
+                say(error, file=sys.stderr)
+            return exit_code, None
+        if unforeseen.passes_through(error, own or _allowed()):
             raise
-        if is_main_process():  # all processes of a run stop together, with the same words
-            say(error, file=sys.stderr)
-        return exit_code, None
+        if unforeseen.is_out_of_memory(error):
+            _report(MemoryError(f"{error}; {_SAVE_MEMORY}").with_traceback(error.__traceback__), log_dir)
+            return USAGE_ERROR, None
+        file = log_dir / unforeseen.TRACEBACK if log_dir is not None else unforeseen.cache_file("train")
+        return unforeseen.report(error, prefix="error: ", file=file), None
+
+
+def _allowed() -> list[str]:
+    """Packages that `allow_targets` on the command line names."""
+    values = [word.partition("=")[2] for word in sys.argv[1:] if key_of(word) == "allow_targets"]
+    return [name for value in values for name in re.findall(r"[\w.]+", value)]
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
@@ -226,12 +253,15 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _report(error: BaseException, log_dir: Path | None) -> None:
-    if os.environ.get(SHOW_TRACEBACK):
+def _report(error: BaseException, log_dir: Path | None, *, is_own: bool = False) -> None:
+    if isinstance(error, BrokenPipeError):
+        unforeseen.stop_writing()
+    if is_own or os.environ.get(unforeseen.SHOW_TRACEBACK):
         say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     elif log_dir is not None:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
-            (log_dir / "traceback.txt").write_text(visible("".join(traceback.format_exception(error))), "utf-8")
+            text = visible("".join(traceback.format_exception(error)))
+            (log_dir / unforeseen.TRACEBACK).write_text(text, "utf-8")
     say(f"error: {one_line(_message(error))}", file=sys.stderr)
 
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from llm_lightning.atomic import write_atomically
 from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.experiments.help import group_options
-from llm_lightning.experiments.launch import key_of, run_dir_is, without_null_groups
+from llm_lightning.experiments.launch import as_hydra_reads, key_of, run_dir_is
 from llm_lightning.experiments.processes import start, wait_for
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
 from llm_lightning.terminal import say
@@ -108,7 +108,7 @@ def plan(argv: Sequence[str], config_dir: Path) -> Chain:
         raise ValueError(f"pipeline= is a chain of runs: leave {' '.join(flags)} out; only --config-dir goes with it")
     arguments = get_args_parser().parse_intermixed_args(list(argv))
     options = (f"--config-dir={arguments.config_dir}",) if arguments.config_dir else ()
-    typed = without_null_groups(arguments.overrides, config_dir)
+    typed = as_hydra_reads([*options, *arguments.overrides], config_dir)[len(options) :]
     name = [word.partition("=")[2] for word in typed if key_of(word) == "pipeline"][-1]
     listed = _read_stages(name, [Path(arguments.config_dir), config_dir] if options else [config_dir])
     names = [stage["name"] for stage in listed]
@@ -122,6 +122,8 @@ def plan(argv: Sequence[str], config_dir: Path) -> Chain:
     for position, stage in enumerate(listed):
         for_one = [word.partition(".")[2] for word in typed if _stage_of(word, names) == stage["name"]]
         words = _words(stage, [*for_all, *for_one])
+        if "command" not in stage:
+            words = as_hydra_reads([*options, *words], config_dir)[len(options) :]
         stages.append(_planned(name, stage, words, names[:position], options, config_dir))
     return Chain(name, folder, tuple(stages), options)
 

@@ -40,6 +40,7 @@ from llm_lightning.experiments.adapters import (
 )
 from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.foreign import COMMAND, damaged_summary
+from llm_lightning.experiments.ignored import ignored_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
@@ -123,6 +124,7 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         run.write_config(settings)
         write_atomically(run.path / COMMAND, json.dumps({**command, "places": places}, indent=2) + "\n")
     announce(trainer, datamodule, module, run)
+    say_ignored(cfg, settings, command)
     if cfg.compile:
         module.compile_model()
     with refusing_damage(run.checkpoint):
@@ -136,6 +138,13 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
         conclude(run, trainer, module, datamodule, seconds=seconds, stopped=stopped)
     kept = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
     return kept.best_value if kept is not None else None
+
+
+def say_ignored(cfg: DictConfig, settings: dict[str, Any], command: Mapping[str, Any]) -> None:
+    """Name what was typed and has no effect, a line each."""
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    for line in ignored_settings(settings, raw, command["overrides"]) if is_main_process() else ():
+        log.info(line)
 
 
 def test_best(trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, best: Path) -> None:
@@ -233,11 +242,22 @@ def _quieten() -> None:
 
 
 def build(node: DictConfig | dict[str, Any], **arguments: Any) -> Any:
-    """`instantiate`, but with the error of the constructor itself, not Hydra's around it."""
+    """`instantiate`, but with the error of the constructor itself, not Hydra's around it.
+
+    Raises:
+        ValueError: also where a package is missing that a class of others needs, or arguments do not suit it.
+    """
+    target = str(node.get("_target_"))
     try:
         return instantiate(node, **arguments)
     except InstantiationException as error:
-        raise error.__cause__ or error from None
+        cause = error.__cause__ or error
+        if isinstance(cause, ImportError):  # a logger of a service
+            raise ValueError(f"{target} needs a package that is not installed: {cause}") from cause
+        is_foreign = target.startswith(("lightning.", "torchmetrics."))  # it checks few of its arguments
+        if is_foreign and isinstance(cause, (TypeError, AttributeError, KeyError)):
+            raise ValueError(f"{target} cannot be built with these arguments: {cause}") from cause
+        raise cause from None
 
 
 def preview(cfg: DictConfig) -> None:

@@ -365,8 +365,10 @@ def _class_weights(setting: Sequence[float] | str | None, counts: Sequence[int])
         return None
     if setting == "balanced":
         return torch.tensor([sum(counts) / (len(counts) * count) for count in counts])
-    if isinstance(setting, str) or len(setting) != len(counts) or min(setting) <= 0:
+    weights = [setting] if isinstance(setting, (int, float, str)) else list(setting)
+    numbers = [one for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    if len(numbers) != len(counts) or len(weights) != len(counts) or not min(numbers) > 0:
         raise ValueError(
             f"task.class_weights={setting} must be balanced or {len(counts)} positive numbers, one for each class"
         )
-    return torch.tensor([float(weight) for weight in setting])
+    return torch.tensor([float(weight) for weight in numbers])

@@ -1,0 +1,149 @@
+"""Settings that have no effect beside others: each that was typed is named in one line when the run starts.
+
+What has no effect whatever else is set is refused instead (`config_checks.SET_ELSEWHERE` and `NOTHING_READS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from llm_lightning.experiments.launch import key_of
+
+Values = Mapping[str, Any]
+"""Dotted key -> value of one run."""
+
+
+class Rule(NamedTuple):
+    """Settings that nothing reads while something else holds."""
+
+    keys: tuple[str, ...]
+    """Patterns."""
+    holds: Callable[[Values], Any]
+    because: str
+
+
+def _is_off(node: str) -> Callable[[Values], bool]:
+    return lambda values: values.get(node) is None
+
+
+def _named_set(values: Values) -> bool:
+    return values.get("data.path") is None and values.get("data.hf_dataset") is None
+
+
+def _no_checkpoint_or_stop(values: Values) -> bool:
+    return all(values.get(f"callbacks.{name}") is None for name in ("checkpoints", "early_stopping"))
+
+
+def _no_warmup(values: Values) -> bool:
+    return not values.get("scheduler.warmup")
+
+
+def _one_batch(values: Values) -> Any:
+    return values.get("trainer.fast_dev_run")
+
+
+def _path_wins(values: Values) -> bool:
+    return values.get("data.path") is not None and values.get("data.name") != "sms_spam"  # of that, a local copy
+
+
+RULES = (
+    Rule(("data.name",), _path_wins, "data.path goes before it"),
+    Rule(("data.name",), lambda v: v.get("data.hf_dataset") is not None, "data.hf_dataset goes before it"),
+    Rule(("data.hf_config", "data.hf_split", "data.hf_revision"), _is_off("data.hf_dataset"), "no data.hf_dataset"),
+    Rule(
+        ("data.text_field", "data.text_column", "data.label_column", "data.columns.*"),
+        _named_set,
+        "a named data set has its own fields; give data.path or data.hf_dataset",
+    ),
+    Rule(("data.split_seed",), lambda v: v.get("data.split") == "order", "data.split=order draws nothing"),
+    Rule(("data.bucket",), lambda v: v.get("data.shuffle") is False, "data.shuffle=false keeps the order of the data"),
+    Rule(("tokenizer.*",), lambda v: v.get("init_from"), "the tokenizer comes with the weights of init_from"),
+    Rule(("model.init", "model.vocab_size"), lambda v: v.get("init_from"), "the weights of init_from have their own"),
+    Rule(("task.gamma",), lambda v: v.get("task.loss") != "simpo", "only task.loss=simpo has one"),
+    Rule(("task.reference",), lambda v: v.get("task.loss") == "simpo", "task.loss=simpo has no reference"),
+    Rule(("task.trained_blocks",), lambda v: v.get("lora.rank"), "adapters are trained instead (lora)"),
+    Rule(("optimizer.clip_after_warmup",), _no_warmup, "there is no warmup"),
+    Rule(("optimizer.clip_after_warmup",), _is_off("optimizer.max_grad_norm"), "max_grad_norm=null never clips"),
+    Rule(("scheduler.initial_lr",), _no_warmup, "scheduler.warmup=0 has no first rate"),
+    Rule(("monitor", "monitor_mode"), _no_checkpoint_or_stop, "neither checkpoints nor early stopping are on"),
+    Rule(
+        ("callbacks.samples.n_prompts",),
+        lambda v: v.get("callbacks.samples.prompts") is not None,
+        "callbacks.samples.prompts gives the prompts; null takes those of the validation data",
+    ),
+    Rule(
+        ("callbacks.samples.top_k",),
+        lambda v: v.get("callbacks.samples.temperature") == 0,
+        "callbacks.samples.temperature=0 always takes the likeliest token",
+    ),
+    Rule(
+        ("trainer.log_every_n_steps", "callbacks.throughput.peak_tflops"),
+        lambda v: not v.get("logger"),
+        "logger=none logs nothing",
+    ),
+    Rule(
+        ("callbacks.plots.*",),
+        lambda v: v.get("callbacks.plots") is not None and not _has_metrics_file(v),
+        "curves are drawn from metrics.csv; add logger=csv",
+    ),
+    Rule(
+        (
+            *(f"trainer.{name}" for name in ("max_epochs", "max_steps", "limit_*", "val_check_interval")),
+            *(f"trainer.{name}" for name in ("num_sanity_val_steps", "check_val_every_n_epoch")),
+            *(f"callbacks.{name}.*" for name in ("checkpoints", "plots", "samples", "responses")),
+            "logger*",
+        ),
+        _one_batch,
+        "trainer.fast_dev_run runs one batch of everything and leaves no files",
+    ),
+)
+
+
+def ignored_settings(config: Mapping[str, Any], raw: Mapping[str, Any], typed: Iterable[str]) -> Iterator[str]:
+    """One line for each typed setting that has no effect in this run, and for what a switched-off group costs.
+
+    Args:
+        config: of the run, resolved.
+        raw: the same with interpolations as they stand.
+        typed: the words of the command line.
+    """
+    values = dotted(config)
+    rate = raw["optimizer"].get("lr")
+    for key in dict.fromkeys(key_of(word) for word in typed):
+        reason = next((rule.because for rule in RULES if _concerns(rule, key) and rule.holds(values)), None)
+        if key.startswith("model.") and key.endswith("_lr") and rate != f"${{{key}}}":
+            reason = f"optimizer.lr is {rate}"
+        if reason and values.get(key) is not None:
+            yield f"{_shown(key, values)} is ignored: {reason}"
+    if values.get("callbacks.checkpoints") is None and not _one_batch(values):
+        yield "No checkpoints are kept: the run leaves no weights, and cannot be continued"
+    if values.get("callbacks.plots") is not None and not _has_metrics_file(values) and not _one_batch(values):
+        yield "No curves are drawn: they come from metrics.csv, which logger=csv writes"
+
+
+def dotted(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Every dotted key below `node`, nodes included."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        inner = f"{path}.{key}" if path else str(key)
+        found[inner] = value
+        if isinstance(value, Mapping):
+            found |= dotted(value, inner)
+    return found
+
+
+def _concerns(rule: Rule, key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in rule.keys)
+
+
+def _has_metrics_file(values: Values) -> bool:
+    return any(str(target).endswith(".MetricsFile") for key, target in values.items() if key.startswith("logger."))
+
+
+def _shown(key: str, values: Values) -> str:
+    value = values.get(key)
+    if isinstance(value, (Mapping, list)):
+        return key
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"

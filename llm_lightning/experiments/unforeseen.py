@@ -1,0 +1,93 @@
+"""The net beneath every command: an exception that nobody foresaw ends in one line, and its traceback in a file.
+
+What is foreseen is a ValueError or an OSError. Whatever else arrives here is a fault of this program, and its line says
+where. Code that `allow_targets` lets in is its user's own: that keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from llm_lightning.atomic import write_atomically
+from llm_lightning.data.download import cache_dir
+from llm_lightning.terminal import one_line, say, visible
+
+EXIT_CODE = 70
+"""EX_SOFTWARE of sysexits.h; nothing else here ends with it."""
+SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
+TRACEBACK = "traceback.txt"
+"""In the run folder."""
+
+_PACKAGE = Path(__file__).parents[1]
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+
+
+def report(error: BaseException, *, prefix: str, file: Path) -> int:
+    """Print one line on an unforeseen exception, write its traceback to `file`, and return the exit code.
+
+    Args:
+        prefix: what the line begins with.
+        file: is overwritten; see `cache_file` for commands without a run folder.
+    """
+    if os.environ.get(SHOW_TRACEBACK):
+        say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
+    written = f"the traceback could not be written to {file}"
+    with contextlib.suppress(OSError):  # the disk may be what is wrong
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, visible("".join(traceback.format_exception(error))))
+        written = f"the traceback is in {file}"
+    words = one_line(error) or "no message"
+    say(
+        f"{prefix}unforeseen {type(error).__name__} at {_place(error)}: {words}; a fault of llm-lightning: {written} "
+        f"({SHOW_TRACEBACK}=1 shows it)",
+        file=sys.stderr,
+    )
+    return EXIT_CODE
+
+
+def cache_file(command: str) -> Path:
+    """Where the traceback of a command goes that has no run folder; the next failure of that command replaces it."""
+    return cache_dir() / "tracebacks" / f"{command}.txt"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or the device was too small: no fault of the program."""
+    return type(error).__name__ in _OUT_OF_MEMORY or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def passes_through(error: BaseException, packages: Sequence[str]) -> bool:
+    """Whether code of `packages` stands anywhere in the traceback, or in that of what caused it."""
+    names = (str(frame.f_globals.get("__name__")) for one in _chain(error) for frame, _ in _frames(one))
+    return any(f"{name}.".startswith(f"{package}.") for name in names for package in packages)
+
+
+def stop_writing() -> None:
+    """Let nothing more be written to a standard output whose reader has gone: `--help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _chain(error: BaseException) -> Iterable[BaseException]:
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in seen:
+        seen.append(one)
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return seen
+
+
+def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    return traceback.walk_tb(error.__traceback__)
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of this package, else the innermost of all."""
+    frames = [(Path(frame.f_code.co_filename), line) for frame, line in _frames(error)]
+    ours = [(file.relative_to(_PACKAGE.parent), line) for file, line in frames if file.is_relative_to(_PACKAGE)]
+    file, line = (ours or frames or [(Path("?"), 0)])[-1]
+    return f"{file}:{line}"

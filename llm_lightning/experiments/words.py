@@ -1,0 +1,276 @@
+"""What a typed value means: text stays as it was typed, and one value where a list is meant is a list of one.
+
+Hydra reads `data.path=1984` as a number and `run_name=2026_11_26` as 20261126. Whether a setting is text, a list or
+anything else is declared by its default in conf/; where that is null, by the tables below. The command line is
+rewritten once, before Hydra and every record of it (command.json, the jobs of a multirun, the stages of a pipeline).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm_lightning.experiments.help import group_options, package_of
+
+Kind = Literal["text", "texts", "numbers", "anything"]
+"""One text; a list of texts; a list of numbers; what is left to Hydra: numbers, switches, nodes, words beside them."""
+
+UNDECLARED: dict[str, Kind] = {
+    "run_name": "text",
+    "resume": "text",
+    "init_from": "text",
+    "monitor": "text",
+    "tokenizer.name": "text",
+    "data.path": "text",
+    "data.hf_dataset": "text",
+    "data.hf_config": "text",
+    "data.hf_revision": "text",
+    "data.labels": "texts",
+    "data.max_length": "anything",
+    "data.stride": "anything",
+    "model.vocab_size": "anything",
+    "allow_targets": "texts",
+    "callbacks.samples.prompts": "texts",
+    "callbacks.throughput.peak_tflops": "anything",
+    "callbacks.early_stopping": "anything",
+    "callbacks.responses": "anything",
+    "trainer.val_check_interval": "anything",
+    "trainer.limit_train_batches": "anything",
+    "trainer.limit_val_batches": "anything",
+    "hydra.run.dir": "text",
+    "hydra.sweep.dir": "text",
+    "hydra.sweep.subdir": "text",
+    "hydra.job.name": "text",
+    # Words that are a number or a switch as well.
+    "data.pad_to": "anything",
+    "data.packing": "anything",
+    "optimizer.fused": "anything",
+    "task.trained_blocks": "anything",
+    "task.class_weights": "anything",
+    "trainer.devices": "anything",
+    "trainer.precision": "anything",
+    "trainer.strategy": "anything",
+}
+"""Kinds of the settings whose default in conf/ does not tell: null, no default, or a word beside numbers."""
+
+SEVERAL = ("data.path",)
+"""Texts of which a list may be given, too."""
+
+_NUMBER_OR_SWITCH = re.compile(r"[+-]?(\d[\d_]*)?\.?[\d_]*(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
+_SWEEP = re.compile(r"(choice|shuffle|sort|tag)\((.*)\)", re.DOTALL)
+
+
+def as_meant(argv: Sequence[str], config_dir: Path) -> list[str]:
+    """Quote what is text and reads as a number, and put one value where a list is meant into a list.
+
+    Args:
+        argv: the command line without the program, or settings alone.
+        config_dir: the folder of train.yaml; `--config-dir` in `argv` adds its own.
+    """
+    folders = config_folders(argv, config_dir)
+    is_multirun = bool({"-m", "--multirun"} & set(argv))
+    return [word_as_meant(word, folders, is_multirun=is_multirun) for word in argv]
+
+
+def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = False) -> str:
+    """One word of `as_meant`; several values are left alone where they are not a multirun, which is refused later."""
+    key, equals, value = word.partition("=")
+    kind = _kind_of_word(key.lstrip("+"), folders)
+    if not equals or kind == "anything" or key.startswith(("~", "-")) or (len(_split(value)) > 1 and not is_multirun):
+        return word
+    return f"{key}={_swept(value, kind)}"
+
+
+def config_folders(argv: Sequence[str], config_dir: Path) -> tuple[Path, ...]:
+    """Where YAML files are looked for: the folder of `--config-dir` in `argv`, if any, and the project's own."""
+    own: list[str] = []
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        option, has_value, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            own = [value if has_value else following]
+    return (*(Path(folder) for folder in own if Path(folder).is_dir()), config_dir)
+
+
+@functools.cache
+def declared_kinds(folders: tuple[Path, ...]) -> dict[str, Kind]:
+    """The kind of every setting that a group's file, a task or train.yaml declares."""
+    values: dict[str, Any] = {}
+    for file, package in _declaring_files(folders):
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        except (OSError, yaml.YAMLError, OmegaConfBaseException):  # said where it is used
+            continue
+        for key, value in _leaves(content, package) if isinstance(content, dict) else ():
+            if values.get(key) is None:
+                values[key] = value
+    return {key: _kind_of(key, values) for key in values} | UNDECLARED
+
+
+def settle(
+    config: DictConfig, values: Mapping[str, Any], folders: tuple[Path, ...], where: Callable[[str], str]
+) -> None:
+    """Make one value where a list is meant a list, in place; refuse values of another kind than is declared.
+
+    What comes here is what stands in YAML files, and what an interpolation or a `{...}` on the command line gives.
+
+    Args:
+        config: of one run.
+        values: dotted key -> value in it, resolved.
+        folders: where YAML files are looked for.
+        where: key -> " in FILE" where a file sets it, else "".
+
+    Raises:
+        ValueError: naming the key, its file and how to write it.
+    """
+    for key, kind in declared_kinds(folders).items():
+        value = values.get(key)
+        if value is None or kind == "anything" or value == "???":
+            continue
+        if kind in ("texts", "numbers") and not isinstance(value, list):
+            if isinstance(value, Mapping):
+                raise ValueError(f"{key}={value}{where(key)} must be a list, such as [A,B]")
+            OmegaConf.update(config, key, [value])
+            value = [value]
+        _refuse_other_kind(key, kind, value, where)
+
+
+def _shown(default: Any) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _refuse_other_kind(key: str, kind: Kind, value: Any, where: Callable[[str], str]) -> None:
+    is_list = isinstance(value, list)
+    if is_list and kind == "text" and key not in SEVERAL:
+        raise ValueError(f"{key}={value}{where(key)} must be one text, not a list")
+    for index, one in enumerate(value) if is_list else [(None, value)]:
+        name = key if index is None else f"{key}[{index}]"
+        if kind == "numbers" and (isinstance(one, bool) or not isinstance(one, (int, float))):
+            raise ValueError(f"{name}={one!r}{where(key)} must be a number")
+        if kind != "numbers" and not isinstance(one, str):
+            if one is None or isinstance(one, (Mapping, list)):
+                raise ValueError(f"{name}={'null' if one is None else one}{where(key)} must be text")
+            raise ValueError(
+                f"{name}={one}{where(key)} is text that reads as a number or a switch: write it in quotes, "
+                f'"{_shown(one)}"'
+            )
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def _declaring_files(folders: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
+    """Every file whose keys are settings, and the dotted place of its content."""
+    presets = ("experiment", "pipeline", "sweep", "debug")
+    for folder in reversed(folders):  # the project's own word goes first
+        if (folder / "train.yaml").is_file():
+            yield folder / "train.yaml", ""
+        for group in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in presets):
+            for option in group_options(folder, group):
+                file = folder / group / f"{option}.yaml"
+                yield file, package_of(file, group)
+
+
+def _leaves(node: Mapping[Any, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        inner = f"{path}.{key}" if path else str(key)
+        if inner == "defaults" or inner.endswith(".defaults") or inner.startswith("hydra"):
+            continue
+        if isinstance(value, Mapping):
+            yield from _leaves(value, inner)
+        else:
+            yield inner, value
+
+
+def _kind_of(key: str, values: Mapping[str, Any]) -> Kind:
+    value = values.get(key)
+    while isinstance(value, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+        key, value = other[1], values.get(other[1])
+    if key in UNDECLARED:
+        return UNDECLARED[key]
+    if isinstance(value, str) and value != "???" and not key.endswith("_target_"):
+        return "text"
+    if isinstance(value, list):
+        return "texts" if all(isinstance(one, str) for one in value) else "numbers"
+    return "anything"
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _kind_of_word(key: str, folders: tuple[Path, ...]) -> Kind:
+    if any((folder / key).is_dir() for folder in folders):
+        return "text"  # the name of a group's file
+    return declared_kinds(folders).get(key, "anything")
+
+
+def _swept(value: str, kind: Kind) -> str:
+    """A value, or each value of a sweep, as it is meant."""
+    call = _SWEEP.fullmatch(value.strip())
+    if call:
+        arguments = [one if re.match(r"\s*\w+\s*=", one) else _swept(one, kind) for one in _split(call[2])]
+        return f"{call[1]}({','.join(arguments)})"
+    if re.fullmatch(r"range\(.*\)", value.strip(), re.DOTALL) and kind == "text":
+        return _spelt_out(value)
+    parts = _split(value)
+    if len(parts) > 1:
+        return ",".join(_swept(part, kind) for part in parts)
+    return _text(value) if kind == "text" else _list(value, kind)
+
+
+def _spelt_out(value: str) -> str:
+    """`range(1,3)` of texts: `'1','2'`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        sweep: Any = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:  # said where all words are read
+        return value
+    return ",".join(f"'{number}'" for number in sweep.range())
+
+
+def _text(value: str) -> str:
+    """Quoted where Hydra would read a number or a switch; of a list, each of its values. Null stays null."""
+    stripped = value.strip()
+    if stripped.startswith("[") and stripped.endswith("]"):
+        return f"[{','.join(_text(part) for part in _split(stripped[1:-1]))}]" if stripped[1:-1].strip() else stripped
+    return f"'{stripped}'" if stripped and _NUMBER_OR_SWITCH.fullmatch(stripped) else value
+
+
+def _list(value: str, kind: Kind) -> str:
+    stripped = value.strip()
+    is_other = stripped.startswith(("{", "${")) or re.fullmatch(r"\w+\(.*\)", stripped, re.DOTALL)
+    if stripped.startswith("[") or is_other or stripped.lower() == "null":
+        return _text(value) if kind == "texts" else value
+    if kind == "texts" and not re.search(r"""['"\\$]""", stripped):
+        return f"['{stripped}']"  # quoted, because Hydra takes fewer characters in a list than outside of one
+    return f"[{_text(stripped) if kind == 'texts' else stripped}]"
+
+
+def _split(value: str) -> list[str]:
+    """The parts between commas that stand outside of quotes and brackets."""
+    parts, depth, quote, start, position = [], 0, "", 0, 0
+    while position < len(value):
+        character = value[position]
+        if character == "\\":
+            position += 1
+        elif quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(value[start:position])
+            start = position + 1
+        position += 1
+    return [*parts, value[start:]]

@@ -1,0 +1,213 @@
+"""Text stays as it was typed, and one value where a list is meant is a list of one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from tiny_run import ROOT, SETTINGS, train_here, write_corpus
+
+from llm_lightning.experiments.config_checks import check_overrides
+from llm_lightning.experiments.help import package_of
+from llm_lightning.experiments.launch import COMMAND, as_hydra_reads, key_of
+from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.words import UNDECLARED, declared_kinds
+from llm_lightning.optim import AdamWConfig
+
+CONF = ROOT / "conf"
+AS_TYPED = ["1984", "2026_11_26", "2026-11-26", "1e3", "007", "true", "False", "nan", "-1", "+1", ".5", "0x10", "1_000"]
+
+
+def composed(line: str) -> Any:
+    return check_overrides(as_hydra_reads(shlex.split(line), CONF), CONF)
+
+
+def read(line: str, key: str) -> Any:
+    """The value, of a multirun the first, that Hydra reads in the words as they are rewritten."""
+    [word] = [word for word in as_hydra_reads(shlex.split(line), CONF) if key_of(word) == key]
+    override = OverridesParser.create().parse_override(word)
+    if not override.is_sweep_override():
+        return override.value()
+    first, *_ = override.sweep_string_iterator()
+    return read(shlex.quote(f"{key}={first}"), key)  # as its job does
+
+
+def test_text_stays_as_typed() -> None:
+    keys = ("run_name", "init_from", "data.path", "tokenizer.name", "data.hf_revision", "data.text_field", "data")
+    wrong = [(key, value) for key in keys for value in AS_TYPED if read(f"{key}={value}", key) != value]
+    assert not wrong
+
+
+# (command line, key, value)
+MEANT = [
+    ("run_name=null", "run_name", None),
+    ("data.path=null", "data.path", None),
+    ("++data.path=1984", "data.path", "1984"),
+    ("data.path=' 1984 '", "data.path", "1984"),
+    ("data.path=[1984,a.txt,1_0]", "data.path", ["1984", "a.txt", "1_0"]),
+    ("'data.path=\"1984\"'", "data.path", "1984"),
+    ("task=classification data.labels=[0,1]", "data.labels", ["0", "1"]),
+    ("task=classification data.labels=spam", "data.labels", ["spam"]),
+    ("task=classification data.text_column=0 data.label_column=1", "data.text_column", "0"),
+    ("task=sft data.columns.output=2", "data.columns.output", "2"),
+    ("callbacks.samples.prompts=[2024]", "callbacks.samples.prompts", ["2024"]),
+    ("callbacks.samples.prompts=2024", "callbacks.samples.prompts", ["2024"]),
+    ("callbacks.samples.prompts=Hello", "callbacks.samples.prompts", ["Hello"]),
+    ("'callbacks.samples.prompts=Hello there: 1=1'", "callbacks.samples.prompts", ["Hello there: 1=1"]),
+    ("'callbacks.samples.prompts=\"Hello, there\"'", "callbacks.samples.prompts", ["Hello, there"]),
+    ("callbacks.samples.prompts=null", "callbacks.samples.prompts", None),
+    ("lora=default lora.targets=qkv_proj", "lora.targets", ["qkv_proj"]),
+    ("optimizer.betas=0.9", "optimizer.betas", [0.9]),
+    ("trainer.precision=32", "trainer.precision", 32),  # a word beside numbers: Hydra's reading stays
+    ("optimizer.fused=true", "optimizer.fused", True),
+    ("trainer.devices=1", "trainer.devices", 1),
+    ("task=classification task.trained_blocks=1", "task.trained_blocks", 1),
+    ("-m run_name=2026_1,2026_2", "run_name", "2026_1"),
+    ("-m 'run_name=choice(1_0,2)'", "run_name", "1_0"),
+    ("-m 'run_name=range(7,9)'", "run_name", "7"),
+    ("-m callbacks.samples.prompts=A,B", "callbacks.samples.prompts", ["A"]),
+    ("-m 'data.path=choice(1984,1985)'", "data.path", "1984"),
+]
+
+
+def test_one_value_is_what_it_is_meant_to_be() -> None:
+    wrong = []
+    for line, key, meant in MEANT:
+        found = read(line, key)
+        wrong += [(line, found)] * (found != meant or type(found) is not type(meant))
+    assert not wrong
+
+
+def test_the_config_has_what_was_meant() -> None:
+    config = composed("data.path=1984 'callbacks.samples={prompts:Hello}' optimizer.betas=[0.5,0.9]")
+    assert (config.data.path, config.callbacks.samples.prompts, config.optimizer.betas) == (
+        "1984",
+        ["Hello"],
+        [0.5, 0.9],
+    )
+    assert composed("'callbacks.samples.prompts=${run_name}' run_name=7").callbacks.samples.prompts == ["7"]
+    assert composed("-m 'run_name=choice(1_0,2)' 'callbacks.samples.prompts=range(1,3)'").run_name == "1_0"
+
+
+def test_what_was_rewritten_once_is_left_alone() -> None:
+    for line, *_ in MEANT:
+        once = as_hydra_reads(shlex.split(line), CONF)
+        assert as_hydra_reads(once, CONF) == once
+
+
+# (command line, what the one line says)
+REFUSED = [
+    ("'callbacks.samples={prompts:[2024]}'", "callbacks.samples.prompts[0]=2024 is text that reads as a number"),
+    ("callbacks.samples.prompts=[null]", "callbacks.samples.prompts[0]=null must be text"),
+    ("monitor=[a,b]", "monitor=['a', 'b'] must be one text, not a list"),
+    ("'optimizer.betas=[a,b]'", "optimizer.betas[0]='a' must be a number"),
+    ("seed=null", "seed=null: this setting needs a value, such as 1234"),
+    ("optimizer.lr=null", "optimizer.lr=null: this setting needs a value"),
+    ("trainer.max_steps=null", "trainer.max_steps=null: this setting needs a value, such as -1"),
+    ("model.n_layer=null", "model.n_layer=null: this setting needs a value, such as 4"),
+    ("task=sft data.columns=null", "data.columns=null: this setting needs a value"),
+    ("tokenizer.name=null", "tokenizer.name=null: this setting needs a value, such as bpe"),
+]
+
+
+def test_other_kinds_are_refused() -> None:
+    for line, message in REFUSED:
+        with pytest.raises(ValueError, match=r".") as error:
+            composed(line)
+        assert message in str(error.value), line
+        assert "\n" not in str(error.value)
+
+
+def test_a_number_in_a_file_asks_for_quotes_and_a_word_becomes_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    for text, message in (
+        ("data: {path: 2026_11_26}", f"data.path=20261126 in {file} is text that reads as a number or a switch"),
+        ("run_name: 007", f"run_name=7 in {file}"),
+        ("callbacks: {samples: {prompts: [a, 1]}}", f"callbacks.samples.prompts[1]=1 in {file}"),
+        ("seed: null", f"seed=null in {file}: this setting needs a value"),
+    ):
+        file.write_text(f"# @package _global_\n{text}\n")
+        with pytest.raises(ValueError, match=r".") as error:
+            composed(f"--config-dir {tmp_path} experiment=mine")
+        assert message in str(error.value)
+    file.write_text("# @package _global_\ndata: {path: '1984'}\ncallbacks: {samples: {prompts: Hello}}\n")
+    config = composed(f"--config-dir={tmp_path} experiment=mine")
+    assert (config.data.path, config.callbacks.samples.prompts) == ("1984", ["Hello"])
+
+
+def test_a_group_of_the_users_own_declares_kinds_too(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "mine.yaml"
+    file.write_text("defaults:\n  - pretraining\n  - _self_\nhf_split: first\n")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "2026_11.yaml").write_text("# @package _global_\nseed: 3\n")
+    config = composed(f"--config-dir {tmp_path} data=mine data.hf_split=01 experiment=2026_11")
+    assert (config.data.hf_split, config.seed) == ("01", 3)
+
+
+def test_every_default_that_tells_no_kind_has_one_in_the_table() -> None:
+    """A new setting that is null by default must be entered, or `KEY=1984` becomes a number unseen."""
+    kinds = declared_kinds((CONF,))
+    open_ones = []
+    for file in sorted(CONF.rglob("*.yaml")):
+        group = file.relative_to(CONF).parts[0]
+        if group in ("experiment", "pipeline", "sweep", "debug", "train.yaml"):
+            continue
+        node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        for key, value in _leaves(node, package_of(file, group)):
+            is_open = value in (None, "???") and kinds[key] == "anything" and key not in UNDECLARED
+            declared_elsewhere = any(key == other and kind != "anything" for other, kind in kinds.items())
+            if is_open and not declared_elsewhere and not _number_elsewhere(key):
+                open_ones.append(key)
+    assert not open_ones
+
+
+def _number_elsewhere(key: str) -> bool:
+    return key in ("tokenizer.vocab_size", "callbacks.samples")
+
+
+def _leaves(node: dict, path: str) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for key, value in node.items():
+        inner = f"{path}.{key}" if path else str(key)
+        if key != "defaults" and not inner.startswith("hydra"):
+            found += _leaves(value, inner) if isinstance(value, dict) else [(inner, value)]
+    return found
+
+
+def test_betas_are_two() -> None:
+    for betas in ([0.9], [0.9, 0.95, 0.99], [0.9, 1.0], [-0.1, 0.9]):
+        with pytest.raises(ValueError, match=r"optimizer\.betas=.* must be two numbers"):
+            AdamWConfig(betas=betas)
+
+
+# --- through the entry points ----------------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_path_of_digits_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "1984")
+    settings = [word for word in SETTINGS if "prompts" not in word]
+    command = [*settings, "data.path=1984", "run_name=2026_11_26", "callbacks.samples.prompts=42"]
+    assert train_here(command).code == 0
+    run = tmp_path / "outputs" / "pretraining" / "2026_11_26"
+    assert (run / "samples.md").read_text().count("\n    42") == 1
+    words = json.loads((run / COMMAND).read_text())["overrides"]
+    assert {"data.path='1984'", "run_name='2026_11_26'", "callbacks.samples.prompts=['42']"} <= set(words)
+    longer = train_here([f"resume={run}", "trainer.max_steps=6"])
+    assert longer.code == 0, longer.err
+    assert "Finished 6 steps" in longer.out
+
+
+def test_the_stages_of_a_pipeline_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chain = plan(["pipeline=nano", "run_name=2026_11_26", "+pretraining.data.path=1984", "logger=null"], CONF)
+    assert chain.folder.name == "2026_11_26"
+    assert {"data.path='1984'", "logger=none"} <= set(chain.stages[0].words)
+    assert "data.path='1984'" not in chain.stages[1].words
