@@ -23,6 +23,7 @@ COMMAND = "command.json"
 """In a run folder: what was typed to start the run, and where."""
 USAGE_ERROR = 2
 ONE_RUN = "hydra.mode=RUN"
+"""Wins over an experiment file with `hydra.mode: MULTIRUN`, which would make a multirun of each of its jobs again."""
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
 _MAKE_ROOM = "make room and continue with resume=RUN_FOLDER; what was written before is intact"
 _REMEDIES = {
