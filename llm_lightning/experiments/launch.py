@@ -24,6 +24,7 @@ STARTED_IN = Path.cwd()
 """Where the user stands."""
 USAGE_ERROR = 2
 ONE_RUN = "hydra.mode=RUN"
+"""Wins over an experiment file with `hydra.mode: MULTIRUN`, which would make a multirun of each of its jobs again."""
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
 _AGAIN = "continue with resume=RUN_FOLDER; what was written before is intact"
 _SAVE_MEMORY = (
