@@ -27,6 +27,8 @@ from llm_lightning.models.gpt2_weights import shapes_of
 from llm_lightning.models.lora import LoRAConfig
 
 HEADER = "llm_lightning"
+TASKS = ("pretraining", "classification", "sft", "dpo")
+"""Tasks of ours, of which a checkpoint holds one model of ours, and nothing else under that name."""
 _MOST = 1 << 63  # of an integer in a header, digits of larger ones cannot be printed
 _DEEPEST = 100  # level of nested values; the settings of a run have six
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -270,6 +272,7 @@ def check_base(header: Mapping[str, Any], base: GPTConfig) -> None:
 
 def check_resumable(state: Mapping[str, Any]) -> None:
     """Check what a run needs beside the weights, in a checkpoint that `check_state` has passed."""
+    _check_keys(state, "", {"state_dict": _DICT})
     for key in _RESUMED:
         if key not in state:
             raise ValueError(f"it cannot be resumed: {key} is missing (weights alone, or an old version's)")

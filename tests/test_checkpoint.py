@@ -367,3 +367,12 @@ def test_foreign_weights_that_do_not_tell_their_tokenizer_are_refused(tmp_path: 
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="does not say which tokenizer its 300 tokens belong to"):
         checkpoints.load_model(tmp_path)
+
+
+def test_a_task_of_someone_elses_may_save_more_than_a_model_of_ours(tmp_path: Path) -> None:
+    state = model_state(task="mine", own={"beta": 0.5})
+    state["state_dict"]["model.value_head.weight"] = torch.full((1, 8), -torch.inf)
+    checkpoints.save(tmp_path / "one.ckpt", state)
+    assert checkpoints.load(tmp_path / "one.ckpt")[HEADER]["own"] == {"beta": 0.5}
+    with pytest.raises(CheckpointError, match=r"state_dict.model.value_head.weight is unknown to this version"):
+        checkpoints.load_model(tmp_path / "one.ckpt")

@@ -114,6 +114,13 @@ PLAIN: dict[str, Callable[[State], None]] = {
     # numbers far from what stands in the file
     "10**6 layers": at("model/n_layer", 10**6),
     "10**9 layers": at("model/n_layer", 10**9),
+    "10**9 layers of a task of one's own": lambda state: state[HEADER].update(
+        task="mine", model=state[HEADER]["model"] | {"n_layer": 10**9}
+    ),
+    "a tensor more of a task of one's own": lambda state: [
+        state[HEADER].update(task="mine"),
+        state["state_dict"].update({"model.value_head": torch.ones(2)}),
+    ],
     "one layer too many": at("model/n_layer", 3),
     "one layer too few": at("model/n_layer", 1),
     "a huge vocabulary": at("model/vocab_size", 10**12),

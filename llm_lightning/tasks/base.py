@@ -326,7 +326,7 @@ class TaskModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":  # the best weights are tested, the run's own counts stand
             return
-        if not self.is_sharded:
+        if self.strict_loading and not self.is_sharded:
             checkpoints.check_fits(str(self.trainer.ckpt_path), checkpoint, self, self.model)
         self._earlier_metrics = dict(checkpoint[checkpoints.HEADER]["metrics"])
         state = checkpoint["task_module"]
