@@ -463,7 +463,8 @@ def _plain(config: DictConfig, *, resolve: bool = True) -> Any:
 
 def _nodes(config: Any) -> dict[str, Any]:
     """Every dotted key below `config`, nodes included, with its unresolved value."""
-    return dotted(OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config)
+    plain: Any = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+    return dotted(plain)
 
 
 def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
