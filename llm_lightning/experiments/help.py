@@ -130,13 +130,14 @@ def _group_help(config_dir: Path, group: str) -> Iterator[str]:
 
 def _option_help(config_dir: Path, group: str, option: str) -> Iterator[str]:
     yield f"\n{group}={option}: {read_headline(config_dir / group / f'{option}.yaml')}"
-    yield from _rows(_option_settings(config_dir, group, option))
+    if group != "pipeline":  # its stages are no settings
+        yield from _rows(_option_settings(config_dir, group, option))
 
 
 def _option_settings(config_dir: Path, group: str, option: str) -> list[Setting]:
     """The option's keys, and those of the files of its group that it builds on; its own win."""
     file = config_dir / group / f"{option}.yaml"
-    prefix = package_of(file, group)
+    prefix = "" if group == "sweep" else package_of(file, group)  # its keys are those of the command line
     merged: dict[str, Setting] = {}
     for other_group, base in read_defaults(file):
         if other_group is None:
