@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RaggedDataModule
-from tiny_run import SETTINGS, train_here
+from tiny_run import SETTINGS, finish, start, train_here
 
 from llm_lightning.data.order import limited, spread_sample
 
@@ -74,3 +74,21 @@ def test_the_print_says_that_it_is_a_sample(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert np.sum(summary["confusion"]["test"]) == 16
     assert "\n".join(closing) in train_here(words).out  # finished, and said again
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_sample_that_one_does(tmp_path: Path) -> None:
+    settings = [word for word in SETTINGS if "samples" not in word and not word.startswith("accelerator=")]
+    limits = ["trainer.limit_val_batches=2", "+trainer.limit_test_batches=0.25", "trainer.max_steps=1"]
+    words = [*settings, "task=classification", *limits, "callbacks.plots=null", "data.eval_batches=0"]
+    two = ["accelerator=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=4"]
+    ways = {"one": ["accelerator=cpu", "data.batch_size=8"], "two": two}
+    found = {}
+    for way, more in ways.items():
+        outcome = finish(start([*words, *more, f"hydra.run.dir={tmp_path / way}"], tmp_path))
+        assert outcome.code == 0, outcome.err
+        found[way] = json.loads((tmp_path / way / "summary.json").read_text())
+    assert found["one"]["sampled"] == found["two"]["sampled"]
+    assert found["one"]["confusion"] == found["two"]["confusion"]
+    for name in ("val/loss", "test/loss", "test/accuracy", "test/auroc"):
+        assert found["one"]["metrics"][name] == pytest.approx(found["two"]["metrics"][name], rel=1e-5), name
