@@ -124,13 +124,14 @@ class Samples(L.Callback):
         room = model.config.context_length - max(map(len, self._prompt_ids))
         options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
         stop_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
+        never = tokenizer.ids_without_token(model.config.vocab_size)
         # A compiled model would be compiled once more for every length.
         is_compiling = "torch._dynamo" in sys.modules
         eager = torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
         # Frozen weights may be in bfloat16 under trained ones in float32, which go together under autocast only.
         is_mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
         with eager, pl_module.trainer.precision_plugin.forward_context() if is_mixed else nullcontext():
-            continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, **options)
+            continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, never=never, **options)
         pairs = zip(self._prompt_ids, continuations, strict=True)
         # Decoded together, because words may be joined by a space.
         whole = [(tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])) for prompt, new in pairs]
