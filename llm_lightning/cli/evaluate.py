@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_lightning.cli.main import add_model_arguments, open_model
+from llm_lightning.cli.main import add_model_arguments, aligned, one_line, open_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llm_lightning.models.gpt import GPT
 
 TOKENS_PER_BATCH = 4096
+WIDTH = 40  # of the name of a class
 SOURCE_SETTINGS = ("name", "path", "text_field", "hf_dataset", "hf_config", "hf_split", "hf_revision")
 SPLIT_SETTINGS = ("split", "val_fraction", "add_eot")
 
@@ -129,7 +130,7 @@ def evaluate_labelled(
 
     Returns:
         loss (nats per text), accuracy and its 95% interval, precision, recall, f1, auroc, n, and the confusion matrix
-        (rows: true classes).
+        (rows: true classes); of more than 100 classes instead of it the `most_confused` pairs.
 
     Raises:
         ValueError: if there is none, or a label is not among the model's classes.
@@ -137,28 +138,35 @@ def evaluate_labelled(
     import torch
 
     from llm_lightning.answer_metrics import wilson_interval
-    from llm_lightning.cli.classify import classify_texts
-    from llm_lightning.tasks.classification import class_metrics, confusion
+    from llm_lightning.class_metrics import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
+    from llm_lightning.cli.classify import class_probabilities, predicted_class
 
     index = {label: number for number, label in enumerate(loaded.labels)}
     unknown = sorted({label for _, label in records} - index.keys())
     if unknown or not records:
         what = f"label {unknown[0]!r} is not a class of this model" if unknown else "there is no labelled text"
         raise ValueError(f"{what}; its classes are {', '.join(loaded.labels)}")
-    found = list(classify_texts(loaded, [text for text, _ in records], progress=progress))
-    labels = torch.tensor([index[label] for _, label in records])
-    predicted = torch.tensor([index[one.label] for one in found])
-    logits = torch.tensor([list(one.probabilities.values()) for one in found], dtype=torch.float64).log()
+    n, n_classes = len(records), len(loaded.labels)
+    labels, predicted = torch.tensor([index[label] for _, label in records]), torch.zeros(n, dtype=torch.int64)
+    table = torch.zeros(n, n_classes)  # the one thing here that grows with both
+    for row, probabilities in enumerate(class_probabilities(loaded, [text for text, _ in records], progress=progress)):
+        table[row], predicted[row] = probabilities, predicted_class(loaded, probabilities)
+    if n_classes > MOST_SHOWN:
+        area = auroc_of_many(lambda block: table[:, block], labels, n_classes)
+    else:
+        area = auroc(table.double().log().softmax(-1), labels)
     right = int((predicted == labels).sum())
-    low, high = wilson_interval(right, len(labels))
+    low, high = wilson_interval(right, n)
+    name, confusions = described_confusions(predicted, labels, loaded.labels)
     return {
-        "loss": -logits[range(len(labels)), labels].mean().item(),
-        "accuracy": right / len(labels),
+        "loss": -table[range(n), labels].double().log().mean().item(),
+        "accuracy": right / n,
         "accuracy_low": low,
         "accuracy_high": high,
-        **class_metrics(logits, predicted, labels),
-        "n": len(labels),
-        "confusion": confusion(predicted, labels, len(loaded.labels)).tolist(),
+        **count_metrics(predicted, labels, n_classes),
+        "auroc": area,
+        "n": n,
+        name: confusions,
     }
 
 
@@ -172,10 +180,21 @@ def _run_classifier(loaded: LoadedModel, args: argparse.Namespace) -> None:
     print(f"accuracy   {result['accuracy']:.4f} ({interval}), {result['n']:,} texts")
     for name in ("loss", "precision", "recall", "f1", "auroc"):
         print(f"{name:<10} {result[name]:.4f}")
+    if "most_confused" in result:
+        print("\n".join(_confused_lines(result["most_confused"])))
+        return
     width = max(map(len, loaded.labels)) + 2
     print(f"{'true | said':<{width + 4}}" + "".join(f"{label:>{width}}" for label in loaded.labels))
     for label, counts in zip(loaded.labels, result["confusion"], strict=True):
         print(f"{label:<{width + 4}}" + "".join(f"{count:>{width},}" for count in counts))
+
+
+def _confused_lines(pairs: list[dict[str, Any]]) -> list[str]:
+    shown = [
+        (one_line(pair["true"], WIDTH), one_line(pair["predicted"], WIDTH), f"{pair['texts']:,}", f"{pair['of']:,}")
+        for pair in pairs
+    ]
+    return aligned([("most confused: true", "said", "texts", "of"), *shown]) if pairs else ["no text was confused"]
 
 
 def _records_of_split(loaded: LoadedModel, split: str) -> list[tuple[str, str]]:

@@ -26,6 +26,9 @@ from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.splits import grouped_split, normalized
 from llm_lightning.tokenizers import Tokenizer
 
+MOST_LISTED = 100
+"""Classes that a line names."""
+
 log = logging.getLogger(__name__)
 
 
@@ -168,7 +171,7 @@ class ClassificationDataModule(BaseDataModule):
 
     def describe(self) -> str:
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._texts.items())
-        return f"{self._source()}: {sizes}; classes {', '.join(self.labels)}"
+        return f"{self._source()}: {sizes}; classes {_listed(self.labels)}"
 
     def report(self) -> dict[str, Any]:
         return self._report
@@ -288,7 +291,7 @@ class ClassificationDataModule(BaseDataModule):
         """What a person should know of the data before believing a number about it."""
         facts = self._report
         for split, part in facts["splits"].items():
-            counts = ", ".join(f"{count:,} {label}" for label, count in part["classes"].items())
+            counts = _listed([f"{count:,} {label}" for label, count in part["classes"].items()])
             cut = f", {part['cut']} cut to {part['limit']}" if part["cut"] else ""
             yield f"{split}: {counts}; {part['mean_tokens']:.1f} tokens each, at most {part['most_tokens']}{cut}"
         if facts["records_over_several_lines"]:
@@ -303,6 +306,11 @@ class ClassificationDataModule(BaseDataModule):
             f"Test texts that stand in training, too: {leak['exact']} exactly, {leak['trimmed']} trimmed, "
             f"{leak['normalized']} normalized, of {leak['of']}"
         )
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f", ... ({len(words):,} in all)" if len(words) > MOST_LISTED else ""
+    return ", ".join(words[:MOST_LISTED]) + more
 
 
 def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:
@@ -338,16 +346,16 @@ def leaks(texts: dict[str, list[tuple[str, int]]], labels: Sequence[str]) -> dic
     ways: dict[str, Callable[[str], str]] = {"exact": str, "trimmed": str.strip, "normalized": normalized}
     for split in ("val", "test"):
         rows = texts[split]
-        hits = {}
+        hits: dict[str, Counter[int]] = {}
         for way, form in ways.items():
             seen = {form(text) for text, _ in texts["train"]}
-            hits[way] = [label for text, label in rows if form(text) in seen]
+            hits[way] = Counter(label for text, label in rows if form(text) in seen)
         of_class = Counter(label for _, label in rows)
         by_class = {
-            name: {way: hit.count(index) for way, hit in hits.items()} | {"of": of_class[index]}
+            name: {way: hit[index] for way, hit in hits.items()} | {"of": of_class[index]}
             for index, name in enumerate(labels)
         }
-        found[split] = {way: len(hit) for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
+        found[split] = {way: hit.total() for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
     return found
 
 

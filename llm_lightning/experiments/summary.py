@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -103,6 +104,7 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
         lines.append("; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached) + ".")
     lines += _tested(metrics)
+    lines += _confused(summary.get("most_confused", {}).get("test", []))
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
     parent = summary["lineage"].get("parent_name")
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
@@ -131,6 +133,16 @@ def _tested(metrics: dict[str, float]) -> list[str]:
             f"the most frequent answer alone has {frequent:.4f}."
         )
     return lines
+
+
+def _confused(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """Which of many classes are taken for which."""
+    from llm_lightning.data.inspection import printable
+
+    shown = [
+        printable(f"{pair['true']} as {pair['predicted']} ({pair['texts']:,} of {pair['of']:,})") for pair in pairs[:3]
+    ]
+    return [f"Most confused: {'; '.join(shown)}."] if shown else []
 
 
 def _with_interval(metrics: dict[str, float], name: str) -> str:
