@@ -1,9 +1,10 @@
-"""Loss and perplexity of a GPT on text; accuracy of a classifier on labelled text.
+"""Loss and perplexity of a GPT on text; accuracy of a classifier on labelled text; of tuned models, their own metrics.
 
   llm-lightning evaluate outputs/pretraining/my_run --split val
   llm-lightning evaluate gpt2-small --text book.txt more.jsonl --stride 512
   llm-lightning evaluate outputs/classification/my_run --split test
   llm-lightning evaluate outputs/classification/my_run --text labelled.csv --label-column kind
+  llm-lightning evaluate outputs/sft/my_run --split test      also outputs/dpo/my_run: what the run measured of it
 
 Every token after the first of a document is scored exactly once. Windows of the model's context follow each other
 without overlap, as in training; a smaller --stride shows each token more of what stands before it, and takes longer.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from llm_lightning.models.gpt import GPT
 
 TOKENS_PER_BATCH = 4096
+TUNED = ("sft", "dpo")
 WIDTH = 40  # of the name of a class
 SOURCE_SETTINGS = ("name", "path", "text_field", "hf_dataset", "hf_config", "hf_split", "hf_revision")
 SPLIT_SETTINGS = ("split", "val_fraction", "add_eot")
@@ -84,6 +86,9 @@ def run(args: argparse.Namespace) -> None:
     loaded = open_model(args)
     if isinstance(loaded.model, _classifier()):
         _run_classifier(loaded, args)
+        return
+    if args.split and loaded.header.get("task") in TUNED:
+        _run_tuned(loaded, args)
         return
     if args.split:
         file = open_split(loaded, args.split)
@@ -168,6 +173,41 @@ def evaluate_labelled(
         "n": n,
         name: confusions,
     }
+
+
+def _run_tuned(loaded: LoadedModel, args: argparse.Namespace) -> None:
+    """A model of task=sft or task=dpo on a part of its own data."""
+    import torch
+
+    from llm_lightning.cli.respond import data_of
+    from llm_lightning.experiments.evaluation import evaluate_split
+
+    if args.stride is not None:
+        raise ValueError(f"--stride {args.stride} is for texts; --split {args.split} of a tuned model has no windows")
+    try:
+        data = data_of(loaded)
+    except ValueError as error:
+        raise ValueError(str(error).replace("give a file of records", "use --text FILE")) from error
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    found = evaluate_split(loaded, data, args.split, checkpoint=args.checkpoint, dtype=dtype)
+    task = loaded.header["task"]
+    print(
+        json.dumps({"task": task, "split": args.split, **found}) if args.json else "\n".join(_tuned_lines(task, found))
+    )
+
+
+def _tuned_lines(task: str, found: dict[str, float]) -> Iterator[str]:
+    yield f"{'loss':<28}{found.pop('loss'):.4f} nats per {'pair' if task == 'dpo' else 'learnt token'}"
+    for name in ("exact_match", "reward_accuracy"):
+        if name in found:
+            low, high = found.pop(f"{name}_low"), found.pop(f"{name}_high")
+            yield f"{_words(name):<28}{found.pop(name):.4f} (95% interval {low:.4f} to {high:.4f})"
+    for name, value in found.items():
+        yield f"{_words(name):<28}{value:,}" if isinstance(value, int) else f"{_words(name):<28}{value:.4f}"
+
+
+def _words(name: str) -> str:
+    return {"exact_match_of_most_frequent": "most frequent answer"}.get(name, name.replace("_", " "))
 
 
 def _run_classifier(loaded: LoadedModel, args: argparse.Namespace) -> None:
