@@ -73,6 +73,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop_ids: Collection[int] = (),
+    never: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continue every prompt, all in one batch.
@@ -85,6 +86,8 @@ def generate(
         prompts: token ids, one sequence per row, at least one id each.
         temperature, top_k, top_p, seed: see `Sampling`.
         stop_ids: ids that end a row, such as the end of text.
+        never: ids that are never drawn, however likely: rows of the head that stand for no token (see
+            `Tokenizer.ids_without_token`).
         on_token: see `OnToken`.
 
     Returns:
@@ -104,7 +107,7 @@ def generate(
     room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
     limits = [min(max_new_tokens, most) for most in room]
     with evaluating(model), packed_linears(model, max(limits)):
-        new_ids = _decode(model, prompts, limits, sampling, frozenset(stop_ids), on_token)
+        new_ids = _decode(model, prompts, limits, sampling, frozenset(stop_ids), _mask(model, never), on_token)
     if any(len(ids) == most < max_new_tokens for ids, most in zip(new_ids, room, strict=True)):
         log.warning(
             "generation stopped at context_length=%d before max_new_tokens=%d",
@@ -163,6 +166,7 @@ def _decode(
     limits: list[int],
     sampling: Sampling,
     stop_ids: frozenset[int],
+    never: Tensor | None,
     on_token: OnToken | None,
 ) -> list[list[int]]:
     """Feed the prompts, then one token per row and step; rows that have ended leave the batch in groups."""
@@ -176,6 +180,8 @@ def _decode(
     while True:
         # 24 random bits are exact in float32 and below 1 after any rounding.
         uniform = torch.tensor([[numbers[row].getrandbits(24) / 2**24] for row in rows], device=device)
+        if never is not None:
+            logits = logits.masked_fill(never, -math.inf)
         chosen = next_ids(logits, uniform, sampling).tolist()
         running = []
         for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
@@ -197,6 +203,15 @@ def _decode(
             rows, chosen = [rows[index] for index in running], [chosen[index] for index in running]
             batch.keep(running)
         logits = batch.step(chosen)
+
+
+def _mask(model: GPT, never: Collection[int]) -> Tensor | None:
+    """(V,) bool: True for the ids in `never`; None where there are none."""
+    if not never:
+        return None
+    mask = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    mask[torch.tensor(sorted(never))] = True
+    return mask.to(model.token_embedding.weight.device)
 
 
 class _Batch:

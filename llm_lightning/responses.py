@@ -51,6 +51,7 @@ def respond(
                 f"context_length={model.config.context_length}; shorten it or use a model with a longer context"
             )
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    never = tokenizer.ids_without_token(model.config.vocab_size)
     responses: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -59,6 +60,7 @@ def respond(
             [prompts[index] for index in batch],
             max_new_tokens=max_new_tokens,
             stop_ids=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+            never=never,
             **sampling,
         )
         for index, ids in zip(batch, new_ids, strict=True):

@@ -19,7 +19,7 @@ import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,13 @@ class Tokenizer(ABC):
             lengths[self.eot_id] = 0
         return lengths
 
+    def ids_without_token(self, n_rows: int) -> list[int]:
+        """Return the ids below `n_rows` that stand for no token, so that a model must never write them.
+
+        Heads are often padded, such as GPT-2's 50,257 rows to nanoGPT's 50,304; and some encodings leave gaps.
+        """
+        return list(range(self.vocab_size, n_rows))
+
     def fingerprint(self) -> str:
         """Return the sha256 of the description: equal for equal tokenizers."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
@@ -158,7 +165,18 @@ class TiktokenTokenizer(Tokenizer):
         try:
             return self.encoding.decode_single_token_bytes(index)
         except KeyError:
-            return b""  # cl100k and later leave ids unused; an untrained model may still draw one
+            return b""  # cl100k and later leave ids unused
+
+    def ids_without_token(self, n_rows: int) -> list[int]:
+        gaps = [index for index in self._gaps if index < n_rows]
+        return [*gaps, *super().ids_without_token(n_rows)]
+
+    @cached_property
+    def _gaps(self) -> list[int]:
+        """Unused ids below `vocab_size`."""
+        if self._description["name"] in ("gpt2", "bpe"):  # without gaps, which looking would only confirm
+            return []
+        return [index for index in range(self.vocab_size) if not self.token_bytes(index)]
 
     def split_point(self, text: str) -> int:
         if self._description["name"] not in _WITH_OPENAI_PATTERN:

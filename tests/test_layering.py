@@ -36,6 +36,7 @@ LEVELS = [
     ("llm_lightning.judge", 1),
     ("llm_lightning.near_duplicates", 1),
     ("llm_lightning.answer_metrics", 1),
+    ("llm_lightning.class_metrics", 2),
     ("llm_lightning.responses", 1),
     ("llm_lightning.data", 1),
     ("llm_lightning.data.batches", 1),

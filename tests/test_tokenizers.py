@@ -196,6 +196,15 @@ def test_vocabularies_beyond_16_bits_use_32(built):
 
 def test_unused_ids_inside_a_vocabulary_decode_to_nothing(built):
     assert built["cl100k_base"].decode([65_000]) == ""
+    missing = set(built["cl100k_base"].ids_without_token(70_010))
+    assert {65_000, *range(70_001, 70_010)} <= missing
+    assert all((built["cl100k_base"].decode([index]) == "") == (index in missing) for index in range(70_001))
+    assert 65_000 not in built["cl100k_base"].ids_without_token(65_000)
+
+
+def test_rows_beyond_the_vocabulary_stand_for_no_token(own):
+    assert own.ids_without_token(own.vocab_size) == []
+    assert own.ids_without_token(own.vocab_size + 3) == [own.vocab_size + n for n in range(3)]
 
 
 @pytest.mark.parametrize("run", [" " * 1_200_000, "\n \t" * 500_000], ids=["spaces", "mixed"])

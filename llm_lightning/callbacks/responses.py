@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,48 @@ class Responses(L.Callback):
         if pl_module.is_sharded or not hasattr(datamodule, "conversations_of"):
             return  # sharded weights run in all processes together; `llm-lightning respond` answers from the checkpoint
         if trainer.is_global_zero:
-            every = datamodule.conversations_of("test")
-            length = pl_module.trunk.config.context_length
-            template, tokenizer = datamodule.template, pl_module.tokenizer
-            records = [one for one in every if len(template.prompt_ids(tokenizer, one)) < length][: self.max_records]
-            self.answered = len(records), len(every)
-            with trainer.precision_plugin.forward_context():
-                texts = respond(pl_module.trunk, tokenizer, template, records, **self.options)
-            rows = [answered(one, {"model_response": text}) for one, text in zip(records, texts, strict=True)]
+            rows = answer_questions(pl_module, datamodule, "test", self.max_records, **self.options)
+            self.answered = len(rows), len(datamodule.conversations_of("test"))
             path = Path(trainer.default_root_dir) / "responses.json"
             write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-            self._log(pl_module, [(row["model_response"], row["output"]) for row in rows])
+            metrics = {f"test/{name}": value for name, value in exact_match_metrics(rows).items()}
+            pl_module.log_dict(metrics, logger=False, rank_zero_only=True)
+            pl_module.log_row(metrics, pl_module.global_step)
         trainer.strategy.barrier()
 
-    def _log(self, pl_module: Any, pairs: list[tuple[str, str]]) -> None:
-        right = sum(exact_match(response, reference) for response, reference in pairs)
-        low, high = wilson_interval(right, len(pairs))
-        metrics = {
-            "test/exact_match": right / len(pairs),
-            "test/exact_match_low": low,
-            "test/exact_match_high": high,
-            "test/exact_match_of_most_frequent": most_frequent_answer_score([reference for _, reference in pairs])[1],
-        }
-        pl_module.log_dict(metrics, logger=False, rank_zero_only=True)
-        pl_module.log_row(metrics, pl_module.global_step)
+
+def answer_questions(
+    pl_module: Any, datamodule: Any, split: str, max_records: int, **options: Any
+) -> list[dict[str, Any]]:
+    """The first records of a split that leave room for an answer, each with its `model_response`.
+
+    Args:
+        pl_module: a task that is attached to its trainer.
+        options: of `responses.respond`.
+    """
+    length = pl_module.trunk.config.context_length
+    template, tokenizer = datamodule.template, pl_module.tokenizer
+    records = datamodule.conversations_of(split)
+    records = [one for one in records if len(template.prompt_ids(tokenizer, one)) < length][:max_records]
+    with pl_module.trainer.precision_plugin.forward_context():
+        texts = respond(pl_module.trunk, tokenizer, template, records, **options)
+    return [answered(one, {"model_response": text}) for one, text in zip(records, texts, strict=True)]
+
+
+def exact_match_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The share of answers that are right to the letter, its interval, and what one answer to all would reach.
+
+    Args:
+        rows: what `answer_questions` returns; of none there are no metrics.
+    """
+    if not rows:
+        return {}
+    pairs = [(row["model_response"], row["output"]) for row in rows]
+    right = sum(exact_match(response, reference) for response, reference in pairs)
+    low, high = wilson_interval(right, len(pairs))
+    return {
+        "exact_match": right / len(pairs),
+        "exact_match_low": low,
+        "exact_match_high": high,
+        "exact_match_of_most_frequent": most_frequent_answer_score([reference for _, reference in pairs])[1],
+    }

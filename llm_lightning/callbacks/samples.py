@@ -124,6 +124,7 @@ class Samples(L.Callback):
         room = model.config.context_length - max(map(len, self._prompt_ids))
         options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
         stop_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
+        never = tokenizer.ids_without_token(model.config.vocab_size)
         # A compiled model would be compiled once more for every length.
         is_compiling = "torch._dynamo" in sys.modules
         eager = torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
@@ -131,7 +132,7 @@ class Samples(L.Callback):
         is_mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
         with eager, pl_module.trainer.precision_plugin.forward_context() if is_mixed else nullcontext():
             try:
-                continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, **options)
+                continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, never=never, **options)
             except RuntimeError as error:  # there is no drawing from probabilities that are nan
                 if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
                     raise

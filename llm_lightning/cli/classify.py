@@ -88,6 +88,13 @@ def classify_texts(loaded: LoadedModel, texts: Sequence[str], *, progress: bool 
     Raises:
         ValueError: if the model is no classifier, or a text is empty.
     """
+    for text, probabilities in zip(texts, class_probabilities(loaded, texts, progress=progress), strict=True):
+        named = dict(zip(loaded.labels, probabilities.tolist(), strict=True))
+        yield Classification(text, loaded.labels[predicted_class(loaded, probabilities)], named)
+
+
+def class_probabilities(loaded: LoadedModel, texts: Sequence[str], *, progress: bool = False) -> Iterator[Tensor]:
+    """The probability of every class, (K,) float32 for each text in turn; see `classify_texts`."""
     from tqdm import tqdm
 
     length = loaded.classifier.trunk.config.context_length
@@ -95,11 +102,10 @@ def classify_texts(loaded: LoadedModel, texts: Sequence[str], *, progress: bool 
     n_cut = 0
     bar = tqdm(total=len(texts), unit="text", leave=False, disable=None if progress else True)
     with bar:
-        rest = iter(texts)
         while group := list(islice(encoded, TEXTS_AT_ONCE)):
             n_cut += sum(is_cut for _, is_cut in group)
             for probabilities in _probabilities(loaded, [ids for ids, _ in group]):
-                yield _classification(loaded, next(rest), probabilities)
+                yield probabilities
                 bar.update()
     if n_cut:
         log.warning("%d text(s) were longer than %d tokens and were cut to their first %d", n_cut, length, length)
@@ -146,11 +152,9 @@ def _batches(order: Iterable[int], rows: list[np.ndarray]) -> Iterator[list[int]
         yield batch
 
 
-def _classification(loaded: LoadedModel, text: str, probabilities: Tensor) -> Classification:
-    label = loaded.labels[
-        int(loaded.classifier.predict(probabilities.log()[None].to(loaded.classifier.threshold.device)))
-    ]
-    return Classification(text, label, dict(zip(loaded.labels, probabilities.tolist(), strict=True)))
+def predicted_class(loaded: LoadedModel, probabilities: Tensor) -> int:
+    """The index of the class that is said, from its (K,) probabilities."""
+    return int(loaded.classifier.predict(probabilities.log()[None].to(loaded.classifier.threshold.device)))
 
 
 def _row(found: Classification) -> str:

@@ -1,9 +1,10 @@
-"""Loss and perplexity of a GPT on text; accuracy of a classifier on labelled text.
+"""Loss and perplexity of a GPT on text; accuracy of a classifier on labelled text; of tuned models, their own metrics.
 
   llm-lightning evaluate outputs/pretraining/my_run --split val
   llm-lightning evaluate gpt2-small --text book.txt more.jsonl --stride 512
   llm-lightning evaluate outputs/classification/my_run --split test
   llm-lightning evaluate outputs/classification/my_run --text labelled.csv --label-column kind
+  llm-lightning evaluate outputs/sft/my_run --split test      also outputs/dpo/my_run: what the run measured of it
 
 Every token after the first of a document is scored exactly once. Windows of the model's context follow each other
 without overlap, as in training; a smaller --stride shows each token more of what stands before it, and takes longer.
@@ -18,8 +19,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_lightning.cli.main import add_model_arguments, open_model
-from llm_lightning.terminal import inline, say, say_json
+from llm_lightning.cli.main import add_model_arguments, aligned, open_model
+from llm_lightning.terminal import inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from llm_lightning.models.gpt import GPT
 
 TOKENS_PER_BATCH = 4096
+TUNED = ("sft", "dpo")
+WIDTH = 40  # of the name of a class
 SOURCE_SETTINGS = ("name", "path", "text_field", "hf_dataset", "hf_config", "hf_split", "hf_revision")
 SPLIT_SETTINGS = ("split", "val_fraction", "add_eot")
 
@@ -84,6 +87,9 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(loaded.model, _classifier()):
         _run_classifier(loaded, args)
         return
+    if args.split and loaded.header.get("task") in TUNED:
+        _run_tuned(loaded, args)
+        return
     if args.split:
         file = open_split(loaded, args.split)
         result = _evaluate(loaded.gpt, [file.tokens], file.n_bytes, args.stride, progress=True)
@@ -129,7 +135,7 @@ def evaluate_labelled(
 
     Returns:
         loss (nats per text), accuracy and its 95% interval, precision, recall, f1, auroc, n, and the confusion matrix
-        (rows: true classes).
+        (rows: true classes); of more than 100 classes instead of it the `most_confused` pairs.
 
     Raises:
         ValueError: if there is none, or a label is not among the model's classes.
@@ -137,29 +143,72 @@ def evaluate_labelled(
     import torch
 
     from llm_lightning.answer_metrics import wilson_interval
-    from llm_lightning.cli.classify import classify_texts
-    from llm_lightning.tasks.classification import class_metrics, confusion
+    from llm_lightning.class_metrics import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
+    from llm_lightning.cli.classify import class_probabilities, predicted_class
 
     index = {label: number for number, label in enumerate(loaded.labels)}
     unknown = sorted({label for _, label in records} - index.keys())
     if unknown or not records:
         what = f"label {unknown[0]!r} is not a class of this model" if unknown else "there is no labelled text"
         raise ValueError(f"{what}; its classes are {', '.join(loaded.labels)}")
-    found = list(classify_texts(loaded, [text for text, _ in records], progress=progress))
-    labels = torch.tensor([index[label] for _, label in records])
-    predicted = torch.tensor([index[one.label] for one in found])
-    logits = torch.tensor([list(one.probabilities.values()) for one in found], dtype=torch.float64).log()
+    n, n_classes = len(records), len(loaded.labels)
+    labels, predicted = torch.tensor([index[label] for _, label in records]), torch.zeros(n, dtype=torch.int64)
+    table = torch.zeros(n, n_classes)  # the one thing here that grows with both
+    for row, probabilities in enumerate(class_probabilities(loaded, [text for text, _ in records], progress=progress)):
+        table[row], predicted[row] = probabilities, predicted_class(loaded, probabilities)
+    if n_classes > MOST_SHOWN:
+        area = auroc_of_many(lambda block: table[:, block], labels, n_classes)
+    else:
+        area = auroc(table.double().log().softmax(-1), labels)
     right = int((predicted == labels).sum())
-    low, high = wilson_interval(right, len(labels))
+    low, high = wilson_interval(right, n)
+    name, confusions = described_confusions(predicted, labels, loaded.labels)
     return {
-        "loss": -logits[range(len(labels)), labels].mean().item(),
-        "accuracy": right / len(labels),
+        "loss": -table[range(n), labels].double().log().mean().item(),
+        "accuracy": right / n,
         "accuracy_low": low,
         "accuracy_high": high,
-        **class_metrics(logits, predicted, labels),
-        "n": len(labels),
-        "confusion": confusion(predicted, labels, len(loaded.labels)).tolist(),
+        **count_metrics(predicted, labels, n_classes),
+        "auroc": area,
+        "n": n,
+        name: confusions,
     }
+
+
+def _run_tuned(loaded: LoadedModel, args: argparse.Namespace) -> None:
+    """A model of task=sft or task=dpo on a part of its own data."""
+    import torch
+
+    from llm_lightning.cli.respond import data_of
+    from llm_lightning.experiments.evaluation import evaluate_split
+
+    if args.stride is not None:
+        raise ValueError(f"--stride {args.stride} is for texts; --split {args.split} of a tuned model has no windows")
+    try:
+        data = data_of(loaded)
+    except ValueError as error:
+        raise ValueError(str(error).replace("give a file of records", "use --text FILE")) from error
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    found = evaluate_split(loaded, data, args.split, checkpoint=args.checkpoint, dtype=dtype)
+    task = loaded.header["task"]
+    if args.json:
+        say_json({"task": task, "split": args.split, **found})
+    else:
+        say_lines(_tuned_lines(task, found))
+
+
+def _tuned_lines(task: str, found: dict[str, float]) -> Iterator[str]:
+    yield f"{'loss':<28}{found.pop('loss'):.4f} nats per {'pair' if task == 'dpo' else 'learnt token'}"
+    for name in ("exact_match", "reward_accuracy"):
+        if name in found:
+            low, high = found.pop(f"{name}_low"), found.pop(f"{name}_high")
+            yield f"{_words(name):<28}{found.pop(name):.4f} (95% interval {low:.4f} to {high:.4f})"
+    for name, value in found.items():
+        yield f"{_words(name):<28}{value:,}" if isinstance(value, int) else f"{_words(name):<28}{value:.4f}"
+
+
+def _words(name: str) -> str:
+    return {"exact_match_of_most_frequent": "most frequent answer"}.get(name, name.replace("_", " "))
 
 
 def _run_classifier(loaded: LoadedModel, args: argparse.Namespace) -> None:
@@ -172,11 +221,22 @@ def _run_classifier(loaded: LoadedModel, args: argparse.Namespace) -> None:
     say(f"accuracy   {result['accuracy']:.4f} ({interval}), {result['n']:,} texts")
     for name in ("loss", "precision", "recall", "f1", "auroc"):
         say(f"{name:<10} {result[name]:.4f}")
+    if "most_confused" in result:
+        say_lines(_confused_lines(result["most_confused"]))
+        return
     labels = [inline(label) for label in loaded.labels]
     width = max(map(len, labels)) + 2
     say(f"{'true | said':<{width + 4}}" + "".join(f"{label:>{width}}" for label in labels))
     for label, counts in zip(labels, result["confusion"], strict=True):
         say(f"{label:<{width + 4}}" + "".join(f"{count:>{width},}" for count in counts))
+
+
+def _confused_lines(pairs: list[dict[str, Any]]) -> list[str]:
+    shown = [
+        (one_line(pair["true"], WIDTH), one_line(pair["predicted"], WIDTH), f"{pair['texts']:,}", f"{pair['of']:,}")
+        for pair in pairs
+    ]
+    return aligned([("most confused: true", "said", "texts", "of"), *shown]) if pairs else ["no text was confused"]
 
 
 def _records_of_split(loaded: LoadedModel, split: str) -> list[tuple[str, str]]:

@@ -131,7 +131,10 @@ def generate_texts(
     prompt_ids = [_encode(loaded.tokenizer, prompt) for prompt in prompts]
     eot_id = loaded.tokenizer.eot_id
     stop_ids = () if eot_id is None else (eot_id,)
-    new_ids = generate(loaded.gpt, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, **settings)
+    never = loaded.tokenizer.ids_without_token(loaded.gpt.config.vocab_size)
+    new_ids = generate(
+        loaded.gpt, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, never=never, **settings
+    )
     pairs = zip(prompts, prompt_ids, new_ids, strict=True)
     # Decoded together, because words are joined by a space; an empty prompt does not show its end of text.
     return [loaded.tokenizer.decode([*ids, *new] if prompt else new) for prompt, ids, new in pairs]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 VERBS = {
     "generate": "continue one or more prompts",
     "classify": "say which class texts belong to",
-    "evaluate": "loss of a GPT or accuracy of a classifier, on a text or on the data it was trained with",
+    "evaluate": "loss, accuracy, exact match or reward accuracy, on a text or on the data of the training",
     "respond": "answer the questions of a file",
     "judge": "score answers, by a language model or by their words",
     "compare": "the answers of two models side by side, on a page",

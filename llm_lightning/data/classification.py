@@ -28,6 +28,9 @@ from llm_lightning.data.splits import grouped_split, normalized
 from llm_lightning.terminal import inline, visible
 from llm_lightning.tokenizers import Tokenizer
 
+MOST_LISTED = 100
+"""Classes that a line names."""
+
 log = logging.getLogger(__name__)
 
 
@@ -69,8 +72,9 @@ class ClassificationDataModule(BaseDataModule):
         text_column, label_column: of your file or Hugging Face dataset.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
         labels: names of the classes in the order of their indices; default: sorted.
-        split: `grouped` (texts that are equal but for case, digits, white space and punctuation stay together) or
-            `book` (the book's own split of sms_spam, in which equal texts stand on both sides).
+        split: `grouped` (texts that are equal but for case, digits, white space and punctuation stay together; digits
+            count where a split would lack a class without them) or `book` (the book's own split of sms_spam, in which
+            equal texts stand on both sides).
         val_fraction, test_fraction: of the records.
         split_seed: of the split; another than that of training, so that a sweep over seeds sees one split.
         balance: `undersample` draws from each class as many as the smallest has, or `none`.
@@ -132,11 +136,10 @@ class ClassificationDataModule(BaseDataModule):
         if self._split == "book":
             parts = book_split(classes, self._fractions, self._split_seed)
         else:
-            keys = [normalized(record.text) for record in records]
-            parts = grouped_split(keys, classes, self._fractions, self._split_seed)
-            if self._balance == "undersample":
-                parts = {split: undersampled(part, classes, self._split_seed) for split, part in parts.items()}
+            parts = self._grouped(records, classes)
         self._check_classes(parts, classes)
+        if self._split == "grouped" and self._balance == "undersample":
+            parts = {split: undersampled(part, classes, self._split_seed) for split, part in parts.items()}
         self._texts = {split: [(records[i].text, classes[i]) for i in part] for split, part in parts.items()}
         self._tokenize()
         self.data_digest = self._digest()
@@ -167,7 +170,7 @@ class ClassificationDataModule(BaseDataModule):
 
     def describe(self) -> str:
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self._texts.items())
-        return f"{self._source()}: {sizes}; classes {', '.join(self.labels)}"
+        return f"{self._source()}: {sizes}; classes {_listed(self.labels)}"
 
     def report(self) -> dict[str, Any]:
         return self._report
@@ -198,15 +201,40 @@ class ClassificationDataModule(BaseDataModule):
     def _named_labels(self) -> tuple[str, ...] | None:
         return NAMED[self._name].labels if self._name and not self._hub[0] else None
 
+    def _grouped(self, records: Sequence[LabelledText], classes: Sequence[int]) -> dict[str, list[int]]:
+        """The grouped split. Where texts differ in hardly more than their digits, digits tell them apart."""
+        folded = grouped_split(
+            [normalized(record.text) for record in records], classes, self._fractions, self._split_seed
+        )
+        if self._first_missing(folded, classes) is None:
+            return folded
+        keys = [normalized(record.text, fold_digits=False) for record in records]
+        parts = grouped_split(keys, classes, self._fractions, self._split_seed)
+        if self._first_missing(parts, classes) is not None:
+            return folded
+        log.warning(
+            "Texts that differ in their digits alone may stand in two splits here: kept together, they would leave a "
+            "split without a class"
+        )
+        return parts
+
     def _check_classes(self, parts: dict[str, list[int]], classes: Sequence[int]) -> None:
+        found = self._first_missing(parts, classes)
+        if found is not None:
+            split, label = found
+            raise ValueError(
+                f"the {split} split has no text of class {label!r} ({len(parts[split])} texts in all); "
+                "give more texts, or raise data.val_fraction and data.test_fraction"
+            )
+
+    def _first_missing(self, parts: dict[str, list[int]], classes: Sequence[int]) -> tuple[str, str] | None:
+        """The first split that lacks a class, and the class."""
         for split, part in parts.items():
             present = {classes[index] for index in part}
-            missing = [label for index, label in enumerate(self.labels) if index not in present]
-            if missing:
-                raise ValueError(
-                    f"the {split} split has no text of class {missing[0]!r} ({len(part)} texts in all); "
-                    "give more texts, or raise data.val_fraction and data.test_fraction"
-                )
+            missing = (label for index, label in enumerate(self.labels) if index not in present)
+            if (label := next(missing, None)) is not None:
+                return split, label
+        return None
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +290,7 @@ class ClassificationDataModule(BaseDataModule):
         """What a person should know of the data before believing a number about it."""
         facts = self._report
         for split, part in facts["splits"].items():
-            counts = ", ".join(f"{count:,} {label}" for label, count in part["classes"].items())
+            counts = _listed([f"{count:,} {label}" for label, count in part["classes"].items()])
             cut = f", {part['cut']} cut to {part['limit']}" if part["cut"] else ""
             yield f"{split}: {counts}; {part['mean_tokens']:.1f} tokens each, at most {part['most_tokens']}{cut}"
         if facts["records_over_several_lines"]:
@@ -277,6 +305,11 @@ class ClassificationDataModule(BaseDataModule):
             f"Test texts that stand in training, too: {leak['exact']} exactly, {leak['trimmed']} trimmed, "
             f"{leak['normalized']} normalized, of {leak['of']}"
         )
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f", ... ({len(words):,} in all)" if len(words) > MOST_LISTED else ""
+    return ", ".join(words[:MOST_LISTED]) + more
 
 
 def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:
@@ -312,16 +345,16 @@ def leaks(texts: dict[str, list[tuple[str, int]]], labels: Sequence[str]) -> dic
     ways: dict[str, Callable[[str], str]] = {"exact": str, "trimmed": str.strip, "normalized": normalized}
     for split in ("val", "test"):
         rows = texts[split]
-        hits = {}
+        hits: dict[str, Counter[int]] = {}
         for way, form in ways.items():
             seen = {form(text) for text, _ in texts["train"]}
-            hits[way] = [label for text, label in rows if form(text) in seen]
+            hits[way] = Counter(label for text, label in rows if form(text) in seen)
         of_class = Counter(label for _, label in rows)
         by_class = {
-            name: {way: hit.count(index) for way, hit in hits.items()} | {"of": of_class[index]}
+            name: {way: hit[index] for way, hit in hits.items()} | {"of": of_class[index]}
             for index, name in enumerate(labels)
         }
-        found[split] = {way: len(hit) for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
+        found[split] = {way: hit.total() for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
     return found
 
 

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,6 +121,7 @@ def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         line = "; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached)
         lines.append(f"{line}{_sample_note(summary, 'val')}.")
     lines += _tested(metrics, _sample_note(summary, "test"), _sample_note(summary, "answers"))
+    lines += _confused(summary.get("most_confused", {}).get("test", []))
     if summary["checkpoint"] is None:  # callbacks.checkpoints=null
         return [*lines, f"Run folder: {folder}"]
     checkpoint = shlex.quote(str(folder / summary["checkpoint"]))
@@ -191,6 +193,12 @@ def _tested(metrics: dict[str, float], note: str, note_of_answers: str) -> list[
             f"the most frequent answer alone has {frequent:.4f}{note_of_answers}."
         )
     return lines
+
+
+def _confused(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """Which of many classes are taken for which."""
+    shown = [f"{pair['true']} as {pair['predicted']} ({pair['texts']:,} of {pair['of']:,})" for pair in pairs[:3]]
+    return [f"Most confused: {'; '.join(shown)}."] if shown else []
 
 
 def _with_interval(metrics: dict[str, float], name: str) -> str:

@@ -15,8 +15,9 @@ import math
 import sys
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +50,35 @@ class StepOutput(NamedTuple):
     """name -> (sum, count), each over whatever items that metric counts."""
     outputs: dict[str, Tensor] = {}  # noqa: RUF012
     """What metrics of a whole evaluation need, such as logits and labels: (items, ...) each."""
+
+
+class GrowingRows:
+    """The rows of many batches in one tensor on the CPU.
+
+    A list of batches and their concatenation would be there at once: twice as much, which counts where a row holds a
+    logit for each of 10,000 classes.
+
+    Args:
+        expected: rows to make room for; where there are more, they are moved.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self._expected, self._n = expected, 0
+        self._rows = torch.empty(0)
+
+    def append(self, rows: Tensor) -> None:
+        end = self._n + len(rows)
+        if end > len(self._rows) or rows.dtype != self._rows.dtype or rows.shape[1:] != self._rows.shape[1:]:
+            room = torch.empty((max(self._expected, 2 * end), *rows.shape[1:]), dtype=rows.dtype)
+            if self._n:
+                room[: self._n] = self._rows[: self._n]
+            self._rows = room
+        self._rows[self._n : end] = rows
+        self._n = end
+
+    def all(self) -> Tensor:
+        """(n, ...) what was appended."""
+        return self._rows[: self._n]
 
 
 class NonFiniteError(ValueError):
@@ -99,14 +129,22 @@ class TaskModule(L.LightningModule):
         self._earlier_metrics: dict[str, float] = {}
         self._epoch_sums: dict[str, list[float]] = {}
         self._eval_sums: dict[str, dict[str, list[Tensor]]] = {}
-        self._eval_outputs: dict[str, dict[str, list[Tensor]]] = {}
+        self._eval_outputs: dict[str, dict[str, GrowingRows]] = {}
 
     @abstractmethod
     def step_output(self, batch: Any) -> StepOutput:
         """What `batch` costs."""
 
+    @property
+    def outputs_kept_apart(self) -> frozenset[str]:
+        """Which `StepOutput.outputs` are too large to be gathered from all processes. Tasks may override."""
+        return frozenset()
+
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of a whole evaluation, from the means and all `StepOutput.outputs` of it. Tasks may override."""
+        """Metrics of a whole evaluation, from the means and all `StepOutput.outputs` of it. Tasks may override.
+
+        Of `outputs_kept_apart` only the rows of this process are there; see `rows_of_all_processes`.
+        """
         return means
 
     def metric_names(self) -> tuple[str, ...]:
@@ -228,9 +266,11 @@ class TaskModule(L.LightningModule):
         # A row of its own behind the last update: a run that is trained on drops it, and tests again.
         self._end_evaluation(step=self.global_step)
 
-    def _begin_evaluation(self, stages: Iterable[str]) -> None:
+    def _begin_evaluation(self, stages: Mapping[str, Any]) -> None:
         self._eval_sums = {stage: defaultdict(list) for stage in stages}
-        self._eval_outputs = {stage: defaultdict(list) for stage in self._eval_sums}
+        size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        batches = {stage: -(-len(samples) // (size * self.trainer.world_size)) for stage, samples in stages.items()}
+        self._eval_outputs = {stage: defaultdict(partial(GrowingRows, n * size)) for stage, n in batches.items()}
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
         stage = list(self._eval_sums)[dataloader_idx]
@@ -238,7 +278,7 @@ class TaskModule(L.LightningModule):
         for name, pair in _sums(output).items():
             self._eval_sums[stage][name].append(pair)
         for name, values in output.outputs.items():
-            self._eval_outputs[stage][name].append(values.detach().cpu())
+            self._eval_outputs[stage][name].append(values.detach())
 
     def _end_evaluation(self, step: int) -> None:
         for stage, sums in self._eval_sums.items():
@@ -246,7 +286,7 @@ class TaskModule(L.LightningModule):
             reduced = self._all_reduce(totals)
             means = {name: total / max(number, 1) for name, (total, number) in reduced.items()}
             prefix = "train/eval_" if stage == "train_eval" else f"{stage}/"
-            found = self.eval_metrics(stage, means, self._all_gather(self._eval_outputs[stage]))
+            found = self.eval_metrics(stage, means, self._all_gather(self._eval_outputs.pop(stage)))
             metrics = {f"{prefix}{name}": value for name, value in found.items()}
             self.log_dict(metrics, logger=False)
             if stage == "val":
@@ -385,14 +425,21 @@ class TaskModule(L.LightningModule):
             sums = dict(zip(sums, stacked, strict=True))
         return {name: pair.tolist() for name, pair in sums.items()}
 
-    def _all_gather(self, outputs: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """What all batches of all processes put out."""
-        mine = {name: torch.cat(values) for name, values in outputs.items()}
+    def _all_gather(self, outputs: dict[str, GrowingRows]) -> dict[str, Tensor]:
+        """What all batches of all processes put out; of `outputs_kept_apart`, those of this process."""
+        mine = {name: rows.all() for name, rows in outputs.items()}
+        return {
+            name: rows if name in self.outputs_kept_apart else self.rows_of_all_processes(rows)
+            for name, rows in mine.items()
+        }
+
+    def rows_of_all_processes(self, rows: Tensor) -> Tensor:
+        """The rows of every process, in the order of the processes. All of them call it together."""
         if self.trainer.world_size == 1:
-            return mine
+            return rows
         everyone: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(everyone, mine)
-        return {name: torch.cat([part[name] for part in everyone]) for name in mine}
+        torch.distributed.all_gather_object(everyone, rows.contiguous())
+        return torch.cat(everyone)
 
     def _check_finite(self, loss_sum: float, norm: float) -> None:
         # The fp16 scaler skips an update that overflows, and halves its scale. If no scale is small enough, it is nan.

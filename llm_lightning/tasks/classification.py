@@ -18,6 +18,17 @@ from torch import Tensor
 from torchmetrics.functional import classification as measures
 
 from llm_lightning.answer_metrics import wilson_interval
+from llm_lightning.class_metrics import (
+    MOST_SHOWN,
+    auroc,
+    auroc_of_many,
+    confused_figure,
+    confusion,
+    count_metrics,
+    described_confusions,
+    most_confused,
+    softmax_columns,
+)
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample
 from llm_lightning.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
 from llm_lightning.losses import IGNORE_INDEX
@@ -123,12 +134,13 @@ class ClassificationModule(TaskModule):
             logits, batch.labels, weight=self.class_weights, ignore_index=IGNORE_INDEX, reduction="sum"
         )
         real = batch.labels != IGNORE_INDEX
-        right = (self.model.predict(logits) == batch.labels)[real]
+        predicted = self.model.predict(logits)
+        right = (predicted == batch.labels)[real]
         return StepOutput(
             loss_sum,
             batch.n_targets,
             metrics={"accuracy": (right.sum(), real.sum())},
-            outputs={"logits": logits[real], "labels": batch.labels[real]},
+            outputs={"logits": logits[real], "predicted": predicted[real], "labels": batch.labels[real]},
         )
 
     def logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -253,28 +265,48 @@ class ClassificationModule(TaskModule):
         logits, labels = outputs["logits"], outputs["labels"]
         if stage == "val" and self.tune_threshold:
             self.model.threshold.fill_(best_threshold(logits.softmax(-1)[:, 1], labels))
-        threshold_device = self.model.threshold.device
-        predicted = self.model.predict(logits.to(threshold_device)).cpu()
-        self._seen[stage] = {**outputs, "predicted": predicted}
+        predicted = outputs["predicted"]
+        if len(self.labels) == 2:  # the threshold may just have been chosen
+            predicted = self.model.predict(logits.to(self.model.threshold.device)).cpu()
+        self._seen[stage] = {"labels": labels, "predicted": predicted}
+        if len(self.labels) == 2:
+            self._seen[stage]["logits"] = logits
         low, high = wilson_interval(int((predicted == labels).sum()), len(labels))
         accuracy = (predicted == labels).double().mean().item()
         metrics = {**means, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
-        return metrics | class_metrics(logits, predicted, labels)
+        metrics |= count_metrics(predicted, labels, len(self.labels))
+        if len(self.labels) > MOST_SHOWN:
+            columns = softmax_columns(logits)
+            return metrics | {
+                "auroc": auroc_of_many(
+                    lambda block: self.rows_of_all_processes(columns(block)), labels, len(self.labels)
+                )
+            }
+        return metrics | {"auroc": auroc(logits.softmax(-1), labels)}
+
+    @property
+    def outputs_kept_apart(self) -> frozenset[str]:
+        """The logits of many classes: gathered a few classes at a time, where they are needed."""
+        return frozenset({"logits"} if len(self.labels) > MOST_SHOWN else ())
 
     def results(self) -> dict[str, Any]:
-        confusions = {
-            stage: confusion(seen["predicted"], seen["labels"], len(self.labels)) for stage, seen in self._seen.items()
-        }
-        return {
+        facts: dict[str, Any] = {
             "labels": self.labels,
             "threshold": float(self.model.threshold) if len(self.labels) == 2 else None,
-            "confusion": {stage: matrix.tolist() for stage, matrix in confusions.items()},
         }
+        for stage, seen in self._seen.items():
+            name, confusions = described_confusions(seen["predicted"], seen["labels"], self.labels)
+            facts.setdefault(name, {})[stage] = confusions
+        return facts
 
     def figures(self) -> dict[str, Figure]:
         drawn = {}
         for stage, seen in self._seen.items():
             if stage == "train_eval":
+                continue
+            if len(self.labels) > MOST_SHOWN:
+                pairs = most_confused(seen["predicted"], seen["labels"], self.labels)
+                drawn[f"{stage}_confused"] = confused_figure(pairs, stage)
                 continue
             matrix = confusion(seen["predicted"], seen["labels"], len(self.labels))
             drawn[f"{stage}_confusion"] = confusion_figure(matrix, self.labels, stage)
@@ -288,34 +320,17 @@ def _key(token_ids: np.ndarray) -> bytes:
     return hashlib.sha256(token_ids.astype(np.int64).tobytes()).digest()
 
 
-def class_metrics(logits: Tensor, predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Precision, recall, F1 and AUROC: of two classes those of the second, of more the mean over classes."""
-    n_classes = logits.size(-1)
-    options: dict[str, Any] = {"task": "multiclass", "num_classes": n_classes, "average": "macro"}
-    scores, target = logits.softmax(-1), labels
-    if n_classes == 2:
-        options, scores = {"task": "binary"}, scores[:, 1]
-    return {
-        "precision": float(measures.precision(predicted, target, **options)),
-        "recall": float(measures.recall(predicted, target, **options)),
-        "f1": float(measures.f1_score(predicted, target, **options)),
-        "auroc": float(measures.auroc(scores, target, **options)),  # type: ignore[arg-type]
-    }
-
-
-def confusion(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """(K, K) counts: rows are the true classes, columns the predicted ones."""
-    return measures.confusion_matrix(predicted, labels, task="multiclass", num_classes=n_classes)
-
-
 def best_threshold(scores: Tensor, labels: Tensor) -> float:
     """The threshold on `scores` (N,) with most right answers; of equally good ones, the nearest to 0.5.
 
     Candidates are 0.5 and the middles between neighbouring scores.
     """
-    ordered = scores.double().unique()
-    candidates = torch.cat([torch.tensor([0.5], dtype=torch.float64), (ordered[1:] + ordered[:-1]) / 2])
-    right = ((scores.double()[None] >= candidates[:, None]) == labels.bool()[None]).sum(1)
+    different = scores.double().unique()
+    candidates = torch.cat([torch.tensor([0.5], dtype=torch.float64), (different[1:] + different[:-1]) / 2])
+    ordered, places = scores.double().sort()
+    second = torch.cat([torch.zeros(1, dtype=torch.int64), labels[places].long().cumsum(0)])  # among the first n
+    below = torch.searchsorted(ordered, candidates)  # said to be the first class
+    right = below - second[below] + second[-1] - second[below]
     best = candidates[right == right.max()]
     return best[(best - 0.5).abs().argmin()].item()
 

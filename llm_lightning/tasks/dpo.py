@@ -14,7 +14,7 @@ import copy
 import difflib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,10 @@ class DPOModule(TaskModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self.load_reference(checkpoint)
+
+    def load_reference(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the reference's log-probabilities from a checkpoint of `task.reference=cached`."""
         stored = checkpoint.get("reference_log_probs")
         if stored:
             self._known = dict(zip(stored["keys"], stored["values"], strict=True))

@@ -154,6 +154,28 @@ def test_duplicates_never_stand_on_two_sides(tmp_path: Path) -> None:
     assert not sides[0] & sides[1] | sides[0] & sides[2] | sides[1] & sides[2]
 
 
+def test_texts_that_differ_in_digits_alone_can_be_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    forms = {"in a sentence": "Is {} an even number?", "alone": "{}", "one class of two": "{} words"}
+    for form, text in forms.items():
+        rows = [(text.format(number), ("even", "odd")[number % 2]) for number in range(100, 200)]
+        rows += made_up(100, "odd") if form == "one class of two" else []
+        for balance in ("undersample", "none"):
+            caplog.clear()
+            data = module(write(tmp_path / "x.tsv", rows), balance=balance)
+            assert "differ in their digits alone may stand in two splits" in caplog.text, form
+            sides = {split: data.split_of(split) for split in ("train", "val", "test")}
+            assert all({label for _, label in side} == {"even", "odd"} for side in sides.values()), form
+            assert data.report()["leaks"]["test"]["exact"] == 0, form
+            assert data.report()["leaks"]["test"]["normalized"] > 0, form
+    caplog.clear()
+    module(write(tmp_path / "x.tsv", made_up(60, "even") + made_up(60, "odd")))
+    assert "digits" not in caplog.text, "where digits need not count, they do not"
+    equal = [("Is 7 an even number?", ("even", "odd")[number % 2]) for number in range(100)]
+    for balance in ("undersample", "none"):
+        with pytest.raises(ValueError, match=r"split has no text of class 'even'.*give more texts"):
+            module(write(tmp_path / "x.tsv", equal), balance=balance)
+
+
 def test_a_file_of_ones_own_wins_over_the_embedded_set(tmp_path: Path) -> None:
     rows = made_up(50, "good") + made_up(50, "bad") + made_up(50, "neither")
     data = module(write(tmp_path / "x.tsv", rows), balance="none")

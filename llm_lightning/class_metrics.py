@@ -1,0 +1,185 @@
+"""How well a classifier tells classes apart: precision, recall, F1, AUROC, and which classes it takes for which.
+
+Nothing here takes memory that grows with the square of the number of classes where there are more than `MOST_SHOWN`.
+
+Letters: N texts, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional import classification as measures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_SHOWN = 100
+"""Classes up to which every one is counted against every other one; beyond, only the most confused pairs are shown."""
+PAIRS_SHOWN = 20
+AT_ONCE = 1 << 21
+"""Scores that are sorted at once: 8 MiB of float32, held a few times over."""
+NAME_WIDTH = 40
+
+Columns = Callable[[Tensor], Tensor]
+"""(B,) indices of classes -> the scores of all texts for each, (N, B)."""
+
+
+class ConfusedPair(NamedTuple):
+    """Texts of one class that were taken for another one."""
+
+    true: str
+    predicted: str
+    texts: int
+    of: int
+    """texts of the true class"""
+
+
+def count_metrics(predicted: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
+    """Precision, recall and F1 from counts: of two classes those of the second, of more the mean over classes.
+
+    As torchmetrics and scikit-learn do, what has no texts and was never predicted is left out of the mean, and what is
+    0 / 0 is 0.
+
+    Args:
+        predicted, labels: (N,) int64 on the CPU.
+    """
+    right = torch.bincount(labels[predicted == labels], minlength=n_classes).float()
+    found = torch.bincount(predicted, minlength=n_classes).float()
+    real = torch.bincount(labels, minlength=n_classes).float()
+    ratios = {"precision": (right, found), "recall": (right, real), "f1": (2 * right, found + real)}
+    seen = (found + real > 0).float()
+    return {name: _reduced(_divided(*ratio), seen) for name, ratio in ratios.items()}
+
+
+def _divided(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole, 0.0)
+
+
+def _reduced(of_class: Tensor, seen: Tensor) -> float:
+    if len(of_class) == 2:
+        return float(of_class[1])
+    return float((seen * of_class / seen.sum().clamp(min=1)).sum())
+
+
+def auroc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve: of two classes that of the second, of more the mean of each class against the others.
+
+    It is undefined for a class that no text has, or all have, which is left out of the mean; 0 where no class is left.
+
+    Args:
+        scores: (N, K) probabilities.
+        labels: (N,) int64.
+    """
+    if scores.size(1) == 2:
+        return float(measures.binary_auroc(scores[:, 1], labels))
+    areas = [measures.binary_auroc(scores[:, index], (labels == index).long()) for index in _defined(labels, scores)]
+    return float(torch.stack(areas).mean()) if areas else 0.0
+
+
+def _defined(labels: Tensor, scores: Tensor) -> list[int]:
+    counts = torch.bincount(labels, minlength=scores.size(1))
+    return ((counts > 0) & (counts < len(labels))).nonzero()[:, 0].tolist()
+
+
+def auroc_of_many(columns: Columns, labels: Tensor, n_classes: int) -> float:
+    """`auroc` without a second table as large as the scores: the probability that a text of a class outscores another.
+
+    That is the area under the curve (Hanley and McNeil 1982), a tie counting half.
+    """
+    counts = torch.bincount(labels, minlength=n_classes)
+    defined = ((counts > 0) & (counts < len(labels))).nonzero()[:, 0]
+    members = labels.argsort(stable=True).numpy()  # the texts of class 0, then those of class 1 ...
+    ends = counts.cumsum(0).tolist()
+    areas: list[float] = []
+    size = max(1, AT_ONCE // max(len(labels), 1))
+    ordered = np.zeros((size, len(labels)))
+    for block in defined.split(size):
+        scores = columns(block).numpy()  # (N, B)
+        if ordered.dtype != scores.dtype:
+            ordered = np.zeros(ordered.shape, scores.dtype)
+        np.copyto(ordered[: len(block)], scores.T)
+        ordered[: len(block)].sort(axis=1)
+        for row, index in enumerate(block.tolist()):
+            of_class = members[ends[index] - int(counts[index]) : ends[index]]
+            areas.append(_area(ordered[row], scores[of_class, row]))
+    return float(np.mean(areas)) if areas else 0.0
+
+
+def _area(ordered: np.ndarray, own: np.ndarray) -> float:
+    """Args: all scores, (N,) ascending, and those of the texts of the class, in any order."""
+    below = np.searchsorted(ordered, own, "left").sum(dtype=np.float64)
+    not_above = np.searchsorted(ordered, own, "right").sum(dtype=np.float64)
+    among_themselves = len(own) ** 2 / 2
+    return float(((below + not_above) / 2 - among_themselves) / (len(own) * (len(ordered) - len(own))))
+
+
+def softmax_columns(logits: Tensor) -> Columns:
+    """Some columns of the softmax of `logits`, computed when they are asked for.
+
+    Args:
+        logits: (N, K).
+    """
+    peak = logits.amax(1, keepdim=True) if len(logits) else logits[:, :1]
+    total = torch.zeros_like(peak)
+    size = max(1, AT_ONCE // logits.size(1))
+    # In one and the same memory: what is freed between small results is not found again by all allocators.
+    shifted = logits.new_zeros(min(size, len(logits)), logits.size(1))
+    for rows, top, whole in zip(logits.split(size), peak.split(size), total.split(size), strict=True):
+        part = shifted[: len(rows)]
+        torch.sub(rows, top, out=part)
+        whole.copy_(part.exp_().sum(1, keepdim=True))
+
+    def columns(block: Tensor) -> Tensor:
+        return logits[:, block].sub_(peak).exp_().div_(total)
+
+    return columns
+
+
+def confusion(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """(K, K) int64 counts: rows are the true classes, columns the predicted ones. For `MOST_SHOWN` classes at most."""
+    return torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).view(n_classes, n_classes)
+
+
+def most_confused(
+    predicted: Tensor, labels: Tensor, names: Sequence[str], most: int = PAIRS_SHOWN
+) -> list[ConfusedPair]:
+    """The pairs of classes that were confused most often; of equally frequent ones, in the order of the classes."""
+    wrong = predicted != labels
+    pairs, counts = (labels[wrong] * len(names) + predicted[wrong]).unique(return_counts=True)  # ascending
+    of_class = torch.bincount(labels, minlength=len(names))
+    chosen = counts.argsort(descending=True, stable=True)[:most]
+    return [
+        ConfusedPair(names[pair // len(names)], names[pair % len(names)], count, int(of_class[pair // len(names)]))
+        for pair, count in zip(pairs[chosen].tolist(), counts[chosen].tolist(), strict=True)
+    ]
+
+
+def described_confusions(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[str, Any]:
+    """Plain values under the name they go by: `confusion`, a matrix, or of many classes `most_confused`, pairs."""
+    if len(names) > MOST_SHOWN:
+        return "most_confused", [pair._asdict() for pair in most_confused(predicted, labels, names)]
+    return "confusion", confusion(predicted, labels, len(names)).tolist()
+
+
+def confused_figure(pairs: Sequence[ConfusedPair], stage: str) -> Figure:
+    """Bars: how many texts of the first class were taken for the second one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.25 * max(len(pairs), 4)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(pairs))
+    axes.barh(places, [pair.texts for pair in pairs])
+    axes.set_yticks(places, [f"{_short(pair.true)} as {_short(pair.predicted)}" for pair in pairs])
+    axes.invert_yaxis()
+    axes.set(xlabel="texts", title=f"{stage}: most confused" if pairs else f"{stage}: none confused")
+    return figure
+
+
+def _short(name: str) -> str:
+    cut = name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 3]}..."
+    return cut.replace("$", r"\$")  # matplotlib would take it for mathematics

@@ -1,0 +1,190 @@
+"""A tuned model (task=sft, task=dpo) on the splits of its own data, measured as its run measured the test split.
+
+The task is built again from the checkpoint, reference and all, and tested by a Trainer with the run's settings: the
+same batches through the same code give the numbers that the run printed.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from llm_lightning import checkpoint as checkpoints
+from llm_lightning.callbacks.responses import answer_questions, exact_match_metrics
+from llm_lightning.checkpoint import CheckpointError, LoadedModel
+from llm_lightning.data.base import ConversationDataModule
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.lora import LoRAConfig
+from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.tasks.base import TaskModule
+from llm_lightning.tasks.dpo import REFERENCES, DPOModule
+from llm_lightning.tasks.sft import SFTModule
+
+TASKS: dict[str, type[TaskModule]] = {"sft": SFTModule, "dpo": DPOModule}
+"""A class that a checkpoint names is never built."""
+ANSWERED = {"max_records": 200, "max_new_tokens": 256, "batch_size": 32}
+"""How questions are answered where a run of task=sft did not do it itself."""
+PRECISIONS = {torch.float32: "32-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
+
+
+def evaluate_split(
+    loaded: LoadedModel,
+    data: ConversationDataModule[Any, Any],
+    split: str,
+    *,
+    checkpoint: str | Path,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Measure what the run of a checkpoint measures of its test split: loss, exact match, reward accuracy.
+
+    Args:
+        loaded: what `load_model(checkpoint)` returned.
+        data: the data that the model was trained with, built.
+        split: `train`, `val` or `test`.
+        dtype: of the weights; default: the precision of the run.
+
+    Returns:
+        the metrics by their names in `summary.json`, without the split; and how many `records` or `pairs` they are of,
+        and how many `answers` were compared.
+
+    Raises:
+        CheckpointError: if the checkpoint does not hold what its task needs.
+    """
+    config = loaded.header.get("config", {})
+    module = rebuild_task(loaded, checkpoint)
+    samples: Any = {"train": data.train_samples, **data.eval_samples, **data.test_samples}[split]
+    data.seed, data.num_workers, data.test_samples = int(config.get("seed") or 0), 0, {split: samples}
+    data.choose_layout(share_prefix=True)  # by the batches of the run's seed, as in training
+    module.adapt_data(data)
+    answers = _Answers(split, _answered_as(loaded.header))
+    device = next(loaded.model.parameters()).device
+    settings = config.get("trainer", {})
+    with _quiet(), _deterministic():
+        trainer = L.Trainer(
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision=PRECISIONS[dtype] if dtype else settings.get("precision", "32-true"),  # type: ignore[arg-type]
+            deterministic=settings.get("deterministic", True),
+            callbacks=[answers],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+        )
+        trainer.test(module, datamodule=data, verbose=False)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name.removeprefix(f"{split}/"): value for name, value in found.items() if name.startswith(f"{split}/")}
+    return {**metrics, **answers.counts, data.unit or "records": len(samples)}
+
+
+def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
+    """The task module of a checkpoint, with what it was trained against.
+
+    An adapter alone holds no reference; that is what its base gives without it, as at the start of its run.
+    """
+    header, path = loaded.header, checkpoints.resolve(checkpoint)
+    assert path is not None, "weights of others name no task"
+    try:
+        options = {key: value for key, value in header["config"]["task"].items() if key != "_target_"}
+        stored = {} if "base" in header else checkpoints.load(path, mmap=True)
+        state = stored.get("state_dict") or {f"model.{k}": v for k, v in loaded.model.state_dict().items()}
+        if "base" in header and "reference" in options:
+            options["reference"] = "adapter_off"
+        is_given = options.get("reference", "auto") not in (*REFERENCES, "auto")
+        with torch.random.fork_rng(devices=[]):
+            module = TASKS[header["task"]](
+                model=GPT(GPTConfig(**header["model"]), init="torch"),
+                tokenizer=loaded.tokenizer,
+                optimizer=AdamWConfig(),
+                scheduler=WarmupCosineConfig(),
+                lora=LoRAConfig(**header["lora"]) if header.get("lora") else None,
+                **options | ({"reference": "copy"} if is_given else {}),
+            )
+        if isinstance(module, DPOModule):
+            if is_given and module.reference is not None:
+                module.reference = _given_reference(module.reference.config, state)
+            module.load_reference(stored)
+        module.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} does not hold what its task needs ({type(error).__name__}: {reason}); use another checkpoint of "
+            "the run"
+        ) from error
+    return module
+
+
+def _given_reference(config: GPTConfig, state: dict[str, torch.Tensor]) -> GPT:
+    """A reference that was given by its path: with as many positions as it has, and its own head."""
+    length = len(state["reference.position_embedding.weight"])
+    is_tied = torch.equal(state["reference.lm_head.weight"], state["reference.token_embedding.weight"])
+    reference = GPT(replace(config, context_length=length, tied_head=is_tied), init="torch")
+    return reference.eval().requires_grad_(False)
+
+
+def _answered_as(header: dict[str, Any]) -> dict[str, Any] | None:
+    """How the run answered the questions of its test split; None: not at all, and it is no run of task=sft."""
+    own = (header.get("config", {}).get("callbacks") or {}).get("responses")
+    if not own:
+        return dict(ANSWERED) if header["task"] == "sft" else None
+    return {key: own.get(key, default) for key, default in ANSWERED.items()}
+
+
+class _Answers(L.Callback):
+    """What `callbacks.responses` measures, without its file."""
+
+    def __init__(self, split: str, options: dict[str, Any] | None) -> None:
+        self.split, self.options = split, options
+        self.counts: dict[str, int] = {}
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.options is None:
+            return
+        from tqdm import tqdm
+
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with tqdm(desc="answering", unit="answer", leave=False, disable=None) as bar:
+            rows = answer_questions(
+                pl_module, datamodule, self.split, **self.options, on_response=lambda *_: bar.update() and None
+            )
+        metrics = {f"{self.split}/{name}": value for name, value in exact_match_metrics(rows).items()}
+        pl_module.log_dict(metrics, logger=False, rank_zero_only=True)
+        self.counts = {"answers": len(rows)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of devices and loaders."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Leave the process's choice of algorithms, which a Trainer changes, as it was."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
