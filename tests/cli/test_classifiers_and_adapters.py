@@ -115,7 +115,7 @@ def test_an_adapter_on_another_base_is_refused(
     with pytest.raises(ValueError, match="is no adapter, so it needs no base"):
         load_model(base, base=base)
     lost = load(adapter)
-    lost[HEADER]["lineage"]["parent_name"] = str(tmp_path / "gone.ckpt")
+    lost[HEADER]["lineage"] |= {"parent_name": str(tmp_path / "gone.ckpt"), "places": {}}
     save(tmp_path / "lost.ckpt", lost)
     with pytest.raises(FileNotFoundError, match=r"gone.ckpt, which are not there .*say where with base="):
         load_model(tmp_path / "lost.ckpt")

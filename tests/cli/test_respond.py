@@ -27,7 +27,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("LLM_LIGHTNING_CACHE", str(folder.parent / "cache"))
         outcome = train_here([*SETTINGS, *settings])
     assert outcome.code == 0, outcome.err
-    assert "Next: llm-lightning respond" in outcome.out
+    assert "Next: llm-lightning judge" in outcome.out
     return folder
 
 
