@@ -380,8 +380,9 @@ def _facts(
 
 
 def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> list[int]:
-    if len(labels) < 2:
-        raise ValueError(f"all {len(records)} records have the label {labels[0]!r}; there must be at least two classes")
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise ValueError(f"data.labels names {twice!r} twice; name each class once")
     index = {label: number for number, label in enumerate(labels)}
     unknown = [record for record in records if record.label not in index]
     if unknown:
@@ -391,6 +392,8 @@ def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> li
             f"{unknown[0].place}: unknown label {unknown[0].label!r} ({len(unknown)} records have unknown ones); "
             f"{hint}data.labels: {', '.join(labels)}"
         )
+    if len(labels) < 2:
+        raise ValueError(f"all {len(records)} records have the label {labels[0]!r}; there must be at least two classes")
     absent = set(labels) - {record.label for record in records}
     if absent:
         raise ValueError(f"no record has the label {sorted(absent)[0]!r} of data.labels; leave it out")

@@ -109,7 +109,7 @@ def plan(argv: Sequence[str], config_dir: Path) -> Chain:
     arguments = get_args_parser().parse_intermixed_args(list(argv))
     options = (f"--config-dir={arguments.config_dir}",) if arguments.config_dir else ()
     typed = as_hydra_reads([*options, *arguments.overrides], config_dir)[len(options) :]
-    name = [word.partition("=")[2] for word in typed if key_of(word) == "pipeline"][-1]
+    name = [_value(word) for word in typed if key_of(word) == "pipeline"][-1]
     listed = _read_stages(name, [Path(arguments.config_dir), config_dir] if options else [config_dir])
     names = [stage["name"] for stage in listed]
     own = {"pipeline", "run_name", "hydra.run.dir"}

@@ -279,6 +279,12 @@ def test_evaluation_visits_every_text_once() -> None:
         ),
         (
             made_up(30, "ham") + made_up(30, "spam"),
+            {"labels": ["spam"]},
+            r"unknown label 'ham' \(30 records have unknown ones\); data.labels: spam",
+        ),
+        (made_up(30, "ham") + made_up(30, "spam"), {"labels": ["ham", "spam", "ham"]}, r"names .ham. twice"),
+        (
+            made_up(30, "ham") + made_up(30, "spam"),
             {"labels": ["ham", "spam", "other"]},
             r"no record has the label 'other' of data.labels; leave it out",
         ),

@@ -23,6 +23,7 @@ from llm_lightning.tokenizers import build_tokenizer
         (9, 9, "drop", [[0, 9]]),
         (20, 20, "keep", [[0, 9]]),
         (20, 20, "drop", []),
+        (4, 20, "keep", [[0, 4]]),  # what lies between the starts is left out
     ],
 )
 def test_windows(length: int, stride: int, last: str, starts: list[list[int]]) -> None:
