@@ -168,7 +168,7 @@ def test_what_cannot_be_evaluated_is_one_line(folder: Path, tmp_path: Path, caps
         ([str(folder / "base.ckpt"), "--split", "test"], "pretraining data has no test split"),
         ([str(broken["no task"]), "--split", "test"], "does not hold what its task needs"),
         ([str(broken["an odd option"]), "--split", "test"], "does not hold what its task needs"),
-        ([str(broken["a tensor less"]), "--split", "test"], "weights do not fit the model"),
+        ([str(broken["a tensor less"]), "--split", "test"], "does not hold what a model needs"),
         ([str(broken["no data"]), "--split", "test"], "use --text FILE"),
         ([str(broken["other data"]), "--split", "val"], "not the data that the model was trained with; use --text"),
     ):

@@ -397,6 +397,6 @@ def test_more_steps_and_other_logging_may_change() -> None:
 
 def test_what_may_change_exists() -> None:
     keys = {setting.path for file in CONF.rglob("*.yaml") for setting in read_settings(file, file.parent.name)}
-    keys |= {key.removeprefix("conf.") for key in keys} | {"logger.csv", "trainer.profiler"}
+    keys |= {key.removeprefix("conf.") for key in keys} | {"logger.csv", "trainer.profiler", "trainer.max_time"}
     for pattern in MAY_CHANGE:
         assert fnmatch.filter(keys, pattern), pattern

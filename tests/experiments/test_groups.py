@@ -73,7 +73,7 @@ def test_a_preset_that_is_none_is_not_chosen_before_either() -> None:
 
 def test_resume_without_the_experiment_that_a_run_had(tmp_path: Path) -> None:
     (tmp_path / "command.json").write_text('{"folder": "/", "config_dir": null, "overrides": ["experiment=book/ch05"]}')
-    words = as_hydra_reads(continue_run([f"resume={tmp_path}", "experiment=null"]), CONF)
+    words = as_hydra_reads(continue_run([f"resume={tmp_path}", "experiment=null"], CONF), CONF)
     assert not [word for word in words if word.startswith("experiment")]
 
 

@@ -18,8 +18,8 @@ def summary(tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any)
     with open_run(tmp_path, {}) as run:
         trainer = make_trainer(tmp_path, [Checkpoints(every_n_steps=5), Throughput()], accumulate_grad_batches=2)
         module = make_module()
+        module.header = {"config": {}, "lineage": {"data": "ragged", "parent": None}}
         trainer.fit(module, datamodule=make_data(batch_size=2, seed=5))
-        module.header = {"lineage": {"data": "ragged", "parent": None}}
         written = build_summary(run, trainer, module, data={}, seconds=1.0)
         write_summary(tmp_path, written)
     return written
@@ -60,8 +60,8 @@ def test_a_run_killed_before_its_summary_sums_up_the_same(
     with open_run(tmp_path, {}) as run:
         trainer = make_trainer(tmp_path, [Checkpoints(every_n_steps=5), Throughput()], accumulate_grad_batches=2)
         module, data = make_module(), make_data(batch_size=2, seed=5)
+        module.header = {"config": {}, "lineage": summary["lineage"]}
         trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
-        module.header = {"lineage": summary["lineage"]}
         again = build_summary(run, trainer, module, data={}, seconds=1.0)
     measured = ("ended", "seconds", "tokens_per_second")
     assert {k: v for k, v in again.items() if k not in measured} == {
