@@ -38,7 +38,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's \s has 4 more
-_LONG_WHITE_SPACE = re.compile(f"[{_WHITE_SPACE}]{{10000,}}")
+# Only from the beginning of a run: from each of its characters, runs just too short would take thousands of steps each.
+_LONG_WHITE_SPACE = re.compile(f"(?<![{_WHITE_SPACE}])[{_WHITE_SPACE}]{{10000,}}")
 
 # Where the patterns of all OpenAI encodings end a piece, whatever follows: before a space or tab after anything
 # but white space, and before a line break or punctuation (no apostrophe: contractions) after a letter or digit.

@@ -35,13 +35,14 @@ class Plots(L.Callback):
 
     def __init__(self, every_n_seconds: float = 30.0) -> None:
         self.every_n_seconds = every_n_seconds
-        self._drawn = -math.inf
+        self._drawn, self._took = -math.inf, 0.0
         self._is_broken = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if time.monotonic() - self._drawn >= self.every_n_seconds:
+        # The curves grow with the run, and so does the time of a drawing: at most a tenth of the run's.
+        if time.monotonic() - self._drawn >= max(self.every_n_seconds, 9 * self._took):
             self.draw(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -54,6 +55,7 @@ class Plots(L.Callback):
         """Draw the curves, and the figures of the task, as far as there is something to draw."""
         if not trainer.is_global_zero or self._is_broken:
             return
+        started = time.monotonic()
         for logger in trainer.loggers:
             logger.save()
         try:
@@ -64,6 +66,7 @@ class Plots(L.Callback):
             rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
             self._is_broken = True
         self._drawn = time.monotonic()
+        self._took = self._drawn - started
 
     def _draw_figures(self, trainer: L.Trainer) -> None:
         folder = Path(trainer.default_root_dir) / "plots"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -199,10 +200,11 @@ def _output_files(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"-o {args.output} is one file and there are {len(args.files)}; leave it out or judge one")
     kind = "pairwise" if args.pairwise else "lexical" if args.lexical else "judged"
     outputs = [args.output] if args.output else [path.with_name(f"{path.stem}.{kind}.json") for path in args.files]
+    counts, read = Counter(outputs), set(args.files)
     for path, output in zip(args.files, outputs, strict=True):
-        if outputs.count(output) > 1:
+        if counts[output] > 1:
             raise ValueError(f"{output} would hold the report of two files; judge {path} alone, with -o")
-        if output.suffix == ".png" or output in args.files:
+        if output.suffix == ".png" or output in read:
             raise ValueError(f"-o {output} must be a file of its own, such as {path.stem}.{kind}.json")
         if not output.parent.is_dir():
             raise ValueError(f"-o {output}: the folder {output.parent} does not exist")

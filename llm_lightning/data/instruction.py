@@ -168,14 +168,15 @@ def encode(
     ids: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     answers: list[np.ndarray] = []
-    answer_at, n_ends = 0, 0
+    answer_at, n_ids, n_ends = 0, 0, 0
     for piece, kind in template.tokens(tokenizer, template.segments(conversation)):
         is_target = trained is None or kind in trained
         if kind == "end":
             n_ends += 1
             is_target = is_target and (eos_targets == "all" or n_ends == 1)
         if kind in ("header", "prompt"):
-            answer_at = sum(len(one) for one in ids) + len(piece)
+            answer_at = n_ids + len(piece)
+        n_ids += len(piece)
         ids.append(piece)
         targets.append(np.full(len(piece), is_target))
         answers.append(np.full(len(piece), kind in ("response", "end")))

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -271,8 +272,8 @@ def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     record = dict(pairs)
     if len(record) < len(pairs):  # json would silently keep the last one
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field '{next(name for name in names if names.count(name) > 1)}' stands twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"field '{next(name for name, count in counts.items() if count > 1)}' stands twice")
     return record
 
 

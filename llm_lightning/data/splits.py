@@ -10,15 +10,29 @@ from collections.abc import Sequence
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+MOST_MARKS = 256
+"""Accents and other combining marks in a row that are compared; no script has more than a few."""
 
 
 def normalized(text: str, *, fold_digits: bool = True) -> str:
     """What is left when texts are compared: letters, folded, and digits, all alike. Emojis and signs count if alone."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = unicodedata.normalize("NFKC", _with_few_marks(text)).casefold()
     if fold_digits:
         folded = re.sub(r"\d", "0", folded)
     words = " ".join(re.sub(r"[^\w\s]|_", " ", folded).split())
     return words or " ".join(folded.split())
+
+
+def _with_few_marks(text: str) -> str:
+    """A text with at most `MOST_MARKS` in a row: to put them in order takes time with the square of their number."""
+    if len(text) <= MOST_MARKS or text.isascii():
+        return text
+    kept, n_marks = [], 0
+    for char in text:
+        n_marks = n_marks + 1 if unicodedata.combining(char) else 0
+        if n_marks <= MOST_MARKS:
+            kept.append(char)
+    return "".join(kept)
 
 
 def grouped_split(

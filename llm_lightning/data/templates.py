@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,11 +219,9 @@ def _parse(name: str, text: str) -> tuple[Part, ...]:
 def _joined(parts: Sequence[Part]) -> list[Part]:
     """Neighbouring pieces of fixed text as one."""
     joined: list[Part] = []
-    for part in parts:
-        if part.text and joined and joined[-1].text:
-            joined[-1] = Part(text=joined[-1].text + part.text)
-        else:
-            joined.append(part)
+    for is_text, run in groupby(parts, key=lambda part: bool(part.text)):
+        pieces = list(run)
+        joined += [Part(text="".join(part.text for part in pieces))] if is_text else pieces
     return joined
 
 
