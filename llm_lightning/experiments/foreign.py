@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.terminal import one_line
+
 COMMAND = "command.json"
 """In a run folder: what was typed to start the run, and where."""
 SUMMARY = "summary.json"
@@ -49,7 +51,8 @@ PLACE_NAMES = re.compile(r"(^|_)(dir|dirs|dirpath|path|paths|file|files|folder|r
 """Arguments of classes of others that name a place, whatever their value looks like."""
 WITH_A_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
 """Options of Hydra whose value is the next word."""
-LISTED = 5
+LISTED, SHOWN = 5, 300
+"""Settings that a refusal lists, and characters of each."""
 REMEDY = "A run folder may be someone else's: type what you trust again beside resume=, or start a new run"
 
 
@@ -128,7 +131,7 @@ def refuse_links(folder: Path) -> None:
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ValueError(
-            f"{folder} is not continued: {printable(bad[0])}{more}, and a run writes only to files of its own; "
+            f"{folder} is not continued: {one_line(bad[0], SHOWN)}{more}, and a run writes only to files of its own; "
             "remove that, or copy the folder with cp -rL and continue the copy"
         )
 
@@ -182,7 +185,7 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
         refused.insert(0, f"--config-dir={command['config_dir']} (files that can set anything)")
     if refused:
         more = f"; and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
-        asked = "; ".join(map(printable, refused[:LISTED]))
+        asked = "; ".join(one_line(word, SHOWN) for word in refused[:LISTED])
         raise ValueError(f"resume={name}: its {COMMAND} asks for {asked}{more}. {REMEDY}")
     options, settings = _split_options(mine)
     return [*options, *old, *settings, f"resume={_quoted(folder)}", f"hydra.run.dir={_quoted(folder)}"]
@@ -322,8 +325,3 @@ def _unquoted(text: str) -> str:
 def _quoted(folder: Path) -> str:
     escaped = str(folder).replace("'", r"\'")
     return f"'{escaped}'"
-
-
-def printable(text: str) -> str:
-    """A text of someone else's on one line of a terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)[:300]

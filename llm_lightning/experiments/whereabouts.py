@@ -16,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm_lightning import checkpoint as checkpoints
 from llm_lightning.data.sources import absolute_paths
-from llm_lightning.experiments.foreign import NO_FILE, printable, read_command, recorded_value
+from llm_lightning.experiments.foreign import NO_FILE, SHOWN, read_command, recorded_value
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.places import as_setting, candidates, existing, place_of
+from llm_lightning.terminal import one_line
 
 Built = TypeVar("Built")
 
@@ -156,7 +157,7 @@ def _recorded(cfg: DictConfig, key: str, value: Any) -> tuple[dict[str, Any] | N
 def _there(key: str, typed: Any, options: list[list[str]]) -> list[list[str]]:
     found = existing(options)
     if not found:
-        looked = ", ".join(dict.fromkeys(printable(", ".join(words)) for words in options if words))
+        looked = ", ".join(dict.fromkeys(one_line(", ".join(words), SHOWN) for words in options if words))
         raise FileNotFoundError(
             f"{key}={typed} of the run is not there (looked for {looked}); put it back, or type {key}=PLACE beside "
             "resume="
@@ -166,13 +167,13 @@ def _there(key: str, typed: Any, options: list[list[str]]) -> list[list[str]]:
 
 def _say(key: str, typed: Any, words: list[str], options: list[list[str]]) -> None:
     if existing(options[:1]) != existing([words]):
-        log.info("%s=%s is read from %s", key, printable(str(typed)), printable(", ".join(words)))
+        log.info("%s=%s is read from %s", key, one_line(typed, SHOWN), one_line(", ".join(words), SHOWN))
 
 
 def _nothing_fits(key: str, tried: list[str], digest: str) -> ValueError:
     return ValueError(
         f"cannot resume: {key} changed since the run began: digest {digest[:12]} is not that of "
-        f"{printable('; '.join(tried))}; put the old one back, or start a new run under another run_name"
+        f"{one_line('; '.join(tried), SHOWN)}; put the old one back, or start a new run under another run_name"
     )
 
 
