@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.experiments.command_line import key_of, quoted, run_dir_is, unquoted
 from llm_lightning.terminal import one_line
 
 COMMAND = "command.json"
@@ -169,17 +170,17 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
         FileNotFoundError: if the folder holds no run.
         ValueError: if it is in no state to be continued, or its `command.json` asks for what must be typed.
     """
-    name = _unquoted([word for word in typed if word.startswith("resume=")][-1].removeprefix("resume="))
+    name = unquoted([word for word in typed if word.startswith("resume=")][-1].removeprefix("resume="))
     folder = Path(os.path.abspath(name))  # noqa: PTH100 (as Hydra reads hydra.run.dir: without `..`)
-    several = [word for word in typed if word in ("-m", "--multirun") or _key_of(word) == "sweep"]
+    several = [word for word in typed if word in ("-m", "--multirun") or key_of(word) == "sweep"]
     if several:
         raise ValueError(f"resume= continues one run; leave {several[0]} out")
     command = read_command(folder, name)
     refuse_links(folder)
     ours = ("resume", "hydra.run.dir")  # this folder, wherever it was
-    mine = [word for word in typed if _key_of(word) not in ours]
-    keys = {_key_of(word) for word in mine} | {"hydra.run.dir"}
-    old = [word for word in command["overrides"] if _key_of(word) not in keys]
+    mine = [word for word in typed if key_of(word) not in ours]
+    keys = {key_of(word) for word in mine} | {"hydra.run.dir"}
+    old = [word for word in command["overrides"] if key_of(word) not in keys]
     refused = [f"{word} ({reason})" for word in old if (reason := _reason(word, folder, command, config_dir))]
     if command["config_dir"] is not None and not any(word.startswith(("--config-dir", "-cd")) for word in mine):
         refused.insert(0, f"--config-dir={command['config_dir']} (files that can set anything)")
@@ -188,12 +189,12 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
         asked = "; ".join(one_line(word, SHOWN) for word in refused[:LISTED])
         raise ValueError(f"resume={name}: its {COMMAND} asks for {asked}{more}. {REMEDY}")
     options, settings = _split_options(mine)
-    return [*options, *old, *settings, f"resume={_quoted(folder)}", f"hydra.run.dir={_quoted(folder)}"]
+    return [*options, *old, *settings, f"resume={quoted(folder)}", run_dir_is(folder)]
 
 
 def recorded_value(command: Mapping[str, Any], key: str) -> Any:
     """The value that the words of a `command.json` give to a setting; None if they do not name it."""
-    values = [_parsed(word).value() for word in command["overrides"] if _key_of(word) == key]
+    values = [_parsed(word).value() for word in command["overrides"] if key_of(word) == key]
     return values[-1] if values else None
 
 
@@ -309,19 +310,3 @@ def _parsed(word: str) -> Any:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
         raise ValueError(str(error)) from None
-
-
-def _key_of(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0]
-
-
-def _unquoted(text: str) -> str:
-    """What a user, or Hydra's quotes around it, means by a folder."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1].replace(f"\\{text[0]}", text[0])
-    return text
-
-
-def _quoted(folder: Path) -> str:
-    escaped = str(folder).replace("'", r"\'")
-    return f"'{escaped}'"

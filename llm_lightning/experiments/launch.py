@@ -15,6 +15,7 @@ from typing import Any
 
 from llm_lightning.disk_errors import explain
 from llm_lightning.experiments import unforeseen
+from llm_lightning.experiments.command_line import key_of, run_dir_is
 from llm_lightning.experiments.foreign import continued, read_summary, refuse_links
 from llm_lightning.experiments.processes import end_with_parent, start, wait_for
 from llm_lightning.experiments.run_folder import is_main_process
@@ -192,17 +193,6 @@ def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
     typed = [word for word in argv if key_of(word) != "sweep"]
     keys = {key_of(word) for word in typed}
     return ["-m", *(f"{key}={value}" for key, value in swept.items() if key not in keys), *typed]
-
-
-def key_of(word: str) -> str:
-    """`optimizer.lr` of `++optimizer.lr=1`; a word without `=` is its own key."""
-    return word.lstrip("+~").partition("=")[0]
-
-
-def run_dir_is(folder: Path) -> str:
-    """The setting that makes `folder` the run folder."""
-    escaped = str(folder).replace("'", r"\'")
-    return f"hydra.run.dir='{escaped}'"
 
 
 def run_guarded(action: Callable[[], Any]) -> None:

@@ -22,9 +22,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm_lightning.atomic import write_atomically
+from llm_lightning.experiments.command_line import key_of, run_dir_is
 from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.experiments.help import group_options
-from llm_lightning.experiments.launch import as_hydra_reads, key_of, run_dir_is
+from llm_lightning.experiments.launch import as_hydra_reads
 from llm_lightning.experiments.processes import start, wait_for
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
 from llm_lightning.terminal import say
