@@ -96,7 +96,7 @@ def test_a_refusal_is_one_line_that_names_all_that_is_asked_for(tmp_path: Path) 
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == (
         f"error: resume={run}: its command.json asks for --config-dir=mine (files that can set anything); "
-        "hydra.verbose=true (a setting of Hydra's own); +logger.x._target_='a\ufffd[31m' (a class that is not ours). "
+        "hydra.verbose=true (a setting of Hydra's own); +logger.x._target_='a\\x1b[31m' (a class that is not ours). "
         "A run folder may be someone else's: type what you trust again beside resume=, or start a new run\n"
     )
     (tmp_path / "mine").mkdir()
