@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def key_of(word: str) -> str:
@@ -26,3 +27,20 @@ def unquoted(text: str) -> str:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1].replace(f"\\{text[0]}", text[0])
     return text
+
+
+def parsed(word: str) -> Any:
+    """A setting as Hydra understands it: an `Override`.
+
+    Raises:
+        ValueError: saying how to write it, if Hydra cannot read it.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        advice = "write KEY=VALUE, and quote a value with any of ()=,'\"{}[] twice: 'KEY=\"VALUE\"'"
+        raise ValueError(f"cannot read '{word}' ({reason}); {advice}") from None

@@ -24,13 +24,13 @@ from typing import Any, NoReturn
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm_lightning.experiments.command_line import parsed
 from llm_lightning.experiments.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
 from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.ignored import dotted
@@ -169,10 +169,10 @@ def check_overrides(argv: Sequence[str], config_dir: Path) -> DictConfig:
         ValueError: one line: a wrong group, option, key, value or target, and the nearest right one.
     """
     arguments, dirs = _arguments_and_dirs(argv, config_dir)
-    overrides = [_parse_override(text) for text in arguments.overrides]
+    overrides = [parsed(text) for text in arguments.overrides]
     (first, hydra), *_ = [_check_job(job, dirs) for job in _jobs(overrides, dirs, multirun=arguments.multirun)]
     if arguments.multirun or hydra.mode == RunMode.MULTIRUN:
-        in_files = [_parse_override(f"{key}={values}") for key, values in (hydra.sweeper.get("params") or {}).items()]
+        in_files = [parsed(f"{key}={values}") for key, values in (hydra.sweeper.get("params") or {}).items()]
         for job in _jobs([*in_files, *overrides], dirs, multirun=True) if in_files else []:
             _check_job(job, dirs)
     return first
@@ -312,15 +312,6 @@ def _parse_arguments(argv: Sequence[str]) -> Any:
     return arguments
 
 
-def _parse_override(text: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        advice = "write KEY=VALUE, and quote a value with any of ()=,'\"{}[] twice: 'KEY=\"VALUE\"'"
-        raise ValueError(f"cannot read '{text}' ({reason}); {advice}") from None
-
-
 def _jobs(overrides: list[Override], dirs: ConfigDirs, *, multirun: bool) -> list[list[Override]]:
     """Lists of single-valued overrides: the first values of all, then each further value of each swept key."""
     swept = next((override for override in overrides if override.is_sweep_override()), None)
@@ -350,7 +341,7 @@ def _values(override: Override, dirs: ConfigDirs) -> list[Override]:
     if not texts:
         raise ValueError(f"'{override.input_line}' has no values")
     words = [word_as_meant(f"{override.get_key_element()}={text}", dirs.folders) for text in texts]  # as the jobs will
-    return [_parse_override(word) for word in words]
+    return [parsed(word) for word in words]
 
 
 def _check_job(overrides: list[Override], dirs: ConfigDirs) -> tuple[DictConfig, DictConfig]:

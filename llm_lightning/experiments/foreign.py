@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_lightning.experiments.command_line import key_of, quoted, run_dir_is, unquoted
+from llm_lightning.experiments.command_line import key_of, parsed, quoted, run_dir_is, unquoted
 from llm_lightning.terminal import one_line
 
 COMMAND = "command.json"
@@ -194,14 +194,14 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
 
 def recorded_value(command: Mapping[str, Any], key: str) -> Any:
     """The value that the words of a `command.json` give to a setting; None if they do not name it."""
-    values = [_parsed(word).value() for word in command["overrides"] if key_of(word) == key]
+    values = [parsed(word).value() for word in command["overrides"] if key_of(word) == key]
     return values[-1] if values else None
 
 
 def _reason(word: str, folder: Path, command: Mapping[str, Any], config_dir: Path) -> str | None:
     """Why a recorded word must be typed again; None where it may be taken over."""
     try:
-        override = _parsed(word)
+        override = parsed(word)
     except ValueError:
         return "not a setting"
     key, first = override.key_or_group, override.key_or_group.partition(".")[0]
@@ -300,13 +300,3 @@ def _split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if word in WITH_A_VALUE:
             options += [value for value in [next(rest, None)] if value is not None]
     return options, settings
-
-
-def _parsed(word: str) -> Any:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        raise ValueError(str(error)) from None

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm_lightning.atomic import write_atomically
-from llm_lightning.experiments.command_line import key_of, run_dir_is
+from llm_lightning.experiments.command_line import key_of, parsed, run_dir_is
 from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.launch import as_hydra_reads
@@ -139,9 +139,7 @@ def _folder(name: str, typed: Sequence[str]) -> Path:
 
 
 def _value(word: str) -> str:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    value = OverridesParser.create().parse_override(word).value()
+    value = parsed(word).value()
     return "" if value is None else str(getattr(value, "text", value))
 
 
