@@ -167,7 +167,7 @@ def test_marks_beyond_what_any_script_has_are_not_compared() -> None:
     assert normalized("a" + acute + below) == normalized("a" + below + acute)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform == "win32", reason="its timer is a signal")
 def test_ten_times_as_much_takes_about_ten_times_as_long() -> None:
     """CPU time, by its ratio: linear is 10 to 20 with all caches full, quadratic 100."""
