@@ -31,7 +31,7 @@ def test_a_run_that_meets_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     outcome = train_here([*SETTINGS, f"data.path={write_corpus(tmp_path / 'a.txt')}", f"hydra.run.dir={folder}"])
     assert outcome.code == unforeseen.EXIT_CODE == 70
     [line] = outcome.err.splitlines()
-    assert line.startswith("error: unforeseen KeyError at llm_lightning/experiments/")
+    assert line.startswith("error: unforeseen KeyError at llm_lightning/experiments/whereabouts.py:")
     assert f"the traceback is in {folder / 'traceback.txt'}" in line
     assert "in broken" in (folder / "traceback.txt").read_text()
     monkeypatch.setenv(unforeseen.SHOW_TRACEBACK, "1")
