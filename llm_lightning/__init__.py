@@ -11,26 +11,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_lightning.checkpoint import LoadedModel, load_model
     from llm_lightning.cli.classify import Classification, classify_text, classify_texts
     from llm_lightning.cli.evaluate import Evaluation, evaluate_labelled, evaluate_text
     from llm_lightning.cli.generate import generate_text, generate_texts
     from llm_lightning.models.gpt import GPT, GPTConfig
     from llm_lightning.models.lora import use_adapter
+    from llm_lightning.weights.checkpoint import LoadedModel, load_model
 
 _HOMES = {
     "GPT": "llm_lightning.models.gpt",
     "Classification": "llm_lightning.cli.classify",
     "Evaluation": "llm_lightning.cli.evaluate",
     "GPTConfig": "llm_lightning.models.gpt",
-    "LoadedModel": "llm_lightning.checkpoint",
+    "LoadedModel": "llm_lightning.weights.checkpoint",
     "classify_text": "llm_lightning.cli.classify",
     "classify_texts": "llm_lightning.cli.classify",
     "evaluate_labelled": "llm_lightning.cli.evaluate",
     "evaluate_text": "llm_lightning.cli.evaluate",
     "generate_text": "llm_lightning.cli.generate",
     "generate_texts": "llm_lightning.cli.generate",
-    "load_model": "llm_lightning.checkpoint",
+    "load_model": "llm_lightning.weights.checkpoint",
     "use_adapter": "llm_lightning.models.lora",
 }
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, TextIO
 
-from llm_lightning.atomic import naming
+from llm_lightning.files.atomic import naming
 
 # Controls (C0, DEL, C1), separators of lines and paragraphs, halves of surrogate pairs, and characters that change how
 # others are shown: overrides and isolates of direction, invisible ones, tags. Not: joiners (emoji, Persian, Hindi),

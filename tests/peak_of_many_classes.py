@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import tiny_trainer
 
-from llm_lightning.checkpoint import LoadedModel
 from llm_lightning.cli.evaluate import evaluate_labelled
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import LabelledSample, collate_classification
@@ -30,6 +29,7 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.classification import ClassificationModule
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights.checkpoint import LoadedModel
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, n_layer=1, n_head=2, n_embd=16)
 

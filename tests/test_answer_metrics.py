@@ -9,7 +9,7 @@ from statistics import stdev
 import pytest
 from torchmetrics.functional.text import chrf_score, rouge_score
 
-from llm_lightning.answer_metrics import (
+from llm_lightning.metrics.answers import (
     chrf,
     exact_match,
     mean_interval,

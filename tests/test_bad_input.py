@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import ROOT, SETTINGS, Outcome, digests, train_here, write_checkpoint, write_corpus
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.cli.main import main as cli
-from llm_lightning.data import sources
-from llm_lightning.data.download import Pinned
+from llm_lightning.data.corpus import sources
 from llm_lightning.experiments.run_folder import open_run
+from llm_lightning.files.download import Pinned
+from llm_lightning.weights import checkpoint as checkpoints
 
 Prepare = Callable[[Path], list[str]]
 

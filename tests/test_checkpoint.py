@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning.checkpoint import HEADER, CheckpointError
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import to_hf
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import HEADER, CheckpointError
+from llm_lightning.weights.gpt2_names import to_hf
 
 CONFIG = GPTConfig(vocab_size=257, context_length=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_needed(saved: Path
 
 SAVE_FOREVER = """
 import sys
-from llm_lightning import checkpoint as checkpoints
+from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers import build_tokenizer
 config = GPTConfig(vocab_size=4000, context_length=8, n_layer=1, n_head=1, n_embd=64)

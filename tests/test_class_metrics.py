@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_lightning.class_metrics import (
+from llm_lightning.metrics.classes import (
     MOST_SHOWN,
     ConfusedPair,
     auroc,

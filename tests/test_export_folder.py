@@ -16,15 +16,15 @@ import pytest
 import torch
 from test_pretrained import CONFIG, TEXT, random_gpt
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning import export_folder, hf_export
-from llm_lightning.checkpoint import load_model
-from llm_lightning.hf_export import export_hf
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig, adapter_state, apply_lora
-from llm_lightning.peft_format import export_peft
-from llm_lightning.pretrained import load_pretrained
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights import export_folder, hf_export
+from llm_lightning.weights.checkpoint import load_model
+from llm_lightning.weights.hf_export import export_hf
+from llm_lightning.weights.peft_format import export_peft
+from llm_lightning.weights.pretrained import load_pretrained
 
 SMALL = replace(CONFIG, vocab_size=257, n_layer=1, n_embd=8, n_head=2)
 

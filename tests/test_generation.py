@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from llm_lightning.generation import PACKING_PAYS_FROM, Sampling, generate, next_ids, packed_linears
+from llm_lightning.inference.generation import PACKING_PAYS_FROM, Sampling, generate, next_ids, packed_linears
 from llm_lightning.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=61, context_length=32, n_layer=2, n_head=2, n_embd=16, tied_head=False)

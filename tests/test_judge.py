@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from judge_server import DROP, HUGE_WAYS, SLOW_WAYS, WAYS, WEB_PAGE, JudgeServer, records, scripted, sends, serving
 
-from llm_lightning import judge as judging
-from llm_lightning.data.download import cache_dir
-from llm_lightning.judge import (
+from llm_lightning.files.download import cache_dir
+from llm_lightning.metrics import judge as judging
+from llm_lightning.metrics.judge import (
     PROMPTS,
     Judge,
     Verdict,

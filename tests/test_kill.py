@@ -16,8 +16,8 @@ import pytest
 from kill_marker import SAVING, STARTING, VALIDATING
 from tiny_run import assert_same, write_checkpoint
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.weights import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = ["save"] * 3 + ["validation"] * 3 + ["training"] * 10 + ["any time"] * 4

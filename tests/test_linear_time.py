@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_lightning.answer_metrics import rouge_l
 from llm_lightning.cli.judge import _output_files
 from llm_lightning.data.classification import leaks
+from llm_lightning.data.corpus.sources import unique_fields
 from llm_lightning.data.instruction import encode
 from llm_lightning.data.order import _interleave
-from llm_lightning.data.sources import unique_fields
 from llm_lightning.data.splits import MOST_MARKS, normalized
 from llm_lightning.data.templates import Conversation, Turn, choose_template
+from llm_lightning.metrics.answers import rouge_l
 from llm_lightning.tasks.classification import best_threshold
 from llm_lightning.tokenizers import ByteTokenizer
 

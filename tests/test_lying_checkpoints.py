@@ -19,15 +19,15 @@ import pytest
 import torch
 from test_checkpoint import with_digest
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.exact_resume import refusing_damage
-from llm_lightning.checkpoint import HEADER, CheckpointError
 from llm_lightning.cli.main import main
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig, apply_lora
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import HEADER, CheckpointError
 
 CONFIG = GPTConfig(vocab_size=257, context_length=8, n_layer=2, n_head=2, n_embd=8)
 SECONDS, MEGABYTES = 2.0, 300  # an honest file takes some 0.02 s; importing and other tests' garbage need room

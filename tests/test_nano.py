@@ -17,14 +17,14 @@ import pytest
 import torch
 from judge_server import serving
 
-from llm_lightning.answer_metrics import exact_match, wilson_interval
 from llm_lightning.callbacks.run_logs import read_metrics
-from llm_lightning.checkpoint import LoadedModel, load_model
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import data_of
 from llm_lightning.data.batches import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
 from llm_lightning.losses import sequence_log_probs, token_log_probs
+from llm_lightning.metrics.answers import exact_match, wilson_interval
+from llm_lightning.weights.checkpoint import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = json.loads((ROOT / "llm_lightning" / "data" / "embedded" / "short_answers.json").read_text())

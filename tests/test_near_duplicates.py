@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_lightning import near_duplicates
-from llm_lightning.near_duplicates import Pair, find_near_duplicates, keep_first
+from llm_lightning.data import near_duplicates
+from llm_lightning.data.near_duplicates import Pair, find_near_duplicates, keep_first
 
 
 def by_scikit_learn(texts: list[str], threshold: float) -> dict[tuple[int, int], float]:

@@ -12,11 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning.checkpoint import load_model
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import config_to_hf, module_from_hf, module_to_hf, to_hf
 from llm_lightning.models.lora import (
     LoRAConfig,
     adapter_state,
@@ -24,8 +21,11 @@ from llm_lightning.models.lora import (
     load_adapter_state,
     merge_lora,
 )
-from llm_lightning.peft_format import export_peft, import_peft
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import load_model
+from llm_lightning.weights.gpt2_names import config_to_hf, module_from_hf, module_to_hf, to_hf
+from llm_lightning.weights.peft_format import export_peft, import_peft
 
 peft = pytest.importorskip("peft", reason="needs the dev extra: peft")
 transformers = pytest.importorskip("transformers", reason="needs the dev extra: transformers")

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_lightning import hf_export
-from llm_lightning.hf_export import export_hf
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import config_to_hf, to_hf
-from llm_lightning.pretrained import GPT2_WEIGHTS, Release, load_pretrained
 from llm_lightning.tokenizers import build_tokenizer, from_description
+from llm_lightning.weights import hf_export
+from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights.hf_export import export_hf
+from llm_lightning.weights.pretrained import GPT2_WEIGHTS, Release, load_pretrained
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=128)
 TEXT = "It's 1,234 apples --  naïve café, ab!\n\tThe End of it." * 3

@@ -17,7 +17,7 @@ from test_kill import assert_same_end
 from tiny_run import write_checkpoint, write_corpus
 from warm_start import WarmStart
 
-from llm_lightning import checkpoint as checkpoints
+from llm_lightning.weights import checkpoint as checkpoints
 
 STEPS = 60
 SHARED = [

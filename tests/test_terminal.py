@@ -20,10 +20,10 @@ from judge_server import ESCAPES, response, sends, serving
 from test_layering import FILES, PACKAGE, parse
 from tiny_run import SETTINGS, train_here, write_checkpoint, write_corpus
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning import judge as judging
 from llm_lightning.cli.main import main as cli
+from llm_lightning.metrics import judge as judging
 from llm_lightning.terminal import GREEN, GREY, PLAIN, guard_messages, inline, say, say_json, say_lines, visible
+from llm_lightning.weights import checkpoint as checkpoints
 
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202ey"
 KEPT = {*"\n\t\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"}

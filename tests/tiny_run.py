@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT_LENGTH = 16

@@ -15,8 +15,8 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.monitored import better_when
+from llm_lightning.weights import checkpoint as checkpoints
 
 
 class VerifiedCheckpointIO(CheckpointIO):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_lightning.atomic import write_atomically
+from llm_lightning.files.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 
 from llm_lightning.callbacks.endings import forget_limits, start_again, stays_stopped, stopped_by
-from llm_lightning.checkpoint import HEADER, CheckpointError
+from llm_lightning.weights.checkpoint import HEADER, CheckpointError
 
 
 class ExactResume(L.Callback):

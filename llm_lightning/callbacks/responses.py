@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning as L
 
-from llm_lightning.answer_metrics import exact_match, most_frequent_answer_score, wilson_interval
-from llm_lightning.atomic import write_atomically
-from llm_lightning.responses import answered, respond
+from llm_lightning.files.atomic import write_atomically
+from llm_lightning.inference.respond import answered, respond
+from llm_lightning.metrics.answers import exact_match, most_frequent_answer_score, wilson_interval
 
 
 class Responses(L.Callback):

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.callbacks.event_files import drop_events_from, keep_damaged
+from llm_lightning.files.atomic import naming, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -13,9 +13,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.callbacks.run_logs import TensorBoard
-from llm_lightning.generation import generate
+from llm_lightning.files.atomic import naming, write_atomically
+from llm_lightning.inference.generation import generate
 from llm_lightning.terminal import one_line, visible
 
 TERMINAL_WIDTH = 100

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from llm_lightning.checkpoint import LoadedModel
+    from llm_lightning.weights.checkpoint import LoadedModel
 
 TEXTS_AT_ONCE = 1024
 """Texts held in memory, sorted by length so that a batch has little padding."""
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.atomic import write_atomically
+    from llm_lightning.files.atomic import write_atomically
 
     if not args.texts and not args.file:
         raise ValueError('no text: give one in quotes, such as "Are you free tonight?", or --file FILE')
@@ -163,7 +163,7 @@ def _row(found: Classification) -> str:
 
 def _read(name: str, text_field: str) -> list[str]:
     """The texts of a file, or of standard input."""
-    from llm_lightning.data.sources import JSONL_SUFFIXES, JsonLines
+    from llm_lightning.data.corpus.sources import JSONL_SUFFIXES, JsonLines
 
     if name == "-":
         return _lines("standard input", sys.stdin.buffer.read())

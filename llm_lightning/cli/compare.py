@@ -18,17 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llm_lightning.cli.comparison_page import Item, Measure, Page, as_html, as_markdown
 from llm_lightning.cli.main import add_base_argument, add_device_arguments, aligned, open_model
 from llm_lightning.cli.respond import DATA_SUFFIXES
-from llm_lightning.experiments.comparison_page import Item, Measure, Page, as_html, as_markdown
 from llm_lightning.terminal import say_lines, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from llm_lightning.checkpoint import LoadedModel
     from llm_lightning.data.templates import Conversation, Template
-    from llm_lightning.judge import Comparison, Judge, ScoreSummary, Verdict
+    from llm_lightning.metrics.judge import Comparison, Judge, ScoreSummary, Verdict
+    from llm_lightning.weights.checkpoint import LoadedModel
 
 PAGE_SUFFIXES = (".html", ".md")
 A, B = COLUMNS = ("model_response_A", "model_response_B")
@@ -95,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer, measure, judge, write; everything that can be refused early is."""
-    from llm_lightning.atomic import write_atomically, write_figure
-    from llm_lightning.responses import answered
+    from llm_lightning.files.atomic import write_atomically, write_figure
+    from llm_lightning.inference.respond import answered
 
     _check(args)
     curves = _curves(args.curves, Path(args.policy))
@@ -183,8 +183,8 @@ def _opened(args: argparse.Namespace, path: str) -> LoadedModel:
 
 
 def _is_adapter(path: str) -> bool:
-    from llm_lightning.checkpoint import read_header, resolve
-    from llm_lightning.peft_format import is_peft_folder
+    from llm_lightning.weights.checkpoint import read_header, resolve
+    from llm_lightning.weights.peft_format import is_peft_folder
 
     if is_peft_folder(path):
         return True
@@ -225,7 +225,7 @@ def _respond(
 ) -> list[str]:
     from tqdm import tqdm
 
-    from llm_lightning.responses import respond
+    from llm_lightning.inference.respond import respond
 
     with tqdm(total=len(conversations), desc=name, disable=None) as bar:
         return respond(
@@ -250,7 +250,7 @@ def repeats_itself(response: str) -> bool:
 
 
 def _measures(rows: Sequence[dict[str, Any]]) -> list[Measure]:
-    from llm_lightning.answer_metrics import chrf, exact_match, rouge_l
+    from llm_lightning.metrics.answers import chrf, exact_match, rouge_l
 
     with_answer = [row for row in rows if row["output"].strip()]
     references = [row["output"] for row in with_answer]
@@ -289,13 +289,13 @@ def _explained(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _share(count: int, n: int) -> str:
-    from llm_lightning.answer_metrics import wilson_interval
+    from llm_lightning.metrics.answers import wilson_interval
 
     return _cell(count / n, *wilson_interval(count, n)) if n else "-"
 
 
 def _mean(values: Sequence[float], highest: float = math.inf, digits: int = 3) -> str:
-    from llm_lightning.answer_metrics import mean_interval
+    from llm_lightning.metrics.answers import mean_interval
 
     return _cell(*mean_interval(values, 0, highest), digits) if values else "-"
 
@@ -323,7 +323,7 @@ def _judge(args: argparse.Namespace) -> Judge | None:
     """The judge, if one is wanted and something listens at its address: told before the models are at work."""
     if not args.judge and args.judge_url is None and args.judge_model is None:
         return None
-    from llm_lightning.judge import DEFAULT_MODEL, DEFAULT_URL, Judge
+    from llm_lightning.metrics.judge import DEFAULT_MODEL, DEFAULT_URL, Judge
 
     judge = Judge(args.judge_url or DEFAULT_URL, args.judge_model or DEFAULT_MODEL, progress=True)
     with _own_options():
@@ -343,7 +343,7 @@ def _own_options() -> Iterator[None]:
 
 def _judged(judge: Judge, rows: Sequence[dict[str, Any]]) -> Judged:
     """Scores of both, and which one is better, asked in both orders."""
-    from llm_lightning.judge import compare_responses, score_responses, summarise_pairs, summarise_scores
+    from llm_lightning.metrics.judge import compare_responses, score_responses, summarise_pairs, summarise_scores
 
     with _own_options():
         verdicts = [score_responses(judge, rows, column) for column in COLUMNS]

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from llm_lightning.checkpoint import LoadedModel
-    from llm_lightning.data.token_files import TokenFile
+    from llm_lightning.data.corpus.token_files import TokenFile
     from llm_lightning.models.gpt import GPT
+    from llm_lightning.weights.checkpoint import LoadedModel
 
 TOKENS_PER_BATCH = 4096
 TUNED = ("sft", "dpo")
@@ -142,9 +142,9 @@ def evaluate_labelled(
     """
     import torch
 
-    from llm_lightning.answer_metrics import wilson_interval
-    from llm_lightning.class_metrics import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
     from llm_lightning.cli.classify import class_probabilities, predicted_class
+    from llm_lightning.metrics.answers import wilson_interval
+    from llm_lightning.metrics.classes import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
 
     index = {label: number for number, label in enumerate(loaded.labels)}
     unknown = sorted({label for _, label in records} - index.keys())
@@ -246,7 +246,7 @@ def _records_of_split(loaded: LoadedModel, split: str) -> list[tuple[str, str]]:
         ValueError: if the checkpoint names no such data, or the data has changed since.
     """
     from llm_lightning.data.classification import ClassificationDataModule
-    from llm_lightning.places import read_data_again
+    from llm_lightning.files.places import read_data_again
 
     if not loaded.header.get("config", {}).get("data"):
         raise ValueError("this model does not say which texts it was trained on; use --text FILE")
@@ -267,7 +267,7 @@ def _records_of_split(loaded: LoadedModel, split: str) -> list[tuple[str, str]]:
 
 
 def _labelled(args: argparse.Namespace) -> list[tuple[str, str]]:
-    from llm_lightning.data.labelled_records import read_labelled
+    from llm_lightning.data.records.labelled import read_labelled
 
     files = [read_labelled(path, text_column=args.text_field, label_column=args.label_column) for path in args.text]
     return [(record.text, record.label) for records in files for record in records]
@@ -297,9 +297,9 @@ def open_split(loaded: LoadedModel, split: str) -> TokenFile:
     Raises:
         ValueError: if the checkpoint names no such data, or the data has changed since.
     """
-    from llm_lightning.data.sources import open_source
-    from llm_lightning.data.token_files import build_token_files
-    from llm_lightning.places import read_data_again
+    from llm_lightning.data.corpus.sources import open_source
+    from llm_lightning.data.corpus.token_files import build_token_files
+    from llm_lightning.files.places import read_data_again
 
     settings = loaded.header.get("config", {}).get("data", {})
     if split == "test" or not set(SPLIT_SETTINGS) <= settings.keys():
@@ -349,7 +349,7 @@ def _loss_sum(model: GPT, documents: Sequence[np.ndarray], stride: int, n_target
     import torch
     from tqdm import tqdm
 
-    from llm_lightning.generation import evaluating
+    from llm_lightning.inference.generation import evaluating
     from llm_lightning.losses import causal_lm_loss
 
     device, length = model.token_embedding.weight.device, model.config.context_length
@@ -381,7 +381,7 @@ def _collate(batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
 
 
 def _read_texts(paths: list[str], text_field: str) -> list[str]:
-    from llm_lightning.data.sources import open_source
+    from llm_lightning.data.corpus.sources import open_source
 
     source = open_source(path=paths, text_field=text_field)
     source.survey()  # bad text is named before work is spent

@@ -15,7 +15,7 @@ from llm_lightning.cli.main import add_base_argument, add_checkpoint_argument
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.checkpoint import LoadedModel
+    from llm_lightning.weights.checkpoint import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.checkpoint import load_model, merged_trunk
-    from llm_lightning.hf_export import export_classifier, export_hf
     from llm_lightning.models.classifier import Classifier
+    from llm_lightning.weights.checkpoint import load_model, merged_trunk
+    from llm_lightning.weights.hf_export import export_classifier, export_hf
 
     loaded = load_model(args.checkpoint, base=args.base)
     if args.format == "peft":
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> None:
+    from llm_lightning.files.places import parent_names
     from llm_lightning.models.lora import LoRAConfig
-    from llm_lightning.peft_format import export_peft
-    from llm_lightning.places import parent_names
+    from llm_lightning.weights.peft_format import export_peft
 
     if not loaded.header.get("lora"):
         raise ValueError("this model has no adapter (it was not trained with lora=...); leave --format peft out")

@@ -20,9 +20,9 @@ from llm_lightning.cli.main import add_model_arguments, open_model
 from llm_lightning.terminal import say, say_lines, write_raw
 
 if TYPE_CHECKING:
-    from llm_lightning.checkpoint import LoadedModel
-    from llm_lightning.generation import OnToken
+    from llm_lightning.inference.generation import OnToken
     from llm_lightning.tokenizers import Tokenizer
+    from llm_lightning.weights.checkpoint import LoadedModel
 
 MAX_NEW_TOKENS = 100
 TEMPERATURE = 0.8
@@ -126,7 +126,7 @@ def generate_texts(
     Raises:
         ValueError: if a prompt does not fit, or a setting is out of range.
     """
-    from llm_lightning.generation import generate
+    from llm_lightning.inference.generation import generate
 
     prompt_ids = [_encode(loaded.tokenizer, prompt) for prompt in prompts]
     eot_id = loaded.tokenizer.eot_id

@@ -17,8 +17,8 @@ from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.data.batches import LMBatch, MaskedSample
-    from llm_lightning.data.download import Pinned
     from llm_lightning.data.templates import Template
+    from llm_lightning.files.download import Pinned
     from llm_lightning.tokenizers import Tokenizer
 
 
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.atomic import write_atomically
     from llm_lightning.data.inspection import as_html, as_text
+    from llm_lightning.files.atomic import write_atomically
 
     if args.number < 1:
         raise ValueError(f"--number {args.number} must be at least 1")
@@ -74,8 +74,8 @@ def _named() -> dict[str, Path | Pinned]:
 
 
 def _of_model(args: argparse.Namespace) -> Shown:
-    from llm_lightning.checkpoint import load_model
     from llm_lightning.cli.respond import data_of
+    from llm_lightning.weights.checkpoint import load_model
 
     data = data_of(load_model(args.source))
     batch = data.first_batch(args.split, args.number)
@@ -86,10 +86,10 @@ def _of_model(args: argparse.Namespace) -> Shown:
 def _of_records(args: argparse.Namespace) -> Shown:
     """The first records of a file, whether or not there are enough to train on."""
     from llm_lightning.data.batches import collate_padded
-    from llm_lightning.data.download import file_of
     from llm_lightning.data.instruction import LOSS_ON
-    from llm_lightning.data.instruction_records import rows_of_file
+    from llm_lightning.data.records.instruction import rows_of_file
     from llm_lightning.data.templates import choose_template
+    from llm_lightning.files.download import file_of
     from llm_lightning.tokenizers import build_tokenizer
 
     if args.loss_on not in LOSS_ON:
@@ -110,7 +110,7 @@ def _record_samples(
 ) -> tuple[list[MaskedSample], None]:
     from llm_lightning.data.batches import MaskedSample
     from llm_lightning.data.instruction import encode
-    from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.records.instruction import read_instructions
 
     records = read_instructions(path, empty_output="keep")[0][: args.number]
     encoded = [encode(tokenizer, template, one, loss_on=args.loss_on) for one in records]
@@ -121,7 +121,7 @@ def _pair_samples(
     path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
 ) -> tuple[list[MaskedSample], list[str]]:
     from llm_lightning.data.preference import encode_pair, titles_of_pairs
-    from llm_lightning.data.preference_records import read_preferences
+    from llm_lightning.data.records.preference import read_preferences
 
     if args.loss_on == "all":
         raise ValueError("--loss-on all: of pairs only the answers are scored; use response or header")

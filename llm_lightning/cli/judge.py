@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_lightning.cli.main import aligned
-from llm_lightning.judge import (
+from llm_lightning.metrics.judge import (
     DEFAULT_MODEL,
     DEFAULT_URL,
     FAILED,
@@ -152,8 +152,8 @@ def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int 
         FileNotFoundError: if there is no such file.
         ValueError: naming file, record and field of everything that is wrong, the first ten.
     """
-    from llm_lightning.data.json_records import read_json_records
-    from llm_lightning.data.sources import LISTED
+    from llm_lightning.data.corpus.sources import LISTED
+    from llm_lightning.data.records.json import read_json_records
 
     found = read_json_records(path)[:limit]
     chosen = _columns(path, [one.record for one in found], columns)
@@ -317,7 +317,7 @@ def _pairs(judge: Judge, file: Responses) -> Report:
 
 
 def _lexical(file: Responses) -> Report:
-    from llm_lightning.answer_metrics import most_frequent_answer_score
+    from llm_lightning.metrics.answers import most_frequent_answer_score
 
     references = [record["output"] for record in file.records]
     answer, share = most_frequent_answer_score(references)
@@ -345,14 +345,14 @@ def _lexical(file: Responses) -> Report:
 
 def _measures(responses: Sequence[str], references: Sequence[str]) -> dict[str, Sequence[float]]:
     """Values of each record."""
-    from llm_lightning.answer_metrics import chrf, exact_match, rouge_l
+    from llm_lightning.metrics.answers import chrf, exact_match, rouge_l
 
     exact = [exact_match(one, other) for one, other in zip(responses, references, strict=True)]
     return {"exact_match": exact, "rouge_l": rouge_l(responses, references), "chrf": chrf(responses, references)}
 
 
 def _mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
-    from llm_lightning.answer_metrics import mean_interval, wilson_interval
+    from llm_lightning.metrics.answers import mean_interval, wilson_interval
 
     mean, low, high = mean_interval(values, 0, 1)
     if name == "exact_match":
@@ -364,7 +364,7 @@ def _mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _write(report: Report, output: Path) -> list[Path]:
-    from llm_lightning.atomic import write_atomically, write_figure
+    from llm_lightning.files.atomic import write_atomically, write_figure
 
     records = [{"record": number, **record} for number, record in enumerate(report.records, start=1)]
     text = json.dumps({"summary": report.summary, "records": records}, indent=1, ensure_ascii=False)

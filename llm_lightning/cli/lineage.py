@@ -53,8 +53,8 @@ def trace(name_or_path: str) -> Iterator[dict[str, Any]]:
 
 def _ancestor(name: str, expected: str) -> tuple[dict[str, Any], list[str]]:
     """What stands where a run may have found its first weights, whose digest was `expected`."""
-    from llm_lightning.checkpoint import CheckpointError
-    from llm_lightning.pretrained import GPT2_WEIGHTS
+    from llm_lightning.weights.checkpoint import CheckpointError
+    from llm_lightning.weights.pretrained import GPT2_WEIGHTS
 
     unread = {"path": name, "task": None, "digest": None, "parent": None, "parent_name": None}
     if name in GPT2_WEIGHTS and not Path(name).exists():
@@ -72,8 +72,8 @@ def _ancestor(name: str, expected: str) -> tuple[dict[str, Any], list[str]]:
 
 def _described(name_or_path: str) -> tuple[dict[str, Any], list[str]]:
     """A checkpoint, and where the one it began with may be."""
-    from llm_lightning.checkpoint import load_model, read_header, resolve
-    from llm_lightning.places import parent_names
+    from llm_lightning.files.places import parent_names
+    from llm_lightning.weights.checkpoint import load_model, read_header, resolve
 
     path = resolve(name_or_path)
     header = load_model(name_or_path).header if path is None else read_header(path)

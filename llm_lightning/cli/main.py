@@ -17,13 +17,13 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
-from llm_lightning.disk_errors import explain
 from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.processes import end_with_parent
+from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import STANDARD_OUTPUT, guard_messages, inline, one_line, say, write_raw
 
 if TYPE_CHECKING:
-    from llm_lightning.checkpoint import LoadedModel
+    from llm_lightning.weights.checkpoint import LoadedModel
 
 VERBS = {
     "generate": "continue one or more prompts",
@@ -166,7 +166,7 @@ def open_model(
     """
     import torch
 
-    from llm_lightning.checkpoint import load_model
+    from llm_lightning.weights.checkpoint import load_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     path = args.checkpoint if checkpoint is None else checkpoint

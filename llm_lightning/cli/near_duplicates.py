@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.data.json_records import JsonRecord
-    from llm_lightning.near_duplicates import NearDuplicates
+    from llm_lightning.data.near_duplicates import NearDuplicates
+    from llm_lightning.data.records.json import JsonRecord
 
 KEYS = ("instruction", "input", "output")
 REMOVED_BY = ("input", "output")
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check(args)
-    from llm_lightning.data.json_records import read_json_records
-    from llm_lightning.near_duplicates import find_near_duplicates
+    from llm_lightning.data.near_duplicates import find_near_duplicates
+    from llm_lightning.data.records.json import read_json_records
 
     records = read_json_records(args.file)
     keys = _present(args.file, records, args.keys)
@@ -83,7 +83,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to examine: those that are asked for, or those of the usual ones that there are."""
-    from llm_lightning.data.json_records import has_text
+    from llm_lightning.data.records.json import has_text
 
     present = [key for key in wanted or KEYS if any(has_text(record, _sources(record, key)[0]) for record in records)]
     missing = [key for key in wanted or () if key not in present]
@@ -96,7 +96,7 @@ def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | 
 
 
 def _text(record: JsonRecord, key: str) -> str:
-    from llm_lightning.data.json_records import text_of
+    from llm_lightning.data.records.json import text_of
 
     return "\n".join(filter(None, (text_of(record, source) for source in _sources(record, key))))
 
@@ -130,9 +130,9 @@ def _facts(found: NearDuplicates, show: int) -> dict[str, Any]:
 
 def _remove(output: Path, records: Sequence[JsonRecord], found: dict[str, NearDuplicates]) -> dict[str, Any]:
     """Write the records that remain; say how many those are."""
-    from llm_lightning.atomic import write_atomically
-    from llm_lightning.data.sources import JSONL_SUFFIXES
-    from llm_lightning.near_duplicates import keep_first
+    from llm_lightning.data.corpus.sources import JSONL_SUFFIXES
+    from llm_lightning.data.near_duplicates import keep_first
+    from llm_lightning.files.atomic import write_atomically
 
     groups = chain.from_iterable(one.groups for one in found.values())
     kept = [records[index].record for index in keep_first(len(records), groups)]

@@ -16,14 +16,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.atomic import naming, write_atomically
 from llm_lightning.cli.main import add_base_argument, add_device_arguments, open_model
+from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.terminal import inline, say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.checkpoint import LoadedModel
     from llm_lightning.data.base import ConversationDataModule
     from llm_lightning.data.templates import Conversation, Template
+    from llm_lightning.weights.checkpoint import LoadedModel
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
 COLUMN = "model_response"
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.responses import answered
+    from llm_lightning.inference.respond import answered
 
     checkpoints, data = _split_paths(args)
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
@@ -98,7 +98,7 @@ def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
     """
     from llm_lightning.data.instruction import InstructionDataModule
     from llm_lightning.data.preference import PreferenceDataModule
-    from llm_lightning.places import read_data_again
+    from llm_lightning.files.places import read_data_again
 
     # A class that a checkpoint names is never built.
     classes: dict[str, Any] = {"sft": InstructionDataModule, "dpo": PreferenceDataModule}
@@ -135,8 +135,9 @@ def read_records(path: Path, loaded: LoadedModel) -> list[Conversation]:
         FileNotFoundError: if there is no such file.
         ValueError: naming what is wrong.
     """
-    from llm_lightning.data import instruction_records, preference_records
-    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.data.records import instruction as instruction_records
+    from llm_lightning.data.records import preference as preference_records
+    from llm_lightning.data.records.json import read_json_records
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -171,7 +172,7 @@ def _respond(
     """Every answer of one model, those of an interrupted command included."""
     from tqdm import tqdm
 
-    from llm_lightning.responses import respond
+    from llm_lightning.inference.respond import respond
 
     template = template_of(loaded, args.template)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.atomic import write_figure
+from llm_lightning.files.atomic import write_figure
 from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from llm_lightning.data.json_records import JsonRecord
+    from llm_lightning.data.records.json import JsonRecord
     from llm_lightning.tokenizers import Tokenizer
 
 FIELDS = ("instruction", "input", "output", "chosen", "rejected", "text")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.data.sources import JSONL_SUFFIXES
+    from llm_lightning.data.corpus.sources import JSONL_SUFFIXES
     from llm_lightning.tokenizers import build_tokenizer
 
     if args.tokenizer in ("word", "bpe"):
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
-    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.data.records.json import read_json_records
 
     records = read_json_records(args.file)
     keys = _present(args.file, records, args.keys)
@@ -83,7 +83,7 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 
 def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to measure: those that are asked for, or those of the usual ones that there are."""
-    from llm_lightning.data.json_records import ROLES, has_text, text_of
+    from llm_lightning.data.records.json import ROLES, has_text, text_of
 
     if wanted:
         present = [key for key in wanted if any(has_text(one, key) for one in records)]
@@ -101,7 +101,7 @@ def _token_lengths(records: Sequence[JsonRecord], keys: Sequence[str], tokenizer
     """Tokens of each record under each key."""
     from tqdm import tqdm
 
-    from llm_lightning.data.json_records import text_of
+    from llm_lightning.data.records.json import text_of
 
     bar = tqdm(records, desc="encoding", unit="record", leave=False, disable=None)
     rows = [[len(tokenizer.encode_array(text_of(record, key))) for key in keys] for record in bar]
@@ -114,7 +114,7 @@ def describe_records(records: Sequence[JsonRecord], tokens: Lengths) -> dict[str
     Args:
         tokens: how many each record has, for each key to measure.
     """
-    from llm_lightning.data.json_records import text_of
+    from llm_lightning.data.records.json import text_of
 
     prompts = Counter(tuple(text_of(record, key) for key in PROMPT) for record in records)
     whole = Counter(json.dumps(record.record, sort_keys=True) for record in records)
@@ -168,7 +168,7 @@ def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is empty or no UTF-8.
     """
-    from llm_lightning.data.sources import TextFile
+    from llm_lightning.data.corpus.sources import TextFile
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is no file; give a .json, .jsonl or text file")

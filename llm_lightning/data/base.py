@@ -31,12 +31,12 @@ from llm_lightning.data.conversations import (
     refuse_losses,
     split_conversations,
 )
-from llm_lightning.data.download import Pinned, check_name, file_of
 from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS
 from llm_lightning.data.templates import Conversation, Template, choose_template
 from llm_lightning.data.workers import Loader, are_forked, begin_with
+from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.tokenizers import Tokenizer
 
 Record = TypeVar("Record")

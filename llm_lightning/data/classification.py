@@ -21,10 +21,10 @@ import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, Rows, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
-from llm_lightning.data.download import Pinned, check_name, file_of
-from llm_lightning.data.labelled_records import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.order import bucketed_order
+from llm_lightning.data.records.labelled import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.splits import grouped_split, normalized
+from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.terminal import inline, visible
 from llm_lightning.tokenizers import Tokenizer
 

@@ -23,9 +23,9 @@ from llm_lightning.data.batches import (
     collate_padded_pairs,
     packed_length,
 )
-from llm_lightning.data.download import Pinned
-from llm_lightning.data.preference_records import PreferencePair, read_hugging_face_preferences, read_preferences
+from llm_lightning.data.records.preference import PreferencePair, read_hugging_face_preferences, read_preferences
 from llm_lightning.data.templates import Conversation, Template
+from llm_lightning.files.download import Pinned
 from llm_lightning.tokenizers import Tokenizer
 
 NAMED: dict[str, Path | Pinned] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, Sample, collate_lm
+from llm_lightning.data.corpus.sources import open_source
+from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
 from llm_lightning.data.samples import Windows
-from llm_lightning.data.sources import open_source
-from llm_lightning.data.token_files import TokenFile, build_token_files
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import Tokenizer
 

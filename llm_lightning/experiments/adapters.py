@@ -13,12 +13,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning.checkpoint import LoadedModel
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tasks.base import TaskModule
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import LoadedModel
 
 ADAPTER = "adapter.ckpt"
 EXACT = ("32-true", "64-true", "16-mixed")

@@ -17,9 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.responses import answer_questions, exact_match_metrics
-from llm_lightning.checkpoint import CheckpointError, LoadedModel
 from llm_lightning.data.base import ConversationDataModule
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
@@ -27,6 +25,8 @@ from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.tasks.dpo import REFERENCES, DPOModule
 from llm_lightning.tasks.sft import SFTModule
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import CheckpointError, LoadedModel
 
 TASKS: dict[str, type[TaskModule]] = {"sft": SFTModule, "dpo": DPOModule}
 """A class that a checkpoint names is never built."""

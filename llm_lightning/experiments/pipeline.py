@@ -21,13 +21,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llm_lightning.atomic import write_atomically
 from llm_lightning.experiments.command_line import key_of, parsed, run_dir_is
 from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.launch import as_hydra_reads
 from llm_lightning.experiments.processes import start, wait_for
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
+from llm_lightning.files.atomic import write_atomically
 from llm_lightning.terminal import say
 
 MANIFEST = "manifest.json"
@@ -269,7 +269,7 @@ def _judge(
     same = before["finished"] and before["settings"] == stage.settings
     if not before["finished"] or stage.is_command:
         return same, None
-    from llm_lightning.checkpoint import CheckpointError, verify
+    from llm_lightning.weights.checkpoint import CheckpointError, verify
 
     try:
         digest = verify(folder / before["checkpoint"]["path"])
@@ -322,7 +322,7 @@ def _results(folder: Path) -> dict[str, Any]:
     """
     import yaml
 
-    from llm_lightning.checkpoint import verify
+    from llm_lightning.weights.checkpoint import verify
 
     summary = read_summary(folder)
     if summary.get("stopped_by") == "time":

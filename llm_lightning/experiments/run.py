@@ -21,15 +21,12 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning.atomic import write_atomically
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.endings import stays_stopped, stopped_by
 from llm_lightning.callbacks.exact_resume import ExactResume, refusing_damage
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.callbacks.throughput import Throughput
-from llm_lightning.checkpoint import LoadedModel, load_model, merged_trunk
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments.adapters import (
     adapter_lineage,
@@ -51,11 +48,14 @@ from llm_lightning.experiments.whereabouts import (
     read_data,
     refuse_other_parent,
 )
+from llm_lightning.files.atomic import write_atomically
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
 from llm_lightning.terminal import say, say_lines
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import LoadedModel, load_model, merged_trunk
 
 log = logging.getLogger(__name__)
 

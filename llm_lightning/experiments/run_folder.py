@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from llm_lightning.atomic import write_atomically
 from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
+from llm_lightning.files.atomic import write_atomically
 
 State = Literal["fresh", "resumable", "finished"]
 
@@ -167,7 +167,7 @@ def _sweep(path: Path) -> None:
 def _newest_checkpoint(path: Path) -> tuple[Path | None, dict[str, Any]]:
     if not (path / "checkpoints").is_dir():
         return None, {}
-    from llm_lightning.checkpoint import newest_valid, read_run_header
+    from llm_lightning.weights.checkpoint import newest_valid, read_run_header
 
     checkpoint = newest_valid(path / "checkpoints")
     return checkpoint, read_run_header(checkpoint) if checkpoint else {}

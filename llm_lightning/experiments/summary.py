@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm_lightning.atomic import write_atomically
 from llm_lightning.experiments.launch import STARTED_IN
 from llm_lightning.experiments.run_folder import RunFolder
-from llm_lightning.places import names_of_parent
+from llm_lightning.files.atomic import write_atomically
+from llm_lightning.files.places import names_of_parent
 
 PACKAGES = ("llm-lightning", "torch", "lightning", "hydra-core")
 SHOWN_METRICS = (

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from llm_lightning.atomic import write_atomically
+from llm_lightning.files.atomic import write_atomically
 from llm_lightning.terminal import one_line, say, visible
 
 EXIT_CODE = 70
@@ -52,7 +52,7 @@ def report(error: BaseException, *, prefix: str, file: Path) -> int:
 
 def cache_file(command: str) -> Path:
     """Where the traceback of a command goes that has no run folder; the next failure of that command replaces it."""
-    from llm_lightning.data.download import cache_dir  # late: help must be instant
+    from llm_lightning.files.download import cache_dir  # late: help must be instant
 
     return cache_dir() / "tracebacks" / f"{command}.txt"
 

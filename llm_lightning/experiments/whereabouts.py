@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning.data.sources import absolute_paths
+from llm_lightning.data.corpus.sources import absolute_paths
 from llm_lightning.experiments.foreign import NO_FILE, SHOWN, read_command, recorded_value
 from llm_lightning.experiments.run_folder import RunFolder
-from llm_lightning.places import as_setting, candidates, existing, place_of
+from llm_lightning.files.places import as_setting, candidates, existing, place_of
 from llm_lightning.terminal import one_line
+from llm_lightning.weights import checkpoint as checkpoints
 
 Built = TypeVar("Built")
 

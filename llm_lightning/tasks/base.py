@@ -26,7 +26,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.order import limited
 from llm_lightning.models.classifier import Classifier
@@ -34,6 +33,7 @@ from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
 from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
 from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

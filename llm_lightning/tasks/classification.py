@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional import classification as measures
 
-from llm_lightning.answer_metrics import wilson_interval
-from llm_lightning.class_metrics import (
+from llm_lightning.data.batches import ClassificationBatch, LabelledSample
+from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
+from llm_lightning.losses import IGNORE_INDEX
+from llm_lightning.metrics.answers import wilson_interval
+from llm_lightning.metrics.classes import (
     MOST_SHOWN,
     auroc,
     auroc_of_many,
@@ -29,9 +32,6 @@ from llm_lightning.class_metrics import (
     most_confused,
     softmax_columns,
 )
-from llm_lightning.data.batches import ClassificationBatch, LabelledSample
-from llm_lightning.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
-from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.classifier import Classifier, frozen_depth, train_only
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRALinear

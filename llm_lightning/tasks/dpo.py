@@ -22,10 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_lightning.answer_metrics import wilson_interval
-from llm_lightning.checkpoint import load_model, merged_trunk
 from llm_lightning.data.batches import PreferenceBatch
-from llm_lightning.frozen_cache import FrozenCache, weights_digest
+from llm_lightning.files.frozen_cache import FrozenCache, weights_digest
 from llm_lightning.losses import (
     check_preference_loss,
     preference_loss,
@@ -33,10 +31,12 @@ from llm_lightning.losses import (
     token_kl,
     token_log_probs,
 )
+from llm_lightning.metrics.answers import wilson_interval
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRALinear, adapter_state, adapters_off, add_adapter, use_adapter
 from llm_lightning.tasks.base import StepOutput, TaskModule
 from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.weights.checkpoint import load_model, merged_trunk
 
 REFERENCES = ("copy", "adapter_off", "adapter_clone", "cached")
 CLONE = "reference"

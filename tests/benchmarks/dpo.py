@@ -104,9 +104,9 @@ def prepare(folder: Path, batches: int) -> None:
     import torch
 
     from llm_lightning.data.preference import PreferenceDataModule
-    from llm_lightning.hf_export import export_hf
     from llm_lightning.models.gpt import GPT, GPTConfig
     from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.weights.hf_export import export_hf
 
     tokenizer = build_tokenizer("gpt2")
     torch.manual_seed(0)
@@ -143,12 +143,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     """Train a DPOModule with a Trainer."""
-    from llm_lightning.checkpoint import load_model
     from llm_lightning.data.preference import PreferenceDataModule
     from llm_lightning.models.lora import LoRAConfig
     from llm_lightning.optim import AdamWConfig, ConstantConfig
     from llm_lightning.tasks.dpo import DPOModule
     from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.weights.checkpoint import load_model
 
     os.environ["LLM_LIGHTNING_CACHE"] = str(folder / "cache" / str(os.getpid()))
     tokenizer = build_tokenizer("gpt2")

@@ -60,7 +60,7 @@ def ours(new_tokens: int, *, batch: int) -> tuple[float, int, Run]:
     """`generate` with bf16 weights."""
     import torch
 
-    from llm_lightning.generation import generate
+    from llm_lightning.inference.generation import generate
     from llm_lightning.models.gpt import GPT, GPTConfig
 
     baseline = peak_mib()

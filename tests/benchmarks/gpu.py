@@ -325,7 +325,7 @@ def generation(batch: int, peer: bool) -> dict[str, float]:
         def run() -> None:
             theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
     else:
-        from llm_lightning.generation import generate
+        from llm_lightning.inference.generation import generate
         from llm_lightning.models.gpt import GPT, GPTConfig
 
         model = GPT(GPTConfig(**SIZES)).to(DEVICE, torch.bfloat16).eval()

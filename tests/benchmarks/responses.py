@@ -77,11 +77,11 @@ def measure(contender: Contender, repeats: int) -> Run:
 
 def test_conversations() -> tuple[Any, Any, list[Any]]:
     """Tokenizer, template and the conversations of the book's test split."""
-    from llm_lightning.data.download import download
     from llm_lightning.data.instruction import NAMED
-    from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.records.instruction import read_instructions
     from llm_lightning.data.splits import order_split
     from llm_lightning.data.templates import choose_template
+    from llm_lightning.files.download import download
     from llm_lightning.tokenizers import build_tokenizer
 
     shared = os.environ.get("LLM_LIGHTNING_DATA")
@@ -100,8 +100,8 @@ def prompts_by_length() -> list[list[int]]:
 
 def ours(repeats: int) -> tuple[float, int, Run]:
     """`respond` with bf16 weights."""
+    from llm_lightning.inference.respond import respond
     from llm_lightning.models.gpt import GPT, GPTConfig
-    from llm_lightning.responses import respond
 
     tokenizer, template, test = test_conversations()
     tokenizer.eot_id = None  # nothing ends early

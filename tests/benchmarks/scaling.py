@@ -106,7 +106,7 @@ def pairs(n: int) -> list[dict[str, Any]]:
 
 @case("json: one object of many fields, the last twice", 20_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.data.records.json import read_json_records
 
     fields = ", ".join(f'"k{i}": 1' for i in [*range(n), n - 1])
     path = written(folder / "x.jsonl", "{" + fields + "}\n")
@@ -117,7 +117,7 @@ for _suffix in ("json", "jsonl"):
 
     @case(f"json: many records, .{_suffix}", 3_000)
     def _(n: int, folder: Path, suffix: str = _suffix) -> Callable[[], Any]:
-        from llm_lightning.data.json_records import read_json_records
+        from llm_lightning.data.records.json import read_json_records
 
         rows = records(n)
         text = json.dumps(rows, indent=1) if suffix == "json" else "".join(json.dumps(one) + "\n" for one in rows)
@@ -127,7 +127,7 @@ for _suffix in ("json", "jsonl"):
 
 @case("json: many records on one line", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.data.records.json import read_json_records
 
     path = written(folder / "x.json", json.dumps(records(n)))
     return lambda: read_json_records(path)
@@ -135,7 +135,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("json: every record bad", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.data.records.json import read_json_records
 
     path = written(folder / "x.jsonl", '{"a": NaN}\n{"a"\n{"a": 1, "a": 2}\n' * (n // 3))
     return lambda: read_json_records(path)
@@ -143,7 +143,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("json: half a surrogate pair in every record", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.data.records.json import read_json_records
 
     path = written(folder / "x.json", "[" + ",\n".join(['{"a": "\\ud83d"}'] * n) + "]")
     return lambda: read_json_records(path)
@@ -151,7 +151,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("json: one long string", 300_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.json_records import read_json_records
+    from llm_lightning.data.records.json import read_json_records
 
     path = written(folder / "x.json", json.dumps([{"a": "word \n\u00e9 " * (n // 8)}]))
     return lambda: read_json_records(path)
@@ -159,7 +159,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("labels: csv", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.labelled_records import read_labelled
+    from llm_lightning.data.records.labelled import read_labelled
 
     path = written(folder / "x.csv", "text,label\n" + "".join(f'"a ""{i}"",\nb",{i % 3}\n' for i in range(n)))
     return lambda: read_labelled(path)
@@ -167,7 +167,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("labels: csv of many columns", 300)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.labelled_records import read_labelled
+    from llm_lightning.data.records.labelled import read_labelled
 
     names = [f"c{i}" for i in range(n)]
     path = written(folder / "x.csv", ",".join(["text", "label", *names]) + "\n" + ",".join(["a", "b", *names]) + "\n")
@@ -176,7 +176,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("labels: csv whose quotes never end", 20_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.labelled_records import read_labelled
+    from llm_lightning.data.records.labelled import read_labelled
 
     path = written(folder / "x.csv", 'text,label\n"a,b\n' + "a,b\n" * n)
     return lambda: read_labelled(path)
@@ -184,7 +184,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("labels: jsonl", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.labelled_records import read_labelled
+    from llm_lightning.data.records.labelled import read_labelled
 
     path = written(folder / "x.jsonl", "".join(json.dumps({"text": f"a {i}", "label": i % 3}) + "\n" for i in range(n)))
     return lambda: read_labelled(path)
@@ -193,7 +193,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 @case("labels: unknown ones", 500)
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.classification import _class_indices
-    from llm_lightning.data.labelled_records import LabelledText
+    from llm_lightning.data.records.labelled import LabelledText
 
     rows = [LabelledText("a", f"label {i}", "x") for i in range(n)]
     return lambda: _class_indices(rows, [f"label {i}" for i in range(1, n)])
@@ -201,7 +201,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("instructions", 2_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.records.instruction import read_instructions
 
     path = written(folder / "x.json", json.dumps(records(n)))
     return lambda: read_instructions(path)
@@ -209,7 +209,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("preferences", 2_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.preference_records import read_preferences
+    from llm_lightning.data.records.preference import read_preferences
 
     path = written(folder / "x.json", json.dumps(pairs(n)))
     return lambda: read_preferences(path)
@@ -221,7 +221,7 @@ def conversation(n: int) -> list[dict[str, str]]:
 
 @case("one conversation of many turns: read", 2_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.records.instruction import read_instructions
 
     path = written(folder / "x.json", json.dumps([{"messages": conversation(n)}]))
     return lambda: read_instructions(path)
@@ -296,7 +296,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 @case("instruction data, all in one group", 500)
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.conversations import split_conversations
-    from llm_lightning.data.instruction_records import read_instructions
+    from llm_lightning.data.records.instruction import read_instructions
 
     path = written(folder / "x.json", json.dumps([{**one, "group": str(i // 2)} for i, one in enumerate(records(n))]))
     found, _ = read_instructions(path)
@@ -376,7 +376,7 @@ for _name, _unit in SCRIPTS.items():
 
     @case(f"token files: {_name}", 2_000_000)
     def _(n: int, folder: Path, unit: str = _unit) -> Callable[[], Any]:
-        from llm_lightning.data.token_files import _pieces
+        from llm_lightning.data.corpus.token_files import _pieces
         from llm_lightning.tokenizers import build_tokenizer
 
         text, tokenizer = unit * (n // len(unit)), build_tokenizer("gpt2")
@@ -419,8 +419,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("corpus: one file, surveyed and tokenised", 200_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.sources import open_source
-    from llm_lightning.data.token_files import build_token_files
+    from llm_lightning.data.corpus.sources import open_source
+    from llm_lightning.data.corpus.token_files import build_token_files
     from llm_lightning.tokenizers import build_tokenizer
 
     path, runs = written(folder / "x.txt", "the quick brown fox.\n" * (n // 21)), iter(range(99))
@@ -429,8 +429,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("corpus: many small files", 200)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.sources import open_source
-    from llm_lightning.data.token_files import build_token_files
+    from llm_lightning.data.corpus.sources import open_source
+    from llm_lightning.data.corpus.token_files import build_token_files
     from llm_lightning.tokenizers import build_tokenizer
 
     texts, runs = folder / "texts", iter(range(99))
@@ -442,8 +442,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("corpus: jsonl", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.sources import open_source
-    from llm_lightning.data.token_files import build_token_files
+    from llm_lightning.data.corpus.sources import open_source
+    from llm_lightning.data.corpus.token_files import build_token_files
     from llm_lightning.tokenizers import build_tokenizer
 
     path = written(folder / "x.jsonl", "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(n)))
@@ -470,7 +470,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("answers: ROUGE-L of one long one", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.answer_metrics import rouge_l
+    from llm_lightning.metrics.answers import rouge_l
 
     draw = random.Random(0)
     one, other = (" ".join(draw.choices("abcdefghij", k=n)) for _ in range(2))
@@ -479,7 +479,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("answers: chrF of one long one", 5_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.answer_metrics import chrf
+    from llm_lightning.metrics.answers import chrf
 
     draw = random.Random(0)
     one, other = ("".join(draw.choices("abcdefghij", k=n)) for _ in range(2))
@@ -488,7 +488,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("answers: most frequent, intervals", 2_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.answer_metrics import mean_interval, most_frequent_answer_score, wilson_interval
+    from llm_lightning.metrics.answers import mean_interval, most_frequent_answer_score, wilson_interval
 
     texts = [f"answer {i}" for i in range(n)]
     return lambda: (most_frequent_answer_score(texts), mean_interval([i / n for i in range(n)]), wilson_interval(3, n))
@@ -519,7 +519,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("judge: summaries", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.judge import PROMPTS, Verdict, summarise_scores
+    from llm_lightning.metrics.judge import PROMPTS, Verdict, summarise_scores
 
     found = [Verdict("scored", i % 100, "1", "", 1, "x") for i in range(n)]
     return lambda: summarise_scores(found, PROMPTS["book"])
@@ -528,7 +528,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 @case("compare: the page", 100)
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.cli.compare import _explained, _measures
-    from llm_lightning.experiments.comparison_page import Item, Page, as_html, as_markdown
+    from llm_lightning.cli.comparison_page import Item, Page, as_html, as_markdown
 
     rows = [{**one, "model_response_A": "a b c " * 9, "model_response_B": "red"} for one in records(n)]
     items = [Item(row["instruction"], row["output"], "a\n\tb `c`", "d", ["x"]) for row in rows]
@@ -543,7 +543,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 @case("compare: one long response", 5_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.cli.compare import _visible, repeats_itself
-    from llm_lightning.experiments.comparison_page import _markdown
+    from llm_lightning.cli.comparison_page import _markdown
 
     text = "a `b`  c\n\t | x" * n
     return lambda: (repeats_itself(text), _markdown(_visible(text)))
@@ -590,7 +590,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def class_metrics(n: int, classes: int) -> None:
     import torch
 
-    from llm_lightning.class_metrics import auroc_of_many, count_metrics, described_confusions, softmax_columns
+    from llm_lightning.metrics.classes import auroc_of_many, count_metrics, described_confusions, softmax_columns
 
     draw = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(n, classes, generator=draw), torch.randint(classes, (n,), generator=draw)
@@ -650,7 +650,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("checkpoints: many in a folder", 100)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.checkpoint import newest_valid, save
+    from llm_lightning.weights.checkpoint import newest_valid, save
 
     save(folder / "step_00000000.ckpt", {})
     for index in range(1, n):
@@ -662,7 +662,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def _(n: int, folder: Path) -> Callable[[], Any]:
     import torch
 
-    from llm_lightning.frozen_cache import FrozenCache
+    from llm_lightning.files.frozen_cache import FrozenCache
 
     keys, runs = [index.to_bytes(32, "big") for index in range(n)], iter(range(99))
 

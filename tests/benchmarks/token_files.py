@@ -84,8 +84,8 @@ def current_mib() -> float:
 
 def ours(text: Path) -> dict[str, float]:
     """Build token files from scratch in an empty cache."""
-    from llm_lightning.data.sources import open_source
-    from llm_lightning.data.token_files import build_token_files
+    from llm_lightning.data.corpus.sources import open_source
+    from llm_lightning.data.corpus.token_files import build_token_files
     from llm_lightning.tokenizers import build_tokenizer
 
     tokenizer = build_tokenizer("gpt2")

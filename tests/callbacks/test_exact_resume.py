@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny_run import assert_same
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.exact_resume import rng_state, set_rng_state
+from llm_lightning.weights import checkpoint as checkpoints
 
 
 class Killed(Exception): ...  # noqa: N818

@@ -13,12 +13,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.event_files import drop_events_from, masked_crcs, whole_records
 from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard, read_metrics
 from llm_lightning.callbacks.samples import Samples
 from llm_lightning.callbacks.throughput import Throughput
+from llm_lightning.weights import checkpoint as checkpoints
 
 MEASURED = ("train/tokens_per_second", "train/peak_memory_gib")
 

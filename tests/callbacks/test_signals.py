@@ -13,11 +13,11 @@ import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tiny_run import assert_same
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks import signals
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.signals import Interrupted, Signals
 from llm_lightning.signals import STOPPING
+from llm_lightning.weights import checkpoint as checkpoints
 
 STEPS = 22
 """Two epochs of 11 updates."""

@@ -14,11 +14,11 @@ import torch
 from tiny_run import CONTEXT_LENGTH, SETTINGS, train_here, write_checkpoint, write_corpus
 
 import llm_lightning
-from llm_lightning.checkpoint import HEADER, CheckpointError, load, load_model, resolve, save
 from llm_lightning.cli.main import main as cli
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, adapter_state, load_adapter_state, use_adapter
-from llm_lightning.peft_format import export_peft
+from llm_lightning.weights.checkpoint import HEADER, CheckpointError, load, load_model, resolve, save
+from llm_lightning.weights.peft_format import export_peft
 
 CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification"]
 TEXTS = ["Win a car!", "Dinner at eight?", "Your account is blocked, call now", "ok"]

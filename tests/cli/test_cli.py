@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 
 import llm_lightning
-from llm_lightning.checkpoint import HEADER, LoadedModel, describe, load_model, save
 from llm_lightning.cli import generate as generate_verb
 from llm_lightning.cli.evaluate import SOURCE_SETTINGS, evaluate_texts, windows
 from llm_lightning.cli.main import VERBS, main
-from llm_lightning.data.sources import open_source
-from llm_lightning.data.token_files import build_token_files
+from llm_lightning.data.corpus.sources import open_source
+from llm_lightning.data.corpus.token_files import build_token_files
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights.checkpoint import HEADER, LoadedModel, describe, load_model, save
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, n_layer=2, n_head=2, n_embd=16)
 DATA = {"name": None, "path": None, "text_field": "text", "split": "character", "val_fraction": 0.2, "add_eot": True}

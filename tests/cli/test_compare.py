@@ -15,14 +15,14 @@ import pytest
 from judge_server import serving
 from tiny_run import SETTINGS, train_here
 
-from llm_lightning import judge as judging
-from llm_lightning.answer_metrics import wilson_interval
-from llm_lightning.checkpoint import load_model
 from llm_lightning.cli import compare as comparing
 from llm_lightning.cli import main as entry
+from llm_lightning.cli.comparison_page import EMPTY
 from llm_lightning.data.templates import Conversation, Turn, choose_template
-from llm_lightning.experiments.comparison_page import EMPTY
-from llm_lightning.responses import respond
+from llm_lightning.inference.respond import respond
+from llm_lightning.metrics import judge as judging
+from llm_lightning.metrics.answers import wilson_interval
+from llm_lightning.weights.checkpoint import load_model
 
 TEMPLATE = "{instruction} {input} {response}"
 HOSTILE = "<script>alert('x')</script> & | `code` *star*\n    indented [link](javascript:1) $x$"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_run import CONTEXT_LENGTH
 
-from llm_lightning.checkpoint import HEADER, describe, save
 from llm_lightning.cli import lineage
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.pretrained import GPT2_WEIGHTS
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights.checkpoint import HEADER, describe, save
+from llm_lightning.weights.pretrained import GPT2_WEIGHTS
 
 
 def write(folder: Path, task: str, parent: str | None, parent_name: str | Path | None, seed: int = 0) -> str:

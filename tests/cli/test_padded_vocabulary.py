@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import SETTINGS, train_here, write_checkpoint, write_corpus
 
-from llm_lightning.checkpoint import HEADER, load, load_model, save
 from llm_lightning.cli.main import main as cli
-from llm_lightning.generation import generate
+from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import to_hf
+from llm_lightning.weights.checkpoint import HEADER, load, load_model, save
+from llm_lightning.weights.gpt2_names import to_hf
 
 ROWS = 320  # of the head; the byte tokenizer has 257 tokens
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_run import SETTINGS, train_here
 
-from llm_lightning.checkpoint import load_model
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import progress_path
 from llm_lightning.data.templates import Conversation, Turn, choose_template
-from llm_lightning.generation import generate
-from llm_lightning.responses import respond
+from llm_lightning.inference.generation import generate
+from llm_lightning.inference.respond import respond
+from llm_lightning.weights.checkpoint import load_model
 
 TEMPLATE = "{instruction} {input} {response}"
 
@@ -72,7 +72,7 @@ def test_several_models_stand_side_by_side(tuned: Path, tmp_path: Path) -> None:
 def test_goes_on_where_it_was(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from llm_lightning import responses
+    from llm_lightning.inference import respond as responses
 
     questions(tmp_path / "q.json")
     command = ["respond", str(tuned), str(tmp_path / "q.json"), "--max-new-tokens", "4", "--batch-size", "2"]

@@ -20,8 +20,8 @@ from llm_lightning.data.classification import (
     normalized,
     undersampled,
 )
-from llm_lightning.data.labelled_records import read_labelled, read_like_pandas
 from llm_lightning.data.order import BUCKET, bucketed_order
+from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
 from llm_lightning.tokenizers import build_tokenizer
 
 BYTES = build_tokenizer("byte")

@@ -23,9 +23,9 @@ from urllib.parse import quote, unquote
 import pytest
 from judge_server import HUGE_WAYS, SLOW_WAYS, floods, sends
 
-from llm_lightning.bounded_http import HEADER_BYTES
-from llm_lightning.data import download as module
-from llm_lightning.data.download import DownloadError, Pinned, cache_dir, download, hub_file
+from llm_lightning.files import download as module
+from llm_lightning.files.bounded_http import HEADER_BYTES
+from llm_lightning.files.download import DownloadError, Pinned, cache_dir, download, hub_file
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -282,8 +282,8 @@ def test_eight_processes_download_once(server: str, tmp_path: Path) -> None:
 def test_killed_again_and_again_it_resumes(server: str, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from llm_lightning.bounded_http import HEADER_BYTES
-from llm_lightning.data import download as module
+from llm_lightning.files.bounded_http import HEADER_BYTES
+from llm_lightning.files import download as module
 module.BLOCK = 16_384
 print("ready", flush=True)
 module.download(module.Pinned({server + "/slow"!r}, {SHA256!r}, {len(CONTENT)}, "file.bin"), Path({str(tmp_path)!r}))

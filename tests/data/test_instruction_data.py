@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llm_lightning.data.instruction import InstructionDataModule
-from llm_lightning.data.instruction_records import read_instructions
+from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.splits import order_split
 from llm_lightning.data.templates import Turn
 from llm_lightning.losses import IGNORE_INDEX

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_lightning.data.json_records import JsonRecord, has_text, read_json_records, text_of
+from llm_lightning.data.records.json import JsonRecord, has_text, read_json_records, text_of
 
 
 def put(path: Path, content: str | bytes) -> Path:

@@ -26,14 +26,14 @@ from llm_lightning.data.batches import (
     packed_length,
 )
 from llm_lightning.data.preference import PreferenceDataModule
-from llm_lightning.data.preference_records import read_preferences
+from llm_lightning.data.records.preference import read_preferences
 from llm_lightning.data.templates import Turn
 from llm_lightning.losses import preference_loss, sequence_log_probs, token_log_probs
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import to_hf
 from llm_lightning.optim import AdamWConfig, ConstantConfig
 from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights.gpt2_names import to_hf
 
 BYTES, GPT2 = build_tokenizer("byte"), build_tokenizer("gpt2")
 SHORT = "[{input}]Q{instruction}\nA{response}|"
@@ -684,7 +684,7 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path, monkeypatch: Any,
     trl = pytest.importorskip("trl", reason="needs trl")
     datasets = pytest.importorskip("datasets")
     transformers = pytest.importorskip("transformers")
-    from llm_lightning.hf_export import export_hf
+    from llm_lightning.weights.hf_export import export_hf
 
     policy, reference = randomized(CONFIG, seed=1, std=0.2), randomized(CONFIG, seed=2, std=0.2)
     for name, model in (("policy", policy), ("reference", reference)):

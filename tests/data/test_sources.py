@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_lightning.data import sources
-from llm_lightning.data.sources import NAMED, Source, open_source
+from llm_lightning.data.corpus import sources
+from llm_lightning.data.corpus.sources import NAMED, Source, open_source
 
 
 def texts(source: Source) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm_lightning.data.instruction import InstructionDataModule
-from llm_lightning.data.instruction_records import read_instructions
+from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.templates import TEMPLATES, Conversation, Segment, Template, Turn, choose_template
 from llm_lightning.tokenizers import build_tokenizer
 

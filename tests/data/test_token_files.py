@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_lightning.atomic import write_atomically
-from llm_lightning.data import token_files as module
-from llm_lightning.data.download import commit
-from llm_lightning.data.sources import InMemory, Source, open_source
-from llm_lightning.data.token_files import build_token_files
+from llm_lightning.data.corpus import token_files as module
+from llm_lightning.data.corpus.sources import InMemory, Source, open_source
+from llm_lightning.data.corpus.token_files import build_token_files
+from llm_lightning.files.atomic import write_atomically
+from llm_lightning.files.download import commit
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 
 WORDS = [
@@ -400,8 +400,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, suffix: str) -> No
             file.write(paragraph if suffix == ".txt" else json.dumps({"text": paragraph}) + "\n")
     code = f"""
 import resource
-from llm_lightning.data.sources import open_source
-from llm_lightning.data.token_files import build_token_files
+from llm_lightning.data.corpus.sources import open_source
+from llm_lightning.data.corpus.token_files import build_token_files
 from llm_lightning.tokenizers import build_tokenizer
 tokenizer = build_tokenizer("byte")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

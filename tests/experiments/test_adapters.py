@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny_run import SETTINGS, start, train_here, write_checkpoint
 
-from llm_lightning import checkpoint as checkpoints
-from llm_lightning.checkpoint import HEADER, load, load_model, merged_trunk, read_header, save
 from llm_lightning.cli.main import main as cli
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.tasks.base import TaskModule
+from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import HEADER, load, load_model, merged_trunk, read_header, save
 
 PLAIN = [word for word in SETTINGS if "samples" not in word and "max_steps" not in word] + [
     "callbacks.plots=null",

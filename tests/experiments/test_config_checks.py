@@ -188,7 +188,7 @@ ALIASES = """
     lightning.fabric.strategies.launchers.subprocess_script.os.system lightning.fabric.utilities.cloud_io.fsspec.open
     lightning.fabric.plugins.io.torch_io.os.remove lightning.pytorch.core.saving.yaml.load
     lightning.pytorch.core.saving.os.system lightning.pytorch.cli.sys.exit torchmetrics.utilities.imports.sys.exit
-    llm_lightning.checkpoint.os.remove llm_lightning.data.download.os.system
+    llm_lightning.weights.checkpoint.os.remove llm_lightning.files.download.os.system
     llm_lightning.experiments.launch.subprocess.run
     llm_lightning.experiments.config_checks.importlib.import_module llm_lightning.experiments.config_checks.Path
     llm_lightning.experiments.config_checks.compose
@@ -201,8 +201,8 @@ NOT_A_KIND = """
     torch.distributed.checkpoint.load torch.distributed.nn.RemoteModule torch.jit.CompilationUnit torch.Tensor
     torch.nn torch lightning.Trainer.fit lightning.pytorch.cli.LightningCLI lightning.Fabric lightning.seed_everything
     lightning.fabric.utilities.cloud_io._load lightning.pytorch.core.saving._load_state torchmetrics.functional.accuracy
-    llm_lightning.checkpoint.save llm_lightning.checkpoint.load llm_lightning.data.download.download
-    llm_lightning.generation.generate llm_lightning.models.gpt.GPT llm_lightning.models.gpt llm_lightning
+    llm_lightning.weights.checkpoint.save llm_lightning.weights.checkpoint.load llm_lightning.files.download.download
+    llm_lightning.inference.generation.generate llm_lightning.models.gpt.GPT llm_lightning.models.gpt llm_lightning
     llm_lightning.tokenizers.build_tokenizer llm_lightning.experiments.launch.main
 """
 DISGUISES = [

@@ -16,10 +16,10 @@ import pytest
 import yaml
 from tiny_run import SETTINGS, Outcome, assert_same, finish, living, start, train_here, write_checkpoint, write_corpus
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.cli import main as cli
 from llm_lightning.experiments import pipeline
 from llm_lightning.experiments.pipeline import plan
+from llm_lightning.weights import checkpoint as checkpoints
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = [word for word in SETTINGS if not word.startswith("model.context_length")]

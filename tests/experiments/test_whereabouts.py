@@ -14,13 +14,13 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_run import SETTINGS, train_here, write_corpus
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.cli.evaluate import _records_of_split, open_split
 from llm_lightning.cli.lineage import trace
 from llm_lightning.cli.respond import data_of
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.whereabouts import read_data
-from llm_lightning.places import candidates, existing, place_of
+from llm_lightning.files.places import candidates, existing, place_of
+from llm_lightning.weights import checkpoint as checkpoints
 
 BASE = [word for word in SETTINGS if "prompts" not in word and "max_steps" not in word]
 QUIET = [*BASE, "trainer.max_steps=2", "callbacks.samples=null", "callbacks.plots=null", "logger=csv"]

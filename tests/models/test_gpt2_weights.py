@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import config_from_hf, config_to_hf, from_hf, infer_config, to_hf
+from llm_lightning.weights.gpt2_names import config_from_hf, config_to_hf, from_hf, infer_config, to_hf
 
 CONFIG = GPTConfig(vocab_size=97, context_length=24, n_layer=3, n_head=4, n_embd=32)
 IDS = torch.arange(2 * 24).remainder(97).view(2, 24)

@@ -13,17 +13,17 @@ import torch
 from tiny_run import SETTINGS, finish, train_here
 from tiny_run import start as start_process
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.cli.respond import data_of
-from llm_lightning.frozen_cache import FrozenCache
-from llm_lightning.generation import generate
+from llm_lightning.files.frozen_cache import FrozenCache
+from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights import checkpoint as checkpoints
 
 LN2 = math.log(2)
 STEPS = 20

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
 from llm_lightning.data.instruction import InstructionDataModule
-from llm_lightning.hf_export import export_hf
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import config_to_hf, to_hf
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights.hf_export import export_hf
 
 GPT2 = build_tokenizer("gpt2")
 CONFIG = GPTConfig(vocab_size=50257, context_length=128, n_layer=2, n_head=2, n_embd=32)

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils import deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_lightning import checkpoint as checkpoints
 from llm_lightning import losses
-from llm_lightning.generation import generate
+from llm_lightning.inference.generation import generate
 from llm_lightning.losses import IGNORE_INDEX, causal_lm_loss
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tasks import base
+from llm_lightning.weights import checkpoint as checkpoints
 
 # Under inference_mode PyTorch does not take the larger ones apart.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_linear_pointwise")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llm_lightning.data.templates import Conversation, Template
-from llm_lightning.generation import generate
+from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tokenizers import Tokenizer
 

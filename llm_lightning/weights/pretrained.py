@@ -20,16 +20,16 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from llm_lightning.data.download import download, hub_file, sha256_of
-from llm_lightning.export_folder import NOTE, Stated, read_json
+from llm_lightning.files.download import download, hub_file, sha256_of
 from llm_lightning.models.gpt import GPTConfig
-from llm_lightning.models.gpt2_weights import (
+from llm_lightning.tokenizers import GPT2_VOCAB_BPE_SHA256
+from llm_lightning.weights.export_folder import NOTE, Stated, read_json
+from llm_lightning.weights.gpt2_names import (
     MOST_PADDING,
     config_from_hf,
     from_hf,
     infer_config,
 )
-from llm_lightning.tokenizers import GPT2_VOCAB_BPE_SHA256
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from llm_lightning.atomic import write_atomically
-from llm_lightning.bounded_http import Pace, opener
+from llm_lightning.files.atomic import write_atomically
+from llm_lightning.files.bounded_http import Pace, opener
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_lightning.atomic import naming
-from llm_lightning.export_folder import (
+from llm_lightning.files.atomic import naming
+from llm_lightning.models.lora import LoRAConfig, LoRALinear, adapter_state
+from llm_lightning.weights.export_folder import (
     ADAPTER,
     REPORT,
     Stated,
@@ -27,9 +28,8 @@ from llm_lightning.export_folder import (
     write_json,
     write_weights,
 )
-from llm_lightning.models.gpt2_weights import module_from_hf, module_to_hf
-from llm_lightning.models.lora import LoRAConfig, LoRALinear, adapter_state
-from llm_lightning.pretrained import read_safetensors
+from llm_lightning.weights.gpt2_names import module_from_hf, module_to_hf
+from llm_lightning.weights.pretrained import read_safetensors
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _PREFIX = "base_model.model."

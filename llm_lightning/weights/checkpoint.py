@@ -21,9 +21,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from llm_lightning import checkpoint_checks as checks
-from llm_lightning.checkpoint_checks import HEADER
-from llm_lightning.frozen_cache import weights_digest
+from llm_lightning.files.frozen_cache import weights_digest
+from llm_lightning.files.places import parent_names
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import (
@@ -35,9 +34,10 @@ from llm_lightning.models.lora import (
     use_adapter,
     without_lora,
 )
-from llm_lightning.peft_format import base_name_of, import_peft, is_peft_folder
-from llm_lightning.places import parent_names
 from llm_lightning.tokenizers import Tokenizer, from_description
+from llm_lightning.weights import checkpoint_checks as checks
+from llm_lightning.weights.checkpoint_checks import HEADER
+from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft_folder
 
 FORMAT_VERSION = 1
 _MARK = b"llm-lightning checkpoint sha256:"
@@ -532,7 +532,7 @@ def describe(*, task: str, model_config: GPTConfig, tokenizer: Tokenizer, **more
 
 
 def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
-    from llm_lightning.pretrained import load_pretrained
+    from llm_lightning.weights.pretrained import load_pretrained
 
     config, state, description, info = load_pretrained(name)
     if description is None:

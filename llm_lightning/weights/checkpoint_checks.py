@@ -23,8 +23,8 @@ from torch import Tensor
 
 from llm_lightning.models.classifier import POOLINGS
 from llm_lightning.models.gpt import GPTConfig
-from llm_lightning.models.gpt2_weights import shapes_of
 from llm_lightning.models.lora import LoRAConfig
+from llm_lightning.weights.gpt2_names import shapes_of
 
 HEADER = "llm_lightning"
 TASKS = ("pretraining", "classification", "sft", "dpo")

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_lightning.data.json_records import ROLES, read_json_records
-from llm_lightning.data.sources import hugging_face_file, refuse_bad
+from llm_lightning.data.corpus.sources import hugging_face_file, refuse_bad
+from llm_lightning.data.records.json import ROLES, read_json_records
 from llm_lightning.data.templates import Conversation, Turn
 
 FIELDS = ("instruction", "input", "output", "messages", "system", "group")

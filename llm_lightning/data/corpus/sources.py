@@ -22,8 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm_lightning.atomic import naming, write_atomically
-from llm_lightning.data.download import Pinned, cache_dir, commit, download, locked, sha256_of
+from llm_lightning.files.atomic import naming, write_atomically
+from llm_lightning.files.download import Pinned, cache_dir, commit, download, locked, sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from llm_lightning.atomic import write_atomically
-from llm_lightning.data.download import cache_dir, commit, locked, sha256_of
-from llm_lightning.data.sources import Document, Source
+from llm_lightning.data.corpus.sources import Document, Source
+from llm_lightning.files.atomic import write_atomically
+from llm_lightning.files.download import cache_dir, commit, locked, sha256_of
 from llm_lightning.tokenizers import Tokenizer, from_description
 
 log = logging.getLogger(__name__)

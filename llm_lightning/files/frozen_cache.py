@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_lightning.atomic import write_atomically
-from llm_lightning.data.download import cache_dir, commit, locked, sha256_of
+from llm_lightning.files.atomic import write_atomically
+from llm_lightning.files.download import cache_dir, commit, locked, sha256_of
 
 CODE_VERSION = 1
 """Raise it when the same weights and tokens would give other rows."""

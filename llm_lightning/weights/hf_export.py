@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_lightning.atomic import naming
-from llm_lightning.export_folder import (
+from llm_lightning.files.atomic import naming
+from llm_lightning.models.classifier import Classifier
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.tokenizers import END_OF_TEXT, Tokenizer
+from llm_lightning.weights.export_folder import (
     NOTE,
     REPORT,
     check_target,
@@ -26,11 +29,8 @@ from llm_lightning.export_folder import (
     write_text,
     write_weights,
 )
-from llm_lightning.models.classifier import Classifier
-from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.models.gpt2_weights import MOST_PADDING, config_to_hf, from_hf, to_hf
-from llm_lightning.pretrained import WEIGHTS, Pretrained, gpt2_merges, load_pretrained
-from llm_lightning.tokenizers import END_OF_TEXT, Tokenizer
+from llm_lightning.weights.gpt2_names import MOST_PADDING, config_to_hf, from_hf, to_hf
+from llm_lightning.weights.pretrained import WEIGHTS, Pretrained, gpt2_merges, load_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.instruction_records import (
+from llm_lightning.data.records.instruction import (
     SkippedError,
     collected,
     message_of,
