@@ -1,4 +1,4 @@
-"""Adapters against arithmetic by hand; `tests/test_peft_format.py` compares them with PEFT."""
+"""Adapters against arithmetic by hand; `tests/weights/test_peft_format.py` compares them with PEFT."""
 
 from __future__ import annotations
 

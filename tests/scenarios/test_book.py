@@ -26,7 +26,7 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import apply_lora
 from llm_lightning.weights.gpt2_names import to_hf
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(experiment: str, data_dir: Path, folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -19,7 +19,7 @@ from tiny_run import assert_same, write_checkpoint
 from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KILLS = ["save"] * 3 + ["validation"] * 3 + ["training"] * 10 + ["any time"] * 4
 CLOCK_METRICS = {
     "train/tokens_per_second",

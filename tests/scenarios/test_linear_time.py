@@ -30,7 +30,7 @@ from llm_lightning.metrics.answers import rouge_l
 from llm_lightning.tasks.classification import best_threshold
 from llm_lightning.tokenizers import ByteTokenizer
 
-SCALING = Path(__file__).parent / "benchmarks" / "scaling.py"
+SCALING = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
 N = 300
 PER_ITEM = 40
 """Operations for each item that are allowed; with one for each pair of items it would be hundreds."""
