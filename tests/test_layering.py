@@ -1,67 +1,27 @@
-"""Who may import whom: the levels of the package, enforced on the syntax tree."""
+"""Who may import whom, enforced on the syntax tree: the order of folders, and no circle of modules."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_lightning"
 
-# The first pattern that fits decides.
-LEVELS = [
-    ("llm_lightning", 3),  # exports public names, imported on first use
-    ("llm_lightning.models*", 0),
-    ("llm_lightning.losses", 0),
-    ("llm_lightning.optim", 0),
-    ("llm_lightning.tokenizers", 0),
-    ("llm_lightning.files.atomic", 0),
-    ("llm_lightning.files.places", 0),
-    ("llm_lightning.signals", 0),
-    ("llm_lightning.files.bounded_http", 0),
-    ("llm_lightning.terminal", 0),
-    ("llm_lightning.files.disk_errors", 1),
-    ("llm_lightning.inference.generation", 1),
-    ("llm_lightning.weights.checkpoint", 1),
-    ("llm_lightning.weights.checkpoint_checks", 1),
-    ("llm_lightning.weights.pretrained", 1),
-    ("llm_lightning.weights.export_folder", 1),
-    ("llm_lightning.weights.peft_format", 1),
-    ("llm_lightning.weights.hf_export", 1),
-    ("llm_lightning.files.frozen_cache", 1),
-    ("llm_lightning.metrics.judge", 1),
-    ("llm_lightning.data.near_duplicates", 1),
-    ("llm_lightning.metrics.answers", 1),
-    ("llm_lightning.metrics.classes", 2),
-    ("llm_lightning.inference.respond", 1),
-    ("llm_lightning.data", 1),
-    ("llm_lightning.data.batches", 1),
-    ("llm_lightning.data.order", 1),
-    ("llm_lightning.data.samples", 1),
-    ("llm_lightning.data.workers", 1),
-    ("llm_lightning.data.templates", 1),
-    ("llm_lightning.data.corpus.sources", 1),
-    ("llm_lightning.data.records.labelled", 1),
-    ("llm_lightning.data.records.json", 1),
-    ("llm_lightning.data.records.instruction", 1),
-    ("llm_lightning.data.records.preference", 1),
-    ("llm_lightning.data.conversations", 1),
-    ("llm_lightning.data.splits", 1),
-    ("llm_lightning.data.inspection", 1),
-    ("llm_lightning.data.corpus.token_files", 1),
-    ("llm_lightning.files.download", 1),
-    ("llm_lightning.data.embedded*", 1),
-    ("llm_lightning.data.*", 2),
-    ("llm_lightning.tasks*", 2),
-    ("llm_lightning.callbacks*", 2),
-    ("llm_lightning.experiments*", 3),
-    ("llm_lightning.cli*", 3),
-    ("train", 3),
+FLOORS = [
+    {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals"},
+    {"weights", "metrics"},
+    {"data"},
+    {"inference"},
+    {"tasks", "callbacks"},
+    {"experiments"},
+    {"cli", "__main__"},
 ]
+"""The rooms of the package, lowest first. A room may import its own floor and those below; `__init__` names the public
+functions of all of them, and imports them on first use."""
+LIGHTNING_FROM, HYDRA_FROM = 2, 5
 FILES = [*sorted(PACKAGE.rglob("*.py")), ROOT / "train.py"]
 
 
@@ -69,13 +29,19 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def level(module: str) -> int:
-    return next(level for pattern, level in LEVELS if fnmatchcase(module, pattern))
+def floor(module: str) -> int:
+    room = f"{module}.".split(".")[1]
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), len(FLOORS))
 
 
-def imported_modules(tree: ast.AST) -> Iterator[str]:
+@cache
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"))
+
+
+def imported_modules(file: Path) -> Iterator[str]:
     """Every module that is imported, also inside functions; `from package import module` names the module."""
-    for node in ast.walk(tree):
+    for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -85,73 +51,128 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
                 yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
-def parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text("utf-8"))
+def test_every_module_has_a_floor() -> None:
+    inside = [module_name(file) for file in FILES if file.parent != ROOT and file != PACKAGE / "__init__.py"]
+    assert [name for name in inside if floor(name) == len(FLOORS)] == []
 
 
-def by_name(file: Path) -> str:
-    return module_name(file)
+def test_imports_point_down() -> None:
+    upwards = [
+        f"{module_name(file)} -> {name}"
+        for file in FILES
+        if file != PACKAGE / "__init__.py"
+        for name in imported_modules(file)
+        if name.startswith("llm_lightning.") and floor(name) > floor(module_name(file))
+    ]
+    assert upwards == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=by_name)
-def test_imports_point_down(file: Path) -> None:
-    own = level(module_name(file))
-    upwards = [name for name in imported_modules(parse(file)) if name.startswith("llm_lightning") and level(name) > own]
-    assert not upwards, f"{module_name(file)} is of level {own} and may not import {upwards}"
+def test_no_circle_of_modules() -> None:
+    graph = {module_name(file): set(imported_modules(file)) for file in FILES if file != PACKAGE / "__init__.py"}
+    assert [circle for circle in strongly_connected(graph) if len(circle) > 1] == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=by_name)
-def test_third_party_packages_stay_at_their_level(file: Path) -> None:
-    own = level(module_name(file))
-    packages = {name.partition(".")[0] for name in imported_modules(parse(file))}
-    if own < 2:
-        assert not packages & {"lightning", "torchmetrics"}
-    if own < 3:
-        assert not packages & {"hydra", "omegaconf"}
-    if module_name(file).startswith("llm_lightning.models."):
-        assert not packages & {"numpy", "tiktoken", "tokenizers", "safetensors", "transformers"}
+def strongly_connected(graph: dict[str, set[str]]) -> Iterable[list[str]]:
+    """The groups of modules that reach each other: two walks, as Kosaraju 1978."""
+    order: list[str] = []
+    seen: set[str] = set()
+
+    def visit(node: str, edges: dict[str, set[str]], out: list[str]) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        for other in sorted(edges.get(node, set()) & graph.keys()):
+            visit(other, edges, out)
+        out.append(node)
+
+    for node in graph:
+        visit(node, graph, order)
+    back: dict[str, set[str]] = {}
+    for node, others in graph.items():
+        for other in others:
+            back.setdefault(other, set()).add(node)
+    seen = set()
+    for node in reversed(order):
+        group: list[str] = []
+        visit(node, back, group)
+        if group:
+            yield sorted(group)
 
 
-@pytest.mark.parametrize("folder", ["tasks", "data"])
-def test_no_task_imports_a_task_and_no_data_module_a_data_module(folder: str) -> None:
-    for file in (PACKAGE / folder).glob("*.py"):
-        if level(module_name(file)) == 2 and file.stem != "base":
-            package = f"llm_lightning.{folder}"
-            siblings = {name for name in imported_modules(parse(file)) if level_two_sibling(name, package)}
-            assert siblings <= {f"{package}.base"}, f"{module_name(file)} imports {siblings}"
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert [circle for circle in strongly_connected(graph) if len(circle) > 1] == [["a", "b", "c"]]
 
 
-def level_two_sibling(name: str, package: str) -> bool:
-    return name.startswith(f"{package}.") and level(name) == 2
+def test_third_party_packages_stay_on_their_floor() -> None:
+    wrong = []
+    for file in FILES:
+        own = floor(module_name(file))
+        banned = {"lightning"} if own < LIGHTNING_FROM else set()
+        banned |= {"hydra", "omegaconf"} if own < HYDRA_FROM else set()
+        if module_name(file).startswith("llm_lightning.models."):
+            banned |= {"numpy", "tiktoken", "tokenizers", "safetensors", "transformers"}
+        wrong += [f"{module_name(file)} -> {name}" for name in imported_modules(file) if name.split(".")[0] in banned]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=by_name)
-def test_cfg_never_enters_a_class(file: Path) -> None:
-    for cls in (node for node in ast.walk(parse(file)) if isinstance(node, ast.ClassDef)):
-        for function in (node for node in ast.walk(cls) if isinstance(node, ast.FunctionDef)):
-            arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-            assert "cfg" not in {argument.arg for argument in arguments}, f"{cls.name}.{function.name}"
+def test_no_task_imports_a_task_and_no_data_module_a_data_module() -> None:
+    named_in_conf = {
+        "tasks": {file.stem for file in (PACKAGE / "tasks").glob("*.py") if _ends_in(file, "Module", "TaskModule")},
+        "data": {
+            file.stem for file in (PACKAGE / "data").glob("*.py") if _ends_in(file, "DataModule", "BaseDataModule")
+        },
+    }
+    for folder, names in named_in_conf.items():
+        assert len(names) == 4, names
+        siblings = {f"llm_lightning.{folder}.{name}" for name in names}
+        for name in names:
+            own = PACKAGE / folder / f"{name}.py"
+            assert not siblings & set(imported_modules(own)), own
 
 
-@pytest.mark.parametrize("file", FILES, ids=by_name)
-def test_imports_are_absolute_and_lightning_is_called_l(file: Path) -> None:
-    for node in ast.walk(parse(file)):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import"
-            assert not (node.module or "").startswith("pytorch_lightning")
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                assert not alias.name.startswith("pytorch_lightning")
-                assert alias.name != "lightning" or alias.asname == "L", f"line {node.lineno}: import lightning as L"
+def test_cfg_never_enters_a_class() -> None:
+    for file in FILES:
+        for cls in (node for node in ast.walk(parse(file)) if isinstance(node, ast.ClassDef)):
+            for function in (node for node in ast.walk(cls) if isinstance(node, ast.FunctionDef)):
+                arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+                assert "cfg" not in {argument.arg for argument in arguments}, f"{file}: {cls.name}.{function.name}"
+
+
+def test_imports_are_absolute_and_lightning_is_called_l() -> None:
+    for file in FILES:
+        for node in ast.walk(parse(file)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}:{node.lineno}: relative import"
+                assert not (node.module or "").startswith("pytorch_lightning")
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    assert not alias.name.startswith("pytorch_lightning")
+                    assert alias.name != "lightning" or alias.asname == "L", f"{file}:{node.lineno}: lightning as L"
+
+
+def test_the_core_is_named_in_models_and_weights_only() -> None:
+    """What a model consists of may change there alone."""
+    parts = {"token_embedding", "position_embedding", "final_norm", "lm_head", "qkv_proj", "out_proj"}
+    parts |= {"up_proj", "down_proj", "attn_norm", "mlp_norm"}
+    wrong = []
+    for file in FILES:
+        if module_name(file).split(".")[1:2] in (["models"], ["weights"]):
+            continue
+        for node in ast.walk(parse(file)):
+            name = (
+                node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else ""
+            )
+            if isinstance(name, str) and parts & set(name.split(".")):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert wrong == []
+
+
+def test_task_files_are_algorithms() -> None:
+    for name in ("pretraining", "classification", "sft", "dpo"):
+        assert len((PACKAGE / "tasks" / f"{name}.py").read_text("utf-8").splitlines()) < 100, name
 
 
 def test_init_files_are_empty_but_the_top_one() -> None:
     filled = [file for file in PACKAGE.rglob("__init__.py") if file.read_text().strip()]
     assert [file.parent.name for file in filled] in ([], ["llm_lightning"])
-
-
-def test_every_module_has_a_level() -> None:
-    for file in FILES:
-        assert any(fnmatchcase(module_name(file), pattern) for pattern, _ in LEVELS), (
-            f"{module_name(file)}: say in LEVELS where it belongs"
-        )
