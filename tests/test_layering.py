@@ -117,13 +117,9 @@ def test_third_party_packages_stay_on_their_floor() -> None:
 
 
 def test_no_task_imports_a_task_and_no_data_module_a_data_module() -> None:
-    named_in_conf = {
-        "tasks": {file.stem for file in (PACKAGE / "tasks").glob("*.py") if _ends_in(file, "Module", "TaskModule")},
-        "data": {
-            file.stem for file in (PACKAGE / "data").glob("*.py") if _ends_in(file, "DataModule", "BaseDataModule")
-        },
-    }
-    for folder, names in named_in_conf.items():
+    for folder in ("tasks", "data"):
+        conf = ROOT / "conf" / folder.removesuffix("s")
+        names = {file.stem for file in (PACKAGE / folder).glob("*.py") if (conf / f"{file.stem}.yaml").is_file()}
         assert len(names) == 4, names
         siblings = {f"llm_lightning.{folder}.{name}" for name in names}
         for name in names:
