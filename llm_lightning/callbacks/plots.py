@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from llm_lightning.callbacks.run_logs import TensorBoard, read_metrics
+from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.files.atomic import write_figure
+from llm_lightning.files.metrics_csv import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
