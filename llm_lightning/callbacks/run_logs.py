@@ -1,8 +1,8 @@
-"""What a run leaves to be read later: `metrics.csv` and TensorBoard, each step once however often the run was killed.
+"""The logs of a run, `metrics.csv` and TensorBoard: each step once, however often the run was killed.
 
 The contract with exact resume: steps are numbered from 0, and before a checkpoint of N updates is written every value
 of steps 0..N-1, and none of a later step, was logged and `save()` was called. A run that continues from that checkpoint
-passes `resumed_step=N`, and what a killed process logged beyond it is dropped.
+passes `resumed_step=N`, and later rows of a killed process are dropped.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(run_dir) / "metrics.csv"
         self._resumed_step = resumed_step
-        self._columns: list[str] | None = None  # of the file; None: it has not been looked at
-        self._rows: dict[int, Row] = {}  # what is not on disk yet, and the file's last row, which may still grow
+        self._columns: list[str] | None = None  # of the file; None: not read yet
+        self._rows: dict[int, Row] = {}  # rows not on disk yet, and the file's last row, which may get more cells
         self._last = -1  # step of the file's last row
-        self._tail = 0  # where in the file that row begins
+        self._tail = 0  # the byte at which that row begins
         self._unsaved = False
         self._before = Covered()  # the rows before that one
 
@@ -85,7 +85,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring every row to the disk; returns when it is there."""
+        """Write every row and wait until it is on the disk."""
         self._load()
         if not self._unsaved:
             return
@@ -100,7 +100,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def covered(self, step: int) -> dict[str, Any]:
-        """How many rows there are before `step`, and their digest, for a checkpoint of so many updates."""
+        """Number and digest of the rows before `step`, for a checkpoint after that many updates."""
         self.save()
         before, rows = self._before, list(self._rows.values())
         if before.last >= step:
@@ -109,14 +109,14 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def expect(self, covered: Mapping[str, Any] | None) -> None:
-        """Compare the file with what `covered` said when the checkpoint was written that the run continues from.
+        """Compare the file with the `covered` rows of the checkpoint that the run continues from.
 
-        Rows that are missing or altered are said, and the file as it was is kept.
+        If rows are missing or altered, warn and keep a copy of the file.
         """
         self._load(covered)
 
     def _load(self, covered: Mapping[str, Any] | None = None) -> None:
-        """Look at the file, once; drop what a killed process wrote too much and what it left half written."""
+        """Read the file, once; drop later rows of a killed process and an unfinished one."""
         if self._columns is not None:
             return
         content = self._content()
@@ -133,9 +133,9 @@ class MetricsFile(Logger):
             self._rewrite(columns, rows)
 
     def _is_damaged(self, content: bytes, rows: list[Row], covered: Mapping[str, Any] | None) -> bool:
-        """Whether the rows are others than a checkpoint covers; then it is said, and the file as it was is kept."""
+        """Whether the rows differ from those that a checkpoint covers; then warn and keep a copy of the file."""
         found, step = Covered().followed_by(rows).facts(), self._resumed_step
-        if covered is None or found == covered:  # checkpoints of earlier versions do not tell
+        if covered is None or found == covered:  # checkpoints of earlier versions lack it
             lines = unreadable(content)
             if not lines:
                 return False
@@ -171,7 +171,7 @@ class MetricsFile(Logger):
         self._settle(self._columns, rows, self._tail + len(content))
 
     def _settle(self, columns: list[str], rows: list[Row], size: int) -> None:
-        """Remember what stands on disk: of the rows only the last, to which later values of its step are added."""
+        """Remember what is on disk; of the rows only the last one, whose step may get more values."""
         self._before = self._before.followed_by(rows[:-1])
         self._columns = columns
         self._rows = {int(row["step"]): row for row in rows[-1:]}
@@ -218,7 +218,7 @@ class TensorBoard(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        with naming(self.path):  # what the writer's thread could not write is raised by the next call
+        with naming(self.path):  # an error of the writer's thread is raised by the next call
             for name, value in metrics.items():
                 self.experiment.add_scalar(name, value, step)
 
@@ -242,13 +242,13 @@ class TensorBoard(Logger):
 
         `step` is the number of updates, so a process that continues from there drops the results and writes its own.
         Lightning also calls this when training starts, without metrics. Nothing is written then: a run that has not
-        ended has no result, and TensorBoard would show a placeholder for it ever after.
+        ended has no result, and TensorBoard would keep showing a placeholder.
         """
         if metrics is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        # The curves' own names would make TensorBoard show their last value, which is not that of the best checkpoint.
+        # Under the curves' own names TensorBoard would show their last value, not that of the best checkpoint.
         results = {f"final/{name}": float(value) for name, value in metrics.items()}
         settings = _flat(vars(params) if isinstance(params, Namespace) else params)
         with naming(self.path):
@@ -260,7 +260,7 @@ class TensorBoard(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring every event to the disk; returns when it is there."""
+        """Write every event and wait until it is on the disk."""
         if self._writer is None:
             return
         with naming(self.path):

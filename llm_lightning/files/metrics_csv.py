@@ -18,16 +18,16 @@ Row = dict[str, str]
 
 
 class Covered(NamedTuple):
-    """Rows of a metrics file, in their order."""
+    """A digest of the first rows of a metrics file."""
 
     n_rows: int = 0
     last: int = -1
     """Step of the last row."""
     sha256: str = ""
-    """Of the digest without the last row, and the cells of that row; columns that are empty in it do not count."""
+    """Chained: over the digest of the rows before the last one, and that row's cells."""
 
     def followed_by(self, rows: Iterable[Row]) -> Covered:
-        """These rows and further ones."""
+        """The same with further rows."""
         n_rows, last, digest = self
         for row in rows:
             n_rows, last = n_rows + 1, int(row["step"])
@@ -35,7 +35,7 @@ class Covered(NamedTuple):
         return Covered(n_rows, last, digest)
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint says of them."""
+        """Plain values for a checkpoint's header."""
         return {"count": self.n_rows, "sha256": self.sha256}
 
 
@@ -43,7 +43,7 @@ def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The curves in a `metrics.csv`: for each metric its (step, value) pairs in order.
 
     Raises:
-        ValueError: if a cell is no number.
+        ValueError: if a cell is not a number.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in parse(Path(path).read_bytes())[1]:
@@ -52,12 +52,12 @@ def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
             try:
                 curves.setdefault(name, []).append((step, float(cell)))
             except ValueError:
-                raise ValueError(f"{path}, step {step}: {name}={cell!r} is no number; delete that line") from None
+                raise ValueError(f"{path}, step {step}: {name}={cell!r} is not a number; delete that line") from None
     return curves
 
 
 def parse(content: bytes) -> tuple[list[str], list[Row]]:
-    """Columns and rows of a metrics file; a line without its end, or with too few cells, was never finished."""
+    """Columns and rows of a metrics file; unfinished lines, without an end or with too few cells, are left out."""
     columns, *lines = _cells(content) or [[]]
     rows = [{name: cell for name, cell in zip(columns, cells, strict=True) if cell}
             for cells in lines if _is_row(cells, columns)]  # fmt: skip
@@ -65,13 +65,13 @@ def parse(content: bytes) -> tuple[list[str], list[Row]]:
 
 
 def unreadable(content: bytes) -> list[int]:
-    """Numbers of the lines that are no rows; the last may have been left so by a killed process."""
+    """Numbers of the lines that are not rows; a killed process may leave the last one unfinished, which does not count."""
     columns, *lines = _cells(content) or [[]]
     return [number for number, cells in enumerate(lines[:-1], start=2) if not _is_row(cells, columns)]
 
 
 def _cells(content: bytes) -> list[list[str]]:
-    """The cells of each line; a line that is damaged, such as by a stray quote, does not take the next ones along."""
+    """The cells of each line; damage in one line, such as a stray quote, does not affect the next ones."""
     whole = content[: content.rfind(b"\n") + 1].decode(errors="replace").replace("\0", "\ufffd")
     return [_split(line.rstrip("\r")) for line in whole.split("\n")[:-1]]
 
