@@ -20,7 +20,7 @@ from llm_lightning.weights import checkpoint as checkpoints
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints through `weights/checkpoint.py`: atomic, with a digest, loaded with `weights_only=True` only."""
+    """Lightning's checkpoints through `weights/checkpoint.py`: atomic, with a digest, `weights_only=True`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         checkpoints.save(path, checkpoint)
