@@ -676,7 +676,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("config: many unknown keys", 300)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.experiments.config_checks import diff_configs, unknown_keys
+    from llm_lightning.experiments.settings.checks import diff_configs, unknown_keys
 
     config = {f"key{i}": {"a": i} for i in range(n)}
     known = {f"known{i}": 1 for i in range(150)}
@@ -685,7 +685,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("config: many labels on the command line", 100)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.experiments.config_checks import check_overrides
+    from llm_lightning.experiments.settings.checks import check_overrides
 
     conf = Path(__file__).resolve().parents[2] / "conf"
     labels = ",".join(f"l{i}" for i in range(n))

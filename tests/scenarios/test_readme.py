@@ -13,7 +13,7 @@ from judge_server import serving
 from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.experiments.config_checks import check_overrides
+from llm_lightning.experiments.settings.checks import check_overrides
 from llm_lightning.experiments.launch import expand_sweep
 from llm_lightning.experiments.pipeline import plan
 
