@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm_lightning.experiments.settings.checks import PRESETS, check_overrides, register_resolvers
-from llm_lightning.experiments.settings.help import group_options, help_text, read_defaults, read_settings
 from llm_lightning.experiments.launch import expand_sweep
 from llm_lightning.experiments.monitors import fill_modes
 from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.settings.checks import PRESETS, check_overrides, register_resolvers
+from llm_lightning.experiments.settings.help import group_options, help_text, read_defaults, read_settings
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments import unforeseen
-from llm_lightning.experiments.settings.overrides import key_of, run_dir_is
 from llm_lightning.experiments.foreign import continued, read_summary, refuse_links
 from llm_lightning.experiments.processes import end_with_parent, start, wait_for
 from llm_lightning.experiments.run_folder import is_main_process
+from llm_lightning.experiments.settings.overrides import key_of, run_dir_is
 from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import guard_messages, one_line, say, visible
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from llm_lightning.experiments.foreign import COMMAND
+from llm_lightning.experiments.launch import continue_run
 from llm_lightning.experiments.settings.checks import (
     MAY_CHANGE,
     check_overrides,
@@ -19,9 +21,7 @@ from llm_lightning.experiments.settings.checks import (
     refuse_changes,
     resolve_target,
 )
-from llm_lightning.experiments.foreign import COMMAND
 from llm_lightning.experiments.settings.help import read_settings
-from llm_lightning.experiments.launch import continue_run
 
 CONF = Path(__file__).parents[2] / "conf"
 
