@@ -289,13 +289,13 @@ def _explained(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _share(count: int, n: int) -> str:
-    from llm_lightning.metrics.answers import wilson_interval
+    from llm_lightning.metrics.intervals import wilson_interval
 
     return _cell(count / n, *wilson_interval(count, n)) if n else "-"
 
 
 def _mean(values: Sequence[float], highest: float = math.inf, digits: int = 3) -> str:
-    from llm_lightning.metrics.answers import mean_interval
+    from llm_lightning.metrics.intervals import mean_interval
 
     return _cell(*mean_interval(values, 0, highest), digits) if values else "-"
 

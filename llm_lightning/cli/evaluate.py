@@ -143,8 +143,8 @@ def evaluate_labelled(
     import torch
 
     from llm_lightning.cli.classify import class_probabilities, predicted_class
-    from llm_lightning.metrics.answers import wilson_interval
     from llm_lightning.metrics.classes import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
+    from llm_lightning.metrics.intervals import wilson_interval
 
     index = {label: number for number, label in enumerate(loaded.labels)}
     unknown = sorted({label for _, label in records} - index.keys())

@@ -352,7 +352,7 @@ def _measures(responses: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 def _mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
-    from llm_lightning.metrics.answers import mean_interval, wilson_interval
+    from llm_lightning.metrics.intervals import mean_interval, wilson_interval
 
     mean, low, high = mean_interval(values, 0, 1)
     if name == "exact_match":

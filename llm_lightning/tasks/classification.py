@@ -20,7 +20,6 @@ from torchmetrics.functional import classification as measures
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample
 from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
 from llm_lightning.losses import IGNORE_INDEX
-from llm_lightning.metrics.answers import wilson_interval
 from llm_lightning.metrics.classes import (
     MOST_SHOWN,
     auroc,
@@ -32,6 +31,7 @@ from llm_lightning.metrics.classes import (
     most_confused,
     softmax_columns,
 )
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.classifier import Classifier, frozen_depth, train_only
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRALinear

@@ -31,7 +31,7 @@ from llm_lightning.losses import (
     token_kl,
     token_log_probs,
 )
-from llm_lightning.metrics.answers import wilson_interval
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRALinear, adapter_state, adapters_off, add_adapter, use_adapter
 from llm_lightning.tasks.base import StepOutput, TaskModule

@@ -488,7 +488,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("answers: most frequent, intervals", 2_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.metrics.answers import mean_interval, most_frequent_answer_score, wilson_interval
+    from llm_lightning.metrics.answers import most_frequent_answer_score
+    from llm_lightning.metrics.intervals import mean_interval, wilson_interval
 
     texts = [f"answer {i}" for i in range(n)]
     return lambda: (most_frequent_answer_score(texts), mean_interval([i / n for i in range(n)]), wilson_interval(3, n))

@@ -23,7 +23,8 @@ from llm_lightning.cli.respond import data_of
 from llm_lightning.data.batches import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
 from llm_lightning.losses import sequence_log_probs, token_log_probs
-from llm_lightning.metrics.answers import exact_match, wilson_interval
+from llm_lightning.metrics.answers import exact_match
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.weights.checkpoint import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
