@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_lightning.losses import IGNORE_INDEX
-from llm_lightning.models.gpt import Packing
+from llm_lightning.models.attention import Packing
 
 WIDTHS = 8
 """Batches are as wide as a multiple of it: for each new width a CPU's kernels are compiled and kept, and tensor cores
@@ -260,8 +260,8 @@ class PairSample(NamedTuple):
 class PreferenceBatch(NamedTuple):
     """B pairs as 2B sequences: the chosen answers 0 .. B-1, the rejected ones B .. 2B-1, each behind its prompt.
 
-    With `hidden = model.hidden_states(input_ids, packing=packing)`, row m of `hidden.flatten(0, 1)[wanted]` predicts
-    `labels[m]`, a token of sequence `branch[m]`. M targets, ordered by sequence and time, alike in both layouts.
+    With `hidden = model.hidden_states(input_ids, Context.of(packing))`, row m of `hidden.flatten(0, 1)[wanted]`
+    predicts `labels[m]`, a token of sequence `branch[m]`. The M targets are ordered by sequence and time.
     """
 
     input_ids: Tensor

@@ -571,7 +571,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def _(n: int, folder: Path) -> Callable[[], Any]:
     import torch
 
-    from llm_lightning.tasks.classification import best_threshold
+    from llm_lightning.metrics.class_report import best_threshold
 
     draw = torch.Generator().manual_seed(0)
     scores, labels = torch.rand(n, generator=draw), torch.randint(2, (n,), generator=draw)

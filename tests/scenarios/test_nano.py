@@ -25,6 +25,7 @@ from llm_lightning.data.pretraining import PretrainingDataModule
 from llm_lightning.losses import sequence_log_probs, token_log_probs
 from llm_lightning.metrics.answers import exact_match
 from llm_lightning.metrics.intervals import wilson_interval
+from llm_lightning.models.attention import Context
 from llm_lightning.weights.checkpoint import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +236,6 @@ def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list
 
 @torch.no_grad()
 def answer_log_probs(loaded: LoadedModel, batch: PreferenceBatch) -> torch.Tensor:
-    hidden = loaded.gpt.hidden_states(batch.input_ids, packing=batch.packing).flatten(0, 1)[batch.wanted]
+    hidden = loaded.gpt.hidden_states(batch.input_ids, Context.of(batch.packing)).flatten(0, 1)[batch.wanted]
     log_probs = token_log_probs(hidden, loaded.gpt.head_weight(), batch.labels)
     return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))

@@ -16,11 +16,13 @@ from torch.utils.data import Dataset
 
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.metrics.class_report import best_threshold
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
-from llm_lightning.tasks.classification import ClassificationModule, best_threshold, wilson_interval
+from llm_lightning.tasks.classification import ClassificationModule
 from llm_lightning.tokenizers import build_tokenizer
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, n_layer=3, n_head=2, n_embd=16)
@@ -101,7 +103,7 @@ def test_stored_and_computed_blocks_give_the_same_losses(
     options = {"trained_blocks": blocks, "causal": causal}
     computed, _ = losses(tmp_path, make_trainer, frozen_cache=False, **options)
     stored, module = losses(tmp_path, make_trainer, **options)
-    assert module._stored is not None
+    assert module.frozen_blocks.store is not None
     assert len(stored) == 24
     assert stored == pytest.approx(computed, abs=1e-5)
 
@@ -111,7 +113,7 @@ def test_padding_that_is_read_is_stored_too(tmp_path: Path, make_trainer: Any, p
     options = {"trained_blocks": 1, "pooling": pooling, "pad_to": 16}
     computed, _ = losses(tmp_path, make_trainer, frozen_cache=False, **options)
     stored, module = losses(tmp_path, make_trainer, **options)
-    assert module._stored is not None
+    assert module.frozen_blocks.store is not None
     assert stored == pytest.approx(computed, abs=1e-5)
 
 
@@ -227,7 +229,7 @@ def test_the_threshold_is_chosen_on_validation_data_alone(tmp_path: Path, make_t
     chosen = module.model.threshold.item()
     trainer.test(module, datamodule=data, verbose=False)
     assert module.model.threshold.item() == chosen
-    seen = module._seen["val"]
+    seen = module.report.evaluated["val"]
     assert chosen == pytest.approx(best_threshold(seen["logits"].softmax(-1)[:, 1], seen["labels"]))
 
 
