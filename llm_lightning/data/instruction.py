@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_lightning.data.base import ConversationDataModule
 from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
-from llm_lightning.data.conversations import check_choices
+from llm_lightning.data.conversations import ConversationDataModule, check_choices
 from llm_lightning.data.records.instruction import read_hugging_face_instructions, read_instructions
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_lightning.data.base import ConversationDataModule
-from llm_lightning.data.batches import (
-    MaskedSample,
+from llm_lightning.data.batches import MaskedSample
+from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.pairs import (
     PairSample,
     PreferenceBatch,
     collate_packed_pairs,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_lightning.data.batches import PreferenceBatch
+from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.files.frozen_cache import FrozenCache, weights_digest
 from llm_lightning.losses import (
     check_preference_loss,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_lightning.data.batches import (
+from llm_lightning.data.pairs import (
     PairSample,
     PreferenceBatch,
     collate_packed_pairs,
