@@ -1,6 +1,6 @@
-"""Named batches, and the one place where labels are shifted.
+"""Named batches of token sequences, and the one place where labels are shifted.
 
-Tensor letters: B batch, T time.
+Tensor letters: B batch, T time, N tokens of a packed batch.
 """
 
 from __future__ import annotations
@@ -12,131 +12,138 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_lightning.data.packing import WIDTHS, common_prefix, laid_out, rounded
+from llm_lightning.data.packing import common_prefix, laid_out, rounded
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.gpt import Packing
+
+
+class Example(NamedTuple):
+    """One sequence for next-token prediction."""
+
+    sample_id: int
+    token_ids: np.ndarray
+    """(n,) the whole sequence, inputs and labels."""
+    is_target: np.ndarray | None = None
+    """(n,) bool: which tokens the loss is taken on; None: all. The first never is: nothing predicts it."""
+
+    @property
+    def sequences(self) -> tuple[Example]:
+        """This one; a pair has two."""
+        return (self,)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def label_mask(self) -> np.ndarray:
+        """(n - 1,) bool: which labels are targets."""
+        return np.ones(len(self.token_ids) - 1, dtype=bool) if self.is_target is None else self.is_target[1:]
+
+    @property
+    def n_targets(self) -> int:
+        return int(self.label_mask.sum())
+
+
+def shifted(example: Example) -> tuple[Tensor, Tensor]:
+    """The one label shift: the label of input t is token t + 1, or IGNORE_INDEX where that is no target.
+
+    Returns:
+        inputs and labels, (n - 1,) int64 each.
+    """
+    tokens = torch.from_numpy(example.token_ids.astype(np.int64))
+    return tokens[:-1], tokens[1:].masked_fill(~torch.from_numpy(example.label_mask), IGNORE_INDEX)
 
 
 class LMBatch(NamedTuple):
     """Next-token prediction: `labels[b, t]` is the token that follows `input_ids[b, t]`."""
 
     input_ids: Tensor
-    """(B, T) int64."""
+    """(B, T) int64; (1, N) with `packing`."""
     labels: Tensor
-    """(B, T) int64, IGNORE_INDEX where there is no target."""
+    """Of the same shape, int64; IGNORE_INDEX where there is no target."""
     n_targets: int
-    """Known on the CPU so that counting never waits for the device."""
+    """Known on the CPU, so that counting never waits for the device."""
     sample_ids: tuple[int, ...]
-    """Which samples these are, for error messages."""
+    """For error messages."""
     packing: Packing | None = None
     """Where the one row of `input_ids` holds several sequences end to end."""
 
 
-class Sample(NamedTuple):
-    """One row before collation."""
+def collate_padded(examples: Sequence[Example], *, pad_id: int, context_length: int | None = None) -> LMBatch:
+    """One row per example, padded on the right.
 
-    sample_id: int
-    token_ids: np.ndarray
-    """(n,) the whole sequence; its first n-1 tokens are inputs, its last n-1 are labels."""
+    With causal attention no real position sees a pad, so no mask is needed. Without examples (a process that ran out
+    of data before the others) the batch is one row of pads without a target.
 
-
-def collate_lm(samples: Sequence[Sample], *, pad_id: int) -> LMBatch:
-    """Pad on the right to the longest sample and shift: the labels of a row are its tokens from the second on.
-
-    With causal attention no real position sees a pad, so no mask is needed. Without samples (a process that ran out
-    of data before the others) the batch is one pad token without a target.
+    Args:
+        context_length: the width is rounded up to a multiple of `WIDTHS` within it; None: the longest example's.
     """
-    length = max((len(sample.token_ids) - 1 for sample in samples), default=1)
-    input_ids = torch.full((max(len(samples), 1), length), pad_id, dtype=torch.int64)
+    width = max((len(example.token_ids) - 1 for example in examples), default=1)
+    if context_length is not None:
+        width = max(width, min(rounded(width), context_length))
+    input_ids = torch.full((max(len(examples), 1), width), pad_id, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, sample in enumerate(samples):
-        tokens = torch.from_numpy(sample.token_ids.astype(np.int64))
-        input_ids[row, : len(tokens) - 1] = tokens[:-1]
-        labels[row, : len(tokens) - 1] = tokens[1:]
-    n_targets = sum(len(sample.token_ids) - 1 for sample in samples)
-    return LMBatch(input_ids, labels, n_targets, tuple(sample.sample_id for sample in samples))
+    for row, example in enumerate(examples):
+        end = len(example.token_ids) - 1
+        input_ids[row, :end], labels[row, :end] = shifted(example)
+    return _lm_batch(input_ids, labels, examples, None)
 
 
-class MaskedSample(NamedTuple):
-    """One sequence of which some tokens are to be learnt."""
+def collate_packed(examples: Sequence[Example], *, pad_id: int, share_prefix: bool = True) -> LMBatch:
+    """All examples end to end in one row, so that only attention sees padding; the last few tokens fill up `WIDTHS`.
 
-    sample_id: int
-    token_ids: np.ndarray
-    """(n,) the whole sequence, inputs and labels."""
-    is_target: np.ndarray
-    """(n,) bool: whether the model learns to write this token. The first cannot be."""
-
-    @property
-    def n_targets(self) -> int:
-        return int(self.is_target[1:].sum())
-
-
-def collate_padded(samples: Sequence[MaskedSample], *, pad_id: int, context_length: int) -> LMBatch:
-    """One row per sample, padded on the right to the longest, rounded up to `WIDTHS`; see `collate_lm`."""
-    longest = max((len(sample.token_ids) - 1 for sample in samples), default=1)
-    width = max(longest, min(rounded(longest), context_length))
-    input_ids = torch.full((max(len(samples), 1), width), pad_id, dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, sample in enumerate(samples):
-        end = len(sample.token_ids) - 1
-        input_ids[row, :end], labels[row, :end] = _inputs_and_labels(sample)
-    return _lm_batch(input_ids, labels, samples, None)
-
-
-def collate_packed(samples: Sequence[MaskedSample], *, pad_id: int, share_prefix: bool = True) -> LMBatch:
-    """All samples end to end in one row, so that only attention sees padding; the last few tokens fill up `WIDTHS`.
-
-    With `share_prefix`, the tokens with which all samples begin and of which none is learnt, such as the preamble of a
-    template, stand there once. Losses and gradients are the same; with dropout they would share its draws.
+    With `share_prefix`, the tokens without a target that all examples begin with, such as the preamble of a template,
+    are stored once. Losses and gradients are the same without dropout; with it, examples would share its draws.
     """
-    n_shared = shared_prefix(samples) if share_prefix else 0
-    shares = [(0, n_shared if row else 0) for row in range(len(samples))]  # the first sample brings the shared tokens
-    laid = laid_out([sample.token_ids[:-1] for sample in samples], shares, pad_id)
+    n_shared = shared_prefix(examples) if share_prefix else 0
+    shares = [(0, n_shared if row else 0) for row in range(len(examples))]  # the first example brings the shared tokens
+    laid = laid_out([example.token_ids[:-1] for example in examples], shares, pad_id)
     labels = torch.full_like(laid.input_ids, IGNORE_INDEX)
-    for row, (sample, (_, skipped)) in enumerate(zip(samples, shares, strict=True)):
-        _, targets = _inputs_and_labels(sample)
+    for row, (example, (_, skipped)) in enumerate(zip(examples, shares, strict=True)):
+        _, targets = shifted(example)
         labels[0, laid.rows[row, skipped : len(targets)]] = targets[skipped:]
-    return _lm_batch(laid.input_ids, labels, samples, laid.packing(_wanted(labels[0])))
+    return _lm_batch(laid.input_ids, labels, examples, laid.packing(_wanted(labels[0])))
 
 
-def shared_prefix(samples: Sequence[MaskedSample]) -> int:
-    """How many tokens all samples begin with, as far as none of their labels is to be learnt."""
-    if len(samples) < 2:
+def packed_length(examples: Sequence[Example], *, share_prefix: bool = True) -> int:
+    """Number of tokens that `collate_packed` lays out."""
+    saved = (len(examples) - 1) * shared_prefix(examples) if share_prefix else 0
+    return sum(len(example.token_ids) - 1 for example in examples) - saved
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Number of tokens that all examples begin with, up to the first target of any."""
+    if len(examples) < 2:
         return 0
-    shared = min(int(sample.is_target[1:].argmax()) for sample in samples)
-    return common_prefix([sample.token_ids[:shared] for sample in samples])
+    shared = min(int(example.label_mask.argmax()) for example in examples)
+    return common_prefix([example.token_ids[:shared] for example in examples])
 
 
 def _wanted(labels: Tensor) -> Tensor:
-    """The positions that have a target, and others until there are a multiple of `WIDTHS`."""
+    """The positions that have a target, filled up with others to a multiple of `WIDTHS`."""
     wanted, others = (labels != IGNORE_INDEX).nonzero()[:, 0], (labels == IGNORE_INDEX).nonzero()[:, 0]
     return torch.cat([wanted, others[: rounded(max(len(wanted), 1)) - len(wanted)]])
 
 
-def _inputs_and_labels(sample: MaskedSample) -> tuple[Tensor, Tensor]:
-    tokens = torch.from_numpy(sample.token_ids.astype(np.int64))
-    labels = tokens[1:].masked_fill(~torch.from_numpy(sample.is_target[1:]), IGNORE_INDEX)
-    return tokens[:-1], labels
-
-
-def _lm_batch(input_ids: Tensor, labels: Tensor, samples: Sequence[MaskedSample], packing: Packing | None) -> LMBatch:
-    n_targets = sum(sample.n_targets for sample in samples)
-    return LMBatch(input_ids, labels, n_targets, tuple(sample.sample_id for sample in samples), packing)
+def _lm_batch(input_ids: Tensor, labels: Tensor, examples: Sequence[Example], packing: Packing | None) -> LMBatch:
+    n_targets = sum(example.n_targets for example in examples)
+    return LMBatch(input_ids, labels, n_targets, tuple(example.sample_id for example in examples), packing)
 
 
 class ClassificationBatch(NamedTuple):
-    """Whole sequences and the class of each."""
+    """Whole sequences, each with its class."""
 
     input_ids: Tensor
     """(B, T) int64, padded on the right."""
     lengths: Tensor
-    """(B,) int64, real tokens of each row, at least 1."""
+    """(B,) int64: tokens of each row that are no padding, at least 1."""
     labels: Tensor
     """(B,) int64 class index, IGNORE_INDEX for the dummy row of an empty batch."""
     n_targets: int
-    """Labelled rows, known on the CPU."""
+    """Labelled rows; known on the CPU."""
     sample_ids: tuple[int, ...]
-    """Which samples these are, for error messages."""
+    """For error messages."""
 
 
 class LabelledSample(NamedTuple):
@@ -151,13 +158,14 @@ class LabelledSample(NamedTuple):
 def collate_classification(
     samples: Sequence[LabelledSample], *, pad_id: int, pad_to: int | None = None, most: int | None = None
 ) -> ClassificationBatch:
-    """Pad on the right to `pad_to` tokens, or to the longest sample, with `most` to one of few widths up to that.
+    """One row per text, padded on the right to `pad_to` tokens, else to the longest text.
 
-    Without samples (a process that ran out of data before the others) the batch is one pad without a label.
+    With `most`, the width of the longest is rounded up to a multiple of `WIDTHS` within it. Without samples (a process
+    that ran out of data before the others) the batch is one row of pads without a label.
     """
     width = max((len(sample.token_ids) for sample in samples), default=1)
     if most is not None:
-        width = min(-(-width // WIDTHS) * WIDTHS, most)
+        width = min(rounded(width), most)
     input_ids = torch.full((max(len(samples), 1), pad_to or width), pad_id, dtype=torch.int64)
     lengths = torch.ones(len(input_ids), dtype=torch.int64)
     labels = torch.full_like(lengths, IGNORE_INDEX)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
-from llm_lightning.data.batches import LMBatch, MaskedSample, collate_padded
+from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.leaks import leaked_prompts, prompt_key
 from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.samples import Rows
@@ -216,7 +216,7 @@ class ConversationDataModule(BaseDataModule, Generic[Record, Sample]):
         """
 
     @abstractmethod
-    def sequences_of(self, sample: Sample) -> list[MaskedSample]:
+    def sequences_of(self, sample: Sample) -> list[Example]:
         """The sequences that a sample holds."""
 
     @abstractmethod

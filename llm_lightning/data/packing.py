@@ -1,4 +1,4 @@
-"""Sequences end to end in one row, with what they share stored once."""
+"""Sequences end to end in one row; a shared prefix is stored once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from llm_lightning.models.gpt import Packing
 
 WIDTHS = 8
-"""Batches are as wide as a multiple of it: for each new width a CPU's kernels are compiled and kept, and tensor cores
-want multiples of 8."""
+"""Widths of batches are multiples of this: a CPU compiles and keeps kernels for each new width, and tensor cores want
+multiples of 8."""
 
 
 class Laid(NamedTuple):
-    """Sequences end to end; see `Packing`."""
+    """Sequences end to end; for the fields see `Packing`."""
 
     input_ids: Tensor
     """(1, N)"""
@@ -30,10 +30,11 @@ class Laid(NamedTuple):
 
 
 def laid_out(sequences: Sequence[np.ndarray], shares: Sequence[tuple[int, int]], pad_id: int) -> Laid:
-    """Lay sequences end to end, without the tokens that an earlier one has brought.
+    """Lay sequences end to end in one row, without the first tokens that a sequence takes from an earlier one.
 
     Args:
-        shares: of each sequence: from which earlier one it takes how many of its first tokens.
+        sequences: (n,) ids each; none: one pad.
+        shares: for each sequence, (index of the earlier one, number of tokens taken from it).
     """
     sequences, shares = sequences or [np.array([pad_id])], shares or [(0, 0)]
     width = rounded(max(map(len, sequences)))
@@ -54,7 +55,7 @@ def laid_out(sequences: Sequence[np.ndarray], shares: Sequence[tuple[int, int]],
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:
-    """How many tokens all sequences begin with."""
+    """Number of tokens that all sequences begin with."""
     first = sequences[0]
     shared = min(map(len, sequences))
     for ids in sequences[1:]:
@@ -64,4 +65,5 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 
 def rounded(length: int) -> int:
+    """`length` rounded up to a multiple of `WIDTHS`."""
     return -(-length // WIDTHS) * WIDTHS
