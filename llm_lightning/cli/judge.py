@@ -152,7 +152,7 @@ def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int 
         FileNotFoundError: if there is no such file.
         ValueError: naming file, record and field of everything that is wrong, the first ten.
     """
-    from llm_lightning.data.corpus.sources import LISTED
+    from llm_lightning.data.reading import LISTED
     from llm_lightning.data.records.json import read_json_records
 
     found = read_json_records(path)[:limit]

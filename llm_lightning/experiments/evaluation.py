@@ -17,7 +17,7 @@ import lightning as L
 import torch
 
 from llm_lightning.callbacks.responses import answer_questions, exact_match_metrics
-from llm_lightning.data.base import ConversationDataModule
+from llm_lightning.data.conversations import ConversationDataModule
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
