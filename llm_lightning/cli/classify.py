@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 TEXTS_AT_ONCE = 1024
 """Texts held in memory, sorted by length so that a batch has little padding."""

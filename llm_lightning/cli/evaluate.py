@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from llm_lightning.data.corpus.token_files import TokenFile
     from llm_lightning.models.gpt import GPT
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 TOKENS_PER_BATCH = 4096
 TUNED = ("sft", "dpo")

@@ -75,7 +75,7 @@ def _named() -> dict[str, Path | Pinned]:
 
 def _of_model(args: argparse.Namespace) -> Shown:
     from llm_lightning.cli.respond import data_of
-    from llm_lightning.weights.checkpoint import load_model
+    from llm_lightning.weights.load import load_model
 
     data = data_of(load_model(args.source))
     batch = data.first_batch(args.split, args.number)

@@ -26,7 +26,7 @@ from llm_lightning.losses import sequence_log_probs, token_log_probs
 from llm_lightning.metrics.answers import exact_match
 from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.attention import Context
-from llm_lightning.weights.checkpoint import LoadedModel, load_model
+from llm_lightning.weights.load import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = json.loads((ROOT / "llm_lightning" / "data" / "embedded" / "short_answers.json").read_text())
