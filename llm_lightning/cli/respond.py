@@ -21,9 +21,9 @@ from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.terminal import inline, say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.data.base import ConversationDataModule
+    from llm_lightning.data.conversations import ConversationDataModule
     from llm_lightning.data.templates import Conversation, Template
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
 COLUMN = "model_response"

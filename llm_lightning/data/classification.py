@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from llm_lightning.data.base import BaseDataModule, Rows, evenly_spaced
+from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.leaks import duplicates, leaked_texts
 from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.records.labelled import LabelledText, read_hugging_face, read_labelled, read_like_pandas
-from llm_lightning.data.splits import grouped_split, normalized
+from llm_lightning.data.samples import Rows
+from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
 from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.terminal import inline, visible
 from llm_lightning.tokenizers import Tokenizer
@@ -144,7 +146,9 @@ class ClassificationDataModule(BaseDataModule):
         self._tokenize()
         self.data_digest = self._digest()
         self._report |= {"records": len(records), "records_over_several_lines": merged, "split": self._split}
-        self._report |= _duplicates([record.text for record in records]) | {"leaks": leaks(self._texts, self.labels)}
+        self._report |= duplicates([record.text for record in records]) | {
+            "leaks": leaked_texts(self._texts, self.labels)
+        }
         for line in self._lines():
             log.info(line)
 
@@ -310,59 +314,6 @@ class ClassificationDataModule(BaseDataModule):
 def _listed(words: Sequence[str]) -> str:
     more = f", ... ({len(words):,} in all)" if len(words) > MOST_LISTED else ""
     return ", ".join(words[:MOST_LISTED]) + more
-
-
-def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:
-    """As many of every class as the smallest has, in their order."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for index in part:
-        members[classes[index]].append(index)
-    least = min(map(len, members.values()))
-    draw = np.random.Generator(np.random.Philox(key=[seed, 1]))
-    kept = {i for label in sorted(members) for i in draw.permutation(members[label])[:least].tolist()}
-    return [index for index in part if index in kept]
-
-
-def book_split(classes: Sequence[int], fractions: tuple[float, float], seed: int) -> dict[str, list[int]]:
-    """The book's chapter 6: undersample class 0 to the size of class 1, shuffle, cut; pandas draws the numbers."""
-    import pandas
-
-    frame = pandas.DataFrame({"label": list(classes)})
-    spam = frame[frame.label == 1]
-    balanced = pandas.concat([frame[frame.label == 0].sample(len(spam), random_state=seed), spam])
-    shuffled = balanced.sample(frac=1, random_state=seed).index.tolist()
-    n_train, n_val = int(len(shuffled) * (1 - sum(fractions))), int(len(shuffled) * fractions[0])
-    return {
-        "train": shuffled[:n_train],
-        "val": shuffled[n_train : n_train + n_val],
-        "test": shuffled[n_train + n_val :],
-    }
-
-
-def leaks(texts: dict[str, list[tuple[str, int]]], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How many texts of `val` and `test` stand in `train`, too: byte for byte, trimmed, normalized."""
-    found = {}
-    ways: dict[str, Callable[[str], str]] = {"exact": str, "trimmed": str.strip, "normalized": normalized}
-    for split in ("val", "test"):
-        rows = texts[split]
-        hits: dict[str, Counter[int]] = {}
-        for way, form in ways.items():
-            seen = {form(text) for text, _ in texts["train"]}
-            hits[way] = Counter(label for text, label in rows if form(text) in seen)
-        of_class = Counter(label for _, label in rows)
-        by_class = {
-            name: {way: hit[index] for way, hit in hits.items()} | {"of": of_class[index]}
-            for index, name in enumerate(labels)
-        }
-        found[split] = {way: hit.total() for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
-    return found
-
-
-def _duplicates(texts: Sequence[str]) -> dict[str, int]:
-    return {
-        "exact_duplicates": len(texts) - len(set(texts)),
-        "normalized_duplicates": len(texts) - len({normalized(text) for text in texts}),
-    }
 
 
 def _facts(

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_lightning.data.base import ConversationDataModule
-from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
-from llm_lightning.data.conversations import check_choices
+from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded, shared_prefix
+from llm_lightning.data.conversations import ConversationDataModule, check_choices
 from llm_lightning.data.records.instruction import read_hugging_face_instructions, read_instructions
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
@@ -56,7 +55,7 @@ class Encoded(NamedTuple):
     """Where the last answer begins."""
 
 
-class InstructionDataModule(ConversationDataModule[Conversation, MaskedSample]):
+class InstructionDataModule(ConversationDataModule[Conversation, Example]):
     """Conversations of which the model learns the answers. For the other settings see `ConversationDataModule`.
 
     Args:
@@ -102,24 +101,22 @@ class InstructionDataModule(ConversationDataModule[Conversation, MaskedSample]):
     def texts_of(self, record: Conversation) -> Iterable[str]:
         yield self.template.text_of(record)
 
-    def samples_of(
-        self, records: Sequence[Conversation], counts: Counter[str]
-    ) -> tuple[list[MaskedSample], dict[str, Any]]:
+    def samples_of(self, records: Sequence[Conversation], counts: Counter[str]) -> tuple[list[Example], dict[str, Any]]:
         options = {"loss_on": self._loss_on, "eos_targets": self._eos_targets}
         encoded = [encode(self.tokenizer, self.template, one, **options) for one in records]
         fitted = [self._fitted(one, counts) for one in encoded]
-        rows = [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(fitted) if one is not None]
+        rows = [Example(index, one.ids, one.is_target) for index, one in enumerate(fitted) if one is not None]
         return rows, _facts(encoded, rows)
 
-    def sequences_of(self, sample: MaskedSample) -> list[MaskedSample]:
+    def sequences_of(self, sample: Example) -> list[Example]:
         return [sample]
 
-    def positions_of(self, samples: Sequence[MaskedSample]) -> tuple[int, int]:
+    def positions_of(self, samples: Sequence[Example]) -> tuple[int, int]:
         lengths = [len(sample.token_ids) - 1 for sample in samples]
         saved = (len(samples) - 1) * shared_prefix(samples) if self.share_prefix else 0
         return len(samples) * max(lengths), sum(lengths) - saved
 
-    def collator(self) -> Callable[[Sequence[MaskedSample]], LMBatch]:
+    def collator(self) -> Callable[[Sequence[Example]], LMBatch]:
         if self.is_packed:
             return partial(collate_packed, pad_id=self.pad_id, share_prefix=self.share_prefix)
         return partial(collate_padded, pad_id=self.pad_id, context_length=self.context_length)
@@ -183,7 +180,7 @@ def encode(
     return Encoded(np.concatenate(ids), np.concatenate(targets), np.concatenate(answers), answer_at)
 
 
-def _facts(encoded: Sequence[Encoded], rows: Sequence[MaskedSample]) -> dict[str, Any]:
+def _facts(encoded: Sequence[Encoded], rows: Sequence[Example]) -> dict[str, Any]:
     lengths = [len(one.ids) for one in encoded]
     return {
         "records": len(rows),

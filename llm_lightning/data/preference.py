@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from llm_lightning.data.base import ConversationDataModule
-from llm_lightning.data.batches import (
-    MaskedSample,
+from llm_lightning.data.batches import Example
+from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.pairs import (
     PairSample,
     PreferenceBatch,
     collate_packed_pairs,
     collate_padded_pairs,
-    packed_length,
+    packed_pairs_length,
 )
 from llm_lightning.data.records.preference import PreferencePair, read_hugging_face_preferences, read_preferences
 from llm_lightning.data.templates import Conversation, Template
@@ -105,15 +105,15 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
                 rows.append(one)
         return rows, _facts(rows) if rows else {}
 
-    def sequences_of(self, sample: PairSample) -> list[MaskedSample]:
-        return [sample.chosen, sample.rejected]
+    def sequences_of(self, sample: PairSample) -> list[Example]:
+        return list(sample.sequences)
 
     def preview_titles(self, n_rows: int) -> list[str]:
         return titles_of_pairs(n_rows)
 
     def positions_of(self, samples: Sequence[PairSample]) -> tuple[int, int]:
         longest = max(len(one.prompt_ids) + max(len(one.chosen_ids), len(one.rejected_ids)) for one in samples)
-        return 2 * len(samples) * (longest - 1), packed_length(samples, share_prefix=self.share_prefix)
+        return 2 * len(samples) * (longest - 1), packed_pairs_length(samples, share_prefix=self.share_prefix)
 
     def collator(self) -> Callable[[Sequence[PairSample]], PreferenceBatch]:
         if self.is_packed:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
-from llm_lightning.data.batches import LMBatch, Sample, collate_lm
+from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
 from llm_lightning.data.samples import Windows
@@ -93,8 +93,8 @@ class PretrainingDataModule(BaseDataModule):
     def digest_of_source(self) -> str:
         return self._source.digest()
 
-    def collator(self) -> Callable[[Sequence[Sample]], LMBatch]:
-        return partial(collate_lm, pad_id=0)
+    def collator(self) -> Callable[[Sequence[Example]], LMBatch]:
+        return partial(collate_padded, pad_id=0)
 
     def preview(self, n: int) -> str:
         lines = []

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from llm_lightning.data.batches import Sample
+from llm_lightning.data.batches import Example
 
 One = TypeVar("One")
 
@@ -51,9 +51,9 @@ class Windows(Dataset):
     def __len__(self) -> int:
         return self.n_windows
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Example:
         start = index * self.stride
-        return Sample(index, np.asarray(self.tokens[start : start + self.length + 1]))
+        return Example(index, np.asarray(self.tokens[start : start + self.length + 1]))
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a memory map only where it is: a loader process that is not forked would be sent all its content."""

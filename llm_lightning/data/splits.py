@@ -97,3 +97,30 @@ def joined_groups(*keys: Sequence[str]) -> list[str]:
         for other in others:
             parent[root(other)] = root(first)
     return ["{} {}".format(*root((0, key))) for key in keys[0]]
+
+
+def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:
+    """As many of every class as the smallest has, in their order."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for index in part:
+        members[classes[index]].append(index)
+    least = min(map(len, members.values()))
+    draw = np.random.Generator(np.random.Philox(key=[seed, 1]))
+    kept = {i for label in sorted(members) for i in draw.permutation(members[label])[:least].tolist()}
+    return [index for index in part if index in kept]
+
+
+def book_split(classes: Sequence[int], fractions: tuple[float, float], seed: int) -> dict[str, list[int]]:
+    """The book's chapter 6: undersample class 0 to the size of class 1, shuffle, cut; pandas draws the numbers."""
+    import pandas
+
+    frame = pandas.DataFrame({"label": list(classes)})
+    spam = frame[frame.label == 1]
+    balanced = pandas.concat([frame[frame.label == 0].sample(len(spam), random_state=seed), spam])
+    shuffled = balanced.sample(frac=1, random_state=seed).index.tolist()
+    n_train, n_val = int(len(shuffled) * (1 - sum(fractions))), int(len(shuffled) * fractions[0])
+    return {
+        "train": shuffled[:n_train],
+        "val": shuffled[n_train : n_train + n_val],
+        "test": shuffled[n_train + n_val :],
+    }

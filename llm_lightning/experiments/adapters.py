@@ -16,9 +16,12 @@ from omegaconf import DictConfig
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
+from llm_lightning.models.lora import merge_and_unload
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.checkpoint import LoadedModel
+from llm_lightning.weights.adapters import save_adapter
+from llm_lightning.weights.digests import base_digest, digest_under
+from llm_lightning.weights.load import LoadedModel, load_model, resolve
 
 ADAPTER = "adapter.ckpt"
 EXACT = ("32-true", "64-true", "16-mixed")
@@ -29,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def adapter_lineage(model: GPT | Classifier, parent: LoadedModel) -> dict[str, Any]:
     """What a checkpoint says of the weights under its adapters: their digest, and that of the file they came from."""
-    return {"base": checkpoints.base_digest(model), "base_of": parent.header["digest"]}
+    return {"base": base_digest(model), "base_of": parent.header["digest"]}
 
 
 def continued_lineage(header: Mapping[str, Any], own: LoadedModel | None) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def continued_lineage(header: Mapping[str, Any], own: LoadedModel | None) -> dic
     lineage.setdefault("base", None)
     if own is None or not header.get("lora") or lineage.get("base_of") is not None:
         return lineage
-    frozen = checkpoints.base_digest(own.model)
+    frozen = base_digest(own.model)
     if header["config"]["trainer"]["precision"] in EXACT:
         lineage["base"] = frozen
     elif frozen != lineage["base"]:
@@ -57,7 +60,7 @@ def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
     """The digest of the weights that the run began with; None, with a warning, if they are not there any more."""
     lineage = header["lineage"]
     try:
-        parent = checkpoints.load_model(lineage["parent_name"])
+        parent = load_model(lineage["parent_name"])
         if parent.header["digest"] != lineage["parent"]:
             raise ValueError("they have changed since")
     except (OSError, ValueError) as error:
@@ -68,7 +71,7 @@ def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
             error,
         )
         return None
-    return checkpoints.digest_under(dict(header), checkpoints.merged_trunk(parent.model))
+    return digest_under(dict(header), merge_and_unload(parent.model).trunk)
 
 
 def refuse_lost_adapters(cfg: DictConfig, module: TaskModule) -> None:
@@ -86,9 +89,9 @@ def refuse_lost_adapters(cfg: DictConfig, module: TaskModule) -> None:
 
 def write_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:
     """Write `adapter.ckpt`, the best adapter alone, if the run has adapters for known weights."""
-    source = checkpoints.resolve(run.path)
+    source = resolve(run.path)
     if lineage["base"] is not None and source is not None:
-        checkpoints.save_adapter(source, run.checkpoints / ADAPTER, lineage)
+        save_adapter(source, run.checkpoints / ADAPTER, lineage)
 
 
 def mend_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 
 from llm_lightning.callbacks.responses import answer_questions, exact_match_metrics
-from llm_lightning.data.base import ConversationDataModule
+from llm_lightning.data.conversations import ConversationDataModule
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
@@ -26,7 +26,8 @@ from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tasks.reference import reference_of_before
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.checkpoint import CheckpointError, LoadedModel
+from llm_lightning.weights.checkpoint import CheckpointError
+from llm_lightning.weights.load import LoadedModel, resolve
 
 TASKS: dict[str, type[TaskModule]] = {"sft": SFTModule, "dpo": DPOModule}
 """A class that a checkpoint names is never built."""
@@ -91,7 +92,7 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
 
     An adapter alone holds no reference; that is what its base gives without it, as at the start of its run.
     """
-    header, path = loaded.header, checkpoints.resolve(checkpoint)
+    header, path = loaded.header, resolve(checkpoint)
     assert path is not None, "weights of others name no task"
     try:
         options = {key: value for key, value in header["config"]["task"].items() if key != "_target_"}

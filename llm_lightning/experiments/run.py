@@ -51,11 +51,12 @@ from llm_lightning.experiments.whereabouts import (
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.lora import merge_and_unload
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
 from llm_lightning.terminal import say, say_lines
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.checkpoint import LoadedModel, load_model, merged_trunk
+from llm_lightning.weights.load import LoadedModel, load_model, rebuild_model
 
 log = logging.getLogger(__name__)
 
@@ -358,7 +359,9 @@ def build_model(cfg: DictConfig, task: type[TaskModule], tokenizer: Tokenizer, p
         )
     if isinstance(parent.model, Classifier) and task.uses_lm_head:
         raise ValueError(f"init_from={cfg.init_from} is a classifier without a language-model head; give a GPT")
-    return adapt(merged_trunk(parent.model), GPTConfig(**chosen), cfg.model.activation_checkpointing, task.uses_lm_head)
+    return adapt(
+        merge_and_unload(parent.model).trunk, GPTConfig(**chosen), cfg.model.activation_checkpointing, task.uses_lm_head
+    )
 
 
 def with_head_of(parent: LoadedModel, trunk: GPT, options: Mapping[str, Any]) -> Classifier:
@@ -406,9 +409,7 @@ def adapt(model: GPT, wanted: GPTConfig, activation_checkpointing: bool, keep_he
         state["lm_head.weight"] = state["token_embedding.weight"]
     if is_untied:
         state["lm_head.weight"] = state["token_embedding.weight"].clone()
-    adapted = checkpoints.build_model(
-        {"model": asdict(config)}, {name: tensor.float() for name, tensor in state.items()}
-    )
+    adapted = rebuild_model({"model": asdict(config)}, {name: tensor.float() for name, tensor in state.items()})
     assert isinstance(adapted, GPT)
     adapted.activation_checkpointing = activation_checkpointing
     return adapted.train()

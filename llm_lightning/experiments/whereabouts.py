@@ -19,7 +19,8 @@ from llm_lightning.experiments.foreign import NO_FILE, SHOWN, read_command, reco
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.files.places import as_setting, candidates, existing, place_of
 from llm_lightning.terminal import one_line
-from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checkpoint import verify
+from llm_lightning.weights.load import load_model, resolve
 
 Built = TypeVar("Built")
 
@@ -122,8 +123,8 @@ def places_of(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, lineage
 
 def digest_at(name: str) -> str:
     """The digest of the weights that a path or name means."""
-    path = checkpoints.resolve(name)
-    return checkpoints.verify(path) if path is not None else checkpoints.load_model(name).header["digest"]
+    path = resolve(name)
+    return verify(path) if path is not None else load_model(name).header["digest"]
 
 
 def _weights_at(cfg: DictConfig, run: RunFolder, key: str, typed: str) -> str:

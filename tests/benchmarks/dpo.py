@@ -148,7 +148,7 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     from llm_lightning.optim import AdamWConfig, ConstantConfig
     from llm_lightning.tasks.dpo import DPOModule
     from llm_lightning.tokenizers import build_tokenizer
-    from llm_lightning.weights.checkpoint import load_model
+    from llm_lightning.weights.load import load_model
 
     os.environ["LLM_LIGHTNING_CACHE"] = str(folder / "cache" / str(os.getpid()))
     tokenizer = build_tokenizer("gpt2")

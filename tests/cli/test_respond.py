@@ -14,7 +14,7 @@ from llm_lightning.cli.respond import progress_path
 from llm_lightning.data.templates import Conversation, Turn, choose_template
 from llm_lightning.inference.generation import generate
 from llm_lightning.inference.respond import respond
-from llm_lightning.weights.checkpoint import load_model
+from llm_lightning.weights.load import load_model
 
 TEMPLATE = "{instruction} {input} {response}"
 

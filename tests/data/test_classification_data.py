@@ -14,14 +14,11 @@ import pytest
 from llm_lightning.data.classification import (
     NAMED,
     ClassificationDataModule,
-    book_split,
-    grouped_split,
-    leaks,
-    normalized,
-    undersampled,
 )
+from llm_lightning.data.leaks import leaked_texts
 from llm_lightning.data.order import BUCKET, bucketed_order
 from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
+from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
 from llm_lightning.tokenizers import build_tokenizer
 
 BYTES = build_tokenizer("byte")
@@ -99,7 +96,7 @@ def test_undersampling_keeps_the_order_and_all_of_the_smallest_class() -> None:
 
 def test_leaks_by_hand() -> None:
     texts = {"train": [("win", 1), ("hello ", 0)], "val": [("new", 0)], "test": [("win", 1), ("hello", 0), ("WIN!", 1)]}
-    found = leaks(texts, ["ham", "spam"])["test"]
+    found = leaked_texts(texts, ["ham", "spam"])["test"]
     assert (found["exact"], found["trimmed"], found["normalized"], found["of"]) == (1, 2, 3, 3)
     assert found["classes"] == {
         "ham": {"exact": 0, "trimmed": 1, "normalized": 1, "of": 1},

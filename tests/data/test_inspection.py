@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from llm_lightning.data.batches import LMBatch, MaskedSample, collate_padded
+from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.inspection import PAD, as_html, as_text
 from llm_lightning.tokenizers import build_tokenizer
 
@@ -20,7 +20,7 @@ def batch_of(*rows: tuple[list[int], list[int]]) -> LMBatch:
     for index, (ids, learnt) in enumerate(rows):
         is_target = np.zeros(len(ids), bool)
         is_target[learnt] = True
-        samples.append(MaskedSample(index, np.array(ids), is_target))
+        samples.append(Example(index, np.array(ids), is_target))
     return collate_padded(samples, pad_id=END, context_length=64)
 
 

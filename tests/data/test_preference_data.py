@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_lightning.data.batches import (
+from llm_lightning.data.pairs import (
     PairSample,
     PreferenceBatch,
     collate_packed_pairs,
     collate_padded_pairs,
-    packed_length,
+    packed_pairs_length,
 )
 from llm_lightning.data.preference import PreferenceDataModule
 from llm_lightning.data.records.preference import read_preferences
@@ -468,8 +468,8 @@ def test_packed_pairs_hold_what_is_shared_once() -> None:
         [0, 1, 5],
         [0, 1, 5, 6],
     ]
-    assert packed_length([one, other]) == 7
-    assert packed_length([one, other], share_prefix=False) == 5 + 4 + 3 + 4
+    assert packed_pairs_length([one, other]) == 7
+    assert packed_pairs_length([one, other], share_prefix=False) == 5 + 4 + 3 + 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -520,11 +520,9 @@ def test_what_packing_saves_is_measured(tmp_path: Path) -> None:
     for batch, same in zip(data.train_dataloader(), padded.train_dataloader(), strict=True):
         assert batch.sample_ids == same.sample_ids
         samples = [data.train_samples.rows[index] for index in batch.sample_ids]  # type: ignore[attr-defined]
-        n_packed += packed_length(samples)
-        assert batch.input_ids.size(1) == -(-packed_length(samples) // 8) * 8
-        n_padded += len(same.input_ids) * max(
-            len(s.token_ids) - 1 for pair in samples for s in (pair.chosen, pair.rejected)
-        )
+        n_packed += packed_pairs_length(samples)
+        assert batch.input_ids.size(1) == -(-packed_pairs_length(samples) // 8) * 8
+        n_padded += len(same.input_ids) * max(len(s.token_ids) - 1 for pair in samples for s in pair.sequences)
     assert data.report()["saved_by_packing"] == pytest.approx(1 - n_packed / n_padded, abs=1e-4)
     shared = data.report()["saved_by_packing"]
     data.choose_layout(share_prefix=False)
@@ -551,7 +549,7 @@ def test_every_epoch_shows_every_pair_once(tmp_path: Path, bucket: bool) -> None
     assert seen[0] != seen[1]
     evaluated = [index for batch in data.val_dataloader()[0] for index in batch.sample_ids]
     assert sorted(evaluated) == list(range(15))
-    lengths = [sum(len(s.token_ids) for s in (one.chosen, one.rejected)) for one in data.eval_samples["val"].rows]  # type: ignore[attr-defined]
+    lengths = [sum(len(s.token_ids) for s in one.sequences) for one in data.eval_samples["val"].rows]  # type: ignore[attr-defined]
     assert ([lengths[i] for i in evaluated] == sorted(lengths)) == bucket
 
 

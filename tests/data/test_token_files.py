@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_lightning.data.corpus import encoding
 from llm_lightning.data.corpus import token_files as module
 from llm_lightning.data.corpus.sources import InMemory, Source, open_source
 from llm_lightning.data.corpus.token_files import build_token_files
@@ -74,7 +75,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "byte", "word", "bpe"])
 @pytest.mark.parametrize("piece", [1, 50, 1 << 18])
 def test_ids_are_those_of_whole_documents(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(encoding, "PIECE", piece)
     documents = [random_text(n, seed=n) for n in (1000, 1, 300, 7)]
     tokenizer = train_tokenizer(name, 400 if name == "bpe" else None, documents if name in ("word", "bpe") else ())
     for add_eot in (True, False):
@@ -89,7 +90,7 @@ def test_ids_are_those_of_whole_documents(name: str, piece: int, monkeypatch: py
 
 
 def test_a_document_without_any_split_point_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 10)
+    monkeypatch.setattr(encoding, "PIECE", 10)
     tokenizer = build_tokenizer("gpt2")
     for text in ("a" * 5000, "ab " * 3 + "-" * 2000 + " end of it", "\n" * 3000):
         assert build_token_files(source_of(text), tokenizer, val_fraction=0)[

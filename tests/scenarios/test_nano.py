@@ -19,13 +19,14 @@ from judge_server import serving
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import data_of
-from llm_lightning.data.batches import PreferenceBatch
+from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.losses import sequence_log_probs, token_log_probs
-from llm_lightning.metrics.answers import exact_match, wilson_interval
+from llm_lightning.metrics.answers import exact_match
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.attention import Context
-from llm_lightning.weights.checkpoint import LoadedModel, load_model
+from llm_lightning.weights.load import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = json.loads((ROOT / "llm_lightning" / "data" / "embedded" / "short_answers.json").read_text())

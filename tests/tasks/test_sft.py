@@ -20,7 +20,7 @@ from record_gradients import AnswersDataModule, tiny_sft_module, train
 from test_base import assert_close, record
 from torch import Tensor, nn
 
-from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
+from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded, shared_prefix
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.attention import Context
@@ -251,9 +251,7 @@ def test_cut_answer_is_the_books_allowed_max_length(tmp_path: Path) -> None:
 def test_the_books_collate_example_to_the_letter() -> None:
     rows = [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]]
     pad = 50256
-    samples = [
-        MaskedSample(index, np.array([*ids, pad]), np.ones(len(ids) + 1, bool)) for index, ids in enumerate(rows)
-    ]
+    samples = [Example(index, np.array([*ids, pad]), np.ones(len(ids) + 1, bool)) for index, ids in enumerate(rows)]
     batch = collate_padded(samples, pad_id=pad, context_length=1024)
     assert batch.input_ids[:, :5].tolist() == [[0, 1, 2, 3, 4], [5, 6, pad, pad, pad], [7, 8, 9, pad, pad]]
     assert batch.labels[:, :5].tolist() == [
@@ -271,7 +269,7 @@ def test_the_books_collate_example_to_the_letter() -> None:
 
 def random_samples(
     lengths: Sequence[int], seed: int = 0, vocab_size: int = SMALL.vocab_size, preamble: int = 0
-) -> list[MaskedSample]:
+) -> list[Example]:
     """Tokens of which about half are learnt, here and there as in conversations of several turns; the last always.
 
     They begin with the same `preamble` tokens, of which none is learnt.
@@ -284,7 +282,7 @@ def random_samples(
         is_target[:preamble], is_target[-1] = False, True
         ids = draw.integers(0, vocab_size, length)
         ids[:preamble] = common[:length]
-        samples.append(MaskedSample(index, ids, is_target))
+        samples.append(Example(index, ids, is_target))
     return samples
 
 
@@ -366,8 +364,8 @@ def all_states(model: GPT, batch: LMBatch) -> Tensor:
 
 
 def test_the_shared_prefix_ends_before_what_differs_or_is_learnt() -> None:
-    def sample(ids: list[int], learnt: list[int]) -> MaskedSample:
-        return MaskedSample(0, np.array(ids), np.isin(np.arange(len(ids)), learnt))
+    def sample(ids: list[int], learnt: list[int]) -> Example:
+        return Example(0, np.array(ids), np.isin(np.arange(len(ids)), learnt))
 
     one, other = sample([1, 2, 3, 4, 5], [3, 4]), sample([1, 2, 3, 9, 5, 6], [4, 5])
     assert shared_prefix([one, other]) == 2, "the third token's label is the fourth, which the first record learns"
@@ -417,7 +415,7 @@ def test_no_gradient_reaches_another_record() -> None:
     """Tokens of their own for each record, an untied head, and a loss on the middle one alone."""
     model = randomize(GPT(GPTConfig(**{**SMALL.__dict__, "tied_head": False})), seed=3)
     rows = [np.arange(1, 10), np.arange(11, 20), np.arange(21, 30)]
-    samples = [MaskedSample(index, ids, np.full(9, index == 1)) for index, ids in enumerate(rows)]
+    samples = [Example(index, ids, np.full(9, index == 1)) for index, ids in enumerate(rows)]
     mean_loss(task(model), collate_packed(samples, pad_id=0))
     touched = model.token_embedding.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
     assert touched == list(range(11, 19))  # the last token is no input

@@ -15,15 +15,15 @@ import json
 import logging
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from llm_lightning.files.atomic import naming, write_atomically
-from llm_lightning.files.download import Pinned, cache_dir, commit, download, locked, sha256_of
+from llm_lightning.data.hugging_face import hugging_face_file
+from llm_lightning.data.reading import JSONL_SUFFIXES, LISTED, TextFile, checked_text, unique_fields
+from llm_lightning.files.download import Pinned, download
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,8 @@ NAMED = {
     ),
 }
 
-JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 FOLDER_SUFFIXES = {".txt", ".text", ".md", ".rst"} | JSONL_SUFFIXES
 """What is taken from a folder; a file that is named, or matched by a glob, is taken whatever its suffix."""
-
-CHUNK = 1 << 20  # bytes of a text file that are decoded at once
-LISTED = 10  # bad lines that an error lists; it counts all of them
 
 
 @dataclass(frozen=True)
@@ -146,43 +142,14 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class TextFile:
-    """A file that is one document: strict UTF-8, a byte-order mark dropped, line ends and NULs kept as they are."""
+class WholeFile:
+    """A file that is one document."""
 
     path: Path
 
     def documents(self) -> Iterator[Document]:
         """Yield the one document."""
-        yield Document(str(self.path), self)
-
-    def __iter__(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with self.path.open("rb") as file:
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            while True:
-                position = file.tell() - len(decoder.getstate()[0])
-                data = file.read(CHUNK)
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    raise ValueError(_not_utf8(self.path, position + error.start, error)) from error
-                if text:
-                    yield text
-                if not data:
-                    return
-
-
-def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> str:
-    line, rest = 1, offset
-    with path.open("rb") as file:
-        while rest and (data := file.read(min(CHUNK, rest))):
-            line += data.count(b"\n")
-            rest -= len(data)
-    return (
-        f"{path}, line {line}: byte {offset} (0x{error.object[error.start]:02x}) is not valid UTF-8 "
-        f"({error.reason}); convert the file, for example with iconv -f latin1 -t utf-8"
-    )
+        yield Document(str(self.path), TextFile(self.path))
 
 
 @dataclass(frozen=True)
@@ -235,46 +202,7 @@ def _text_of(line: bytes, text_field: str) -> str:
         raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    return _checked_text(record, text_field)
-
-
-def _checked_text(record: Any, text_field: str) -> str:
-    if not isinstance(record, Mapping):
-        raise ValueError(f"a JSON {type(record).__name__}, not an object")
-    if text_field not in record:
-        raise ValueError(f"no field '{text_field}'; its fields: {', '.join(map(repr, record)) or 'none'}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"field '{text_field}' holds {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"field '{text_field}' holds half a surrogate pair at character {error.start}") from error
-    return text
-
-
-def refuse_bad(source: str | Path, bad: Sequence[str]) -> None:
-    """Raise ValueError if there are bad records, with how many there are and the first of them.
-
-    Args:
-        bad: place and reason of each.
-    """
-    if bad:
-        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
-        raise ValueError(f"{source}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
-
-
-def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make the dict of a JSON object, for `object_pairs_hook`.
-
-    Raises:
-        ValueError: if a field stands twice.
-    """
-    record = dict(pairs)
-    if len(record) < len(pairs):  # json would silently keep the last one
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"field '{next(name for name, count in counts.items() if count > 1)}' stands twice")
-    return record
+    return checked_text(record, text_field)
 
 
 def open_source(
@@ -314,7 +242,7 @@ def open_source(
         # The texts differ a little between Python versions, the topics' names do not.
         return Source(name, [InMemory(dict(python_reference.documents()), names_split=True)])
     if name in NAMED:
-        return Source(name, [TextFile(download(NAMED[name]))])
+        return Source(name, [WholeFile(download(NAMED[name]))])
     known = [EMBEDDED, *NAMED]
     near = difflib.get_close_matches(name or "", known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -322,7 +250,7 @@ def open_source(
 
 
 def _reader(file: Path, text_field: str) -> Reader:
-    return JsonLines(file, text_field) if file.suffix.lower() in JSONL_SUFFIXES else TextFile(file)
+    return JsonLines(file, text_field) if file.suffix.lower() in JSONL_SUFFIXES else WholeFile(file)
 
 
 def _words(
@@ -378,78 +306,3 @@ def _texts_in(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.suffix.lower() in FOLDER_SUFFIXES and not hidden and file.is_file():
             yield file
-
-
-def hugging_face_file(
-    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...] = ()
-) -> Path:
-    """Stream a dataset into one JSONL file of the cache, once; return the file.
-
-    Args:
-        wanted_fields: the text, and others; none: all. A class index becomes the name that the dataset gives it.
-
-    Raises:
-        ValueError: the dataset, its split or its fields cannot be had, with the reason.
-    """
-    wanted = [name, config, split, revision, *wanted_fields, _local_state(Path(name))]
-    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    target = cache_dir() / "huggingface" / f"{Path(name).name}-{key}.jsonl"
-    manifest = target.with_suffix(".sha256")
-    with locked(target):
-        if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
-            temporary = target.with_suffix(".tmp")
-            try:
-                with naming(target):
-                    _write_rows(_rows(name, config, split, revision, wanted_fields), temporary)
-                write_atomically(manifest, sha256_of(temporary))
-                commit(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
-    return target
-
-
-def _local_state(folder: Path) -> list[tuple[str, int, int]]:
-    """Return what tells that a data set in a local folder has changed; a hub's name has nothing here."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _rows(
-    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        for number, row in enumerate(rows):
-            try:
-                if wanted_fields:
-                    _checked_text(row, wanted_fields[0])
-                yield {field: _class_name(row, field, rows.features) for field in wanted_fields or row}
-            except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from error
-    except Exception as error:  # the library and the hub behind it raise dozens of types, network errors included
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"cannot read the Hugging Face dataset {name} (config {config}, split {split}): {reason}; check "
-            f"data.hf_dataset, data.hf_config, data.hf_split and data.text_field, or give local files with data.path"
-        ) from error
-
-
-def _class_name(row: Mapping[str, Any], field: str, features: Any) -> Any:
-    """The value of a field, a class index by its name."""
-    if field not in row:
-        raise ValueError(f"no field '{field}'; its fields: {', '.join(map(repr, row))}")
-    feature = features.get(field) if features is not None else None
-    to_name = getattr(feature, "int2str", None)
-    return to_name(row[field]) if to_name is not None and row[field] is not None else row[field]
-
-
-def _write_rows(rows: Iterable[dict[str, Any]], temporary: Path) -> None:
-    from tqdm import tqdm
-
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in tqdm(rows, desc="downloading rows", unit=" rows", disable=None):
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

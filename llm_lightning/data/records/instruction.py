@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_lightning.data.corpus.sources import hugging_face_file, refuse_bad
+from llm_lightning.data.hugging_face import hugging_face_file
+from llm_lightning.data.reading import refuse_bad
 from llm_lightning.data.records.json import ROLES, read_json_records
 from llm_lightning.data.templates import Conversation, Turn
 

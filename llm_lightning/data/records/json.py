@@ -13,7 +13,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.corpus.sources import JSONL_SUFFIXES, TextFile, refuse_bad, unique_fields
+from llm_lightning.data.reading import JSONL_SUFFIXES, TextFile, refuse_bad, unique_fields
 
 ROLES = ("system", "user", "assistant")
 _ROLE_OF = {role: role for role in ROLES} | {"instruction": "user", "output": "assistant"}

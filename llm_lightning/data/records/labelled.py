@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.corpus.sources import JSONL_SUFFIXES, TextFile, hugging_face_file, refuse_bad, unique_fields
+from llm_lightning.data.hugging_face import hugging_face_file
+from llm_lightning.data.reading import JSONL_SUFFIXES, TextFile, refuse_bad, unique_fields
 
 SUFFIXES = (".csv", ".tsv", *JSONL_SUFFIXES)
 
