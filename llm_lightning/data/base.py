@@ -6,13 +6,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from llm_lightning.data.order import BatchOrder, limited, spread_sample
+from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.workers import Loader, are_forked, begin_with
 from llm_lightning.tokenizers import Tokenizer
 
@@ -33,6 +34,7 @@ class BaseDataModule(L.LightningDataModule):
         num_workers: loader processes; 0 is fastest for memory-mapped tokens.
         shuffle: a new order of the training samples every epoch.
         drop_last: leave out the last samples of an epoch that do not fill a batch.
+        bucket: batches of similar length instead of a plain shuffle; the samples then have `n_tokens`.
         eval_batches: how many batches of training data are evaluated, without dropout, for `train/eval_loss`.
         seed: of the shuffle.
     """
@@ -52,6 +54,7 @@ class BaseDataModule(L.LightningDataModule):
         num_workers: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        bucket: bool = False,
         eval_batches: int = 8,
         seed: int = 0,
     ) -> None:
@@ -59,10 +62,11 @@ class BaseDataModule(L.LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.shuffle, self.drop_last, self.bucket = shuffle, drop_last, bucket
         self.eval_batches, self.seed = eval_batches, seed
         self.test_samples = {}
         self._train_order: BatchOrder | None = None
+        self._lengths: WeakKeyDictionary[Dataset, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
         self._resume_at = (0, 0)
 
     @abstractmethod
@@ -97,9 +101,29 @@ class BaseDataModule(L.LightningDataModule):
         """`data_digest` before anything is built, where that is cheaper; else None. May be overridden."""
         return None
 
+    def class_of(self, sample: Any) -> int:
+        """The class whose share every batch keeps where batches have similar lengths. May be overridden."""
+        return 0
+
     def order_of(self, samples: Dataset, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
-        """epoch -> the order of `samples`; None: shuffled for training, as they stand otherwise. May be overridden."""
-        return None
+        """epoch -> the order of `samples`; None: shuffled for training, as they stand otherwise.
+
+        Lengths are measured when an order is first needed, once per data set: counting batches needs none.
+        """
+        if not self.bucket or (is_training and not self.shuffle):
+            return None
+        if not is_training:
+            return lambda epoch: np.argsort(self._measured(samples)[0], kind="stable")
+        return lambda epoch: bucketed_order(*self._measured(samples), seed=self.seed, epoch=epoch)
+
+    def _measured(self, samples: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The number of tokens and the class of every sample, (n,) int64 each."""
+        if samples not in self._lengths:
+            rows = [samples[index] for index in range(len(samples))]
+            pairs = [(row.n_tokens, self.class_of(row)) for row in rows]
+            lengths, classes = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+            self._lengths[samples] = lengths, classes
+        return self._lengths[samples]
 
     def train_dataloader(self) -> DataLoader:
         self._train_order = self._train_batches()

@@ -22,7 +22,6 @@ import numpy as np
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
 from llm_lightning.data.leaks import duplicates, leaked_texts
-from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.records.labelled import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
@@ -114,7 +113,7 @@ class ClassificationDataModule(BaseDataModule):
         bucket: bool = True,
         **loading: Any,
     ) -> None:
-        super().__init__(**loading)
+        super().__init__(bucket=bucket, **loading)
         _check_settings(split, balance, val_fraction, test_fraction, max_length, pad_to)
         check_name(name, NAMED)
         if path is not None and name is not None and isinstance(NAMED[name].file, Path):
@@ -127,7 +126,7 @@ class ClassificationDataModule(BaseDataModule):
         self._hub = (hf_dataset, hf_config, hf_split, hf_revision)
         self._labels, self._split, self._fractions = labels, split, (val_fraction, test_fraction)
         self._split_seed, self._balance = split_seed, balance
-        self._max_length, self._pad_to, self._bucket = max_length, pad_to, bucket
+        self._max_length, self._pad_to = max_length, pad_to
         self._texts: dict[str, list[tuple[str, int]]] = {}
         self._report: dict[str, Any] = {}
 
@@ -155,14 +154,8 @@ class ClassificationDataModule(BaseDataModule):
     def collator(self) -> Callable[[Sequence[LabelledSample]], ClassificationBatch]:
         return partial(collate_classification, pad_id=self.pad_id, pad_to=self.pad_to, most=self.context_length)
 
-    def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
-        if not self._bucket or (is_training and not self.shuffle):
-            return None
-        rows = [samples[index] for index in range(len(samples))]
-        lengths, classes = [len(row.token_ids) for row in rows], [row.label for row in rows]
-        if not is_training:
-            return lambda epoch: np.argsort(lengths, kind="stable")
-        return lambda epoch: bucketed_order(lengths, classes, seed=self.seed, epoch=epoch)
+    def class_of(self, sample: LabelledSample) -> int:
+        return sample.label
 
     def preview(self, n: int) -> str:
         lines = []

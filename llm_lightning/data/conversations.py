@@ -13,12 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
-
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.leaks import leaked_prompts, prompt_key
-from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, order_split
 from llm_lightning.data.templates import Conversation, Template, choose_template
@@ -173,7 +170,7 @@ class ConversationDataModule(BaseDataModule, Generic[Record, Sample]):
         bucket: bool = True,
         **loading: Any,
     ) -> None:
-        super().__init__(**loading)
+        super().__init__(bucket=bucket, **loading)
         check_choices(self.choices, split=split, too_long=too_long, packing=packing)
         check_numbers(val_fraction, test_fraction, max_lost, max_length)
         check_name(name, self.named)
@@ -187,7 +184,7 @@ class ConversationDataModule(BaseDataModule, Generic[Record, Sample]):
         self._make_tokenizer = tokenizer
         self._name, self._path, self._hub = name, path, (hf_dataset, hf_config, hf_split, hf_revision)
         self._split, self._fractions, self._split_seed = split, (val_fraction, test_fraction), split_seed
-        self._max_lost, self._packing, self._bucket = max_lost, packing, bucket
+        self._max_lost, self._packing = max_lost, packing
         self._report: dict[str, Any] = {}
 
     # --- what a subclass says --------------------------------------------------------------------------------------
@@ -285,15 +282,6 @@ class ConversationDataModule(BaseDataModule, Generic[Record, Sample]):
         if self._packing == "auto":
             self.is_packed = saved > PACKING_PAYS_FROM
         self._report |= {"packed": self.is_packed, "saved_by_packing": round(saved, 4)}
-
-    def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
-        if not self._bucket or (is_training and not self.shuffle):
-            return None
-        rows = (self.sequences_of(samples[index]) for index in range(len(samples)))
-        lengths = [sum(len(sequence.token_ids) for sequence in sequences) for sequences in rows]
-        if not is_training:
-            return lambda epoch: np.argsort(lengths, kind="stable")
-        return lambda epoch: bucketed_order(lengths, [0] * len(lengths), seed=self.seed, epoch=epoch)
 
     # --- looking at it ---------------------------------------------------------------------------------------------
 

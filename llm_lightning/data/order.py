@@ -26,7 +26,9 @@ POOL = 8 * BUCKET
 """Samples among which lengths are compared: fewer would pad more, more would make the batches of all epochs alike."""
 
 
-def bucketed_order(lengths: Sequence[int], classes: Sequence[int], *, seed: int, epoch: int) -> np.ndarray:
+def bucketed_order(
+    lengths: Sequence[int] | np.ndarray, classes: Sequence[int] | np.ndarray, *, seed: int, epoch: int
+) -> np.ndarray:
     """Order samples so that a batch has similar lengths within each class, and the classes in their proportion.
 
     Classes differ in length (spam is twice as long as other messages), so that sorting all samples together would
