@@ -21,6 +21,7 @@ import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.leaks import duplicates, leaked_texts
 from llm_lightning.data.records.labelled import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.samples import Rows
@@ -123,7 +124,7 @@ class ClassificationDataModule(BaseDataModule):
         self._make_tokenizer, self.context_length = tokenizer, context_length
         self._name, self._path = name, path
         self._columns = (text_column, label_column)
-        self._hub = (hf_dataset, hf_config, hf_split, hf_revision)
+        self._hub = HubDataset(hf_dataset, hf_config, hf_split, hf_revision) if hf_dataset is not None else None
         self._labels, self._split, self._fractions = labels, split, (val_fraction, test_fraction)
         self._split_seed, self._balance = split_seed, balance
         self._max_length, self._pad_to = max_length, pad_to
@@ -180,9 +181,8 @@ class ClassificationDataModule(BaseDataModule):
 
     def _read(self) -> tuple[list[LabelledText], list[str]]:
         """All records, and the places of those that a lenient reading merged."""
-        dataset, config, split, revision = self._hub
-        if dataset is not None:
-            return read_hugging_face(dataset, config, split, revision, *self._columns), []
+        if self._hub is not None:
+            return read_hugging_face(self._hub, *self._columns), []
         named = NAMED.get(self._name or "")
         if named is None:
             if self._path is None:
@@ -196,7 +196,7 @@ class ClassificationDataModule(BaseDataModule):
         return read_labelled(file, columns=named.columns), []
 
     def _named_labels(self) -> tuple[str, ...] | None:
-        return NAMED[self._name].labels if self._name and not self._hub[0] else None
+        return NAMED[self._name].labels if self._name and not self._hub else None
 
     def _grouped(self, records: Sequence[LabelledText], classes: Sequence[int]) -> dict[str, list[int]]:
         """The grouped split. Where texts differ in hardly more than their digits, digits tell them apart."""
@@ -277,7 +277,7 @@ class ClassificationDataModule(BaseDataModule):
     # --- words -----------------------------------------------------------------------------------------------------
 
     def _source(self) -> str:
-        return self._hub[0] or (f"{self._name}" if self._name else str(self._path))
+        return self._hub.name if self._hub else self._name or str(self._path)
 
     def _digest(self) -> str:
         content = {split: [[text, label] for text, label in rows] for split, rows in self._texts.items()}

@@ -7,16 +7,16 @@ padded or packed. Everything that was dropped or cut is counted in `report()` an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded, shared_prefix
-from llm_lightning.data.conversations import ConversationDataModule, check_choices
-from llm_lightning.data.records.instruction import read_hugging_face_instructions, read_instructions
+from llm_lightning.data.batches import Example, collate_packed, collate_padded, packed_length
+from llm_lightning.data.conversations import ConversationDataModule, Layouts, check_choices
+from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
 from llm_lightning.tokenizers import Tokenizer
@@ -55,7 +55,7 @@ class Encoded(NamedTuple):
     """Where the last answer begins."""
 
 
-class InstructionDataModule(ConversationDataModule[Conversation, Example]):
+class InstructionDataModule(ConversationDataModule[Example]):
     """Conversations of which the model learns the answers. For the other settings see `ConversationDataModule`.
 
     Args:
@@ -69,7 +69,7 @@ class InstructionDataModule(ConversationDataModule[Conversation, Example]):
     """
 
     named = NAMED
-    unit = ""
+    layouts = Layouts(collate_padded, collate_packed, packed_length)
     samples_are = "records"
     nothing_fits = "no {split} record fits into {limit} tokens; raise model.context_length or data.max_length"
 
@@ -86,20 +86,8 @@ class InstructionDataModule(ConversationDataModule[Conversation, Example]):
         check_choices(_CHOICES, loss_on=loss_on, eos_targets=eos_targets)
         self._empty_output, self._loss_on, self._eos_targets = empty_output, loss_on, eos_targets
 
-    def read_file(self, path: str | Path) -> tuple[list[Conversation], int]:
-        return read_instructions(path, columns=self.columns, empty_output=self._empty_output)
-
-    def read_hub(
-        self, name: str, config: str | None, split: str, revision: str | None
-    ) -> tuple[list[Conversation], int]:
-        options: dict[str, Any] = {"columns": self.columns, "empty_output": self._empty_output}
-        return read_hugging_face_instructions(name, config, split, revision, **options)
-
-    def conversation_of(self, record: Conversation) -> Conversation:
-        return record
-
-    def texts_of(self, record: Conversation) -> Iterable[str]:
-        yield self.template.text_of(record)
+    def read_records(self, source: str | Path | HubDataset) -> tuple[list[Conversation], int]:
+        return read_instructions(source, columns=self.columns, empty_output=self._empty_output)
 
     def samples_of(self, records: Sequence[Conversation], counts: Counter[str]) -> tuple[list[Example], dict[str, Any]]:
         options = {"loss_on": self._loss_on, "eos_targets": self._eos_targets}
@@ -107,22 +95,6 @@ class InstructionDataModule(ConversationDataModule[Conversation, Example]):
         fitted = [self._fitted(one, counts) for one in encoded]
         rows = [Example(index, one.ids, one.is_target) for index, one in enumerate(fitted) if one is not None]
         return rows, _facts(encoded, rows)
-
-    def sequences_of(self, sample: Example) -> list[Example]:
-        return [sample]
-
-    def positions_of(self, samples: Sequence[Example]) -> tuple[int, int]:
-        lengths = [len(sample.token_ids) - 1 for sample in samples]
-        saved = (len(samples) - 1) * shared_prefix(samples) if self.share_prefix else 0
-        return len(samples) * max(lengths), sum(lengths) - saved
-
-    def collator(self) -> Callable[[Sequence[Example]], LMBatch]:
-        if self.is_packed:
-            return partial(collate_packed, pad_id=self.pad_id, share_prefix=self.share_prefix)
-        return partial(collate_padded, pad_id=self.pad_id, context_length=self.context_length)
-
-    def content_of(self, record: Conversation) -> list[Any]:
-        return [record.system, *map(list, record.turns)]
 
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
         for split, part in facts["splits"].items():

@@ -7,23 +7,21 @@ what sequences have in common only once. Everything that was dropped or cut is c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_lightning.data.batches import Example
-from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.conversations import ConversationDataModule, Layouts
+from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.pairs import (
     PairSample,
-    PreferenceBatch,
     collate_packed_pairs,
     collate_padded_pairs,
     packed_pairs_length,
 )
-from llm_lightning.data.records.preference import PreferencePair, read_hugging_face_preferences, read_preferences
+from llm_lightning.data.records.preference import read_preferences
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
 from llm_lightning.tokenizers import Tokenizer
@@ -41,7 +39,7 @@ NAMED: dict[str, Path | Pinned] = {
 }
 
 
-class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
+class PreferenceDataModule(ConversationDataModule[PairSample]):
     """Pairs of answers. Where both are the same, the pair is left out. See also `ConversationDataModule`.
 
     Args:
@@ -55,7 +53,7 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
     """
 
     named = NAMED
-    unit = "pairs"
+    layouts = Layouts(collate_padded_pairs, collate_packed_pairs, packed_pairs_length)
     samples_are = "pairs"
     left_out_as = "identical"
     nothing_fits = (
@@ -75,27 +73,11 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
         super().__init__(name=name, **common)
         self._empty_answer, self._score_eos, self._score_header = empty_answer, score_eos, score_header
 
-    def read_file(self, path: str | Path) -> tuple[list[PreferencePair], int]:
-        return read_preferences(path, columns=self.columns, empty_answer=self._empty_answer)
-
-    def read_hub(
-        self, name: str, config: str | None, split: str, revision: str | None
-    ) -> tuple[list[PreferencePair], int]:
-        options: dict[str, Any] = {"columns": self.columns, "empty_answer": self._empty_answer}
-        return read_hugging_face_preferences(name, config, split, revision, **options)
-
-    def is_kept(self, record: PreferencePair) -> bool:
-        return not record.is_identical
-
-    def conversation_of(self, record: PreferencePair) -> Conversation:
-        return record.conversation
-
-    def texts_of(self, record: PreferencePair) -> Iterable[str]:
-        yield self.template.text_of(record.conversation)
-        yield record.rejected
+    def read_records(self, source: str | Path | HubDataset) -> tuple[list[Conversation], int]:
+        return read_preferences(source, columns=self.columns, empty_answer=self._empty_answer)
 
     def samples_of(
-        self, records: Sequence[PreferencePair], counts: Counter[str]
+        self, records: Sequence[Conversation], counts: Counter[str]
     ) -> tuple[list[PairSample], dict[str, Any]]:
         options: dict[str, Any] = {"score_eos": self._score_eos, "score_header": self._score_header}
         rows = []
@@ -105,23 +87,8 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
                 rows.append(one)
         return rows, _facts(rows) if rows else {}
 
-    def sequences_of(self, sample: PairSample) -> list[Example]:
-        return list(sample.sequences)
-
     def preview_titles(self, n_rows: int) -> list[str]:
         return titles_of_pairs(n_rows)
-
-    def positions_of(self, samples: Sequence[PairSample]) -> tuple[int, int]:
-        longest = max(len(one.prompt_ids) + max(len(one.chosen_ids), len(one.rejected_ids)) for one in samples)
-        return 2 * len(samples) * (longest - 1), packed_pairs_length(samples, share_prefix=self.share_prefix)
-
-    def collator(self) -> Callable[[Sequence[PairSample]], PreferenceBatch]:
-        if self.is_packed:
-            return partial(collate_packed_pairs, pad_id=self.pad_id, share_prefix=self.share_prefix)
-        return partial(collate_padded_pairs, pad_id=self.pad_id, context_length=self.context_length)
-
-    def content_of(self, record: PreferencePair) -> list[Any]:
-        return [record.conversation.system, *map(list, record.conversation.turns), record.rejected]
 
     def digest_more(self) -> list[Any]:
         return [[self._score_eos, self._score_header]]
@@ -162,18 +129,18 @@ def encode_pair(
     tokenizer: Tokenizer,
     template: Template,
     index: int,
-    pair: PreferencePair,
+    pair: Conversation,
     *,
     score_eos: bool = True,
     score_header: bool = False,
 ) -> PairSample:
     """The whole pair as tokens, however long; see `PreferenceDataModule` for what is scored."""
-    pieces = list(template.tokens(tokenizer, template.prompt(pair.conversation)))
+    pieces = list(template.tokens(tokenizer, template.prompt(pair)))
     prompt = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in pieces)])
     end = [tokenizer.eot_id] if score_eos else []
     chosen, rejected = (
         np.concatenate([tokenizer.encode_array(text), np.array(end, dtype=np.int64)])
-        for text in (pair.chosen, pair.rejected)
+        for text in (pair.turns[-1].response, pair.rejected or "")
     )
     return PairSample(index, prompt, chosen, rejected, _n_header(tokenizer, pieces) if score_header else 0)
 

@@ -47,6 +47,13 @@ class Conversation(NamedTuple):
     """Records of one group never stand in two splits; empty: the prompt is the group."""
     record: Mapping[str, Any] = {}
     """As it was read."""
+    rejected: str | None = None
+    """In preference data, the worse answer to the last question, whose response is the better one."""
+
+    @property
+    def has_equal_answers(self) -> bool:
+        """Whether chosen and rejected answer differ at most by white space at their ends."""
+        return self.rejected is not None and self.turns[-1].response.strip() == self.rejected.strip()
 
 
 class Segment(NamedTuple):

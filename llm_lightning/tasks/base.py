@@ -156,9 +156,6 @@ class TaskModule(L.LightningModule):
         """Constructor arguments that only the data can tell, such as the names of the classes. Tasks may override."""
         return {}
 
-    def adapt_data(self, datamodule: Any) -> None:
-        """Tell the data module, before its loaders are made, what it should know of the model. Tasks may override."""
-
     @property
     def trunk(self) -> GPT:
         """The GPT inside the model."""

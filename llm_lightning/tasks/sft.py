@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -24,13 +23,6 @@ class SFTModule(TaskModule):
         if batch.packing is not None:
             labels = labels.index_select(1, batch.packing.wanted)  # (1, M), of (1, N)
         return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), labels), batch.n_targets)
-
-    def adapt_data(self, datamodule: Any) -> None:
-        # What is computed once would have one and the same dropout in all records.
-        config = self.model.config
-        dropouts = (config.embedding_dropout, config.attention_dropout, config.residual_dropout)
-        if any(dropouts) or (self.lora and self.lora.dropout):
-            datamodule.choose_layout(share_prefix=False)
 
     def metric_names(self) -> tuple[str, ...]:
         return ("loss", "perplexity")

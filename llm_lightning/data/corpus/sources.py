@@ -7,11 +7,9 @@ reads everything once and strictly: bad text is found before training, not durin
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import glob
 import hashlib
-import json
 import logging
 import os
 from array import array
@@ -21,8 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from llm_lightning.data.hugging_face import hugging_face_file
-from llm_lightning.data.reading import JSONL_SUFFIXES, LISTED, TextFile, checked_text, unique_fields
+from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
+from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, checked_text, json_lines
 from llm_lightning.files.download import Pinned, download
 
 log = logging.getLogger(__name__)
@@ -154,55 +152,29 @@ class WholeFile:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A file with one JSON object a line, a document being the string under `text_field`; blank lines are skipped."""
+    """A file with one JSON object per line; the string under `text_field` is a document. Blank lines are skipped."""
 
     path: Path
     text_field: str
 
     def documents(self) -> Iterator[Document]:
-        """Yield one document a line.
+        """Yield one document per line.
 
         Raises:
             ValueError: after the last line, if lines were bad: counts all of them and lists the first ten.
         """
-        bad: list[str] = []
-        n_bad = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                line = line.strip()
-                if not line:
-                    continue
-                try:
-                    text = _text_of(line, self.text_field)
-                except ValueError as error:
-                    n_bad += 1
-                    if len(bad) < LISTED:
-                        bad.append(f"\n  {self.path}:{number}: {error}")
-                else:
-                    yield Document(f"{self.path}:{number}", (text,))
-        if bad:
-            head = f"{self.path}: {n_bad} bad line{'s'[: n_bad > 1]}; each line must be a JSON object with a string"
-            first = f"; the first {LISTED}" if n_bad > LISTED else ""
-            raise ValueError(f"{head} under '{self.text_field}' (data.text_field){first}:" + "".join(bad))
-
-
-def _text_of(line: bytes, text_field: str) -> str:
-    """Return the text of one JSONL line.
-
-    Raises:
-        ValueError: the reason, without the place.
-    """
-    try:
-        record = json.loads(line.decode(), object_pairs_hook=unique_fields)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} of the line is not valid UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return checked_text(record, text_field)
+        bad = BadRecords()
+        for number, record, wrong in json_lines(self.path, (self.text_field,)):
+            place = f"{self.path}:{number}"
+            try:
+                if wrong is not None:
+                    raise ValueError(wrong)
+                yield Document(place, (checked_text(record, self.text_field),))
+            except ValueError as error:
+                bad.add(place, error)
+        bad.refuse(
+            self.path, f"each line must be a JSON object with a string under '{self.text_field}' (data.text_field)"
+        )
 
 
 def open_source(
@@ -233,7 +205,7 @@ def open_source(
         files = _find(path)
         return Source(", ".join(_words(path)), [_reader(file, text_field) for file in files])
     if hf_dataset is not None:
-        file = hugging_face_file(hf_dataset, hf_config, hf_split, hf_revision, (text_field,))
+        file = hugging_face_file(HubDataset(hf_dataset, hf_config, hf_split, hf_revision), (text_field,))
         label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
         return Source(f"Hugging Face dataset {label}", [JsonLines(file, text_field)])
     if name == EMBEDDED:

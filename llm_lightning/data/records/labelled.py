@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.hugging_face import hugging_face_file
-from llm_lightning.data.reading import JSONL_SUFFIXES, TextFile, refuse_bad, unique_fields
+from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
+from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, json_lines
 
 SUFFIXES = (".csv", ".tsv", *JSONL_SUFFIXES)
 
@@ -43,12 +42,11 @@ def read_labelled(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file; check data.path")
-    text = "".join(TextFile(path))  # strict UTF-8
+        raise FileNotFoundError(f"{path} does not exist or is not a file; check data.path")
     if path.suffix.lower() in JSONL_SUFFIXES:
-        rows = _json_rows(text)
+        rows: Rows = json_lines(path, (text_column, label_column))
     else:
-        rows = _table_rows(path, text, columns, quoted=path.suffix.lower() == ".csv")
+        rows = _table_rows(path, "".join(TextFile(path)), columns, quoted=path.suffix.lower() == ".csv")
     return _collected(path, rows, text_column, label_column)
 
 
@@ -74,35 +72,31 @@ def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[Lab
     return records, merged
 
 
-def read_hugging_face(
-    name: str, config: str | None, split: str, revision: str | None, text_column: str, label_column: str
-) -> list[LabelledText]:
+def read_hugging_face(dataset: HubDataset, text_column: str, label_column: str) -> list[LabelledText]:
     """Read a dataset of the hub, through the cache; a class index becomes the name that the dataset gives it.
 
     Raises:
-        ValueError: if the dataset, its split or a column cannot be had.
+        ValueError: if the dataset, its split or a column cannot be read.
     """
-    file = hugging_face_file(name, config, split, revision, (text_column, label_column))
-    return _collected(Path(name) / split, _json_rows(file.read_text(encoding="utf-8")), text_column, label_column)
+    columns = (text_column, label_column)
+    rows = json_lines(hugging_face_file(dataset, columns), columns)
+    return _collected(Path(dataset.name) / dataset.split, rows, *columns)
 
 
-Rows = Iterator[tuple[int, "Mapping[str, Any] | None", "str | None"]]
+Rows = Iterator[tuple[int, Any, "str | None"]]
 """(line, record, what is wrong with it)"""
 
 
 def _collected(path: Path, rows: Rows, text_column: str, label_column: str) -> list[LabelledText]:
     records: list[LabelledText] = []
-    bad: list[str] = []
+    bad = BadRecords()
     for line, record, wrong in rows:
-        if wrong is None:
-            assert record is not None
-            wrong = _problem(record, text_column, label_column)
-        if wrong is not None:
-            bad.append(f"line {line}: {wrong}")
-            continue
-        assert record is not None
-        records.append(LabelledText(str(record[text_column]), _label(record[label_column]), f"{path}:{line}"))
-    refuse_bad(path, bad)
+        reason = wrong or _problem(record, text_column, label_column)
+        if reason is not None:
+            bad.add(f"line {line}", reason)
+        else:
+            records.append(LabelledText(str(record[text_column]), _label(record[label_column]), f"{path}:{line}"))
+    bad.refuse(path)
     if not records:
         raise ValueError(f"{path} holds no records; give a file with a text and a label in each line")
     return records
@@ -128,21 +122,6 @@ def _label(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
-def _json_rows(text: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, object_pairs_hook=unique_fields)
-        except (ValueError, RecursionError) as error:
-            yield number, None, f"not JSON: {error}"
-            continue
-        if isinstance(record, Mapping):
-            yield number, record, None
-        else:
-            yield number, None, f"a JSON {type(record).__name__}, not an object"
-
-
 def _table_rows(path: Path, text: str, columns: Sequence[str] | None, *, quoted: bool) -> Rows:
     rows = _quoted(text) if quoted else _tabbed(text)
     names = list(columns) if columns else None
@@ -152,7 +131,7 @@ def _table_rows(path: Path, text: str, columns: Sequence[str] | None, *, quoted:
         elif names is None:
             names = [cell.strip() for cell in cells]
             if len(set(names)) < len(names):
-                raise ValueError(f"{path}, line {number}: a column stands twice in the header: {', '.join(names)}")
+                raise ValueError(f"{path}, line {number}: a column occurs twice in the header: {', '.join(names)}")
         elif len(cells) != len(names):
             what = "more" if len(cells) > len(names) else "fewer"
             yield number, None, f"{len(cells)} columns, {what} than the {len(names)} of the header"
