@@ -576,3 +576,18 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check data\.path"):
             read_instructions(path)
+
+
+def test_conversations_and_digest_need_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "x.json", [plain(f"q{i}") for i in range(20)])
+    built = module(path)
+    monkeypatch.setattr(ByteTokenizer, "encode_array", None)
+    read = InstructionDataModule(
+        tokenizer=BYTES, context_length=64, path=str(path), batch_size=4, split="order", template=SHORT,
+        val_fraction=0.1, test_fraction=0.1,
+    )  # fmt: skip
+    read.read()
+    assert read.data_digest == built.data_digest
+    assert [read.conversations_of(split) for split in ("train", "val", "test")] == [
+        built.conversations_of(split) for split in ("train", "val", "test")
+    ]
