@@ -1,7 +1,7 @@
-"""Instruction data: conversations, rendered by a template, of which the model learns the answers.
+"""Instruction data: conversations, rendered by a template; the loss is taken on the answers.
 
-What flows: records -> conversations -> splits -> template -> token ids, each marked as prompt or answer -> batches,
-padded or packed. Everything that was dropped or cut is counted in `report()` and said once.
+Data flow: records -> splits -> template -> token ids, each marked as prompt or answer -> batches, padded or packed.
+Everything that was dropped or cut is counted in `report()` and logged once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
+from llm_lightning.terminal import counted
 from llm_lightning.tokenizers import Tokenizer
 
 NAMED: dict[str, Path | Pinned] = {
@@ -50,22 +51,22 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     is_target: np.ndarray
     is_answer: np.ndarray
-    """(n,) bool: answers and their ends, whatever the loss is taken on."""
+    """(n,) bool: answers and their ends, whatever the targets are."""
     answer_at: int
-    """Where the last answer begins."""
+    """Index of the first token of the last answer."""
 
 
 class InstructionDataModule(ConversationDataModule[Example]):
-    """Conversations of which the model learns the answers. For the other settings see `ConversationDataModule`.
+    """Conversations with the loss on their answers. For the other settings see `ConversationDataModule`.
 
     Args:
         name: `short_answers` (embedded), `book_instructions` or `alpaca_52k` (downloaded).
         empty_output: see `read_instructions`.
-        loss_on: `response` (each answer and its end), `header` (also the fixed text in front of it, as in the book's
-            exercise 7.2), or `all` (the prompt, too: the book's chapter 7).
-        eos_targets: `all` ends are learnt, or only the `first` of a conversation (the book's collate function).
-        too_long: of a conversation longer than the context: `cut_prompt` from the left (an answer too long by itself
-            is dropped), `drop`, or `cut_answer` from the right (the book's).
+        loss_on: the targets: `response` (each answer and its end), `header` (also the fixed text before an answer, as
+            in the book's exercise 7.2), or `all` (also the prompt: the book's chapter 7).
+        eos_targets: whether `all` ends of a conversation are targets, or the `first` one (the book's collate function).
+        too_long: what happens to a conversation longer than the context: `cut_prompt` from the left (a conversation
+            whose answer alone is too long is dropped), `drop`, or `cut_answer` from the right (the book's).
     """
 
     named = NAMED
@@ -99,16 +100,17 @@ class InstructionDataModule(ConversationDataModule[Example]):
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
         for split, part in facts["splits"].items():
             yield (
-                f"{split}: {part['records']:,} records; {part['mean_tokens']:.1f} tokens each, at most "
-                f"{part['most_tokens']}; {part['targets']:,} are learnt"
+                f"{split}: {counted(part['records'], 'record')}; {part['mean_tokens']:.1f} tokens each, at most "
+                f"{part['most_tokens']}; loss on {counted(part['targets'], 'token')}"
             )
         yield (
-            f"{facts['records']:,} records: {facts['skipped']} without answer left out, {facts['prompts_cut']} prompts "
-            f"and {facts['answers_cut']} answers cut to {facts['limit']} tokens, {facts['dropped']} dropped"
+            f"{counted(facts['records'], 'record')}: {facts['skipped']} without answer left out, "
+            f"{counted(facts['prompts_cut'], 'prompt')} and {counted(facts['answers_cut'], 'answer')} cut to "
+            f"{facts['limit']} tokens, {facts['dropped']} dropped"
         )
 
     def _fitted(self, one: Encoded, counts: Counter[str]) -> Encoded | None:
-        """`one` within the limit, or None; what was done is counted."""
+        """`one` cut to the limit, or None if it is dropped; both are counted."""
         excess = len(one.ids) - (self.limit + 1)  # the last token is only a label
         if excess > 0 and (self.too_long == "drop" or (self.too_long == "cut_prompt" and excess >= one.answer_at)):
             counts["dropped"] += 1
@@ -119,7 +121,7 @@ class InstructionDataModule(ConversationDataModule[Example]):
             counts["dropped"] += 1
             return None
         if excess > 0:
-            # The first token of a row is never learnt, be it of an answer.
+            # The first token of a row is never a target, even of an answer.
             counts["answers_cut" if fitted.is_answer[1:].sum() < one.is_answer.sum() else "prompts_cut"] += 1
         return fitted
 
@@ -132,7 +134,7 @@ def encode(
     loss_on: str = "response",
     eos_targets: str = "all",
 ) -> Encoded:
-    """Token ids of a whole conversation, and which of them are learnt."""
+    """Token ids of a whole conversation, and which of them are targets."""
     trained = {"response": {"response", "end"}, "header": {"header", "response", "end"}}.get(loss_on)
     ids: list[np.ndarray] = []
     targets: list[np.ndarray] = []

@@ -373,7 +373,7 @@ def test_the_report_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         "targets": 15 * 2 + 4,
     }
     assert report["splits"]["val"] == {"records": 2, "mean_tokens": 6, "most_tokens": 6, "targets": 4}
-    assert "train: 16 records; 6.2 tokens each, at most 10; 34 are learnt" in caplog.text
+    assert "train: 16 records; 6.2 tokens each, at most 10; loss on 34 tokens" in caplog.text
     assert "20 records: 2 without answer left out, 0 prompts and 0 answers cut to 64 tokens, 0 dropped" in caplog.text
     assert data.describe() == f"{tmp_path / 'x.json'}: 16 train, 2 val, 2 test records; template data.template, packed"
     assert json.loads(json.dumps(report)) == report, "plain values, for summary.json"
@@ -391,8 +391,8 @@ def test_the_preview_marks_what_is_learnt(tmp_path: Path) -> None:
     records = [plain("ab", "cde"), talk("a", "b", "c", "d"), *[plain(f"{i}") for i in range(18)]]
     data = module(write(tmp_path / "x.json", records))
     assert data.preview(2) == (
-        "--- record 0: 8 tokens, 4 learnt\nQabA>>cde<|endoftext|><<" + "\u00b7" * 9
-        + "\n--- record 1: 11 tokens, 4 learnt\nQaA>>b<|endoftext|><<|QcA>>d<|endoftext|><<" + "\u00b7" * 6
+        "--- record 0: 8 tokens, loss on 4\nQabA>>cde<|endoftext|><<" + "\u00b7" * 9
+        + "\n--- record 1: 11 tokens, loss on 4\nQaA>>b<|endoftext|><<|QcA>>d<|endoftext|><<" + "\u00b7" * 6
     )  # fmt: skip
 
 

@@ -568,11 +568,11 @@ def test_report_description_and_preview(tmp_path: Path, caplog: pytest.LogCaptur
         "most_tokens": 9,
     }
     assert json.loads(json.dumps(report)) == report, "plain values, for summary.json"
-    assert "train: 16 pairs; chosen answers have 2.1 tokens, rejected ones 2.9; the chosen one is the" in caplog.text
+    assert "train: 16 pairs; chosen answers have 2.1 tokens, rejected ones 2.9; the chosen one is longer" in caplog.text
     assert data.describe() == f"{tmp_path / 'x.json'}: 16 train, 2 val, 2 test pairs; template data.template, packed"
     assert data.preview(1) == (
-        "--- record 0, chosen: 9 tokens, 4 learnt\nQab\nA>>cde<|endoftext|><<"
-        "\n--- record 0, rejected: 7 tokens, 2 learnt\nQab\nA>>f<|endoftext|><<\u00b7\u00b7"
+        "--- record 0, chosen: 9 tokens, loss on 4\nQab\nA>>cde<|endoftext|><<"
+        "\n--- record 0, rejected: 7 tokens, loss on 2\nQab\nA>>f<|endoftext|><<\u00b7\u00b7"
     )
     assert data.sample_prompts(1) == [[*b"Q17\nA"]]
 
