@@ -69,7 +69,7 @@ def test_a_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
     [
         ("x.csv", "txt,label\na,b\n", r"line 2: no column 'text' \(data.text_column\); there are 'txt', 'label'"),
         ("x.tsv", "text\tlabel\na\tb\tc\n", r"line 2: 3 columns, more than the 2 of the header"),
-        ("x.tsv", "text\tlabel\nok\ta\nonly\n", r"line 3: 1 columns, fewer than the 2"),
+        ("x.tsv", "text\tlabel\nok\ta\nonly\n", r"line 3: 1 column, fewer than the 2"),
         ("x.csv", 'text,label\nok,a\n"open,b\n', r"line 3: quotes are not balanced"),
         ("x.csv", "text,text\na,b\n", r"line 1: a column occurs twice"),
         ("x.tsv", "text\tlabel\n  \ta\n", r"line 2: the text is empty"),

@@ -85,7 +85,7 @@ def test_digest_is_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
     two = [write(tmp_path / "d.txt", text[:500]), write(tmp_path / "e.txt", text[500:])]
     assert open_source(path=list(map(str, two))).digest() != by_hand
     assert plain.survey().n_chars == plain.survey().n_bytes == len(text)
-    assert plain.describe() == f"{tmp_path}/a.txt (1 documents, 10,000 bytes)"
+    assert plain.describe() == f"{tmp_path}/a.txt (1 document, 10,000 bytes)"
 
 
 def test_python_reference_is_english_without_topics_inside_topics() -> None:

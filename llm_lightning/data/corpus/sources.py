@@ -1,8 +1,8 @@
-"""Where text comes from: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
+"""Text sources: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
 
-Whatever it is, it becomes a `Source`: an ordered sequence of documents that can be read as often as needed and in
-constant memory, a document being read in chunks, so that one file may be larger than the memory. `Source.survey()`
-reads everything once and strictly: bad text is found before training, not during it.
+Each becomes a `Source`: an ordered sequence of documents that can be read repeatedly and in constant memory. A document
+is read in chunks, so that a file may be larger than memory. `Source.survey()` reads everything once and strictly: bad
+text is found before training, not during it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Protocol
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
 from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, checked_text, json_lines
 from llm_lightning.files.download import Pinned, download
+from llm_lightning.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ NAMED = {
 }
 
 FOLDER_SUFFIXES = {".txt", ".text", ".md", ".rst"} | JSONL_SUFFIXES
-"""What is taken from a folder; a file that is named, or matched by a glob, is taken whatever its suffix."""
+"""Files that are taken from a folder; a file that is named or matches a glob is taken whatever its suffix."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,20 @@ class Document:
     name: str
     chunks: Iterable[str]
     split_by: str | None = None
-    """What decides its side of a split by document, if not its content."""
+    """Text that decides its side of a split by document; None: its content."""
 
 
 @dataclass
 class Survey:
-    """What one strict reading of a whole source found; 16 bytes a document."""
+    """The result of reading a whole source strictly; 16 bytes per document."""
 
     digest: str = ""
-    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it lies."""
+    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it is."""
     n_documents: int = 0
     n_chars: int = 0
     n_bytes: int = 0
     keys: array[int] = field(default_factory=lambda: array("Q"), repr=False)
-    """First 64 bits of the sha256 of what decides each document's side of a split."""
+    """First 64 bits of the sha256 of the text that decides each document's side of a split."""
     lengths: array[int] = field(default_factory=lambda: array("Q"), repr=False)
     """Characters of each document."""
 
@@ -103,7 +104,8 @@ class Source:
 
     def describe(self) -> str:
         """Return the label and the size."""
-        return f"{self.label} ({self._survey.n_documents:,} documents, {self._survey.n_bytes:,} bytes)"
+        survey = self._survey
+        return f"{self.label} ({counted(survey.n_documents, 'document')}, {counted(survey.n_bytes, 'byte')})"
 
     @cached_property
     def _survey(self) -> Survey:
@@ -128,7 +130,7 @@ class Source:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Small texts; `names_split` lets their names, not their content, decide their side of a split."""
+    """Small texts; with `names_split` their names, not their content, decide their side of a split."""
 
     texts: Mapping[str, str]
     names_split: bool = False
@@ -186,18 +188,18 @@ def open_source(
     hf_split: str = "train",
     hf_revision: str | None = None,
 ) -> Source:
-    """Return the source that is asked for; `path` and `hf_dataset` go before `name`, so that a name can be a default.
+    """Return the source that the settings name; `path` and `hf_dataset` win over `name`, which may be a default.
 
     Args:
         path: a file, folder or glob, or several as a list or with commas. A folder gives its .txt, .text, .md, .rst,
             .jsonl and .ndjson files, subfolders included, in the order of their paths; hidden ones are left out.
-            A file that is met twice is taken once.
+            A file that occurs twice is taken once.
         text_field: field of a JSONL record or a Hugging Face row that holds the text.
 
     Raises:
         FileNotFoundError: no such file, or a folder or glob without text files.
-        ValueError: nothing or too much is asked for, or an unknown name.
-        DownloadError: a named data set could not be fetched.
+        ValueError: no source, more than one, or an unknown name.
+        DownloadError: a named data set could not be downloaded.
     """
     if path is not None and hf_dataset is not None:
         raise ValueError(f"data.path={path} and data.hf_dataset={hf_dataset} are both set; set one of them to null")
@@ -239,7 +241,7 @@ def _words(
 def absolute_paths(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] = ""
 ) -> str | list[str]:
-    """`data.path`, typed in `folder` (default: here), as it reads from any folder."""
+    """`data.path`, typed in `folder` (default: here), as absolute paths."""
     words = [str((folder / Path(word).expanduser()).absolute()) for word in _words(path, folder)]
     return words[0] if len(words) == 1 else words
 
@@ -263,7 +265,7 @@ def _files_of(word: str) -> list[Path]:
         return files
     if found.exists():
         if not found.is_file():
-            raise ValueError(f"{word} is no regular file, and text is read more than once; write it to a file first")
+            raise ValueError(f"{word} is not a regular file, and text is read more than once; write it to a file first")
         return [found]
     if glob.has_magic(word):
         matches = map(Path, glob.glob(str(found), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)

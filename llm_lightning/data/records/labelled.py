@@ -1,6 +1,6 @@
-"""Texts with a label each, read strictly from CSV, TSV, JSONL or a Hugging Face dataset.
+"""Labelled texts, read strictly from CSV, TSV, JSONL or a Hugging Face dataset.
 
-Every record has the place it comes from; what is wrong with a file is collected over all of it and told at once.
+Every record knows its place; problems are collected over the whole file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
 from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, json_lines
+from llm_lightning.terminal import counted
 
 SUFFIXES = (".csv", ".tsv", *JSONL_SUFFIXES)
 
@@ -29,12 +30,12 @@ class LabelledText(NamedTuple):
 def read_labelled(
     path: str | Path, *, text_column: str = "text", label_column: str = "label", columns: Sequence[str] | None = None
 ) -> list[LabelledText]:
-    """Read a labelled file. Nothing is taken for a missing value: "NA" and "null" are texts like others.
+    """Read a labelled file. No text means a missing value: "NA" and "null" are texts like others.
 
     Args:
-        path: `.csv` (RFC 4180: quotes), `.jsonl`, `.ndjson`; anything else is tab-separated and has no quotes.
-        text_column, label_column: columns or fields that are read; others are left alone.
-        columns: names of the columns of a file without a header line.
+        path: `.csv` (RFC 4180, with quotes), `.jsonl`, `.ndjson`; anything else is tab-separated, without quotes.
+        text_column, label_column: columns or fields that are read; others are ignored.
+        columns: names of the columns in a file without a header line.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -56,7 +57,7 @@ def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[Lab
     A text that begins with a quotation mark then goes on, over line ends, to the next one.
 
     Returns:
-        the records, and the places of those that hold several lines of the file.
+        the records, and the places of those that span several lines of the file.
     """
     import pandas
 
@@ -134,7 +135,7 @@ def _table_rows(path: Path, text: str, columns: Sequence[str] | None, *, quoted:
                 raise ValueError(f"{path}, line {number}: a column occurs twice in the header: {', '.join(names)}")
         elif len(cells) != len(names):
             what = "more" if len(cells) > len(names) else "fewer"
-            yield number, None, f"{len(cells)} columns, {what} than the {len(names)} of the header"
+            yield number, None, f"{counted(len(cells), 'column')}, {what} than the {len(names)} of the header"
         else:
             yield number, dict(zip(names, cells, strict=True)), None
 
@@ -146,7 +147,7 @@ def _tabbed(text: str) -> Iterator[tuple[int, list[str], str | None]]:
 
 
 def _quoted(text: str) -> Iterator[tuple[int, list[str], str | None]]:
-    before = csv.field_size_limit(1 << 30)  # a text of more than 128 KiB is no error
+    before = csv.field_size_limit(1 << 30)  # a text may exceed 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
