@@ -7,6 +7,7 @@ label of its own.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +44,31 @@ def causal_lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tenso
     return loss
 
 
+def weights_of_classes(setting: Sequence[float] | str | None, counts: Sequence[int]) -> Tensor | None:
+    """(K,) weights of the classes in a cross-entropy.
+
+    Args:
+        setting: one positive number per class; `balanced`: total / (K x count); None: no weights.
+        counts: training samples of each class.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if setting is None:
+        return None
+    if setting == "balanced":
+        return torch.tensor([sum(counts) / (len(counts) * count) for count in counts])
+    weights = [setting] if isinstance(setting, (int, float, str)) else list(setting)
+    numbers = [one for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    if len(numbers) != len(counts) or len(weights) != len(counts) or not min(numbers) > 0:
+        raise ValueError(
+            f"task.class_weights={setting} must be balanced or {len(counts)} positive numbers, one for each class"
+        )
+    return torch.tensor([float(weight) for weight in numbers])
+
+
 class _HeadLoss(torch.autograd.Function):
-    """The head and its cross-entropy as one differentiable step: (N, C), (V, C), (N,) -> ()."""
+    """The head and its cross-entropy as one differentiable function: (N, C), (V, C), (N,) -> ()."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -58,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
             chunk = slice(start, start + CHUNK_POSITIONS)
             inputs = hidden[chunk].to(dtype)
             logits = inputs @ matrix.T
-            loss += _loss_to_gradient(logits[:, : len(weight)], labels[chunk])  # the rest stays zero
+            loss += _loss_to_gradient(logits[:, : len(weight)], labels[chunk])  # the padding stays zero
             if hidden_grad is not None:
                 hidden_grad[chunk] = logits @ matrix
             if weight_grad is not None:
@@ -84,9 +108,9 @@ class _HeadLoss(torch.autograd.Function):
 def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(V, C) -> (V rounded up to 64, C) in `dtype`, with rows of zeros behind the vocabulary.
 
-    So every product with the logits has sizes that kernels like, on CPU and GPU: GPT-2's 50,257 columns are odd. A
-    view of aligned rows would not do: a kernel may read a row to a multiple of its tile and multiply the surplus by
-    zero (oneDNN's for AMX does), which is nan where nobody wrote there.
+    Every product with the logits then has sizes that suit the kernels of CPUs and GPUs: GPT-2's 50,257 columns are
+    odd. A view of aligned rows is not enough: a kernel may read a row to a multiple of its tile and multiply the
+    surplus by zero (oneDNN's for AMX does), which gives nan where the memory was never written.
     """
     surplus = -len(weight) % 64
     if not surplus:
@@ -97,9 +121,9 @@ def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _loss_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
-    """Overwrite `logits` (N, V) with the gradient of their summed cross-entropy, softmax - one-hot; return that sum.
+    """Overwrite `logits` (N, V) with the gradient of their summed cross-entropy, softmax - one-hot; return the sum.
 
-    On the CPU 32 rows at a time, so that the float32 copy stays in the cache.
+    A CPU takes 32 rows at a time, so that the float32 copy fits into its cache.
     """
     rows = 32 if logits.device.type == "cpu" else len(labels)
     loss = torch.zeros((), dtype=_exact(logits.dtype), device=logits.device)
@@ -114,7 +138,7 @@ def _loss_to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """The type in which probabilities are computed: at least float32."""
+    """The type of probabilities: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -125,7 +149,7 @@ def token_log_probs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tens
     backward pass instead of being kept.
 
     Args:
-        hidden: (M, C) trunk output where a label is predicted; a position with two labels stands there twice.
+        hidden: (M, C) trunk output where a label is predicted; a position with two labels is in it twice.
         head_weight: (V, C).
         labels: (M,) int64.
 
@@ -136,7 +160,7 @@ def token_log_probs(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tens
         return _label_log_probs(hidden, head_weight, labels)
     chunks = zip(hidden.split(CHUNK_POSITIONS), labels.split(CHUNK_POSITIONS), strict=True)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(_label_log_probs, part, head_weight, aims, **options) for part, aims in chunks])
+    return torch.cat([checkpoint(_label_log_probs, part, head_weight, targets, **options) for part, targets in chunks])
 
 
 def _label_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -154,7 +178,7 @@ def _log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_kl(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor) -> Tensor:
-    """KL(policy || reference) of the next token, over the whole vocabulary, in nats: exact, no estimate from samples.
+    """KL(policy || reference) of the next token in nats: exact, over the whole vocabulary.
 
     Args:
         hidden, reference_hidden: (M, C) trunk outputs of both models at the same positions.
@@ -177,20 +201,20 @@ def sequence_log_probs(log_probs: Tensor, branch: Tensor, n_sequences: int) -> T
     return log_probs.new_zeros(n_sequences).index_add(0, branch, log_probs)
 
 
-PREFERENCE_LOSSES = ("sigmoid", "average", "length_normalised", "ipo", "simpo")
-PER_TOKEN = ("average", "length_normalised", "ipo", "simpo")
-"""Those that take the mean over the tokens of an answer, where `sigmoid` takes the sum."""
+PREFERENCE_LOSSES = ("sigmoid", "average", "ipo", "simpo")
+PER_TOKEN = ("average", "ipo", "simpo")
+"""Losses of the mean over the tokens of an answer; `sigmoid` takes the sum."""
 
 
 class PreferenceLoss(NamedTuple):
-    """Of each pair."""
+    """Loss and rewards of each pair."""
 
     loss: Tensor
     """(B,)"""
     chosen_reward: Tensor
     """(B,) beta x (policy - reference), of the quantity that the loss uses. Without gradient."""
     rejected_reward: Tensor
-    """(B,) the same of the rejected answer."""
+    """(B,) the same for the rejected answer."""
 
 
 def preference_loss(
@@ -206,34 +230,33 @@ def preference_loss(
     label_smoothing: float = 0.0,
     gamma: float = 0.5,
 ) -> PreferenceLoss:
-    """Make the chosen answers likelier than the rejected ones, as seen from the reference.
+    """Make the chosen answers likelier than the rejected ones, relative to the reference.
 
     With s(y) = log policy(y) - log reference(y), summed over the tokens of answer y, of which there are |y|:
 
     - `sigmoid`: -log sigmoid(beta (s(chosen) - s(rejected))). DPO, Rafailov et al. 2023, eq. 7.
-    - `average`: the same of s(y) / |y|, the mean per token. That is what the book's chapter 7 computes; its printed
-      rewards lack the factor beta. Not what the paper derives: see eric-mitchell/direct-preference-optimization#40.
-    - `length_normalised`: another name of `average`, which TRL calls `sigmoid_norm`: a mean of differences is the
-      difference of means, so both are one formula.
+    - `average`: the same with s(y) / |y|, the mean per token, as in the book's chapter 7, whose printed rewards lack
+      the factor beta. TRL calls it `sigmoid_norm`. The paper derives the sum: see
+      eric-mitchell/direct-preference-optimization#40.
     - `ipo`: (s(chosen) / |chosen| - s(rejected) / |rejected| - 1 / (2 beta))^2. Azar et al. 2023, eq. 17 with tau =
       beta, and the means per token that TRL takes, on its authors' word; the paper writes sums.
     - `simpo`: -log sigmoid(beta (log policy(chosen) / |chosen| - log policy(rejected) / |rejected|) - gamma), without
       a reference. Meng et al. 2024, eq. 6.
 
-    `label_smoothing` e is the share of labels thought to be wrong: (1 - e) x the loss + e x the loss of the swapped
-    pair (conservative DPO, Mitchell 2023, eq. 3). In TRL 1.16 only its CPO trainer has it; `robust` is another loss.
+    `label_smoothing` e is the assumed share of wrong labels: (1 - e) x the loss + e x the loss of the swapped pair
+    (conservative DPO, Mitchell 2023, eq. 3). In TRL 1.16 only its CPO trainer has it; `robust` is another loss.
 
     Args:
         policy_chosen, policy_rejected: (B,) summed log-probabilities.
-        reference_chosen, reference_rejected: (B,) the same of the reference; `simpo` does not look at them.
+        reference_chosen, reference_rejected: (B,) the same for the reference; `simpo` ignores them.
         n_chosen, n_rejected: (B,) tokens in each sum.
         kind: one of `PREFERENCE_LOSSES`.
-        beta: how strongly the policy is held at the reference: more than 0.
+        beta: KL strength, more than 0: a higher one keeps the policy closer to the reference.
         label_smoothing: at least 0, less than 0.5. `ipo` has none.
-        gamma: margin that `simpo` asks for, at least 0; the others have none.
+        gamma: target margin of `simpo`, at least 0; the others have none.
 
     Raises:
-        ValueError: for a kind or a number that cannot be.
+        ValueError: for an unknown kind or a number out of range.
     """
     check_preference_loss(kind, beta, label_smoothing, gamma)
     chosen, rejected = policy_chosen, policy_rejected
@@ -256,6 +279,8 @@ def preference_loss(
 
 def check_preference_loss(kind: str, beta: float, label_smoothing: float = 0.0, gamma: float = 0.5) -> None:
     """Raise ValueError where `preference_loss` would, without tensors: before any data is read."""
+    if kind == "length_normalised":
+        raise ValueError("task.loss=length_normalised was removed: it is another name of average; use average")
     if kind not in PREFERENCE_LOSSES:
         near = difflib.get_close_matches(str(kind), PREFERENCE_LOSSES, 1)
         hint = f"did you mean {near[0]}? " if near else ""

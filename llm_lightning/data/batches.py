@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_lightning.data.packing import common_prefix, laid_out, rounded
 from llm_lightning.losses import IGNORE_INDEX
-from llm_lightning.models.gpt import Packing
+from llm_lightning.models.attention import Packing
 
 
 class Example(NamedTuple):

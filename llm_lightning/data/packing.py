@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_lightning.models.gpt import Packing
+from llm_lightning.models.attention import Packing
 
 WIDTHS = 8
 """Widths of batches are multiples of this: a CPU compiles and keeps kernels for each new width, and tensor cores want

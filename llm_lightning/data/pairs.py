@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_lightning.data.batches import Example, collate_padded, shifted
 from llm_lightning.data.packing import common_prefix, laid_out, rounded
 from llm_lightning.losses import IGNORE_INDEX
-from llm_lightning.models.gpt import Packing
+from llm_lightning.models.attention import Packing
 
 
 class PairSample(NamedTuple):
@@ -57,9 +57,8 @@ class PairSample(NamedTuple):
 class PreferenceBatch(NamedTuple):
     """B pairs as 2B sequences, each a prompt and an answer: chosen answers are 0 .. B-1, rejected ones B .. 2B-1.
 
-    With `hidden = model.hidden_states(input_ids, packing=packing)`, row m of `hidden.flatten(0, 1)[wanted]` predicts
-    `labels[m]`, a token of sequence `branch[m]`. The M targets have the same order in both layouts: by sequence and
-    time.
+    With `hidden = model.hidden_states(input_ids, Context.of(packing))`, row m of `hidden.flatten(0, 1)[wanted]`
+    predicts `labels[m]`, a token of sequence `branch[m]`. The M targets are ordered by sequence and time.
     """
 
     input_ids: Tensor

@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.base import TaskModule
-from llm_lightning.tasks.dpo import REFERENCES, DPOModule
+from llm_lightning.tasks.dpo import DPOModule
+from llm_lightning.tasks.reference import reference_of_before
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import CheckpointError, LoadedModel
@@ -97,9 +97,9 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
         options = {key: value for key, value in header["config"]["task"].items() if key != "_target_"}
         stored = {} if "base" in header else checkpoints.load(path, mmap=True)
         state = stored.get("state_dict") or {f"model.{k}": v for k, v in loaded.model.state_dict().items()}
-        if "base" in header and "reference" in options:
-            options["reference"] = "adapter_off"
-        is_given = options.get("reference", "auto") not in (*REFERENCES, "auto")
+        if "reference" in options:
+            state = {name: tensor for name, tensor in state.items() if not name.endswith(".reference")}
+            options["reference"] = reference_of_before(options["reference"], is_adapter="base" in header)
         with torch.random.fork_rng(devices=[]):
             module = TASKS[header["task"]](
                 model=GPT(GPTConfig(**header["model"]), init="torch"),
@@ -107,12 +107,13 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
                 optimizer=AdamWConfig(),
                 scheduler=WarmupCosineConfig(),
                 lora=LoRAConfig(**header["lora"]) if header.get("lora") else None,
-                **options | ({"reference": "copy"} if is_given else {}),
+                **options,
             )
         if isinstance(module, DPOModule):
-            if is_given and module.reference is not None:
-                module.reference = _given_reference(module.reference.config, state)
-            module.load_reference(stored)
+            module.ref.load(stored)
+            own = module.state_dict()
+            for name in [name for name in state if name.startswith("reference.")]:
+                state[name] = state[name][: len(own[name])]  # a reference of before may have had more positions
         module.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -121,14 +122,6 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
             "the run"
         ) from error
     return module
-
-
-def _given_reference(config: GPTConfig, state: dict[str, torch.Tensor]) -> GPT:
-    """A reference that was given by its path: with as many positions as it has, and its own head."""
-    length = len(state["reference.position_embedding.weight"])
-    is_tied = torch.equal(state["reference.lm_head.weight"], state["reference.token_embedding.weight"])
-    reference = GPT(replace(config, context_length=length, tied_head=is_tied), init="torch")
-    return reference.eval().requires_grad_(False)
 
 
 def _answered_as(header: dict[str, Any]) -> dict[str, Any] | None:

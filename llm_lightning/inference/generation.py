@@ -19,7 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llm_lightning.models.gpt import GPT, KVCache, causal_mask
+from llm_lightning.models.attention import Context, causal_mask
+from llm_lightning.models.gpt import GPT
 
 PACKING_PAYS_FROM = 32
 """Steps from which `packed_linears` is worth its preparation."""
@@ -170,7 +171,7 @@ def _decode(
     on_token: OnToken | None,
 ) -> list[list[int]]:
     """Feed the prompts, then one token per row and step; rows that have ended leave the batch in groups."""
-    device = model.token_embedding.weight.device
+    device = model.device
     new_ids: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch continues
     numbers = [random.Random(None if sampling.seed is None else f"{sampling.seed} {row}") for row in rows]
@@ -211,22 +212,21 @@ def _mask(model: GPT, never: Collection[int]) -> Tensor | None:
         return None
     mask = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     mask[torch.tensor(sorted(never))] = True
-    return mask.to(model.token_embedding.weight.device)
+    return mask.to(model.device)
 
 
 class _Batch:
     """The running rows: their cache, and how many slots of padding stand before each."""
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        weight = model.token_embedding.weight
-        self.model = model
+        self.model, device = model, model.device
         self.longest = max(len(prompt) for prompt in prompts)
         capacity = self.longest + max_new_tokens - 1  # the last new token is not fed
         # On a CPU, attention of one position over bf16 keys takes up to five times as long as over fp32 keys.
-        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
-        self.cache = KVCache(model.config, len(prompts), capacity, dtype=dtype, device=weight.device)
-        self.padding = torch.tensor([self.longest - len(prompt) for prompt in prompts], device=weight.device)
-        self.slots = torch.arange(capacity, device=weight.device)
+        dtype = torch.promote_types(model.dtype, torch.float32) if device.type == "cpu" else model.dtype
+        self.cache = model.new_cache(len(prompts), capacity, dtype)
+        self.padding = torch.tensor([self.longest - len(prompt) for prompt in prompts], device=device)
+        self.slots = torch.arange(capacity, device=device)
         self.is_padded = bool(self.padding.any())
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -261,7 +261,8 @@ class _Batch:
         self.is_padded = bool(self.padding.any())
 
     def _last_logits(self, input_ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
-        return self.model.logits(self.model.hidden_states(input_ids, positions, mask, self.cache)[:, -1])
+        context = Context(mask, positions, self.cache)
+        return self.model.logits(self.model.hidden_states(input_ids, context)[:, -1])
 
 
 @contextmanager

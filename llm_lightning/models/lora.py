@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): a frozen linear layer learns a correction of low rank, W + scale * B A.
 
 `apply_lora` works on a built model and keeps the names of its parameters: `blocks.0.attn.qkv_proj.weight` stays, and
-`blocks.0.attn.qkv_proj.lora_A.default` stands beside it. Several adapters can share one base.
+gets `blocks.0.attn.qkv_proj.lora_A.default` beside it. Several adapters can share one base.
 
 Tensor letters: R rank, I inputs, O outputs, P parts of a split projection.
 """
@@ -13,15 +13,18 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What adapters look like and where they stand.
+    """The shape of adapters, and the layers that get one.
 
     Args:
         rank: R.
@@ -30,8 +33,8 @@ class LoRAConfig:
         targets: names of linear layers, or the ends of them: `qkv_proj`, `attn.out_proj`, `blocks.3.mlp.up_proj`.
         qkv: `fused`, one adapter for the joint projection (PEFT's form), or `split`, one each for q, k, v (the book's).
         scaling: `standard`, or `rslora`: alpha / sqrt(rank) (Kalajdzievski 2023).
-        init: A is uniform with the bound 1 / sqrt(fan), fan being the layer's inputs (`kaiming`, PEFT's) or the rank
-            (`book`: there A lies the other way round). B is 0: at first an adapter changes nothing.
+        init: A is uniform with the bound 1 / sqrt(fan), where fan is the number of the layer's inputs (`kaiming`,
+            PEFT's) or the rank (`book`, which stores A transposed). B is 0: at first an adapter changes nothing.
 
     Raises:
         ValueError: if a value is of another type or out of range.
@@ -75,18 +78,18 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What multiplies B A."""
+        """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with adapters beside its frozen weight, of which one or none is used.
+    """A linear layer with adapters beside its frozen weight; at most one of them is active.
 
     A is (P * R, I), B is (O, R); P is 3 for a split qkv projection, of which part p is B[p] A[p], else 1.
     """
 
     def __init__(self, base: nn.Linear, parts: int = 1) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a second weight
         self.in_features, self.out_features, self.parts = base.in_features, base.out_features, parts
         self.weight, self.bias = base.weight, base.bias
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -95,7 +98,7 @@ class LoRALinear(nn.Linear):
         self.merged: str | None = None
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """Add an adapter that changes nothing yet, and use it."""
+        """Add an adapter, B = 0, and make it the active one."""
         if config.rank > self.in_features:
             raise ValueError(f"lora.rank={config.rank} exceeds the {self.in_features} inputs of a layer; lower it")
         dtype, device = torch.promote_types(self.weight.dtype, torch.float32), self.weight.device
@@ -118,11 +121,7 @@ class LoRALinear(nn.Linear):
         return self.configs[name].scale * (b @ a).flatten(0, 1)
 
     def effective_weight(self) -> Tensor:
-        """(O, I): the weight with the adapter in use; for losses that multiply by a head themselves.
-
-        Raises:
-            ValueError: in training with `dropout`, which is on the inputs and cannot be in a weight.
-        """
+        """(O, I): the weight with the active adapter; see the function of the same name."""
         if self.active is None or self.merged == self.active:
             return self.weight
         if self.training and self.configs[self.active].dropout:
@@ -138,20 +137,29 @@ class LoRALinear(nn.Linear):
         return config.scale * torch.cat([F.linear(part, matrix) for part, matrix in pieces], dim=-1)
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
-    """Freeze every parameter of `model` and put an adapter on every target.
-
-    Returns:
-        the names of the layers that have one now.
+def effective_weight(layer: nn.Linear) -> Tensor:
+    """(O, I): the matrix of a layer, its active adapter included; for losses that multiply by a head themselves.
 
     Raises:
-        ValueError: if a target names no linear layer, or one whose weight is used elsewhere too.
+        ValueError: in training with `lora.dropout`, which is on the inputs and cannot be part of a weight.
+    """
+    return layer.effective_weight() if isinstance(layer, LoRALinear) else layer.weight
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> list[str]:
+    """Freeze every parameter of `model` and add an adapter to every target.
+
+    Returns:
+        the names of the layers that got one.
+
+    Raises:
+        ValueError: if a target matches no linear layer, or one whose weight is tied to another parameter.
     """
     if not name or "." in name:
         raise ValueError(f"an adapter cannot be named {name!r}; choose a name without dots")
-    found = _targets(model, config)
+    paths = _target_paths(model, config)
     model.requires_grad_(False)
-    for path in found:
+    for path in paths:
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
             assert isinstance(layer, nn.Linear)
@@ -161,11 +169,11 @@ def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> l
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
         layer.add(name, config)
-    return found
+    return paths
 
 
 def add_adapter(model: nn.Module, config: LoRAConfig, name: str) -> list[str]:
-    """Put a further adapter on a model; it is the one that is used from now on.
+    """Add a further adapter to a model and make it the active one.
 
     Raises:
         ValueError: if the name is taken, or as `apply_lora`.
@@ -176,7 +184,7 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str) -> list[str]:
 
 
 def use_adapter(model: nn.Module, name: str | None) -> None:
-    """Compute with one of the adapters from now on, or with none.
+    """Make one of the adapters active, or none.
 
     Raises:
         ValueError: if there is no such adapter.
@@ -188,13 +196,13 @@ def use_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The adapters of a model, in the order in which they were added."""
+    """The names of a model's adapters, in the order in which they were added."""
     return list(dict.fromkeys(name for _, layer in _layers(model) for name in layer.configs))
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Compute what the base model computes."""
+    """Deactivate all adapters within the context: the model computes what its base computes."""
     before = [(layer, layer.active) for _, layer in _layers(model)]
     use_adapter(model, None)
     try:
@@ -215,17 +223,17 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], config: LoRAConfig, name: str = "default") -> None:
-    """Give `model` the adapter that `adapter_state` returned, adding it if it is not there.
+    """Load an adapter that `adapter_state` returned, adding it if it is not there.
 
     Raises:
-        ValueError: if the layers or shapes are others.
+        ValueError: if the layers or shapes differ.
     """
     if name not in adapter_names(model):
         apply_lora(model, config, name)
     mine = adapter_state(model, name)
     if mine.keys() != state.keys():
         other = sorted(mine.keys() ^ state.keys())
-        raise ValueError(f"the adapter stands on other layers than lora.targets names, such as {other[0]}")
+        raise ValueError(f"the adapter is on other layers than lora.targets names, such as {other[0]}")
     for key, tensor in state.items():
         if tensor.shape != mine[key].shape:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(mine[key].shape)}")
@@ -234,45 +242,34 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], config: LoRAC
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, name: str = "default") -> None:
-    """Add an adapter to the weights, so that it costs nothing; nothing to do where there is none."""
+    """Add an adapter to the weights, so that it costs nothing. A model without this adapter is left as it is."""
     for _, layer in _layers(model):
         if name not in layer.configs:
             continue
         assert layer.merged is None, "an adapter is merged already"
-        layer.weight.data = _added(layer.weight, layer.delta(name))
+        delta = layer.delta(name)
+        layer.weight.data = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)  # rounded once
         layer.merged = layer.active = name
 
 
-@torch.no_grad()
-def unmerge_lora(model: nn.Module) -> None:
-    """Take the merged adapter out of the weights again, up to rounding."""
-    for _, layer in _layers(model):
-        if layer.merged is not None:
-            layer.weight.data = _added(layer.weight, -layer.delta(layer.merged))
-            layer.merged = None
-
-
-def without_lora(model: nn.Module) -> None:
-    """Replace every layer with adapters by a plain one with its current weights: merged ones, after `merge_lora`."""
+def merge_and_unload(model: Model) -> Model:
+    """Merge the default adapter and make every layer a plain one again; `model` itself is changed and returned."""
+    merge_lora(model)
     for path, layer in list(_layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         plain.train(layer.training)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
-
-
-def _added(weight: Tensor, delta: Tensor) -> Tensor:
-    """Their sum, rounded once."""
-    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+    return model
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
-def _targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The paths of all targets."""
+def _target_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The paths of the layers that `config.targets` matches."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = dict.fromkeys(path for path in linears for target in config.targets if _ends_with(path, target))
     names = sorted({path.rpartition(".")[2] for path in linears})

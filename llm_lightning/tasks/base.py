@@ -1,4 +1,4 @@
-"""TaskModule: every Lightning hook, once. A task adds only what one batch costs.
+"""TaskModule: every Lightning hook, once. A task adds the loss of one batch.
 
 Gradients are token-exact: an optimizer step uses the sum of the loss over all targets of its accumulation window on
 all processes, divided by their number. Lightning alone averages micro-batch means, which weighs a target in a short
@@ -10,28 +10,27 @@ Steps are numbered from 0: row s of the logs belongs to update s, and a checkpoi
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.order import limited
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
+from llm_lightning.models.sharding import shard
 from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
+from llm_lightning.tasks.accounting import Evaluation, StepOutput, Totals, Window, means
+from llm_lightning.tasks.memory import disable_malloc_trim, freeze_in_bfloat16, leave_fresh_memory_unfilled, trim_malloc
 from llm_lightning.tokenizers import Tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 
@@ -39,58 +38,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class StepOutput(NamedTuple):
-    """What one batch costs."""
-
-    loss_sum: Tensor
-    """() summed over `n_items` items."""
-    n_items: int
-    """Target tokens, sequences or pairs, known on the CPU."""
-    metrics: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012
-    """name -> (sum, count), each over whatever items that metric counts."""
-    outputs: dict[str, Tensor] = {}  # noqa: RUF012
-    """What metrics of a whole evaluation need, such as logits and labels: (items, ...) each."""
-
-
-class GrowingRows:
-    """The rows of many batches in one tensor on the CPU.
-
-    A list of batches and their concatenation would be there at once: twice as much, which counts where a row holds a
-    logit for each of 10,000 classes.
-
-    Args:
-        expected: rows to make room for; where there are more, they are moved.
-    """
-
-    def __init__(self, expected: int) -> None:
-        self._expected, self._n = expected, 0
-        self._rows = torch.empty(0)
-
-    def append(self, rows: Tensor) -> None:
-        end = self._n + len(rows)
-        if end > len(self._rows) or rows.dtype != self._rows.dtype or rows.shape[1:] != self._rows.shape[1:]:
-            room = torch.empty((max(self._expected, 2 * end), *rows.shape[1:]), dtype=rows.dtype)
-            if self._n:
-                room[: self._n] = self._rows[: self._n]
-            self._rows = room
-        self._rows[self._n : end] = rows
-        self._n = end
-
-    def all(self) -> Tensor:
-        """(n, ...) what was appended."""
-        return self._rows[: self._n]
-
-
 class NonFiniteError(ValueError):
-    """A loss or gradient that is inf or nan."""
+    """A loss or gradient is inf or nan."""
 
 
 class TaskModule(L.LightningModule):
     """Optimizer, schedule, token-exact gradients, clipping, exact metrics and the checkpoint's header.
 
     Args:
-        model: what to train.
-        tokenizer: kept for samples and written into checkpoints.
+        model: the model to train.
+        tokenizer: for samples, and written into checkpoints.
         optimizer, scheduler: settings, see `optim.py`.
         lora: adapters to train instead of the weights.
         header: plain values for the checkpoint's header (resolved config, lineage).
@@ -98,7 +55,7 @@ class TaskModule(L.LightningModule):
 
     task: str
     item: str
-    """What a loss is the mean over: token, sequence, pair."""
+    """The unit of the loss: token, sequence, pair."""
     uses_lm_head: bool = True
     """Whether the language-model head is run."""
 
@@ -124,57 +81,60 @@ class TaskModule(L.LightningModule):
         self.total_steps = 0
         self.is_sharded = False
         self._must_stop = False
-        self._window: list[tuple[StepOutput, int, tuple[int, ...]]] = []
+        self._window = Window()
         self._step_means: dict[str, float] = {}
         self._earlier_metrics: dict[str, float] = {}
-        self._epoch_sums: dict[str, list[float]] = {}
-        self._eval_sums: dict[str, dict[str, list[Tensor]]] = {}
-        self._eval_outputs: dict[str, dict[str, GrowingRows]] = {}
+        self._epoch_sums: Totals = {}
+        self._evaluations: dict[str, Evaluation] = {}
 
     @abstractmethod
     def step_output(self, batch: Any) -> StepOutput:
-        """What `batch` costs."""
+        """Loss and metrics of `batch`. The one method that every task writes."""
 
     @property
     def outputs_kept_apart(self) -> frozenset[str]:
-        """Which `StepOutput.outputs` are too large to be gathered from all processes. Tasks may override."""
+        """The `StepOutput.outputs` that are too large to be gathered from all processes. Tasks may override."""
         return frozenset()
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of a whole evaluation, from the means and all `StepOutput.outputs` of it. Tasks may override.
+        """Metrics of a whole evaluation, from the means and all of its `StepOutput.outputs`. Tasks may override.
 
-        Of `outputs_kept_apart` only the rows of this process are there; see `rows_of_all_processes`.
+        `outputs_kept_apart` hold the rows of this process only; see `accounting.gather_rows`.
         """
         return means
 
     def metric_names(self) -> tuple[str, ...]:
-        """What `eval_metrics` returns, known before training: these can be monitored. Tasks extend."""
+        """The names that `eval_metrics` returns, known before training: these can be monitored. Tasks extend."""
         return ("loss",)
 
     @classmethod
     def options_from(cls, datamodule: Any) -> dict[str, Any]:
-        """Constructor arguments that only the data can tell, such as the names of the classes. Tasks may override."""
+        """Constructor arguments that come from the data, such as the names of the classes. Tasks may override."""
         return {}
 
     @property
     def trunk(self) -> GPT:
         """The GPT inside the model."""
-        return self.model.trunk if isinstance(self.model, Classifier) else self.model
+        return self.model.trunk
+
+    @property
+    def datamodule(self) -> BaseDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
     def describe_model(self) -> dict[str, Any]:
-        """What a checkpoint's header says of the model beside its `GPTConfig`. Tasks may extend."""
+        """Entries of a checkpoint's header beside `GPTConfig`. Tasks may extend."""
         return {"lora": asdict(self.lora)} if self.lora is not None else {}
 
     def figures(self) -> dict[str, Figure]:
-        """name -> what the last evaluations look like. Tasks may override."""
+        """name -> a picture of the last evaluations. Tasks may override."""
         return {}
 
     def results(self) -> dict[str, Any]:
-        """Plain values for `summary.json` that are not one number each. Tasks may override."""
+        """Plain values for `summary.json` beside the metrics. Tasks may override."""
         return {}
 
     def compile_model(self) -> None:
-        """Compile what training calls; an attribute of the instance leaves the names of the weights alone."""
+        """Compile the method that training calls, as an attribute of the instance: the weights keep their names."""
         trunk = self.trunk
         trunk.hidden_states = torch.compile(trunk.hidden_states)  # type: ignore[method-assign]
 
@@ -182,24 +142,23 @@ class TaskModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step_output(batch)
-        detached = output._replace(loss_sum=output.loss_sum.detach(), outputs={})
-        self._window.append((detached, batch_idx, batch.sample_ids))
+        self._window.add(output, batch_idx, batch.sample_ids)
         return output.loss_sum * self.trainer.accumulate_grad_batches  # Lightning divides by it
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Turn accumulated sums into the exact mean, check that it is finite, clip. Runs once per update."""
-        sums = self._reduce_window()
-        count = sums["loss"][1]
+        totals = self._window.sums.totals(self.trainer)
+        loss_sum, count = totals["loss"]
         if count == 0:
-            raise ValueError(f"update {self.global_step} has no target at all: {self._window_samples()}")
+            raise ValueError(f"update {self.global_step} has no target at all: {self._where()}")
         # Data-parallel training averages gradients over processes; the mean over targets needs their sum.
         scale = self.trainer.world_size / count
         norm = scale_and_clip_gradients(self.parameters(), scale, self._max_norm())
-        self._check_finite(sums["loss"][0], norm)
+        self._check_finite(loss_sum, norm)
         self.items_seen += int(count)
         self.last_gradient_norm, self.last_lr = norm, optimizer.param_groups[0]["lr"]
-        self._step_means = {name: total / max(number, 1) for name, (total, number) in sums.items()}
-        for name, (total, number) in sums.items():
+        self._step_means = means(totals)
+        for name, (total, number) in totals.items():
             epoch = self._epoch_sums.setdefault(name, [0.0, 0.0])
             epoch[0] += total
             epoch[1] += number
@@ -231,10 +190,10 @@ class TaskModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._epoch_sums = {}
-        self.trainer.datamodule.set_epoch(self.current_epoch)  # type: ignore[attr-defined]
+        self.datamodule.set_epoch(self.current_epoch)
 
     def on_train_epoch_end(self) -> None:
-        self.log_row({f"train/{name}_epoch": s / max(n, 1) for name, (s, n) in self._epoch_sums.items()})
+        self.log_row({f"train/{name}_epoch": mean for name, mean in means(self._epoch_sums).items()})
 
     def log_row(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Send metrics to every logger under a step; default: the last update's."""
@@ -244,53 +203,46 @@ class TaskModule(L.LightningModule):
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        give_back_freed_memory()  # what varying batch widths have left between them
-        self._begin_evaluation(self.trainer.datamodule.eval_samples)  # type: ignore[attr-defined]
+        trim_malloc()  # gaps that varying batch widths have left
+        self._begin_evaluation(self.datamodule.eval_samples)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, dataloader_idx)
+        self._evaluation(dataloader_idx).add(self.step_output(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._end_evaluation(step=self.global_step - 1)
 
     def on_test_epoch_start(self) -> None:
-        self._begin_evaluation(self.trainer.datamodule.test_samples)  # type: ignore[attr-defined]
+        self._begin_evaluation(self.datamodule.test_samples)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, dataloader_idx)
+        self._evaluation(dataloader_idx).add(self.step_output(batch))
 
     def on_test_epoch_end(self) -> None:
         # A row of its own behind the last update: a run that is trained on drops it, and tests again.
         self._end_evaluation(step=self.global_step)
 
     def _begin_evaluation(self, stages: Mapping[str, Any]) -> None:
-        self._eval_sums = {stage: defaultdict(list) for stage in stages}
-        size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        size = self.datamodule.batch_size
         batches = {stage: -(-len(samples) // (size * self.trainer.world_size)) for stage, samples in stages.items()}
-        self._eval_outputs = {stage: defaultdict(partial(GrowingRows, n * size)) for stage, n in batches.items()}
+        self._evaluations = {stage: Evaluation(n * size) for stage, n in batches.items()}
 
-    def _evaluate(self, batch: Any, dataloader_idx: int) -> None:
-        stage = list(self._eval_sums)[dataloader_idx]
-        output = self.step_output(batch)
-        for name, pair in _sums(output).items():
-            self._eval_sums[stage][name].append(pair)
-        for name, values in output.outputs.items():
-            self._eval_outputs[stage][name].append(values.detach())
+    def _evaluation(self, dataloader_idx: int) -> Evaluation:
+        return list(self._evaluations.values())[dataloader_idx]
 
     def _end_evaluation(self, step: int) -> None:
-        for stage, sums in self._eval_sums.items():
-            totals = {name: torch.stack(pairs).cpu().double().sum(0) for name, pairs in sums.items()}
-            reduced = self._all_reduce(totals)
-            means = {name: total / max(number, 1) for name, (total, number) in reduced.items()}
+        for stage in list(self._evaluations):
+            evaluation = self._evaluations.pop(stage)
+            averages = means(evaluation.sums.totals(self.trainer))
+            outputs = evaluation.outputs(self.trainer, self.outputs_kept_apart)
             prefix = "train/eval_" if stage == "train_eval" else f"{stage}/"
-            found = self.eval_metrics(stage, means, self._all_gather(self._eval_outputs.pop(stage)))
-            metrics = {f"{prefix}{name}": value for name, value in found.items()}
+            values = self.eval_metrics(stage, averages, outputs)
+            metrics = {f"{prefix}{name}": value for name, value in values.items()}
             self.log_dict(metrics, logger=False)
             if stage == "val":
-                self.log("val_loss", means["loss"], prog_bar=True, logger=False)
+                self.log("val_loss", averages["loss"], prog_bar=True, logger=False)
             if not self.trainer.sanity_checking:
                 self.log_row(metrics, step)
-        self._eval_sums, self._eval_outputs = {}, {}
 
     # --- optimizer, devices, checkpoint ----------------------------------------------------------------------------
 
@@ -298,12 +250,12 @@ class TaskModule(L.LightningModule):
         # Under autocast a frozen matrix would be cast at every step; kept in bfloat16 it also takes half the memory.
         if self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             freeze_in_bfloat16(self.model)
-            give_back_freed_memory()
+            trim_malloc()
 
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
         # restored (Lightning's issue 20550).
-        self.total_steps = total_steps(self.trainer, self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.total_steps = total_steps(self.trainer, self.datamodule)
         self.schedule.warmup_steps(self.total_steps)  # refuses a warmup that does not fit
         optimizer = self.optimizer_config.build(self.model.named_parameters(), fused=self._fused())
         peak = self.optimizer_config.lr
@@ -317,7 +269,7 @@ class TaskModule(L.LightningModule):
     def on_fit_start(self) -> None:
         leave_fresh_memory_unfilled()
         if self.device.type == "cpu":
-            keep_freed_memory()
+            disable_malloc_trim()
 
     def on_train_start(self) -> None:
         # The rate in a checkpoint belongs to the length that the run had when it was saved.
@@ -327,23 +279,10 @@ class TaskModule(L.LightningModule):
             group["lr"] = peak * factor
 
     def configure_model(self) -> None:
-        """Shard the model under FSDP2, block by block. Embeddings, final norm and head form the root's own group."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            return
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-        self.is_sharded = True
-        if isinstance(self.model, FSDPModule):
-            return
-        # Not the strategy's mesh: by default all processes of a node stand on its tensor-parallel axis.
-        mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
-        for block in self.trunk.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        for name in ("hidden_states", "finish"):
-            if hasattr(self.model, name):
-                register_fsdp_forward_method(self.model, name)
+        """Shard the model under FSDP2."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self.is_sharded = True
+            shard(self.model, self.trainer.strategy.root_device.type, self.trainer.world_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[checkpoints.HEADER] = checkpoints.describe(
@@ -370,8 +309,8 @@ class TaskModule(L.LightningModule):
         self.items_seen, self._epoch_sums = state["items_seen"], state["epoch_sums"]
 
     def load_trained(self, path: Path) -> None:
-        """Take what was trained from a checkpoint of this run; what was frozen is there already, and not read."""
-        give_back_freed_memory()
+        """Load the trained weights of a checkpoint of this run; the frozen ones are there already, and not read."""
+        trim_malloc()
         frozen = {
             name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
         }
@@ -388,9 +327,9 @@ class TaskModule(L.LightningModule):
     # --- details ---------------------------------------------------------------------------------------------------
 
     def _covered_rows(self) -> dict[str, Any]:
-        """What the metrics file holds up to here, for a start that continues; nothing where there is no such file."""
-        found = [logger.covered(self.global_step) for logger in self.trainer.loggers if hasattr(logger, "covered")]
-        return {"rows": found[0]} if found and found[0] is not None else {}  # None: not the first process
+        """The rows of the metrics file that this checkpoint covers, compared on resume; empty without such a file."""
+        rows = [logger.covered(self.global_step) for logger in self.trainer.loggers if hasattr(logger, "covered")]
+        return {"rows": rows[0]} if rows and rows[0] is not None else {}  # None: not the first process
 
     def _fused(self) -> bool:
         setting = self.optimizer_config.fused
@@ -407,37 +346,6 @@ class TaskModule(L.LightningModule):
         warming_up = self.global_step < self.schedule.warmup_steps(self.total_steps)
         return None if config.clip_after_warmup and warming_up else config.max_grad_norm
 
-    def _reduce_window(self) -> dict[str, list[float]]:
-        sums: dict[str, list[Tensor]] = defaultdict(list)
-        for output, _, _ in self._window:
-            for name, pair in _sums(output).items():
-                sums[name].append(pair)
-        return self._all_reduce({name: torch.stack(pairs).cpu().double().sum(0) for name, pairs in sums.items()})
-
-    def _all_reduce(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
-        """(sum, count) pairs summed over all processes."""
-        if self.trainer.world_size > 1 and sums:
-            stacked = torch.stack(list(sums.values())).to(self.device)
-            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum").cpu()
-            sums = dict(zip(sums, stacked, strict=True))
-        return {name: pair.tolist() for name, pair in sums.items()}
-
-    def _all_gather(self, outputs: dict[str, GrowingRows]) -> dict[str, Tensor]:
-        """What all batches of all processes put out; of `outputs_kept_apart`, those of this process."""
-        mine = {name: rows.all() for name, rows in outputs.items()}
-        return {
-            name: rows if name in self.outputs_kept_apart else self.rows_of_all_processes(rows)
-            for name, rows in mine.items()
-        }
-
-    def rows_of_all_processes(self, rows: Tensor) -> Tensor:
-        """The rows of every process, in the order of the processes. All of them call it together."""
-        if self.trainer.world_size == 1:
-            return rows
-        everyone: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(everyone, rows.contiguous())
-        return torch.cat(everyone)
-
     def _check_finite(self, loss_sum: float, norm: float) -> None:
         # The fp16 scaler skips an update that overflows, and halves its scale. If no scale is small enough, it is nan.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -447,13 +355,12 @@ class TaskModule(L.LightningModule):
         what = "loss" if not math.isfinite(loss_sum) else "gradient"
         raise NonFiniteError(
             f"non-finite {what} (loss {loss_sum}, gradient norm {norm}) at step {self.global_step}, "
-            f"{self._window_samples()}: stopped before the update, the last checkpoint is finite; "
+            f"{self._where()}: stopped before the update, the last checkpoint is finite; "
             "lower optimizer.lr, or look at these samples with data.preview=true"
         )
 
-    def _window_samples(self) -> str:
-        parts = [f"batch {index} (samples {', '.join(map(str, ids))})" for _, index, ids in self._window]
-        return f"epoch {self.current_epoch}, " + ", ".join(parts)
+    def _where(self) -> str:
+        return f"epoch {self.current_epoch}, {self._window.describe()}"
 
 
 def batches_per_epoch(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
@@ -470,49 +377,3 @@ def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     if steps == math.inf:
         raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
     return int(steps)
-
-
-def freeze_in_bfloat16(model: nn.Module) -> None:
-    """Keep the frozen matrices, and the biases beside them, in bfloat16; norms stay as they are."""
-    for module in model.modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            continue
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-
-
-def leave_fresh_memory_unfilled() -> None:
-    """Switch off what PyTorch does beside deterministic algorithms: to fill all fresh memory with nan.
-
-    That shows who reads memory that nobody wrote, and took 8% of each step in a profile on a CPU.
-    `tests/tasks/test_unwritten_memory.py` trains every task with it on, and gets the same bits.
-    """
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc return what is free amid what is in use, such as the fp32 form of cast weights. Elsewhere: nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step instead of giving it back to the system. Elsewhere: nothing.
-
-    By default every large tensor is mapped afresh and zeroed page by page at its first touch: at 124M parameters half
-    a million page faults, and a third of the time, of each step on a CPU. Costs a few percent more memory.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in glibc's malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)  # as an unsigned size: never
-
-
-def _sums(output: StepOutput) -> dict[str, Tensor]:
-    """name -> (2,) sum and count."""
-    loss = output.loss_sum.detach()
-    pairs = {"loss": torch.stack([loss.float(), torch.tensor(float(output.n_items), device=loss.device)])}
-    return pairs | {name: torch.stack([s.float(), n.float()]) for name, (s, n) in output.metrics.items()}

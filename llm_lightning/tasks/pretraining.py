@@ -28,5 +28,5 @@ class PretrainingModule(TaskModule):
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps
         metrics = {**means, "perplexity": math.exp(min(means["loss"], 700))}
-        bytes_per_token = self.trainer.datamodule.bytes_per_token(stage)  # type: ignore[attr-defined]
+        bytes_per_token = self.datamodule.bytes_per_token(stage)  # type: ignore[attr-defined]
         return metrics | {"bits_per_byte": means["loss"] / math.log(2) / bytes_per_token}

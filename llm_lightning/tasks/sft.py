@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llm_lightning.data.batches import LMBatch
 from llm_lightning.losses import causal_lm_loss
+from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tasks.base import StepOutput, TaskModule
 
@@ -19,9 +20,9 @@ class SFTModule(TaskModule):
     model: GPT
 
     def step_output(self, batch: LMBatch) -> StepOutput:
-        hidden, labels = self.model.hidden_states(batch.input_ids, packing=batch.packing), batch.labels
-        if batch.packing is not None:
-            labels = labels.index_select(1, batch.packing.wanted)  # (1, M), of (1, N)
+        context = Context.of(batch.packing)
+        hidden = self.model.hidden_states(batch.input_ids, context)  # (B, T, C), or packed (1, M, C)
+        labels = batch.labels if context.wanted is None else batch.labels.index_select(1, context.wanted)
         return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), labels), batch.n_targets)
 
     def metric_names(self) -> tuple[str, ...]:
@@ -29,4 +30,4 @@ class SFTModule(TaskModule):
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         # exp of the aggregated loss, never a mean of exps
-        return {**means, "perplexity": math.exp(min(means["loss"], 700))}
+        return means | {"perplexity": math.exp(min(means["loss"], 700))}

@@ -30,9 +30,8 @@ from llm_lightning.models.lora import (
     adapter_names,
     apply_lora,
     load_adapter_state,
-    merge_lora,
+    merge_and_unload,
     use_adapter,
-    without_lora,
 )
 from llm_lightning.tokenizers import Tokenizer, from_description
 from llm_lightning.weights import checkpoint_checks as checks
@@ -515,9 +514,7 @@ def _is_of_adapter(name: str) -> bool:
 
 def merged_trunk(model: GPT | Classifier) -> GPT:
     """The GPT inside a model, its adapters merged into its weights. Changes `model`."""
-    merge_lora(model)
-    without_lora(model)
-    return model.trunk if isinstance(model, Classifier) else model
+    return merge_and_unload(model).trunk
 
 
 def describe(*, task: str, model_config: GPTConfig, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:

@@ -570,7 +570,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def _(n: int, folder: Path) -> Callable[[], Any]:
     import torch
 
-    from llm_lightning.tasks.classification import best_threshold
+    from llm_lightning.metrics.class_report import best_threshold
 
     draw = torch.Generator().manual_seed(0)
     scores, labels = torch.rand(n, generator=draw), torch.randint(2, (n,), generator=draw)
@@ -604,7 +604,8 @@ def class_metrics(n: int, classes: int) -> None:
 
 @case("metrics.csv: read and continued", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.callbacks.run_logs import MetricsFile, read_metrics
+    from llm_lightning.callbacks.run_logs import MetricsFile
+    from llm_lightning.files.metrics_csv import read_metrics
 
     rows = "".join(f"{i},0.5,,0.1\n" for i in range(n))
     content = "step,train/loss,val/loss,train/eval_loss\n" + rows

@@ -29,6 +29,7 @@ from llm_lightning.data.preference import PreferenceDataModule
 from llm_lightning.data.records.preference import read_preferences
 from llm_lightning.data.templates import Turn
 from llm_lightning.losses import preference_loss, sequence_log_probs, token_log_probs
+from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig
 from llm_lightning.tasks.dpo import DPOModule
@@ -383,7 +384,7 @@ BATCHES = {
 
 def of_batch(model: GPT, batch: PreferenceBatch) -> Tensor:
     """(2B,) summed log-probabilities."""
-    hidden = model.hidden_states(batch.input_ids, packing=batch.packing)
+    hidden = model.hidden_states(batch.input_ids, Context.of(batch.packing))
     picked = hidden.flatten(0, 1).index_select(0, batch.wanted)
     log_probs = token_log_probs(picked, model.head_weight(), batch.labels)
     return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))
@@ -715,7 +716,7 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path, monkeypatch: Any,
     assert torch.equal(given["input_ids"][given["completion_mask"].bool()], batch.labels)
     with torch.no_grad():
         references = of_batch(reference, batch).split(4)
-    for kind, theirs in {"sigmoid": "sigmoid", "ipo": "ipo", "length_normalised": "sigmoid_norm"}.items():
+    for kind, theirs in {"sigmoid": "sigmoid", "ipo": "ipo", "average": "sigmoid_norm"}.items():
         trainer.loss_types = [theirs]
         trainer.model.zero_grad()
         expected = trainer.compute_loss(trainer.model, given)
@@ -734,7 +735,7 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path, monkeypatch: Any,
     module = DPOModule(
         model=policy, tokenizer=GPT2, optimizer=AdamWConfig(lr=1e-3), scheduler=ConstantConfig(), beta=0.3
     )
-    module.reference = reference
+    module.reference = module.ref.frozen = reference
     found = module.step_output(batch).metrics
     for ours, theirs in {  # TRL: of sums, whatever the loss
         "chosen_reward": "rewards/chosen",

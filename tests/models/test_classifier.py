@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_lightning.models.attention import Context, causal_mask
 from llm_lightning.models.classifier import POOLINGS, Classifier, frozen_depth, train_only
-from llm_lightning.models.gpt import GPT, GPTConfig, causal_mask
+from llm_lightning.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=97, context_length=12, n_layer=3, n_head=4, n_embd=32)
 LENGTHS = torch.tensor([5, 12, 1])
@@ -31,7 +32,7 @@ def plainly(model: Classifier, ids: Tensor, length: int) -> Tensor:
     mask = causal_mask(len(ids), len(ids), "cpu") if model.causal else torch.ones(len(ids), len(ids)).bool()
     mask[:, seen:] = False
     mask |= torch.eye(len(ids)).bool()  # a pad may see itself
-    hidden = model.trunk.hidden_states(ids[None], attention_mask=mask)[0]
+    hidden = model.trunk.hidden_states(ids[None], Context(mask))[0]
     picked = {"first": hidden[0], "mean": hidden[:seen].mean(0)}.get(
         model.pooling.removesuffix("_position"), hidden[seen - 1]
     )

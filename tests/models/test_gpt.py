@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm_lightning.models.gpt import GPT, GPTConfig, KVCache
+from llm_lightning.models.attention import Context, attend, attend_by_hand, causal_mask
+from llm_lightning.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_embd=32)
 SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
@@ -91,32 +92,21 @@ def test_mlp_uses_the_tanh_gelu() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "given_mask"])
-def test_explicit_attention_equals_the_fast_one(masked: bool) -> None:
-    attention = random_gpt().blocks[0].attn
-    x = torch.randn(2, 9, 32, dtype=torch.float64)
-    mask = torch.eye(9, dtype=torch.bool) | (torch.rand(9, 9) < 0.4) if masked else None
-    mixed, weights = attention.explicit(x, mask)
-    assert_same(mixed, attention(x, mask))
+def test_attention_by_hand_equals_the_fast_one(masked: bool) -> None:
+    query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+    mask = torch.eye(9, dtype=torch.bool) | (torch.rand(9, 9) < 0.4) if masked else causal_mask(9, 9, "cpu")
+    mixed, weights = attend_by_hand(query, key, value, mask)
+    assert_same(mixed, attend(query, key, value, mask if masked else None))
     assert_same(weights.sum(-1), torch.ones(2, 4, 9, dtype=torch.float64))
-    forbidden = ~mask if mask is not None else torch.ones(9, 9, dtype=torch.bool).triu(1)
-    assert not weights[..., forbidden].any()
-
-
-def test_attention_weights_of_every_layer() -> None:
-    model = random_gpt()
-    maps = model.attention_weights(IDS)
-    assert [weights.shape for weights in maps] == [(2, 4, 11, 11)] * 2
-    x = model.token_embedding(IDS) + model.position_embedding.weight[:11]
-    second_input = model.blocks[1].attn_norm(model.blocks[0](x))
-    assert_same(maps[1], model.blocks[1].attn.explicit(second_input)[1])
+    assert not weights[..., ~mask].any()
 
 
 @pytest.mark.parametrize("chunks", [(11,), (1,) * 11, (5, 1, 1, 3, 1)], ids=["prefill", "one_by_one", "chunks"])
 @torch.no_grad()
 def test_kv_cache_in_chunks_equals_one_forward(chunks: tuple[int, ...]) -> None:
     model = random_gpt()
-    cache = KVCache(CONFIG, batch_size=2, capacity=11, dtype=torch.float64, device="cpu")
-    logits = torch.cat([model(part, cache=cache) for part in IDS.split(list(chunks), dim=1)], dim=1)
+    cache = model.new_cache(batch_size=2, capacity=11)
+    logits = torch.cat([model(part, Context(cache=cache)) for part in IDS.split(list(chunks), dim=1)], dim=1)
     assert cache.length == 11
     assert_same(logits, model(IDS))
 
@@ -131,7 +121,7 @@ def test_left_padded_batch_equals_each_row_alone() -> None:
     causal = torch.ones(total, total, dtype=torch.bool).tril()
     # a pad may see itself: a row of softmax needs something to look at
     mask = (causal & real[:, None, :] | torch.eye(total, dtype=torch.bool))[:, None]  # (B, 1, T, T)
-    logits = model(ids, positions=(places - pads[:, None]).clamp(min=0), attention_mask=mask)
+    logits = model(ids, Context(mask, positions=(places - pads[:, None]).clamp(min=0)))
     assert_same(logits[0], model(IDS[:1])[0])
     assert_same(logits[1, -4:], model(IDS[1:, :4])[0])
 
@@ -207,10 +197,10 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
     model = random_gpt()
     with pytest.raises(ValueError, match=r"sequence of 17 tokens exceeds context_length=16; shorten it"):
         model(torch.zeros(1, 17, dtype=torch.int64))
-    cache = KVCache(CONFIG, batch_size=1, capacity=20, dtype=torch.float64, device="cpu")
-    model(torch.zeros(1, 16, dtype=torch.int64), cache=cache)
+    cache = model.new_cache(batch_size=1, capacity=20)
+    model(torch.zeros(1, 16, dtype=torch.int64), Context(cache=cache))
     with pytest.raises(ValueError, match="sequence of 17 tokens"):
-        model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+        model(torch.zeros(1, 1, dtype=torch.int64), Context(cache=cache))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +215,11 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
 def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
+
+
+def test_the_identity_of_gpt2_is_its_heads_and_of_others_all_that_differs() -> None:
+    assert replace(CONFIG, n_head=8, tied_head=False).identity() == {"n_head": 8}
+    assert replace(CONFIG, layer_norm_eps=1e-6).identity() == {"n_head": CONFIG.n_head, "layer_norm_eps": 1e-6}
 
 
 def test_an_unknown_init_is_refused() -> None:

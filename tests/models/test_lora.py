@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -19,10 +20,9 @@ from llm_lightning.models.lora import (
     add_adapter,
     apply_lora,
     load_adapter_state,
+    merge_and_unload,
     merge_lora,
-    unmerge_lora,
     use_adapter,
-    without_lora,
 )
 
 CONFIG = GPTConfig(vocab_size=61, context_length=10, n_layer=2, n_head=2, n_embd=16)
@@ -70,7 +70,7 @@ def test_forward_is_the_formula(scaling: str, parts: int) -> None:
 
 @pytest.mark.parametrize("qkv", ["fused", "split"])
 @torch.no_grad()
-def test_merged_unmerged_and_removed(qkv: str) -> None:
+def test_merged_and_unloaded(qkv: str) -> None:
     model = gpt()
     base = model(IDS)
     names = set(model.state_dict())
@@ -81,12 +81,10 @@ def test_merged_unmerged_and_removed(qkv: str) -> None:
     assert (adapted - base).abs().max() > 0.01
     with adapters_off(model):
         assert torch.equal(model(IDS), base)
-    merge_lora(model)
-    torch.testing.assert_close(model(IDS), adapted, rtol=0, atol=1e-12)
-    unmerge_lora(model)
-    torch.testing.assert_close(model(IDS), adapted, rtol=0, atol=1e-12)
-    merge_lora(model)
-    without_lora(model)
+    merged = copy.deepcopy(model)
+    merge_lora(merged)
+    torch.testing.assert_close(merged(IDS), adapted, rtol=0, atol=1e-12)
+    assert merge_and_unload(model) is model
     assert set(model.state_dict()) == names
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     torch.testing.assert_close(model(IDS), adapted, rtol=0, atol=1e-12)

@@ -17,13 +17,14 @@ import pytest
 import torch
 from judge_server import serving
 
-from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import data_of
 from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.losses import sequence_log_probs, token_log_probs
 from llm_lightning.metrics.answers import exact_match, wilson_interval
+from llm_lightning.models.attention import Context
 from llm_lightning.weights.checkpoint import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +235,6 @@ def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list
 
 @torch.no_grad()
 def answer_log_probs(loaded: LoadedModel, batch: PreferenceBatch) -> torch.Tensor:
-    hidden = loaded.gpt.hidden_states(batch.input_ids, packing=batch.packing).flatten(0, 1)[batch.wanted]
+    hidden = loaded.gpt.hidden_states(batch.input_ids, Context.of(batch.packing)).flatten(0, 1)[batch.wanted]
     log_probs = token_log_probs(hidden, loaded.gpt.head_weight(), batch.labels)
     return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))

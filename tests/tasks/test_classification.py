@@ -16,11 +16,13 @@ from torch.utils.data import Dataset
 
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.metrics.answers import wilson_interval
+from llm_lightning.metrics.class_report import best_threshold
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
-from llm_lightning.tasks.classification import ClassificationModule, best_threshold, wilson_interval
+from llm_lightning.tasks.classification import ClassificationModule
 from llm_lightning.tokenizers import build_tokenizer
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, n_layer=3, n_head=2, n_embd=16)
@@ -101,7 +103,7 @@ def test_stored_and_computed_blocks_give_the_same_losses(
     options = {"trained_blocks": blocks, "causal": causal}
     computed, _ = losses(tmp_path, make_trainer, frozen_cache=False, **options)
     stored, module = losses(tmp_path, make_trainer, **options)
-    assert module._stored is not None
+    assert module.frozen_blocks.store is not None
     assert len(stored) == 24
     assert stored == pytest.approx(computed, abs=1e-5)
 
@@ -111,7 +113,7 @@ def test_padding_that_is_read_is_stored_too(tmp_path: Path, make_trainer: Any, p
     options = {"trained_blocks": 1, "pooling": pooling, "pad_to": 16}
     computed, _ = losses(tmp_path, make_trainer, frozen_cache=False, **options)
     stored, module = losses(tmp_path, make_trainer, **options)
-    assert module._stored is not None
+    assert module.frozen_blocks.store is not None
     assert stored == pytest.approx(computed, abs=1e-5)
 
 
@@ -133,9 +135,9 @@ def test_a_second_run_computes_no_frozen_block(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"trained_blocks": "all"}, "the lowest block is trained"),
+        ({"trained_blocks": "all"}, "the lowest block is being trained"),
         ({"trained_blocks": 1, "frozen_cache": False}, "task.frozen_cache=false"),
-        ({"trained_blocks": 1, "lora": LoRAConfig()}, "the lowest block is trained"),
+        ({"trained_blocks": 1, "lora": LoRAConfig()}, "the lowest block is being trained"),
     ],
 )
 def test_why_nothing_is_stored_is_said(
@@ -143,7 +145,7 @@ def test_why_nothing_is_stored_is_said(
 ) -> None:
     caplog.set_level("INFO")
     losses(tmp_path, make_trainer, **options)
-    assert f"Frozen blocks: not stored: {reason}" in caplog.text
+    assert f"Frozen-block cache off: {reason}" in caplog.text
 
 
 def test_only_what_was_chosen_is_trained(tmp_path: Path, make_trainer: Any) -> None:
@@ -163,7 +165,7 @@ def test_metrics_against_arithmetic_by_hand(tmp_path: Path, make_trainer: Any) -
     samples = data.test_samples["test"]
     batch = data.collate([samples[index] for index in range(len(samples))])
     with torch.no_grad():
-        probabilities = module.logits(batch.input_ids, batch.lengths).softmax(-1)
+        probabilities = module.frozen_blocks.logits(batch.input_ids, batch.lengths).softmax(-1)
     said, true = probabilities[:, 1] >= 0.5, batch.labels == 1
     hits, n = int((said & true).sum()), len(samples)
     assert metrics["test/accuracy"] == pytest.approx(float((said == true).float().mean()))
@@ -194,7 +196,7 @@ def test_class_weights_weigh_the_loss() -> None:
     batch = data.collate([data.train_samples[index] for index in range(6)])
     plain, weighted = tiny(data), tiny(data, class_weights=[1.0, 3.0])
     with torch.no_grad():
-        logits = plain.logits(batch.input_ids, batch.lengths)
+        logits = plain.frozen_blocks.logits(batch.input_ids, batch.lengths)
         each = -logits.log_softmax(-1)[range(6), batch.labels]
         factor = torch.where(batch.labels == 1, 3.0, 1.0)
         assert plain.step_output(batch).loss_sum.item() == pytest.approx(each.sum().item(), rel=1e-5)
@@ -227,7 +229,7 @@ def test_the_threshold_is_chosen_on_validation_data_alone(tmp_path: Path, make_t
     chosen = module.model.threshold.item()
     trainer.test(module, datamodule=data, verbose=False)
     assert module.model.threshold.item() == chosen
-    seen = module._seen["val"]
+    seen = module.report.evaluated["val"]
     assert chosen == pytest.approx(best_threshold(seen["logits"].softmax(-1)[:, 1], seen["labels"]))
 
 

@@ -25,6 +25,7 @@ from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate
 from llm_lightning.data.conversations import may_share_prefix
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.losses import IGNORE_INDEX
+from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
@@ -361,7 +362,7 @@ def test_a_batch_without_samples_costs_nothing(packed: bool) -> None:
 def all_states(model: GPT, batch: LMBatch) -> Tensor:
     """(N, C): also of the tokens that no loss reads."""
     everything = batch.packing._replace(wanted=torch.arange(batch.input_ids.size(1)))
-    return model.hidden_states(batch.input_ids, packing=everything)[0]
+    return model.hidden_states(batch.input_ids, Context.of(everything))[0]
 
 
 def test_the_shared_prefix_ends_before_what_differs_or_is_learnt() -> None:
