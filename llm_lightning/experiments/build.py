@@ -22,6 +22,7 @@ from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.conversations import may_share_prefix
 from llm_lightning.experiments.adapters import adapter_lineage
 from llm_lightning.experiments.monitors import missing_mode
 from llm_lightning.experiments.run_folder import RunFolder
@@ -82,8 +83,12 @@ def build_datamodule(settings: Settings, tokenizer: Any, path: Any, digest: str 
         OtherDataError: if the data module knows before reading that its data has another digest.
     """
     options = {key: value for key, value in settings["data"].items() if key != "preview"}
+    if "path" in options:
+        options["path"] = path
+    if "packing" in options:
+        options["share_prefix"] = may_share_prefix(settings["model"], settings.get("lora"))
     datamodule: BaseDataModule = build(
-        options | ({"path": path} if "path" in options else {}),
+        options,
         tokenizer=tokenizer,
         context_length=settings["model"]["context_length"],
         seed=settings["seed"],

@@ -94,7 +94,6 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     module = build_module(settings, datamodule, parent, continued)
     lineage = module.header["lineage"]
     lineage["places"] = whereabouts.places_of(settings, run, lineage, data_path, init_from)
-    module.adapt_data(datamodule)
     del parent  # or its weights stay, beside those that are cast
     if continued is not None:
         refuse_other_data(continued["lineage"]["data"], datamodule.data_digest)

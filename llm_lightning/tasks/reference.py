@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_lightning.data.pairs import PreferenceBatch
-from llm_lightning.files.frozen_cache import FrozenCache
+from llm_lightning.files.frozen_cache import FrozenCache, weights_digest
 from llm_lightning.losses import sequence_log_probs, token_kl, token_log_probs
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT
