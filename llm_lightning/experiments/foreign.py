@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments.run_records import COMMAND, SHOWN, read_command, refuse_links
-from llm_lightning.experiments.settings.changes import REFERENCES, REMOVED
 from llm_lightning.experiments.settings.overrides import (
     key_of,
     parsed,
@@ -130,9 +129,7 @@ def _reason_of_value(key: str, value: Any, folder: Path, command: Mapping[str, A
         return "a value from elsewhere"
     if name in WITH_DIGEST:
         return None if _has_digest(name, text, folder, command) else "a path whose content was not recorded"
-    if name == "task.reference" and text not in REFERENCES and (name, text) not in REMOVED:
-        return "a path, which is no longer a reference: copy holds the same weights"
-    if name == "data.hf_dataset":
+    if name in ("data.hf_dataset", "task.reference"):
         return "a path" if _looks_like_a_path(text) or Path(text).exists() else None
     if is_setting or not isinstance(value, str):
         return None

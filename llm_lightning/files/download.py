@@ -7,7 +7,6 @@ as `<name>.part` and resumed. A file that is already there is verified without o
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import http.client
 import json
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.files.bounded_http import Pace, opener
+from llm_lightning.nearest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def cache_dir() -> Path:
 def check_name(name: str | None, named: Collection[str]) -> None:
     """Raise ValueError for a named data set that there is not."""
     if name is not None and name not in named:
-        near = difflib.get_close_matches(name, named, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, named)
         raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(named)}, or null with data.path=FILE")
 
 
