@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llm_lightning.cli.generate import generate_text, generate_texts
     from llm_lightning.models.gpt import GPT, GPTConfig
     from llm_lightning.models.lora import use_adapter
-    from llm_lightning.weights.checkpoint import LoadedModel, load_model
+    from llm_lightning.weights.load import LoadedModel, load_model
 
 _HOMES = {
     "GPT": "llm_lightning.models.gpt",

@@ -19,7 +19,7 @@ from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointI
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
-from llm_lightning.data.batches import LMBatch, Sample, collate_lm
+from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.experiments import unforeseen
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
@@ -41,8 +41,8 @@ class Ragged(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(index, self.rows[index])
+    def __getitem__(self, index: int) -> Example:
+        return Example(index, self.rows[index])
 
 
 class RaggedDataModule(BaseDataModule):
@@ -56,7 +56,7 @@ class RaggedDataModule(BaseDataModule):
     def build(self) -> None: ...
 
     def collate(self, samples: Any) -> LMBatch:
-        return collate_lm(samples, pad_id=0)
+        return collate_padded(samples, pad_id=0)
 
     def preview(self, n: int) -> str:
         return ""

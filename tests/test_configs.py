@@ -6,17 +6,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm_lightning.experiments.config_checks import PRESETS, check_overrides, register_resolvers
-from llm_lightning.experiments.help import group_options, help_text, read_defaults, read_settings
-from llm_lightning.experiments.launch import expand_sweep
+from llm_lightning.experiments.command_line import expand_sweep
 from llm_lightning.experiments.monitors import fill_modes
-from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.experiments.settings.compose import PRESETS, register_resolvers
+from llm_lightning.experiments.settings.help import help_text
+from llm_lightning.experiments.settings.yaml_files import group_options, read_defaults, read_settings
+from llm_lightning.experiments.stages import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
 
@@ -122,7 +125,7 @@ def test_the_run_folder_is_named_by_task_and_run() -> None:
 
 def test_two_runs_of_the_same_second_have_two_folders() -> None:
     code = (
-        "from llm_lightning.experiments.config_checks import register_resolvers as r; r();"
+        "from llm_lightning.experiments.settings.compose import register_resolvers as r; r();"
         "from omegaconf import OmegaConf; print(OmegaConf.create({'x': '${run_folder:null}'}).x[-4:])"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -177,8 +180,9 @@ def test_callbacks_and_loggers_build(tmp_path: Path) -> None:
 
     config = composed("callbacks=early_stopping", "task=sft")
     assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping", "responses"}
-    fill_modes(config, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    for node in config.callbacks.values():
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    fill_modes(settings)
+    for node in settings["callbacks"].values():
         assert isinstance(instantiate(node), L.Callback)
     for node in config.logger.values():
         assert isinstance(instantiate(node, run_dir=tmp_path, resumed_step=0), Logger)
@@ -205,6 +209,26 @@ def test_data_keys_are_arguments_of_the_data_module(tmp_path: Path) -> None:
 
     known = set(inspect.signature(PretrainingDataModule).parameters) | set(inspect.signature(BaseDataModule).parameters)
     assert set(composed().data) - {"_target_", "preview"} <= known
+
+
+@pytest.mark.parametrize(
+    ("words", "is_shared"),
+    [
+        (["task=sft", "model.dropout=0"], True),
+        (["task=sft", "model.dropout=0.1"], False),
+        (["task=sft", "model.dropout=0.1", "model.attention_dropout=0", "model.embedding_dropout=0"], False),
+        (["task=lora", "model.dropout=0"], True),
+        (["task=lora", "model.dropout=0", "lora.dropout=0.1"], False),
+        (["task=dpo", "model.dropout=0"], True),
+    ],
+)
+def test_a_shared_prefix_is_packed_once_unless_there_is_dropout(words: list[str], is_shared: bool) -> None:
+    from llm_lightning.data.conversations import ConversationDataModule
+    from llm_lightning.experiments.run import build_datamodule
+
+    data = build_datamodule(composed(*words, "tokenizer=byte", "model.context_length=600"), None)
+    assert isinstance(data, ConversationDataModule)
+    assert data.share_prefix == is_shared
 
 
 # --- the book's recipes --------------------------------------------------------------------------------------------
@@ -235,7 +259,7 @@ def _parameters(fields: dict) -> int:
 
 
 def test_appendix_d_differs_from_chapter_5_in_schedule_clipping_length_and_seed_only() -> None:
-    from llm_lightning.experiments.config_checks import diff_configs
+    from llm_lightning.experiments.settings.changes import diff_configs
 
     old, new = (OmegaConf.to_container(composed(f"experiment=book/{name}")) for name in ("ch05", "appendix_d"))
     changed = {key: value for key, _, value in diff_configs(old, new) if not key.startswith("scheduler.")}
@@ -331,7 +355,7 @@ def test_comments_are_read_beside_and_above_the_key(tmp_path: Path) -> None:
 
 def test_help_needs_neither_torch_nor_hydra() -> None:
     code = (
-        "import sys; from pathlib import Path; from llm_lightning.experiments.help import help_text;"
+        "import sys; from pathlib import Path; from llm_lightning.experiments.settings.help import help_text;"
         f"help_text(['--help'], Path({str(CONF)!r}));"
         "print({'torch', 'lightning', 'hydra', 'omegaconf'} & set(sys.modules))"
     )

@@ -11,7 +11,8 @@ import lightning as L
 
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.inference.respond import answered, respond
-from llm_lightning.metrics.answers import exact_match, most_frequent_answer_score, wilson_interval
+from llm_lightning.metrics.answers import exact_match, most_frequent_answer_score
+from llm_lightning.metrics.intervals import wilson_interval
 
 
 class Responses(L.Callback):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 TEXTS_AT_ONCE = 1024
 """Texts held in memory, sorted by length so that a batch has little padding."""
@@ -163,7 +163,8 @@ def _row(found: Classification) -> str:
 
 def _read(name: str, text_field: str) -> list[str]:
     """The texts of a file, or of standard input."""
-    from llm_lightning.data.corpus.sources import JSONL_SUFFIXES, JsonLines
+    from llm_lightning.data.corpus.sources import JsonLines
+    from llm_lightning.data.reading import JSONL_SUFFIXES
 
     if name == "-":
         return _lines("standard input", sys.stdin.buffer.read())

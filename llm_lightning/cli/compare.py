@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from llm_lightning.data.templates import Conversation, Template
     from llm_lightning.metrics.judge import Comparison, Judge, ScoreSummary, Verdict
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 PAGE_SUFFIXES = (".html", ".md")
 A, B = COLUMNS = ("model_response_A", "model_response_B")
@@ -183,7 +183,8 @@ def _opened(args: argparse.Namespace, path: str) -> LoadedModel:
 
 
 def _is_adapter(path: str) -> bool:
-    from llm_lightning.weights.checkpoint import read_header, resolve
+    from llm_lightning.weights.checkpoint import read_header
+    from llm_lightning.weights.load import resolve
     from llm_lightning.weights.peft_format import is_peft_folder
 
     if is_peft_folder(path):
@@ -289,13 +290,13 @@ def _explained(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _share(count: int, n: int) -> str:
-    from llm_lightning.metrics.answers import wilson_interval
+    from llm_lightning.metrics.intervals import wilson_interval
 
     return _cell(count / n, *wilson_interval(count, n)) if n else "-"
 
 
 def _mean(values: Sequence[float], highest: float = math.inf, digits: int = 3) -> str:
-    from llm_lightning.metrics.answers import mean_interval
+    from llm_lightning.metrics.intervals import mean_interval
 
     return _cell(*mean_interval(values, 0, highest), digits) if values else "-"
 

@@ -24,11 +24,10 @@ from llm_lightning.terminal import inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from llm_lightning.data.corpus.token_files import TokenFile
     from llm_lightning.models.gpt import GPT
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 TOKENS_PER_BATCH = 4096
 TUNED = ("sft", "dpo")
@@ -143,8 +142,8 @@ def evaluate_labelled(
     import torch
 
     from llm_lightning.cli.classify import class_probabilities, predicted_class
-    from llm_lightning.metrics.answers import wilson_interval
     from llm_lightning.metrics.classes import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
+    from llm_lightning.metrics.intervals import wilson_interval
 
     index = {label: number for number, label in enumerate(loaded.labels)}
     unknown = sorted({label for _, label in records} - index.keys())
@@ -346,9 +345,11 @@ def _evaluate(
 
 
 def _loss_sum(model: GPT, documents: Sequence[np.ndarray], stride: int, n_targets: int, progress: bool) -> float:
+    import numpy as np
     import torch
     from tqdm import tqdm
 
+    from llm_lightning.data.batches import Example, collate_padded
     from llm_lightning.inference.generation import evaluating
     from llm_lightning.losses import causal_lm_loss
 
@@ -358,26 +359,13 @@ def _loss_sum(model: GPT, documents: Sequence[np.ndarray], stride: int, n_target
     total = 0.0
     with evaluating(model), torch.inference_mode(), bar:
         while batch := list(islice(pieces, max(1, TOKENS_PER_BATCH // length))):
-            input_ids, labels = (tensor.to(device) for tensor in _collate(batch))
-            total += float(causal_lm_loss(model.hidden_states(input_ids), model.head_weight(), labels))
+            # A token that an earlier window has scored is no target.
+            examples = [Example(row, ids, np.arange(len(ids)) > n_scored) for row, (ids, n_scored) in enumerate(batch)]
+            padded = collate_padded(examples, pad_id=0)
+            hidden = model.hidden_states(padded.input_ids.to(device))
+            total += float(causal_lm_loss(hidden, model.head_weight(), padded.labels.to(device)))
             bar.update(sum(len(ids) - 1 - n_scored for ids, n_scored in batch))
     return total
-
-
-def _collate(batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
-    """Inputs and labels (B, T) of some windows; right padding needs no mask."""
-    import torch
-
-    from llm_lightning.losses import IGNORE_INDEX
-
-    longest = max(len(ids) for ids, _ in batch) - 1
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, (ids, n_scored) in enumerate(batch):
-        window = torch.tensor(ids.tolist())
-        input_ids[row, : len(window) - 1] = window[:-1]
-        labels[row, n_scored : len(window) - 1] = window[n_scored + 1 :]
-    return input_ids, labels
 
 
 def _read_texts(paths: list[str], text_field: str) -> list[str]:

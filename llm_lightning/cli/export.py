@@ -15,7 +15,7 @@ from llm_lightning.cli.main import add_base_argument, add_checkpoint_argument
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from llm_lightning.models.classifier import Classifier
-    from llm_lightning.weights.checkpoint import load_model, merged_trunk
+    from llm_lightning.models.lora import merge_and_unload
     from llm_lightning.weights.hf_export import export_classifier, export_hf
+    from llm_lightning.weights.load import load_model
 
     loaded = load_model(args.checkpoint, base=args.base)
     if args.format == "peft":
         _export_adapter(loaded, args.folder, overwrite=args.overwrite)
         return
-    trunk, options = merged_trunk(loaded.model), {"dtype": args.dtype, "overwrite": args.overwrite}
+    trunk, options = merge_and_unload(loaded.model).trunk, {"dtype": args.dtype, "overwrite": args.overwrite}
     if isinstance(loaded.model, Classifier):
         report = export_classifier(loaded.model, loaded.labels, loaded.tokenizer, args.folder, **options)
     else:

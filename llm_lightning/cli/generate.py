@@ -22,7 +22,7 @@ from llm_lightning.terminal import say, say_lines, write_raw
 if TYPE_CHECKING:
     from llm_lightning.inference.generation import OnToken
     from llm_lightning.tokenizers import Tokenizer
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 MAX_NEW_TOKENS = 100
 TEMPERATURE = 0.8

@@ -34,7 +34,8 @@ def describe(name_or_path: str) -> dict[str, Any]:
         FileNotFoundError: if there is nothing at the path.
         ValueError: if what is there is damaged or not a GPT.
     """
-    from llm_lightning.weights.checkpoint import examine, load_model, resolve
+    from llm_lightning.weights.checkpoint import examine
+    from llm_lightning.weights.load import load_model, resolve
     from llm_lightning.weights.pretrained import GPT2_WEIGHTS
 
     path = resolve(name_or_path)

@@ -16,7 +16,7 @@ from llm_lightning.cli.respond import DATA_SUFFIXES
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.data.batches import LMBatch, MaskedSample
+    from llm_lightning.data.batches import Example, LMBatch
     from llm_lightning.data.templates import Template
     from llm_lightning.files.download import Pinned
     from llm_lightning.tokenizers import Tokenizer
@@ -75,7 +75,7 @@ def _named() -> dict[str, Path | Pinned]:
 
 def _of_model(args: argparse.Namespace) -> Shown:
     from llm_lightning.cli.respond import data_of
-    from llm_lightning.weights.checkpoint import load_model
+    from llm_lightning.weights.load import load_model
 
     data = data_of(load_model(args.source))
     batch = data.first_batch(args.split, args.number)
@@ -87,7 +87,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
     """The first records of a file, whether or not there are enough to train on."""
     from llm_lightning.data.batches import collate_padded
     from llm_lightning.data.instruction import LOSS_ON
-    from llm_lightning.data.records.instruction import rows_of_file
+    from llm_lightning.data.records.rows import rows_of
     from llm_lightning.data.templates import choose_template
     from llm_lightning.files.download import file_of
     from llm_lightning.tokenizers import build_tokenizer
@@ -96,7 +96,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
     tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
     path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
-    first, _ = next(iter(rows_of_file(path)), ({}, ""))  # of a file without records the reader complains
+    first, _ = next(iter(rows_of(path)), ({}, ""))  # of a file without records the reader complains
     is_pairs = {"chosen", "rejected"} <= set(first)
     make = _pair_samples if is_pairs else _record_samples
     samples, titles = make(path, args, tokenizer, template)
@@ -107,19 +107,19 @@ def _of_records(args: argparse.Namespace) -> Shown:
 
 def _record_samples(
     path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
-) -> tuple[list[MaskedSample], None]:
-    from llm_lightning.data.batches import MaskedSample
+) -> tuple[list[Example], None]:
+    from llm_lightning.data.batches import Example
     from llm_lightning.data.instruction import encode
     from llm_lightning.data.records.instruction import read_instructions
 
     records = read_instructions(path, empty_output="keep")[0][: args.number]
     encoded = [encode(tokenizer, template, one, loss_on=args.loss_on) for one in records]
-    return [MaskedSample(index, one.ids, one.is_target) for index, one in enumerate(encoded)], None
+    return [Example(index, one.ids, one.is_target) for index, one in enumerate(encoded)], None
 
 
 def _pair_samples(
     path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
-) -> tuple[list[MaskedSample], list[str]]:
+) -> tuple[list[Example], list[str]]:
     from llm_lightning.data.preference import encode_pair, titles_of_pairs
     from llm_lightning.data.records.preference import read_preferences
 
@@ -130,4 +130,4 @@ def _pair_samples(
     encoded = [
         encode_pair(tokenizer, template, index, one, score_header=with_header) for index, one in enumerate(pairs)
     ]
-    return [side for pair in encoded for side in (pair.chosen, pair.rejected)], titles_of_pairs(2 * len(pairs))
+    return [side for pair in encoded for side in pair.sequences], titles_of_pairs(2 * len(pairs))

@@ -152,7 +152,7 @@ def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int 
         FileNotFoundError: if there is no such file.
         ValueError: naming file, record and field of everything that is wrong, the first ten.
     """
-    from llm_lightning.data.corpus.sources import LISTED
+    from llm_lightning.data.reading import LISTED
     from llm_lightning.data.records.json import read_json_records
 
     found = read_json_records(path)[:limit]
@@ -352,7 +352,7 @@ def _measures(responses: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 def _mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
-    from llm_lightning.metrics.answers import mean_interval, wilson_interval
+    from llm_lightning.metrics.intervals import mean_interval, wilson_interval
 
     mean, low, high = mean_interval(values, 0, 1)
     if name == "exact_match":

@@ -73,7 +73,8 @@ def _ancestor(name: str, expected: str) -> tuple[dict[str, Any], list[str]]:
 def _described(name_or_path: str) -> tuple[dict[str, Any], list[str]]:
     """A checkpoint, and where the one it began with may be."""
     from llm_lightning.files.places import parent_names
-    from llm_lightning.weights.checkpoint import load_model, read_header, resolve
+    from llm_lightning.weights.checkpoint import read_header
+    from llm_lightning.weights.load import load_model, resolve
 
     path = resolve(name_or_path)
     header = load_model(name_or_path).header if path is None else read_header(path)

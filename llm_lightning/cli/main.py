@@ -23,7 +23,7 @@ from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import STANDARD_OUTPUT, guard_messages, inline, one_line, say, write_raw
 
 if TYPE_CHECKING:
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 VERBS = {
     "generate": "continue one or more prompts",
@@ -139,7 +139,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """Add CHECKPOINT, in the words that `checkpoint.load_model` takes."""
+    """Add CHECKPOINT, in the words that `load_model` takes."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -166,7 +166,7 @@ def open_model(
     """
     import torch
 
-    from llm_lightning.weights.checkpoint import load_model
+    from llm_lightning.weights.load import load_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     path = args.checkpoint if checkpoint is None else checkpoint

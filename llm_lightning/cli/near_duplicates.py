@@ -130,8 +130,8 @@ def _facts(found: NearDuplicates, show: int) -> dict[str, Any]:
 
 def _remove(output: Path, records: Sequence[JsonRecord], found: dict[str, NearDuplicates]) -> dict[str, Any]:
     """Write the records that remain; say how many those are."""
-    from llm_lightning.data.corpus.sources import JSONL_SUFFIXES
     from llm_lightning.data.near_duplicates import keep_first
+    from llm_lightning.data.reading import JSONL_SUFFIXES
     from llm_lightning.files.atomic import write_atomically
 
     groups = chain.from_iterable(one.groups for one in found.values())

@@ -21,9 +21,9 @@ from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.terminal import inline, say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.data.base import ConversationDataModule
+    from llm_lightning.data.conversations import ConversationDataModule
     from llm_lightning.data.templates import Conversation, Template
-    from llm_lightning.weights.checkpoint import LoadedModel
+    from llm_lightning.weights.load import LoadedModel
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
 COLUMN = "model_response"
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     ])  # fmt: skip
 
 
-def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
+def data_of(loaded: LoadedModel) -> ConversationDataModule[Any]:
     """The data that a model of task=sft or task=dpo was trained with, read again.
 
     Raises:
@@ -110,9 +110,9 @@ def data_of(loaded: LoadedModel) -> ConversationDataModule[Any, Any]:
     length = loaded.gpt.config.context_length
     make = classes[loaded.header["task"]]
 
-    def build(found: dict[str, Any]) -> ConversationDataModule[Any, Any]:
+    def build(found: dict[str, Any]) -> ConversationDataModule[Any]:
         options = {key: value for key, value in found.items() if key not in ("_target_", "preview")}
-        data: ConversationDataModule[Any, Any] = make(tokenizer=loaded.tokenizer, context_length=length, **options)
+        data: ConversationDataModule[Any] = make(tokenizer=loaded.tokenizer, context_length=length, **options)
         data.build()
         return data
 
@@ -146,7 +146,7 @@ def read_records(path: Path, loaded: LoadedModel) -> list[Conversation]:
     pair = {columns.get(field) or field for field in ("chosen", "rejected")}
     if pair <= set(first) and (columns.get("output") or "output") not in first:
         known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}
-        return [one.conversation for one in preference_records.read_preferences(path, columns=known)[0]]
+        return preference_records.read_preferences(path, columns=known)[0]
     known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
     return instruction_records.read_instructions(path, columns=known, empty_output="keep")[0]
 

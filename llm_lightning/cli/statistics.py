@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.data.corpus.sources import JSONL_SUFFIXES
+    from llm_lightning.data.reading import JSONL_SUFFIXES
     from llm_lightning.tokenizers import build_tokenizer
 
     if args.tokenizer in ("word", "bpe"):
@@ -83,7 +83,8 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 
 def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to measure: those that are asked for, or those of the usual ones that there are."""
-    from llm_lightning.data.records.json import ROLES, has_text, text_of
+    from llm_lightning.data.records.json import has_text, text_of
+    from llm_lightning.data.records.messages import ROLES
 
     if wanted:
         present = [key for key in wanted if any(has_text(one, key) for one in records)]
@@ -168,7 +169,7 @@ def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is empty or no UTF-8.
     """
-    from llm_lightning.data.corpus.sources import TextFile
+    from llm_lightning.data.reading import TextFile
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is no file; give a .json, .jsonl or text file")

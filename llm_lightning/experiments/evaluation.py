@@ -17,7 +17,7 @@ import lightning as L
 import torch
 
 from llm_lightning.callbacks.responses import answer_questions, exact_match_metrics
-from llm_lightning.data.base import ConversationDataModule
+from llm_lightning.data.conversations import ConversationDataModule, may_share_prefix
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
@@ -26,7 +26,9 @@ from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tasks.reference import reference_of_before
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.checkpoint import CheckpointError, LoadedModel
+from llm_lightning.weights.checkpoint import CheckpointError
+from llm_lightning.weights.load import LoadedModel, resolve
+from llm_lightning.weights.renamed import REMOVED
 
 TASKS: dict[str, type[TaskModule]] = {"sft": SFTModule, "dpo": DPOModule}
 """A class that a checkpoint names is never built."""
@@ -37,7 +39,7 @@ PRECISIONS = {torch.float32: "32-true", torch.bfloat16: "bf16-true", torch.float
 
 def evaluate_split(
     loaded: LoadedModel,
-    data: ConversationDataModule[Any, Any],
+    data: ConversationDataModule[Any],
     split: str,
     *,
     checkpoint: str | Path,
@@ -62,8 +64,8 @@ def evaluate_split(
     module = rebuild_task(loaded, checkpoint)
     samples: Any = {"train": data.train_samples, **data.eval_samples, **data.test_samples}[split]
     data.seed, data.num_workers, data.test_samples = int(config.get("seed") or 0), 0, {split: samples}
-    data.choose_layout(share_prefix=True)  # by the batches of the run's seed, as in training
-    module.adapt_data(data)
+    data.share_prefix = may_share_prefix(loaded.header["model"], loaded.header.get("lora"))
+    data.choose_layout()  # by the batches of the run's seed, as in training
     answers = _Answers(split, _answered_as(loaded.header))
     device = next(loaded.model.parameters()).device
     settings = config.get("trainer", {})
@@ -83,7 +85,7 @@ def evaluate_split(
         trainer.test(module, datamodule=data, verbose=False)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     metrics = {name.removeprefix(f"{split}/"): value for name, value in found.items() if name.startswith(f"{split}/")}
-    return {**metrics, **answers.counts, data.unit or "records": len(samples)}
+    return {**metrics, **answers.counts, data.samples_are: len(samples)}
 
 
 def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
@@ -91,10 +93,12 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
 
     An adapter alone holds no reference; that is what its base gives without it, as at the start of its run.
     """
-    header, path = loaded.header, checkpoints.resolve(checkpoint)
+    header, path = loaded.header, resolve(checkpoint)
     assert path is not None, "weights of others name no task"
     try:
         options = {key: value for key, value in header["config"]["task"].items() if key != "_target_"}
+        if "loss" in options:
+            options["loss"] = REMOVED.get(("task.loss", options["loss"]), options["loss"])
         stored = {} if "base" in header else checkpoints.load(path, mmap=True)
         state = stored.get("state_dict") or {f"model.{k}": v for k, v in loaded.model.state_dict().items()}
         if "reference" in options:

@@ -7,7 +7,6 @@ file that is already there is verified without opening a connection.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import http.client
 import logging
@@ -30,6 +29,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from llm_lightning.files.bounded_http import Pace, opener
+from llm_lightning.nearest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ def cache_dir() -> Path:
 def check_name(name: str | None, named: Collection[str]) -> None:
     """Raise ValueError for an unknown named data set."""
     if name is not None and name not in named:
-        near = difflib.get_close_matches(name, named, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, named)
         raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(named)}, or null with data.path=FILE")
 
 

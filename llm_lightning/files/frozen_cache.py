@@ -260,17 +260,6 @@ class FrozenCache:
             raise OSError(f"{needed:,} bytes needed, {free:,} free")
 
 
-def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in named_tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _batches(indices: Sequence[int], n_rows: Sequence[int], rows_per_batch: int) -> Iterable[list[int]]:
     """Consecutive indices, as many as fit into `rows_per_batch` padded rows; `n_rows` rises along them."""
     batch: list[int] = []

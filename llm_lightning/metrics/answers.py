@@ -5,15 +5,12 @@ Exact match, ROUGE-L and chrF need no judge: they compare words and characters, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from statistics import stdev
 
 CHRF_ORDER = 6
 CHRF_BETA = 2  # recall counts twice as much as precision; both are the numbers of Popovic 2015 and of sacrebleu
-NORMAL_QUANTILE = 1.959964
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -52,39 +49,6 @@ def chrf(responses: Sequence[str], references: Sequence[str]) -> list[float]:
     which "yes" for "yes" gets 0.5 instead of 1.
     """
     return [_chrf(one, other) for one, other in zip(responses, references, strict=True)]
-
-
-def mean_interval(
-    values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
-) -> tuple[float, float, float]:
-    """Compute the mean and its 95% interval, Student's t, cut to the scale on which the values are.
-
-    Not a bootstrap: that needs a seed, and is too narrow for the ten records that one tries first. Where all values are
-    equal the interval has no width, however few they are.
-
-    Args:
-        lowest, highest: ends of the scale.
-
-    Returns:
-        mean, low, high. One value says nothing of the spread, so its interval is the whole scale; the mean of none is
-        nan.
-    """
-    n = len(values)
-    mean = math.fsum(values) / n if n else math.nan
-    if n < 2:
-        return mean, lowest, highest
-    half = _t_quantile(n - 1) * stdev(values) / math.sqrt(n)
-    return mean, max(lowest, mean - half), min(highest, mean + half)
-
-
-def wilson_interval(right: int, total: int, z: float = NORMAL_QUANTILE) -> tuple[float, float]:
-    """The 95% interval of a proportion (Wilson 1927), which also holds near 0 and 1, where p +- z s.e. does not."""
-    if total == 0:
-        return 0.0, 1.0
-    share = right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _normalised(text: str) -> str:
@@ -127,26 +91,3 @@ def _chrf(response: str, reference: str) -> float:
 
 def _ngrams(text: str, n: int) -> Counter[str]:
     return Counter(text[start : start + n] for start in range(len(text) - n + 1))
-
-
-def _t_quantile(df: int) -> float:
-    """The t that |t| stays below with a probability of 95%."""
-    if df > 1000:  # the series below gets long, and this is right to six digits (Abramowitz and Stegun 26.7.5)
-        return NORMAL_QUANTILE + (NORMAL_QUANTILE**3 + NORMAL_QUANTILE) / (4 * df)
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _probability_within(middle, df) < 0.95 else (low, middle)
-    return math.sqrt(df) * math.tan(low)
-
-
-def _probability_within(angle: float, df: int) -> float:
-    """P(|t| < sqrt(df) tan(angle)), Abramowitz and Stegun 26.7.3 (odd df) and 26.7.4 (even df)."""
-    cosine, is_odd = math.cos(angle), df % 2
-    term = cosine if is_odd else 1.0
-    total = 0.0
-    for k in range(1, (df - is_odd) // 2 + 1):
-        total += term
-        term *= cosine * cosine * (2 * k / (2 * k + 1) if is_odd else (2 * k - 1) / (2 * k))
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if is_odd else total

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llm_lightning.metrics.answers import wilson_interval
 from llm_lightning.metrics.class_figures import confusion_figure, roc_figure
 from llm_lightning.metrics.classes import (
     MOST_SHOWN,
@@ -24,6 +23,7 @@ from llm_lightning.metrics.classes import (
     most_confused,
     softmax_columns,
 )
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.classifier import Classifier
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.files.bounded_http import NoConnectionError, Reply, TooLongError, exchange
 from llm_lightning.files.download import cache_dir
-from llm_lightning.metrics.answers import mean_interval
+from llm_lightning.metrics.intervals import mean_interval
 
 DEFAULT_URL = "http://localhost:11434/v1"
 DEFAULT_MODEL = "llama3"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_lightning.losses import PreferenceLoss
-from llm_lightning.metrics.answers import wilson_interval
+from llm_lightning.metrics.intervals import wilson_interval
 
 PAIR_METRICS = (
     "reward_accuracy", "reward_margin", "reward_accuracy_low", "reward_accuracy_high", "chosen_reward",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_lightning.data.batches import PreferenceBatch
+from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.losses import check_preference_loss, preference_loss
 from llm_lightning.metrics.preferences import PAIR_METRICS, preference_metrics, preference_sums
 from llm_lightning.models.gpt import GPT

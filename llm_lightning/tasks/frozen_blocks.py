@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from llm_lightning.data.batches import LabelledSample
-from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
+from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.classifier import Classifier, frozen_depth
 from llm_lightning.tasks.memory import trim_malloc
+from llm_lightning.weights.digests import weights_digest
 
 if TYPE_CHECKING:
     from llm_lightning.tasks.base import TaskModule

@@ -53,7 +53,7 @@ def is_peft_folder(path: str | Path) -> bool:
 
 
 def base_name_of(folder: str | Path) -> str:
-    """The model that an adapter of PEFT's was made for, in the words that `checkpoint.load_model` takes.
+    """The model that an adapter of PEFT's was made for, in the words that `load_model` takes.
 
     Raises:
         ValueError: if the folder does not say it.

@@ -123,15 +123,15 @@ def prepare(folder: Path, batches: int) -> None:
     rows = [
         {
             "prompt": tokenizer.decode(sample.prompt_ids.tolist()),
-            "chosen": records[sample.sample_id].chosen,
+            "chosen": records[sample.sample_id].turns[-1].response,
             "rejected": records[sample.sample_id].rejected,
             "n_scored": len(sample.chosen_ids) + len(sample.rejected_ids),
         }
         for sample in samples
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
-    pairs = [records[sample.sample_id].conversation.record for sample in samples]
-    held_out = [one.conversation.record for one in data.records["val"] if not one.is_identical][:HELD_OUT]
+    pairs = [records[sample.sample_id].record for sample in samples]
+    held_out = [one.record for one in data.records["val"] if not one.has_equal_answers][:HELD_OUT]
     (folder / "pairs.json").write_text(json.dumps(pairs + held_out))
 
 
@@ -148,7 +148,7 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     from llm_lightning.optim import AdamWConfig, ConstantConfig
     from llm_lightning.tasks.dpo import DPOModule
     from llm_lightning.tokenizers import build_tokenizer
-    from llm_lightning.weights.checkpoint import load_model
+    from llm_lightning.weights.load import load_model
 
     os.environ["LLM_LIGHTNING_CACHE"] = str(folder / "cache" / str(os.getpid()))
     tokenizer = build_tokenizer("gpt2")

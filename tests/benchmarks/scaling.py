@@ -376,7 +376,7 @@ for _name, _unit in SCRIPTS.items():
 
     @case(f"token files: {_name}", 2_000_000)
     def _(n: int, folder: Path, unit: str = _unit) -> Callable[[], Any]:
-        from llm_lightning.data.corpus.token_files import _pieces
+        from llm_lightning.data.corpus.encoding import in_pieces as _pieces
         from llm_lightning.tokenizers import build_tokenizer
 
         text, tokenizer = unit * (n // len(unit)), build_tokenizer("gpt2")
@@ -488,7 +488,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("answers: most frequent, intervals", 2_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.metrics.answers import mean_interval, most_frequent_answer_score, wilson_interval
+    from llm_lightning.metrics.answers import most_frequent_answer_score
+    from llm_lightning.metrics.intervals import mean_interval, wilson_interval
 
     texts = [f"answer {i}" for i in range(n)]
     return lambda: (most_frequent_answer_score(texts), mean_interval([i / n for i in range(n)]), wilson_interval(3, n))
@@ -677,7 +678,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("config: many unknown keys", 300)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.experiments.config_checks import diff_configs, unknown_keys
+    from llm_lightning.experiments.settings.changes import diff_configs
+    from llm_lightning.experiments.settings.checks import unknown_keys
 
     config = {f"key{i}": {"a": i} for i in range(n)}
     known = {f"known{i}": 1 for i in range(150)}
@@ -686,7 +688,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("config: many labels on the command line", 100)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.experiments.config_checks import check_overrides
+    from llm_lightning.experiments.settings.checks import check_overrides
 
     conf = Path(__file__).resolve().parents[2] / "conf"
     labels = ",".join(f"l{i}" for i in range(n))

@@ -78,7 +78,7 @@ def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
     import torch
 
     from llm_lightning.data.base import BaseDataModule
-    from llm_lightning.data.batches import Sample, collate_lm
+    from llm_lightning.data.batches import Example, collate_padded
     from llm_lightning.models.gpt import GPT, GPTConfig
     from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
     from llm_lightning.tasks.pretraining import PretrainingModule
@@ -95,10 +95,10 @@ def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
 
         def build(self) -> None:
             ids = torch.randint(0, VOCABULARY, ((WARMUP_STEPS + steps) * BATCH, TIME + 1)).numpy()
-            self.train_samples = [Sample(i, row) for i, row in enumerate(ids)]  # type: ignore[assignment]
+            self.train_samples = [Example(i, row) for i, row in enumerate(ids)]  # type: ignore[assignment]
 
         def collate(self, samples: Any) -> Any:
-            return collate_lm(samples, pad_id=0)
+            return collate_padded(samples, pad_id=0)
 
         def preview(self, n: int) -> str:
             return ""

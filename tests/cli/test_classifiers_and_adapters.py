@@ -17,7 +17,8 @@ import llm_lightning
 from llm_lightning.cli.main import main as cli
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, adapter_state, load_adapter_state, use_adapter
-from llm_lightning.weights.checkpoint import HEADER, CheckpointError, load, load_model, resolve, save
+from llm_lightning.weights.checkpoint import HEADER, CheckpointError, load, save
+from llm_lightning.weights.load import load_model, resolve
 from llm_lightning.weights.peft_format import export_peft
 
 CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification"]

@@ -24,7 +24,8 @@ from llm_lightning.data.corpus.token_files import build_token_files
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
-from llm_lightning.weights.checkpoint import HEADER, LoadedModel, describe, load_model, save
+from llm_lightning.weights.checkpoint import HEADER, describe, save
+from llm_lightning.weights.load import LoadedModel, load_model
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, n_layer=2, n_head=2, n_embd=16)
 DATA = {"name": None, "path": None, "text_field": "text", "split": "character", "val_fraction": 0.2, "add_eot": True}

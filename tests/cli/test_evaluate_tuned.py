@@ -11,7 +11,8 @@ import torch
 from tiny_run import SETTINGS, train_here, write_checkpoint
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.weights.checkpoint import HEADER, load, read_header, resolve, save
+from llm_lightning.weights.checkpoint import HEADER, load, read_header, save
+from llm_lightning.weights.load import resolve
 
 TEMPLATE = "data.template='{instruction} {response}'"
 WAYS = {

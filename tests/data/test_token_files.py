@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_lightning.data.corpus import encoding
 from llm_lightning.data.corpus import token_files as module
 from llm_lightning.data.corpus.sources import InMemory, Source, open_source
 from llm_lightning.data.corpus.token_files import build_token_files
@@ -74,7 +75,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "byte", "word", "bpe"])
 @pytest.mark.parametrize("piece", [1, 50, 1 << 18])
 def test_ids_are_those_of_whole_documents(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(encoding, "PIECE", piece)
     documents = [random_text(n, seed=n) for n in (1000, 1, 300, 7)]
     tokenizer = train_tokenizer(name, 400 if name == "bpe" else None, documents if name in ("word", "bpe") else ())
     for add_eot in (True, False):
@@ -89,7 +90,7 @@ def test_ids_are_those_of_whole_documents(name: str, piece: int, monkeypatch: py
 
 
 def test_a_document_without_any_split_point_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 10)
+    monkeypatch.setattr(encoding, "PIECE", 10)
     tokenizer = build_tokenizer("gpt2")
     for text in ("a" * 5000, "ab " * 3 + "-" * 2000 + " end of it", "\n" * 3000):
         assert build_token_files(source_of(text), tokenizer, val_fraction=0)[
@@ -307,7 +308,7 @@ def test_text_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     source = open_source(path=path)
     source.survey()
     path.write_text("after it all")
-    with pytest.raises(ValueError, match="was changed while it was being tokenised"):
+    with pytest.raises(ValueError, match="changed while it was being tokenised"):
         build_token_files(source, build_tokenizer("byte"), val_fraction=0)
     assert folders() == []
 
@@ -320,7 +321,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     source = source_of(random_text(20_000))
     try:
-        with pytest.raises(OSError, match=r"cannot make the token files in .*File too large.*LLM_LIGHTNING_CACHE"):
+        with pytest.raises(OSError, match=r"cannot write the token files in .*File too large.*LLM_LIGHTNING_CACHE"):
             build_token_files(source, build_tokenizer("byte"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -15,9 +15,12 @@ from tiny_run import SETTINGS, start, train_here, write_checkpoint
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.models.classifier import Classifier
+from llm_lightning.models.lora import merge_and_unload
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.checkpoint import HEADER, load, load_model, merged_trunk, read_header, save
+from llm_lightning.weights.checkpoint import HEADER, load, read_header, save
+from llm_lightning.weights.digests import digest_under
+from llm_lightning.weights.load import load_model
 
 PLAIN = [word for word in SETTINGS if "samples" not in word and "max_steps" not in word] + [
     "callbacks.plots=null",
@@ -86,7 +89,7 @@ def outputs(model: Any) -> torch.Tensor:
 
 def assert_right(project: Path) -> None:
     """Every checkpoint names the base, and the adapter works alone, on a model, moved with its project, and in PEFT."""
-    base = checkpoints.digest_under({"model": {"context_length": 48}}, load_model(project / "base.ckpt").gpt)
+    base = digest_under({"model": {"context_length": 48}}, load_model(project / "base.ckpt").gpt)
     files = sorted((project / "run" / "checkpoints").glob("*.ckpt"))
     assert {file.name: read_header(file)["lineage"]["base"] for file in files} == {file.name: base for file in files}
     adapter = project / "run" / "checkpoints" / "adapter.ckpt"
@@ -106,8 +109,10 @@ def assert_right(project: Path) -> None:
         return
     assert cli(["generate", str(project / "base.ckpt"), "a", "--adapter", str(adapter), "--max-new-tokens", "2"]) == 0
     assert cli(["export", str(adapter), str(project / "peft"), "--format", "peft"]) == 0
-    by_peft = merged_trunk(load_model(project / "peft").model)
-    assert torch.allclose(outputs(by_peft), outputs(merged_trunk(load_model(project / "run").model)), atol=1e-5)
+    by_peft = merge_and_unload(load_model(project / "peft").model).trunk
+    assert torch.allclose(
+        outputs(by_peft), outputs(merge_and_unload(load_model(project / "run").model).trunk), atol=1e-5
+    )
     shutil.rmtree(project / "peft")
 
 

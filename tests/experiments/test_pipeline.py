@@ -18,7 +18,7 @@ from tiny_run import SETTINGS, Outcome, assert_same, finish, living, start, trai
 
 from llm_lightning.cli import main as cli
 from llm_lightning.experiments import pipeline
-from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.stages import plan
 from llm_lightning.weights import checkpoint as checkpoints
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -187,7 +187,7 @@ def test_a_failing_stage_ends_the_chain(tmp_path: Path, words: list[str], capfd:
     assert outcome.code == 2
     assert outcome.err.splitlines() == [
         f"pipeline=failing: stage first ended with exit code 2 in {folder / 'first'}; "
-        "its words stand above, and the same command goes on there"
+        "see its output above; the same command continues there"
     ]
     assert str(missing) in capfd.readouterr().err
     assert not (folder / "second").exists()
@@ -199,7 +199,7 @@ def test_a_chain_in_use_is_refused(words: list[str], chain: Path) -> None:
     with FileLock(chain / ".lock"):
         outcome = train_here([*words, f"hydra.run.dir={chain}"])
     assert outcome.code == 2
-    assert "is going on in another process" in outcome.err
+    assert "is running in another process" in outcome.err
 
 
 @pytest.mark.slow

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from tiny_run import SETTINGS, train_here, write_corpus
 
 from llm_lightning.cli.evaluate import _records_of_split, open_split
 from llm_lightning.cli.lineage import trace
 from llm_lightning.cli.respond import data_of
 from llm_lightning.experiments.run_folder import RunFolder
+from llm_lightning.experiments.run_records import Start
 from llm_lightning.experiments.whereabouts import read_data
 from llm_lightning.files.places import candidates, existing, place_of
 from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.load import load_model
 
 BASE = [word for word in SETTINGS if "prompts" not in word and "max_steps" not in word]
 QUIET = [*BASE, "trainer.max_steps=2", "callbacks.samples=null", "callbacks.plots=null", "logger=csv"]
@@ -39,7 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"{'good' if index % 2 else 'bad'} {name}\t{index % 2}" for index, name in enumerate(names)]
     (folder / "texts.tsv").write_text("\n".join(["text\tlabel", *rows, ""]))
     more = ["data.template='{instruction}[{input}]:{response}'", "data.val_fraction=0.2"]
-    parents = ["init_from=outputs/pretraining/first", f"task.reference=outputs/pretraining/first/{LAST}"]
+    parents = ["init_from=outputs/pretraining/first"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in (
@@ -74,17 +74,16 @@ def test_a_moved_project_goes_on_and_is_evaluated(
         first, second, third = (
             moved / "outputs" / name for name in ("pretraining/first", "dpo/second", "classification/third")
         )
-        loaded = checkpoints.load_model(first)
+        loaded = load_model(first)
         assert open_split(loaded, "val").n_tokens > 0
-        assert len(data_of(checkpoints.load_model(second)).records["test"]) > 0
-        assert len(_records_of_split(checkpoints.load_model(third), "test")) > 0
+        assert len(data_of(load_model(second)).records["test"]) > 0
+        assert len(_records_of_split(load_model(third), "test")) > 0
         assert [link["state"] for link in trace(str(second))] == ["same", "same"]
         out = go_on(Path("it's moved, too/outputs/dpo/second"))
         assert "is read from" not in out
         places = lineage(second)["places"]
         assert places["data.path"]["found"] == [str(moved / "pairs.json")]
         assert places["init_from"]["from_run"] == ["../../pretraining/first"]
-        assert places["task.reference"]["from_run"] == ["../../pretraining/first/checkpoints/last.ckpt"]
         go_on(first)
         monkeypatch.chdir(moved)  # the same command is typed where the project is now
         assert train_here([*QUIET, "run_name=first", "data.path=corpus.txt", "trainer.max_steps=4"]).code == 0
@@ -112,16 +111,15 @@ def test_what_has_the_recorded_digest_is_used_the_nearest_first(
         "overrides": ["data.path=a.txt"],
         "places": {"data.path": place},
     }
-    opened = RunFolder(run, None, {}, {})
+    resumed = Start(str(here), None, [], resume=str(run))
+    opened = RunFolder(run, None, {})
     log = []
     for change in (None, copy, there, here):  # they take another text one after the other
         if change is not None:
             (change / "a.txt").write_text("other")
         (run / "command.json").write_text(json.dumps(command))
-        cfg = OmegaConf.create({"resume": str(run), "data": {"path": "a.txt"}})
         try:
-            read_data(cfg, opened, partial(built, cfg))
-            log.append(cfg.data.path)
+            log.append(read_data({"data": {"path": "a.txt"}}, opened, resumed, built)[1])
         except ValueError as error:
             log.append(str(error))
     assert log[:3] == [str(folder / "a.txt") for folder in (copy, there, here)]
@@ -129,19 +127,18 @@ def test_what_has_the_recorded_digest_is_used_the_nearest_first(
         "cannot resume: data.path changed since the run began: digest 0967115f2813 is not that of "
     )
     assert [str(folder / "a.txt") in log[3] for folder in (copy, there, here)] == [True] * 3
-    typed = OmegaConf.create({"resume": str(run), "data": {"path": "b.txt"}})
-    assert read_data(typed, opened, lambda digest: digest) is None  # what is typed again means what it says
+    typed_again = {"data": {"path": "b.txt"}}  # means what it says
+    assert read_data(typed_again, opened, resumed, lambda *given: given) == (("b.txt", None), "b.txt")
     for folder in (copy, there, here):
         (folder / "a.txt").unlink()
-    gone = OmegaConf.create({"resume": str(run), "data": {"path": "a.txt"}})
     with pytest.raises(
         FileNotFoundError, match=r"data.path=a.txt of the run is not there \(looked for .*type data.path="
     ):
-        read_data(gone, opened, lambda digest: digest)
+        read_data({"data": {"path": "a.txt"}}, opened, resumed, built)
 
 
-def built(cfg: Any, digest: str | None) -> Any:
-    return SimpleNamespace(data_digest=digest_of(Path(cfg.data.path)))
+def built(path: Any, digest: str | None) -> Any:
+    return SimpleNamespace(data_digest=digest_of(Path(path)))
 
 
 def digest_of(path: Path) -> str:
@@ -201,10 +198,10 @@ def test_other_first_weights_are_refused_and_the_same_ones_elsewhere_are_not(pro
     shutil.copy(project / "outputs" / "pretraining" / "first" / LAST, tmp_path / "same.ckpt")
     shutil.copy(project / "outputs" / "classification" / "third" / LAST, tmp_path / "other.ckpt")
     typed = [f"data.path={project / 'pairs.json'}", f"task.reference={tmp_path / 'same.ckpt'}"]
-    outcome = train_here([f"resume={run}", f"init_from={tmp_path / 'other.ckpt'}", *typed[:1], "trainer.max_steps=3"])
+    outcome = train_here([f"resume={run}", f"init_from={tmp_path / 'other.ckpt'}", *typed, "trainer.max_steps=3"])
     assert outcome.code == 2
     assert "init_from was 'outputs/pretraining/first' and is " in outcome.err
-    go_on(run, f"init_from={tmp_path / 'same.ckpt'}", *typed[:1])
+    go_on(run, f"init_from={tmp_path / 'same.ckpt'}", *typed)
     assert lineage(run)["places"]["init_from"]["from_run"] == ["../same.ckpt"]
 
 
@@ -221,7 +218,7 @@ def test_folders_of_an_earlier_version_go_on(project: Path, tmp_path: Path, monk
     command = json.loads((run / "command.json").read_text())
     command.pop("places")
     (run / "command.json").write_text(json.dumps(command))
-    assert open_split(checkpoints.load_model(run), "val").n_tokens > 0
+    assert open_split(load_model(run), "val").n_tokens > 0
     monkeypatch.chdir(tmp_path)
     go_on(run)
     header = checkpoints.read_header(run / LAST)

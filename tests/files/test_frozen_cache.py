@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llm_lightning.files import frozen_cache
-from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError, weights_digest
+from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
+from llm_lightning.weights.digests import weights_digest
 
 LENGTHS = [3, 1, 5, 2, 4]
 KEYS = [bytes([n]) * 32 for n in LENGTHS]

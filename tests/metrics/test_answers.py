@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
-from statistics import stdev
 
 import pytest
 from torchmetrics.functional.text import chrf_score, rouge_score
 
-from llm_lightning.metrics.answers import (
-    chrf,
-    exact_match,
-    mean_interval,
-    most_frequent_answer_score,
-    rouge_l,
-    wilson_interval,
-)
+from llm_lightning.metrics.answers import chrf, exact_match, most_frequent_answer_score, rouge_l
 
 WORDS = ["the", "a", "cat", "sat", "on", "mat", "42", "Yes", "no,", "capital", "of", "France.", "-", "it's"]
 
@@ -101,40 +92,3 @@ def test_records_are_measured_one_by_one() -> None:
     assert chrf(["ab", "c"], ["ab", "d"]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="longer"):
         rouge_l(["a"], ["a", "b"])
-
-
-@pytest.mark.parametrize(
-    ("n", "t"),
-    [(2, 12.70620), (3, 4.30265), (4, 3.18245), (5, 2.77645), (11, 2.22814), (110, 1.98197), (1502, 1.96155)],
-)
-def test_the_interval_of_a_mean_is_students(n: int, t: float) -> None:
-    values = [float(i % 7) for i in range(n)]
-    mean, low, high = mean_interval(values)
-    assert mean == pytest.approx(sum(values) / n)
-    for half in (mean - low, high - mean):
-        assert half == pytest.approx(t * stdev(values) / math.sqrt(n), rel=1e-5)
-
-
-def test_the_interval_of_a_mean_at_its_limits() -> None:
-    assert mean_interval([70.0], 0, 100) == (70.0, 0, 100)
-    assert mean_interval([70.0]) == (70.0, -math.inf, math.inf)
-    mean, *interval = mean_interval([], 1, 5)
-    assert math.isnan(mean)
-    assert interval == [1, 5]
-    assert mean_interval([99.0, 100.0], 0, 100)[2] == 100
-
-
-def test_the_interval_of_a_mean_covers_it_in_95_of_100_samples() -> None:
-    rng = random.Random(0)
-    hits = 0
-    for _ in range(1000):
-        _, low, high = mean_interval([rng.gauss(3, 2) for _ in range(5)])
-        hits += low <= 3 <= high
-    assert 0.93 < hits / 1000 < 0.97
-
-
-def test_wilson() -> None:
-    # Brown, Cai and DasGupta 2001; Newcombe 1998, table I (81 of 263)
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson_interval(0, 0) == (0.0, 1.0)

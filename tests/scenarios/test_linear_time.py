@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_lightning.cli.judge import _output_files
-from llm_lightning.data.classification import leaks
-from llm_lightning.data.corpus.sources import unique_fields
 from llm_lightning.data.instruction import encode
+from llm_lightning.data.leaks import leaked_texts
 from llm_lightning.data.order import _interleave
+from llm_lightning.data.reading import unique_fields
 from llm_lightning.data.splits import MOST_MARKS, normalized
 from llm_lightning.data.templates import Conversation, Turn, choose_template
 from llm_lightning.metrics.answers import rouge_l
@@ -79,7 +79,7 @@ class CountingTokenizer(ByteTokenizer):
 
 def fields() -> None:
     pairs = [(CountedText(f"field {index}"), 1) for index in [*range(N), N - 1]]
-    with pytest.raises(ValueError, match=f"'field {N - 1}' stands twice"):
+    with pytest.raises(ValueError, match=f"'field {N - 1}' occurs twice"):
         unique_fields(pairs)
 
 
@@ -91,7 +91,7 @@ def turns() -> None:
 
 def classes() -> None:
     texts = [(f"text {index}", CountedInt(index)) for index in range(N)]
-    found = leaks({"train": texts, "val": texts, "test": texts}, [f"class {index}" for index in range(N)])
+    found = leaked_texts({"train": texts, "val": texts, "test": texts}, [f"class {index}" for index in range(N)])
     assert found["test"]["exact"] == N
 
 

@@ -19,13 +19,14 @@ from judge_server import serving
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import data_of
-from llm_lightning.data.batches import PreferenceBatch
+from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.losses import sequence_log_probs, token_log_probs
-from llm_lightning.metrics.answers import exact_match, wilson_interval
+from llm_lightning.metrics.answers import exact_match
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.attention import Context
-from llm_lightning.weights.checkpoint import LoadedModel, load_model
+from llm_lightning.weights.load import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = json.loads((ROOT / "llm_lightning" / "data" / "embedded" / "short_answers.json").read_text())
@@ -222,7 +223,7 @@ def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list
         gained = answer_log_probs(policy, batch) - answer_log_probs(reference, batch)
         for sample, chosen, rejected in zip(samples.rows, *gained.chunk(2), strict=True):
             pair = data.records[split][sample.sample_id]
-            turn = pair.conversation.turns[-1]
+            turn = pair.turns[-1]
             right = next(
                 answer["output"]
                 for answer in EMBEDDED

@@ -17,6 +17,7 @@ from tiny_run import SETTINGS, Outcome, digests, finish, living, start, train_he
 
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +288,7 @@ def test_adapters_on_a_frozen_bfloat16_model(corpus: Path, tmp_path: Path) -> No
     assert saved["model.blocks.0.mlp.up_proj.lora_A.default"].dtype == torch.float32
     kept = checkpoints.load(base)["state_dict"]["model.blocks.0.mlp.up_proj.weight"]
     assert torch.equal(saved["model.blocks.0.mlp.up_proj.weight"], kept.bfloat16()), "the base is not trained"
-    assert checkpoints.load_model(tmp_path / "run").gpt.lm_head.weight.dtype == torch.float32
+    assert load_model(tmp_path / "run").gpt.lm_head.weight.dtype == torch.float32
 
 
 # --- several processes -------------------------------------------------------------------------------------------

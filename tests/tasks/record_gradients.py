@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY, RaggedDataModule, tiny_module, tiny_trainer
 
-from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded
+from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded
 from llm_lightning.models.gpt import GPT
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
@@ -34,9 +34,9 @@ class AnswersDataModule(RaggedDataModule):
 
     def collate(self, samples: Any) -> LMBatch:
         rows = []
-        for index, ids in samples:
+        for index, ids, _ in samples:
             first = 1 + index * 7 % (len(ids) - 1)
-            rows.append(MaskedSample(index, ids, np.arange(len(ids)) >= first))
+            rows.append(Example(index, ids, np.arange(len(ids)) >= first))
         if self.packed:
             return collate_packed(rows, pad_id=0)
         return collate_padded(rows, pad_id=0, context_length=TINY.context_length)

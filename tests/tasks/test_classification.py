@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
-from llm_lightning.metrics.answers import wilson_interval
 from llm_lightning.metrics.class_report import best_threshold
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig

@@ -24,6 +24,7 @@ from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.load import load_model
 
 LN2 = math.log(2)
 STEPS = 20
@@ -131,7 +132,7 @@ def test_the_reference_is_saved_and_stays_to_the_bit(start: Path, pairs: Path, t
     for name, tensor in before.items():
         assert torch.equal(after[name.replace("model.", "reference.", 1)], tensor), name
     assert not torch.equal(after["model.token_embedding.weight"], before["model.token_embedding.weight"])
-    loaded = checkpoints.load_model(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     assert loaded.header["task"] == "dpo"
     assert loaded.gpt.num_parameters() == sum(
         tensor.numel() for name, tensor in before.items() if name != "model.lm_head.weight"
@@ -232,8 +233,8 @@ def test_kl_is_exact_where_the_reference_is_at_hand(way: str, start: Path, pairs
     if way == "cached":
         assert "val/kl_per_token" not in curves
         return
-    policy = checkpoints.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    reference = checkpoints.load_model(start).gpt
+    policy = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    reference = load_model(start).gpt
     data = data_of(policy)
     total, count = 0.0, 0
     for index in range(len(data.eval_samples["val"])):
@@ -253,8 +254,8 @@ def test_both_answer_the_prompts_of_the_validation_data(start: Path, pairs: Path
     curves = read_metrics(tmp_path / "run" / "metrics.csv")
     assert all(0 <= rate <= 1 for _, rate in curves["samples/repetition"])
     text = (tmp_path / "run" / "samples.md").read_text()
-    loaded = checkpoints.load_model(start)
-    data = data_of(checkpoints.load_model(tmp_path / "run"))
+    loaded = load_model(start)
+    data = data_of(load_model(tmp_path / "run"))
     prompts = data.sample_prompts(3)
     answers = generate(loaded.gpt, prompts, max_new_tokens=8, stop_ids=[data.pad_id])
     assert text.count("    at the start: ") == 3 * text.count("## step")

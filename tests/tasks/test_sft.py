@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from record_gradients import AnswersDataModule, tiny_sft_module, train
 from test_base import assert_close, record
 from torch import Tensor, nn
 
-from llm_lightning.data.batches import LMBatch, MaskedSample, collate_packed, collate_padded, shared_prefix
+from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded, shared_prefix
+from llm_lightning.data.conversations import may_share_prefix
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.attention import Context
@@ -77,7 +79,7 @@ def records_data(folder: Path, **options: Any) -> InstructionDataModule:
     path = folder / "records.json"
     path.write_text(json.dumps([dict(zip(("instruction", "input", "output"), row, strict=True)) for row in RECORDS]))
     settings = {"split": "order", "val_fraction": 0.1, "test_fraction": 0.1, "shuffle": False, "bucket": False}
-    settings |= {"batch_size": 8, "eval_batches": 0, "packing": False, "max_lost": 1.0, **options}
+    settings |= {"batch_size": 8, "eval_batches": 0, "packing": False, "max_dropped": 1.0, **options}
     data = InstructionDataModule(tokenizer=GPT2, context_length=CONFIG.context_length, path=str(path), **settings)
     data.build()
     return data
@@ -251,9 +253,7 @@ def test_cut_answer_is_the_books_allowed_max_length(tmp_path: Path) -> None:
 def test_the_books_collate_example_to_the_letter() -> None:
     rows = [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]]
     pad = 50256
-    samples = [
-        MaskedSample(index, np.array([*ids, pad]), np.ones(len(ids) + 1, bool)) for index, ids in enumerate(rows)
-    ]
+    samples = [Example(index, np.array([*ids, pad]), np.ones(len(ids) + 1, bool)) for index, ids in enumerate(rows)]
     batch = collate_padded(samples, pad_id=pad, context_length=1024)
     assert batch.input_ids[:, :5].tolist() == [[0, 1, 2, 3, 4], [5, 6, pad, pad, pad], [7, 8, 9, pad, pad]]
     assert batch.labels[:, :5].tolist() == [
@@ -271,7 +271,7 @@ def test_the_books_collate_example_to_the_letter() -> None:
 
 def random_samples(
     lengths: Sequence[int], seed: int = 0, vocab_size: int = SMALL.vocab_size, preamble: int = 0
-) -> list[MaskedSample]:
+) -> list[Example]:
     """Tokens of which about half are learnt, here and there as in conversations of several turns; the last always.
 
     They begin with the same `preamble` tokens, of which none is learnt.
@@ -284,7 +284,7 @@ def random_samples(
         is_target[:preamble], is_target[-1] = False, True
         ids = draw.integers(0, vocab_size, length)
         ids[:preamble] = common[:length]
-        samples.append(MaskedSample(index, ids, is_target))
+        samples.append(Example(index, ids, is_target))
     return samples
 
 
@@ -366,8 +366,8 @@ def all_states(model: GPT, batch: LMBatch) -> Tensor:
 
 
 def test_the_shared_prefix_ends_before_what_differs_or_is_learnt() -> None:
-    def sample(ids: list[int], learnt: list[int]) -> MaskedSample:
-        return MaskedSample(0, np.array(ids), np.isin(np.arange(len(ids)), learnt))
+    def sample(ids: list[int], learnt: list[int]) -> Example:
+        return Example(0, np.array(ids), np.isin(np.arange(len(ids)), learnt))
 
     one, other = sample([1, 2, 3, 4, 5], [3, 4]), sample([1, 2, 3, 9, 5, 6], [4, 5])
     assert shared_prefix([one, other]) == 2, "the third token's label is the fourth, which the first record learns"
@@ -383,10 +383,9 @@ def test_the_shared_prefix_ends_before_what_differs_or_is_learnt() -> None:
 def test_with_dropout_each_record_has_its_own_preamble(
     tmp_path: Path, dropout: float, lora_dropout: float, shared: bool
 ) -> None:
-    data = records_data(tmp_path, packing=True)
     config = GPTConfig(**{**CONFIG.__dict__, "residual_dropout": dropout})
-    lora = LoRAConfig(rank=2, dropout=lora_dropout) if lora_dropout else None
-    task(GPT(config), lora).adapt_data(data)
+    lora = asdict(LoRAConfig(rank=2, dropout=lora_dropout)) if lora_dropout else None
+    data = records_data(tmp_path, packing=True, share_prefix=may_share_prefix(asdict(config), lora))
     rows = [data.train_samples[index] for index in range(8)]
     n_inputs, n_shared = sum(len(row.token_ids) - 1 for row in rows), shared_prefix(rows)
     assert n_shared == len(GPT2.encode(PREAMBLE))
@@ -417,7 +416,7 @@ def test_no_gradient_reaches_another_record() -> None:
     """Tokens of their own for each record, an untied head, and a loss on the middle one alone."""
     model = randomize(GPT(GPTConfig(**{**SMALL.__dict__, "tied_head": False})), seed=3)
     rows = [np.arange(1, 10), np.arange(11, 20), np.arange(21, 30)]
-    samples = [MaskedSample(index, ids, np.full(9, index == 1)) for index, ids in enumerate(rows)]
+    samples = [Example(index, ids, np.full(9, index == 1)) for index, ids in enumerate(rows)]
     mean_loss(task(model), collate_packed(samples, pad_id=0))
     touched = model.token_embedding.weight.grad.abs().sum(1).nonzero()[:, 0].tolist()
     assert touched == list(range(11, 19))  # the last token is no input

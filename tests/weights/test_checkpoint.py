@@ -27,6 +27,7 @@ from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import HEADER, CheckpointError
 from llm_lightning.weights.gpt2_names import to_hf
+from llm_lightning.weights.load import load_model
 
 CONFIG = GPTConfig(vocab_size=257, context_length=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -173,13 +174,13 @@ def test_a_checkpoint_without_a_model_is_refused(tmp_path: Path, missing: str) -
     del (state if missing in state else state[HEADER])[missing]
     checkpoints.save(tmp_path / "part.ckpt", state)
     with pytest.raises(CheckpointError, match=f"does not hold what a model needs.*{missing}"):
-        checkpoints.load_model(tmp_path / "part.ckpt")
+        load_model(tmp_path / "part.ckpt")
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "one.ckpt", model_state(model=asdict(CONFIG) | {"n_embd": 16}))
     with pytest.raises(CheckpointError, match=r"weights do not fit the model: .* has shape \(257, 8\)"):
-        checkpoints.load_model(tmp_path / "one.ckpt")
+        load_model(tmp_path / "one.ckpt")
 
 
 def test_a_newer_format_says_to_update(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, kind: str) -> None:
     else:
         torch.save(state, content, _use_new_zipfile_serialization=kind != "legacy torch")
     path.write_bytes(with_digest(content.getvalue()) if "signed" in kind else content.getvalue())
-    for read in (checkpoints.load, checkpoints.read_header, checkpoints.load_model):
+    for read in (checkpoints.load, checkpoints.read_header, load_model):
         with pytest.raises(CheckpointError):
             read(path)
     assert not canary.exists()
@@ -334,10 +335,10 @@ def test_a_folder_of_damaged_checkpoints_is_refused_an_empty_one_is_new(tmp_path
 def test_a_run_folder_means_its_best_checkpoint_and_its_last_if_there_is_none(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     checkpoints.save(folder / "last.ckpt", model_state(step=9))
-    assert checkpoints.load_model(tmp_path / "run").header["step"] == 9
+    assert load_model(tmp_path / "run").header["step"] == 9
     checkpoints.save(folder / "best.ckpt", model_state(step=5))
-    assert checkpoints.load_model(str(tmp_path / "run")).header["step"] == 5
-    assert checkpoints.load_model(folder / "last.ckpt").header["step"] == 9
+    assert load_model(str(tmp_path / "run")).header["step"] == 5
+    assert load_model(folder / "last.ckpt").header["step"] == 9
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
@@ -348,14 +349,14 @@ def test_a_path_alone_gives_the_same_model(tmp_path: Path, tied_head: bool) -> N
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     header = checkpoints.describe(task="pretraining", model_config=config, tokenizer=tokenizer)
     checkpoints.save(tmp_path / "one.ckpt", {"state_dict": state, HEADER: header})
-    loaded = checkpoints.load_model(tmp_path / "one.ckpt")
+    loaded = load_model(tmp_path / "one.ckpt")
     ids = torch.randint(0, 257, (2, 8))
     assert torch.equal(loaded.model(ids), model(ids))
     assert not loaded.model.training
     assert loaded.model.config == config
     assert loaded.tokenizer.encode("not to be") == tokenizer.encode("not to be")
     assert (loaded.model.lm_head.weight is loaded.model.token_embedding.weight) == tied_head
-    half = checkpoints.load_model(tmp_path / "one.ckpt", dtype=torch.bfloat16).model
+    half = load_model(tmp_path / "one.ckpt", dtype=torch.bfloat16).model
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
@@ -366,7 +367,7 @@ def test_foreign_weights_that_do_not_tell_their_tokenizer_are_refused(tmp_path: 
     weights = {name: tensor.contiguous() for name, tensor in to_hf(GPT(config).state_dict(), config).items()}
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="does not say which tokenizer its 300 tokens belong to"):
-        checkpoints.load_model(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_task_of_someone_elses_may_save_more_than_a_model_of_ours(tmp_path: Path) -> None:
@@ -375,4 +376,4 @@ def test_a_task_of_someone_elses_may_save_more_than_a_model_of_ours(tmp_path: Pa
     checkpoints.save(tmp_path / "one.ckpt", state)
     assert checkpoints.load(tmp_path / "one.ckpt")[HEADER]["own"] == {"beta": 0.5}
     with pytest.raises(CheckpointError, match=r"state_dict.model.value_head.weight is unknown to this version"):
-        checkpoints.load_model(tmp_path / "one.ckpt")
+        load_model(tmp_path / "one.ckpt")

@@ -21,8 +21,8 @@ from llm_lightning.models.lora import LoRAConfig, adapter_state, apply_lora
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights import export_folder, hf_export
-from llm_lightning.weights.checkpoint import load_model
 from llm_lightning.weights.hf_export import export_hf
+from llm_lightning.weights.load import load_model
 from llm_lightning.weights.peft_format import export_peft
 from llm_lightning.weights.pretrained import load_pretrained
 

@@ -28,6 +28,7 @@ from llm_lightning.models.lora import LoRAConfig, apply_lora
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import HEADER, CheckpointError
+from llm_lightning.weights.load import load_model
 
 CONFIG = GPTConfig(vocab_size=257, context_length=8, n_layer=2, n_head=2, n_embd=8)
 SECONDS, MEGABYTES = 2.0, 300  # an honest file takes some 0.02 s; importing and other tests' garbage need room
@@ -316,7 +317,7 @@ LATE = {
 
 def test_what_a_forger_may_write_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("plain", "classifier", "lora"):  # or everything below would be refused for another reason
-        checkpoints.load_model(written(tmp_path / "honest.ckpt", honest(kind)))
+        load_model(written(tmp_path / "honest.ckpt", honest(kind)))
         checkpoints.examine(tmp_path / "honest.ckpt")
     checkpoints.examine(written(tmp_path / "honest.ckpt", honest("adapter")))
     (tmp_path / "a.txt").write_text("to be or not to be")
@@ -326,7 +327,7 @@ def test_what_a_forger_may_write_is_refused_at_once(tmp_path: Path, capsys: pyte
         names.append(name)
         began = time.process_time()
         try:
-            checkpoints.load_model(path)
+            load_model(path)
             wrong.append(f"{name}: loaded")
         except (CheckpointError, FileNotFoundError) as error:
             message = str(error)

@@ -23,8 +23,8 @@ from llm_lightning.models.lora import (
 )
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.checkpoint import load_model
 from llm_lightning.weights.gpt2_names import config_to_hf, module_from_hf, module_to_hf, to_hf
+from llm_lightning.weights.load import load_model
 from llm_lightning.weights.peft_format import export_peft, import_peft
 
 peft = pytest.importorskip("peft", reason="needs the dev extra: peft")

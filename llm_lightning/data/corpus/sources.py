@@ -1,29 +1,28 @@
-"""Where text comes from: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
+"""Text sources: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
 
-Whatever it is, it becomes a `Source`: an ordered sequence of documents that can be read as often as needed and in
-constant memory, a document being read in chunks, so that one file may be larger than the memory. `Source.survey()`
-reads everything once and strictly: bad text is found before training, not during it.
+Each becomes a `Source`: an ordered sequence of documents that can be read repeatedly and in constant memory. A document
+is read in chunks, so that a file may be larger than memory. `Source.survey()` reads everything once and strictly: bad
+text is found before training, not during it.
 """
 
 from __future__ import annotations
 
-import codecs
-import difflib
 import glob
 import hashlib
-import json
 import logging
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from llm_lightning.files.atomic import naming, write_atomically
-from llm_lightning.files.download import Pinned, cache_dir, commit, download, locked, sha256_of
+from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
+from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, checked_text, json_lines
+from llm_lightning.files.download import Pinned, download
+from llm_lightning.nearest import did_you_mean
+from llm_lightning.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +43,8 @@ NAMED = {
     ),
 }
 
-JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 FOLDER_SUFFIXES = {".txt", ".text", ".md", ".rst"} | JSONL_SUFFIXES
-"""What is taken from a folder; a file that is named, or matched by a glob, is taken whatever its suffix."""
-
-CHUNK = 1 << 20  # bytes of a text file that are decoded at once
-LISTED = 10  # bad lines that an error lists; it counts all of them
+"""Files that are taken from a folder; a file that is named or matches a glob is taken whatever its suffix."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +54,20 @@ class Document:
     name: str
     chunks: Iterable[str]
     split_by: str | None = None
-    """What decides its side of a split by document, if not its content."""
+    """Text that decides its side of a split by document; None: its content."""
 
 
 @dataclass
 class Survey:
-    """What one strict reading of a whole source found; 16 bytes a document."""
+    """The result of reading a whole source strictly; 16 bytes per document."""
 
     digest: str = ""
-    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it lies."""
+    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it is."""
     n_documents: int = 0
     n_chars: int = 0
     n_bytes: int = 0
     keys: array[int] = field(default_factory=lambda: array("Q"), repr=False)
-    """First 64 bits of the sha256 of what decides each document's side of a split."""
+    """First 64 bits of the sha256 of the text that decides each document's side of a split."""
     lengths: array[int] = field(default_factory=lambda: array("Q"), repr=False)
     """Characters of each document."""
 
@@ -109,7 +104,8 @@ class Source:
 
     def describe(self) -> str:
         """Return the label and the size."""
-        return f"{self.label} ({self._survey.n_documents:,} documents, {self._survey.n_bytes:,} bytes)"
+        survey = self._survey
+        return f"{self.label} ({counted(survey.n_documents, 'document')}, {counted(survey.n_bytes, 'byte')})"
 
     @cached_property
     def _survey(self) -> Survey:
@@ -134,7 +130,7 @@ class Source:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Small texts; `names_split` lets their names, not their content, decide their side of a split."""
+    """Small texts; with `names_split` their names, not their content, decide their side of a split."""
 
     texts: Mapping[str, str]
     names_split: bool = False
@@ -146,135 +142,41 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class TextFile:
-    """A file that is one document: strict UTF-8, a byte-order mark dropped, line ends and NULs kept as they are."""
+class WholeFile:
+    """A file that is one document."""
 
     path: Path
 
     def documents(self) -> Iterator[Document]:
         """Yield the one document."""
-        yield Document(str(self.path), self)
-
-    def __iter__(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with self.path.open("rb") as file:
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
-            while True:
-                position = file.tell() - len(decoder.getstate()[0])
-                data = file.read(CHUNK)
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    raise ValueError(_not_utf8(self.path, position + error.start, error)) from error
-                if text:
-                    yield text
-                if not data:
-                    return
-
-
-def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> str:
-    line, rest = 1, offset
-    with path.open("rb") as file:
-        while rest and (data := file.read(min(CHUNK, rest))):
-            line += data.count(b"\n")
-            rest -= len(data)
-    return (
-        f"{path}, line {line}: byte {offset} (0x{error.object[error.start]:02x}) is not valid UTF-8 "
-        f"({error.reason}); convert the file, for example with iconv -f latin1 -t utf-8"
-    )
+        yield Document(str(self.path), TextFile(self.path))
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A file with one JSON object a line, a document being the string under `text_field`; blank lines are skipped."""
+    """A file with one JSON object per line; the string under `text_field` is a document. Blank lines are skipped."""
 
     path: Path
     text_field: str
 
     def documents(self) -> Iterator[Document]:
-        """Yield one document a line.
+        """Yield one document per line.
 
         Raises:
             ValueError: after the last line, if lines were bad: counts all of them and lists the first ten.
         """
-        bad: list[str] = []
-        n_bad = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                line = line.strip()
-                if not line:
-                    continue
-                try:
-                    text = _text_of(line, self.text_field)
-                except ValueError as error:
-                    n_bad += 1
-                    if len(bad) < LISTED:
-                        bad.append(f"\n  {self.path}:{number}: {error}")
-                else:
-                    yield Document(f"{self.path}:{number}", (text,))
-        if bad:
-            head = f"{self.path}: {n_bad} bad line{'s'[: n_bad > 1]}; each line must be a JSON object with a string"
-            first = f"; the first {LISTED}" if n_bad > LISTED else ""
-            raise ValueError(f"{head} under '{self.text_field}' (data.text_field){first}:" + "".join(bad))
-
-
-def _text_of(line: bytes, text_field: str) -> str:
-    """Return the text of one JSONL line.
-
-    Raises:
-        ValueError: the reason, without the place.
-    """
-    try:
-        record = json.loads(line.decode(), object_pairs_hook=unique_fields)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} of the line is not valid UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return _checked_text(record, text_field)
-
-
-def _checked_text(record: Any, text_field: str) -> str:
-    if not isinstance(record, Mapping):
-        raise ValueError(f"a JSON {type(record).__name__}, not an object")
-    if text_field not in record:
-        raise ValueError(f"no field '{text_field}'; its fields: {', '.join(map(repr, record)) or 'none'}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"field '{text_field}' holds {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"field '{text_field}' holds half a surrogate pair at character {error.start}") from error
-    return text
-
-
-def refuse_bad(source: str | Path, bad: Sequence[str]) -> None:
-    """Raise ValueError if there are bad records, with how many there are and the first of them.
-
-    Args:
-        bad: place and reason of each.
-    """
-    if bad:
-        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
-        raise ValueError(f"{source}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
-
-
-def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make the dict of a JSON object, for `object_pairs_hook`.
-
-    Raises:
-        ValueError: if a field stands twice.
-    """
-    record = dict(pairs)
-    if len(record) < len(pairs):  # json would silently keep the last one
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"field '{next(name for name, count in counts.items() if count > 1)}' stands twice")
-    return record
+        bad = BadRecords()
+        for number, record, wrong in json_lines(self.path, (self.text_field,)):
+            place = f"{self.path}:{number}"
+            try:
+                if wrong is not None:
+                    raise ValueError(wrong)
+                yield Document(place, (checked_text(record, self.text_field),))
+            except ValueError as error:
+                bad.add(place, error)
+        bad.refuse(
+            self.path, f"each line must be a JSON object with a string under '{self.text_field}' (data.text_field)"
+        )
 
 
 def open_source(
@@ -286,18 +188,18 @@ def open_source(
     hf_split: str = "train",
     hf_revision: str | None = None,
 ) -> Source:
-    """Return the source that is asked for; `path` and `hf_dataset` go before `name`, so that a name can be a default.
+    """Return the source that the settings name; `path` and `hf_dataset` win over `name`, which may be a default.
 
     Args:
         path: a file, folder or glob, or several as a list or with commas. A folder gives its .txt, .text, .md, .rst,
             .jsonl and .ndjson files, subfolders included, in the order of their paths; hidden ones are left out.
-            A file that is met twice is taken once.
+            A file that occurs twice is taken once.
         text_field: field of a JSONL record or a Hugging Face row that holds the text.
 
     Raises:
         FileNotFoundError: no such file, or a folder or glob without text files.
-        ValueError: nothing or too much is asked for, or an unknown name.
-        DownloadError: a named data set could not be fetched.
+        ValueError: no source, more than one, or an unknown name.
+        DownloadError: a named data set could not be downloaded.
     """
     if path is not None and hf_dataset is not None:
         raise ValueError(f"data.path={path} and data.hf_dataset={hf_dataset} are both set; set one of them to null")
@@ -305,7 +207,7 @@ def open_source(
         files = _find(path)
         return Source(", ".join(_words(path)), [_reader(file, text_field) for file in files])
     if hf_dataset is not None:
-        file = hugging_face_file(hf_dataset, hf_config, hf_split, hf_revision, (text_field,))
+        file = hugging_face_file(HubDataset(hf_dataset, hf_config, hf_split, hf_revision), (text_field,))
         label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
         return Source(f"Hugging Face dataset {label}", [JsonLines(file, text_field)])
     if name == EMBEDDED:
@@ -314,15 +216,14 @@ def open_source(
         # The texts differ a little between Python versions, the topics' names do not.
         return Source(name, [InMemory(dict(python_reference.documents()), names_split=True)])
     if name in NAMED:
-        return Source(name, [TextFile(download(NAMED[name]))])
+        return Source(name, [WholeFile(download(NAMED[name]))])
     known = [EMBEDDED, *NAMED]
-    near = difflib.get_close_matches(name or "", known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(name, known)
     raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(known)}, or data.path or data.hf_dataset")
 
 
 def _reader(file: Path, text_field: str) -> Reader:
-    return JsonLines(file, text_field) if file.suffix.lower() in JSONL_SUFFIXES else TextFile(file)
+    return JsonLines(file, text_field) if file.suffix.lower() in JSONL_SUFFIXES else WholeFile(file)
 
 
 def _words(
@@ -339,7 +240,7 @@ def _words(
 def absolute_paths(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] = ""
 ) -> str | list[str]:
-    """`data.path`, typed in `folder` (default: here), as it reads from any folder."""
+    """`data.path`, typed in `folder` (default: here), as absolute paths."""
     words = [str((folder / Path(word).expanduser()).absolute()) for word in _words(path, folder)]
     return words[0] if len(words) == 1 else words
 
@@ -363,7 +264,7 @@ def _files_of(word: str) -> list[Path]:
         return files
     if found.exists():
         if not found.is_file():
-            raise ValueError(f"{word} is no regular file, and text is read more than once; write it to a file first")
+            raise ValueError(f"{word} is not a regular file, and text is read more than once; write it to a file first")
         return [found]
     if glob.has_magic(word):
         matches = map(Path, glob.glob(str(found), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
@@ -378,78 +279,3 @@ def _texts_in(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.suffix.lower() in FOLDER_SUFFIXES and not hidden and file.is_file():
             yield file
-
-
-def hugging_face_file(
-    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...] = ()
-) -> Path:
-    """Stream a dataset into one JSONL file of the cache, once; return the file.
-
-    Args:
-        wanted_fields: the text, and others; none: all. A class index becomes the name that the dataset gives it.
-
-    Raises:
-        ValueError: the dataset, its split or its fields cannot be had, with the reason.
-    """
-    wanted = [name, config, split, revision, *wanted_fields, _local_state(Path(name))]
-    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    target = cache_dir() / "huggingface" / f"{Path(name).name}-{key}.jsonl"
-    manifest = target.with_suffix(".sha256")
-    with locked(target):
-        if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
-            temporary = target.with_suffix(".tmp")
-            try:
-                with naming(target):
-                    _write_rows(_rows(name, config, split, revision, wanted_fields), temporary)
-                write_atomically(manifest, sha256_of(temporary))
-                commit(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
-    return target
-
-
-def _local_state(folder: Path) -> list[tuple[str, int, int]]:
-    """Return what tells that a data set in a local folder has changed; a hub's name has nothing here."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _rows(
-    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        for number, row in enumerate(rows):
-            try:
-                if wanted_fields:
-                    _checked_text(row, wanted_fields[0])
-                yield {field: _class_name(row, field, rows.features) for field in wanted_fields or row}
-            except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from error
-    except Exception as error:  # the library and the hub behind it raise dozens of types, network errors included
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"cannot read the Hugging Face dataset {name} (config {config}, split {split}): {reason}; check "
-            f"data.hf_dataset, data.hf_config, data.hf_split and data.text_field, or give local files with data.path"
-        ) from error
-
-
-def _class_name(row: Mapping[str, Any], field: str, features: Any) -> Any:
-    """The value of a field, a class index by its name."""
-    if field not in row:
-        raise ValueError(f"no field '{field}'; its fields: {', '.join(map(repr, row))}")
-    feature = features.get(field) if features is not None else None
-    to_name = getattr(feature, "int2str", None)
-    return to_name(row[field]) if to_name is not None and row[field] is not None else row[field]
-
-
-def _write_rows(rows: Iterable[dict[str, Any]], temporary: Path) -> None:
-    from tqdm import tqdm
-
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in tqdm(rows, desc="downloading rows", unit=" rows", disable=None):
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

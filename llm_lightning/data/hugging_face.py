@@ -1,0 +1,95 @@
+"""Datasets of the Hugging Face hub, streamed once into a file of the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm_lightning.data.reading import checked_text
+from llm_lightning.files.atomic import naming, write_atomically
+from llm_lightning.files.download import cache_dir, commit, locked, sha256_of
+
+
+class HubDataset(NamedTuple):
+    """One split of a dataset of the hub, or of a local folder."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+def hugging_face_file(dataset: HubDataset, wanted_fields: tuple[str, ...] = ()) -> Path:
+    """Stream a dataset into one JSONL file of the cache, once; return the file.
+
+    Args:
+        wanted_fields: the text, and others; none: all. A class index is written as the name that the dataset gives it.
+
+    Raises:
+        ValueError: the dataset, its split or its fields cannot be read, with the reason.
+    """
+    wanted = [*dataset, *wanted_fields, _local_state(Path(dataset.name))]
+    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    target = cache_dir() / "huggingface" / f"{Path(dataset.name).name}-{key}.jsonl"
+    manifest = target.with_suffix(".sha256")
+    with locked(target):
+        if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
+            temporary = target.with_suffix(".tmp")
+            try:
+                with naming(target):
+                    _write_rows(_rows(dataset, wanted_fields), temporary)
+                write_atomically(manifest, sha256_of(temporary))
+                commit(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return target
+
+
+def _local_state(folder: Path) -> list[tuple[str, int, int]]:
+    """What changes when a data set in a local folder does; empty for the name of a hub data set."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _rows(dataset: HubDataset, wanted_fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    name, config, split, revision = dataset
+    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        for number, row in enumerate(rows):
+            try:
+                if wanted_fields:
+                    checked_text(row, wanted_fields[0])
+                yield {field: _class_name(row, field, rows.features) for field in wanted_fields or row}
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+    except Exception as error:  # the library and the hub behind it raise dozens of types, network errors included
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"cannot read the Hugging Face dataset {name} (config {config}, split {split}): {reason}; check "
+            f"data.hf_dataset, data.hf_config, data.hf_split and data.text_field, or give local files with data.path"
+        ) from error
+
+
+def _class_name(row: Mapping[str, Any], field: str, features: Any) -> Any:
+    """The value of a field; a class index as its name."""
+    if field not in row:
+        raise ValueError(f"no field '{field}'; its fields: {', '.join(map(repr, row))}")
+    feature = features.get(field) if features is not None else None
+    to_name = getattr(feature, "int2str", None)
+    return to_name(row[field]) if to_name is not None and row[field] is not None else row[field]
+
+
+def _write_rows(rows: Iterable[dict[str, Any]], temporary: Path) -> None:
+    from tqdm import tqdm
+
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in tqdm(rows, desc="downloading rows", unit=" rows", disable=None):
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

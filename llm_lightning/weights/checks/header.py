@@ -1,0 +1,145 @@
+"""The header of a checkpoint: types, ranges and keys, before anything is built from it.
+
+The digest of a checkpoint proves that nobody has changed it since it was written. It does not prove that its author
+was honest: anyone who writes a file can write its digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from reprlib import repr as short
+from typing import Any
+
+from llm_lightning.models.classifier import POOLINGS
+from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.models.lora import LoRAConfig
+from llm_lightning.weights.checks.kinds import (
+    COUNT,
+    DICT,
+    FLAG,
+    NUMBER,
+    SIZE,
+    TEXT,
+    Check,
+    check_keys,
+    dict_of,
+    list_of,
+    or_none,
+    refuse_unknown,
+)
+
+HEADER = "llm_lightning"
+TASKS = ("pretraining", "classification", "sft", "dpo")
+"""Tasks of ours, of which a checkpoint holds one model of ours, and nothing else under that name."""
+_NEEDED: dict[str, Check] = {"task": TEXT, "model": DICT, "tokenizer": DICT}
+_OPTIONAL: dict[str, Check] = {
+    "step": COUNT,
+    "epoch": COUNT,
+    "tokens_seen": COUNT,
+    "sequences_seen": COUNT,
+    "pairs_seen": COUNT,
+    "metrics": dict_of(NUMBER),
+    "config": DICT,
+    "lineage": DICT,
+    "classifier": DICT,
+    "lora": DICT,
+    "base": TEXT,
+    "rows": DICT,
+}
+_LINEAGE: dict[str, Check] = {
+    **dict.fromkeys(("data", "parent", "parent_name", "base", "base_of"), or_none(TEXT)),
+    "places": DICT,
+}
+_CLASSIFIER: dict[str, Check] = {
+    "labels": list_of(TEXT),
+    "pooling": (lambda value: value in POOLINGS, f"one of {', '.join(POOLINGS)}"),
+    "causal": FLAG,
+    "pad_to": or_none(SIZE),
+    "pad_id": COUNT,
+}
+
+
+def check_header(header: Mapping[str, Any]) -> None:
+    """Check types, ranges and keys of a header of our own format."""
+    check_keys(header, HEADER, _NEEDED)
+    check_keys(header, HEADER, _OPTIONAL, is_optional=True)
+    if not isinstance(header["tokenizer"].get("name"), str):
+        raise ValueError(f"{HEADER}.tokenizer.name={short(header['tokenizer'].get('name'))} must be a text")
+    config_of(header)
+    check_keys(header.get("lineage", {}), f"{HEADER}.lineage", _LINEAGE, is_optional=True)
+    settings = {"data": DICT, "monitor": or_none(TEXT)}
+    check_keys(header.get("config", {}), f"{HEADER}.config", settings, is_optional=True)
+    if "rows" in header:
+        check_keys(header["rows"], f"{HEADER}.rows", {"count": COUNT, "sha256": TEXT})
+    if "base" in header and "lora" not in header:
+        raise ValueError(f"{HEADER}.base names the weights under an adapter, but {HEADER}.lora describes none")
+    if "classifier" in header:
+        _check_classifier(header)
+    lora_of(header)
+
+
+def check_base(header: Mapping[str, Any], base: GPTConfig) -> None:
+    """Refuse an adapter whose header describes another model than the weights that it is put on."""
+    config = config_of(header)
+    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "qkv_bias", "layer_norm_eps"):
+        if getattr(config, name) != getattr(base, name):
+            raise ValueError(
+                f"{HEADER}.model.{name}={getattr(config, name)}, but the weights under the adapter have "
+                f"{getattr(base, name)}"
+            )
+    if config.context_length > base.context_length:
+        raise ValueError(
+            f"{HEADER}.model.context_length={config.context_length}, but the weights under the adapter have "
+            f"{base.context_length} positions"
+        )
+
+
+def check_run(header: Mapping[str, Any]) -> None:
+    """Check that a header, checked already, says what is needed to compare a run with what is typed now."""
+    check_keys(header, HEADER, {"step": COUNT, "config": DICT, "lineage": DICT})
+    check_keys(header["lineage"], f"{HEADER}.lineage", {"data": TEXT, "parent": or_none(TEXT)})
+
+
+def config_of(header: Mapping[str, Any]) -> GPTConfig:
+    names = [field.name for field in fields(GPTConfig)]
+    check_keys(header["model"], f"{HEADER}.model", dict.fromkeys(names, (lambda value: True, "")))
+    refuse_unknown(header["model"], f"{HEADER}.model", names)
+    with _below_header():
+        return GPTConfig(**header["model"])
+
+
+def lora_of(header: Mapping[str, Any]) -> LoRAConfig | None:
+    if "lora" not in header:
+        return None
+    names = [field.name for field in fields(LoRAConfig)]
+    checks: dict[str, Check] = {**dict.fromkeys(names, (lambda value: True, "")), "targets": list_of(TEXT)}
+    check_keys(header["lora"], f"{HEADER}.lora", checks)
+    refuse_unknown(header["lora"], f"{HEADER}.lora", names)
+    with _below_header():
+        return LoRAConfig(**header["lora"])
+
+
+class _below_header:  # noqa: N801 (a context manager)
+    """Put the header's name before a complaint of one of its dataclasses."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"{HEADER}.{error}") from None
+
+
+def _check_classifier(header: Mapping[str, Any]) -> None:
+    described, where, model = header["classifier"], f"{HEADER}.classifier", header["model"]
+    check_keys(described, where, _CLASSIFIER)
+    refuse_unknown(described, where, _CLASSIFIER)
+    labels = described["labels"]
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(f"{where}.labels={short(labels)} must be at least two different names")
+    if not model["tied_head"]:
+        raise ValueError(f"{HEADER}.model.tied_head=false, which no classifier has")
+    if described["pad_id"] >= model["vocab_size"]:
+        raise ValueError(
+            f"{where}.pad_id={described['pad_id']} must be below {HEADER}.model.vocab_size={model['vocab_size']}"
+        )

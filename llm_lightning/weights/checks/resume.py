@@ -1,0 +1,164 @@
+"""What a run needs beside the weights to continue: optimizer, schedule, position in the data, generators, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from reprlib import repr as short
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_lightning.weights.checks.header import HEADER
+from llm_lightning.weights.checks.kinds import (
+    COUNT,
+    DICT,
+    FLAG,
+    LIST,
+    NUMBER,
+    TEXT,
+    Check,
+    check_keys,
+    dict_of,
+    is_int,
+    is_tensor,
+    list_of,
+    or_none,
+    refuse_unknown,
+    shape_of,
+    word,
+)
+
+_ONE: Check = (lambda value: isinstance(value, list) and [type(v) for v in value] == [dict], "a list of one dict")
+_PROGRESS = {"epoch": COUNT, "batches_done": COUNT}
+_RESUMED: dict[str, Check] = {
+    "epoch": COUNT,
+    "global_step": COUNT,
+    "loops": DICT,
+    "callbacks": DICT,
+    "optimizer_states": _ONE,
+    "lr_schedulers": _ONE,
+    "position": DICT,
+    "stopped_of": or_none(COUNT),
+    "rng": list_of(DICT),
+    "task_module": DICT,
+}
+_CALLBACKS: dict[str, dict[str, Check]] = {
+    "Checkpoints": {"best_value": or_none(NUMBER), "best_step": or_none(COUNT)},
+    "Samples": {"at_start": list_of(TEXT)},
+    "Throughput": {"wall_seconds": NUMBER},
+}
+_SCHEDULE: dict[str, Check] = {"last_epoch": COUNT, "_step_count": COUNT, "base_lrs": list_of(NUMBER)}
+_SCHEDULE_MORE = {
+    "_is_initial": FLAG,
+    "_get_lr_called_within_step": FLAG,
+    "_last_lr": list_of(NUMBER),
+    "lr_lambdas": list_of((lambda value: value is None, "null")),
+    "verbose": FLAG,
+}
+_PYTHON_RNG: dict[str, Check] = {"version": COUNT, "gauss": or_none(NUMBER)}
+_NUMPY_RNG: dict[str, Check] = {
+    "kind": (lambda value: value == "MT19937", "MT19937"),
+    "index": (lambda value: is_int(value) and value <= 624, "a whole number up to 624"),
+    "has_gauss": COUNT,
+    "cached": NUMBER,
+}
+
+
+def check_resumable(state: Mapping[str, Any]) -> None:
+    """Check what a run needs beside the weights, in a checkpoint that `check_state` has passed."""
+    check_keys(state, "", {"state_dict": DICT})
+    for key in _RESUMED:
+        if key not in state:
+            raise ValueError(f"it cannot be resumed: {key} is missing (weights alone, or an old version's)")
+    check_keys(state, "", _RESUMED)
+    header = state[HEADER]
+    if "step" in header and header["step"] != state["global_step"]:
+        raise ValueError(f"{HEADER}.step={header['step']}, but global_step={state['global_step']}")
+    if "metrics" not in header:
+        raise ValueError(f"it cannot be resumed: {HEADER}.metrics is missing")
+    check_keys(state["position"], "position", _PROGRESS)
+    check_keys(state["task_module"], "task_module", {"items_seen": COUNT, "epoch_sums": dict_of(list_of(NUMBER))})
+    for name, sums in state["task_module"]["epoch_sums"].items():
+        if len(sums) != 2:
+            raise ValueError(f"task_module.epoch_sums.{short(name)} must be a sum and a count")
+    for name, checks in _CALLBACKS.items():
+        if name in state["callbacks"]:
+            check_keys({"": state["callbacks"][name]}, f"callbacks.{name}", {"": DICT})
+            check_keys(state["callbacks"][name], f"callbacks.{name}", checks)
+    for number, schedule in enumerate(state["lr_schedulers"]):
+        check_keys(schedule, f"lr_schedulers.{number}", _SCHEDULE)
+        check_keys(schedule, f"lr_schedulers.{number}", _SCHEDULE_MORE, is_optional=True)
+        refuse_unknown(schedule, f"lr_schedulers.{number}", {**_SCHEDULE, **_SCHEDULE_MORE})
+    for number, generators in enumerate(state["rng"]):
+        _check_generators(generators, f"rng.{number}")
+    _check_counters(state["loops"], "loops")
+
+
+def compare_with_run(state: Mapping[str, Any], mine: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of a checkpoint with those of the module that continues from it.
+
+    Args:
+        mine: the module's `state_dict()`.
+        trained: parameters by the names that the optimizer knows.
+    """
+    theirs = state["state_dict"]
+    for what, names in (("missing", mine.keys() - theirs.keys()), ("unknown", theirs.keys() - mine.keys())):
+        if names:
+            raise ValueError(f"state_dict.{sorted(names)[0]} is {what} in the checkpoint of this run")
+    for name, tensor in theirs.items():
+        if tensor.shape != mine[name].shape:
+            raise ValueError(f"state_dict.{name} has shape {shape_of(tensor)}, this run's has {shape_of(mine[name])}")
+    for number, optimizer in enumerate(state["optimizer_states"]):
+        _check_optimizer(optimizer, f"optimizer_states.{number}", trained)
+
+
+def _check_optimizer(state: Mapping[str, Any], where: str, trained: Mapping[str, Tensor]) -> None:
+    check_keys(state, where, {"state": DICT, "param_groups": list_of(DICT)})
+    names: list[Any] = []
+    for number, group in enumerate(state["param_groups"]):
+        numbers = dict.fromkeys(("lr", "weight_decay", "eps"), NUMBER) | {"betas": list_of(NUMBER)}
+        check_keys(group, f"{where}.param_groups.{number}", {"params": list_of(COUNT)})
+        check_keys(group, f"{where}.param_groups.{number}", numbers, is_optional=True)
+        if "param_names" not in group:
+            return  # older versions of PyTorch do not write the names
+        check_keys(group, f"{where}.param_groups.{number}", {"param_names": list_of(TEXT)})
+        names += zip(group["params"], group["param_names"], strict=False)
+    if sorted(name for _, name in names) != sorted(trained):
+        raise ValueError(f"{where}.param_groups names other parameters than this run trains")
+    for index, name in names:
+        of_one = state["state"].get(index, {})
+        check_keys({"": of_one}, f"{where}.state.{index}", {"": DICT})
+        for kind in ("step", "exp_avg", "exp_avg_sq") if of_one else ():
+            shape = () if kind == "step" else tuple(trained[name].shape)
+            if not is_tensor(of_one.get(kind)) or tuple(of_one[kind].shape) != shape:
+                raise ValueError(f"{where}.state.{index}.{kind} must be a tensor of the shape {shape}, like {name}")
+
+
+def _check_generators(generators: Mapping[str, Any], where: str) -> None:
+    anything: Check = (lambda value: True, "")
+    check_keys(generators, where, {"python": DICT, "numpy": DICT, "cuda": LIST, "mps": anything})
+    check_keys(generators["python"], f"{where}.python", _PYTHON_RNG)
+    check_keys(generators["numpy"], f"{where}.numpy", _NUMPY_RNG)
+    for key, value, shape in (
+        ("python.words", generators["python"].get("words"), (625,)),
+        ("numpy.keys", generators["numpy"].get("keys"), (624,)),
+    ):
+        if not is_tensor(value) or value.dtype != torch.int64 or tuple(value.shape) != shape:
+            raise ValueError(f"{where}.{key} must be {shape[0]} whole numbers")
+        if not 0 <= int(value.min()) <= int(value.max()) < 1 << 32:
+            raise ValueError(f"{where}.{key} must be numbers of 32 bits")
+    own = torch.get_rng_state()
+    if not is_tensor(generators.get("torch")) or generators["torch"].dtype != own.dtype:
+        raise ValueError(f"{where}.torch must be the state of a generator")
+    if generators["torch"].shape != own.shape or not all(map(is_tensor, generators["cuda"])):
+        raise ValueError(f"{where}.torch and .cuda must be states of generators")
+
+
+def _check_counters(value: Any, key: str) -> None:
+    """Lightning takes the counters of its loops as they stand."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_counters(inner, f"{key}.{word(name)}")
+    elif not is_int(value) and not isinstance(value, bool) and not key.rpartition(".state_dict")[1]:
+        raise ValueError(f"{key}={short(value)} must be a whole number of at least 0")

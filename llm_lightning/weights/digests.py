@@ -1,0 +1,46 @@
+"""Digests of weights, whatever file they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_lightning.models.classifier import Classifier
+from llm_lightning.models.gpt import GPT
+
+
+def base_digest(model: GPT | Classifier) -> str:
+    """The digest of a trunk's own weights, which an adapter belongs to, whatever file they come from."""
+    return digest_of({name: tensor for name, tensor in model.trunk.state_dict().items() if "lora_" not in name})
+
+
+def digest_of(state: dict[str, torch.Tensor]) -> str:
+    # A tied head stands in some files and not in others.
+    return weights_digest((name, state[name].float()) for name in sorted(state) if name != "lm_head.weight")
+
+
+def digest_under(header: dict[str, Any], trunk: GPT) -> str:
+    """The digest by which the adapter of `header` knows the weights of `trunk`, which may have more positions."""
+    return digest_of(base_weights(header, trunk))
+
+
+def base_weights(header: dict[str, Any], trunk: GPT) -> dict[str, torch.Tensor]:
+    """The weights of a GPT without adapters, as many positions as the model of `header` has."""
+    state = {name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name}
+    state["position_embedding.weight"] = state["position_embedding.weight"][: header["model"]["context_length"]]
+    return state
+
+
+def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,27 @@
+"""Settings of earlier versions, in headers and run folders: keys with another name today, and removed values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {"data.max_lost": "data.max_dropped"}
+"""GROUP.KEY of before -> of today."""
+
+REMOVED = {
+    ("task.reference", "adapter_clone"): "adapter_off",  # a copy of adapters that are 0 at the start
+    ("task.loss", "length_normalised"): "average",  # another name of the same loss
+}
+"""(key, value) of before -> the value of today that computes the same: a run is evaluated with it, but not resumed."""
+
+
+def translated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a header by their names of today."""
+    today = copy.deepcopy(dict(config))
+    for old, new in RENAMED.items():
+        group, key = old.split(".")
+        node = today.get(group)
+        if isinstance(node, dict) and key in node:
+            today[group] = {new.split(".")[1] if name == key else name: value for name, value in node.items()}
+    return today
