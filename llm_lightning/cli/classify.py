@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.main import add_model_arguments, open_model
+from llm_lightning.cli.arguments import add_model_arguments, open_model
 from llm_lightning.terminal import inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:

@@ -18,16 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, open_model
 from llm_lightning.cli.comparison_page import Item, Measure, Page, as_html, as_markdown
-from llm_lightning.cli.main import add_base_argument, add_device_arguments, aligned, open_model
 from llm_lightning.cli.respond import DATA_SUFFIXES
-from llm_lightning.terminal import say_lines, visible
+from llm_lightning.terminal import aligned, say_lines, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llm_lightning.data.templates import Conversation, Template
-    from llm_lightning.metrics.judge import Comparison, Judge, ScoreSummary, Verdict
+    from llm_lightning.metrics.judge.client import Judge, Verdict
+    from llm_lightning.metrics.judge.summaries import Comparison, ScoreSummary
     from llm_lightning.weights.load import LoadedModel
 
 PAGE_SUFFIXES = (".html", ".md")
@@ -324,7 +325,7 @@ def _judge(args: argparse.Namespace) -> Judge | None:
     """The judge, if one is wanted and something listens at its address: told before the models are at work."""
     if not args.judge and args.judge_url is None and args.judge_model is None:
         return None
-    from llm_lightning.metrics.judge import DEFAULT_MODEL, DEFAULT_URL, Judge
+    from llm_lightning.metrics.judge.client import DEFAULT_MODEL, DEFAULT_URL, Judge
 
     judge = Judge(args.judge_url or DEFAULT_URL, args.judge_model or DEFAULT_MODEL, progress=True)
     with _own_options():
@@ -344,7 +345,8 @@ def _own_options() -> Iterator[None]:
 
 def _judged(judge: Judge, rows: Sequence[dict[str, Any]]) -> Judged:
     """Scores of both, and which one is better, asked in both orders."""
-    from llm_lightning.metrics.judge import compare_responses, score_responses, summarise_pairs, summarise_scores
+    from llm_lightning.inference.judging import compare_responses, score_responses
+    from llm_lightning.metrics.judge.summaries import summarise_pairs, summarise_scores
 
     with _own_options():
         verdicts = [score_responses(judge, rows, column) for column in COLUMNS]

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_lightning.cli.main import add_model_arguments, aligned, open_model
-from llm_lightning.terminal import inline, one_line, say, say_json, say_lines
+from llm_lightning.cli.arguments import add_model_arguments, open_model
+from llm_lightning.terminal import aligned, inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:
     import numpy as np

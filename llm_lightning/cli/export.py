@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.main import add_base_argument, add_checkpoint_argument
+from llm_lightning.cli.arguments import add_base_argument, add_checkpoint_argument
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:

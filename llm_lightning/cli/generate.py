@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.main import add_model_arguments, open_model
+from llm_lightning.cli.arguments import add_model_arguments, open_model
 from llm_lightning.terminal import say, say_lines, write_raw
 
 if TYPE_CHECKING:

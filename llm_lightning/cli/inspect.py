@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from llm_lightning.cli.main import add_checkpoint_argument
+from llm_lightning.cli.arguments import add_checkpoint_argument
 from llm_lightning.terminal import say_json, say_lines
 
 

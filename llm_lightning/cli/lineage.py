@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm_lightning.cli.main import add_checkpoint_argument
+from llm_lightning.cli.arguments import add_checkpoint_argument
 from llm_lightning.terminal import say_json, say_lines
 
 SHORT = 12

@@ -16,7 +16,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.main import add_base_argument, add_device_arguments, open_model
+from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, open_model
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.terminal import inline, say_lines
 

@@ -520,7 +520,9 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("judge: summaries", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.metrics.judge import PROMPTS, Verdict, summarise_scores
+    from llm_lightning.metrics.judge.client import Verdict
+    from llm_lightning.metrics.judge.prompts import PROMPTS
+    from llm_lightning.metrics.judge.summaries import summarise_scores
 
     found = [Verdict("scored", i % 100, "1", "", 1, "x") for i in range(n)]
     return lambda: summarise_scores(found, PROMPTS["book"])

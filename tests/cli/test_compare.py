@@ -20,8 +20,8 @@ from llm_lightning.cli import main as entry
 from llm_lightning.cli.comparison_page import EMPTY
 from llm_lightning.data.templates import Conversation, Turn, choose_template
 from llm_lightning.inference.respond import respond
-from llm_lightning.metrics import judge as judging
 from llm_lightning.metrics.intervals import wilson_interval
+from llm_lightning.metrics.judge import client as judging
 from llm_lightning.weights.load import load_model
 
 TEMPLATE = "{instruction} {input} {response}"

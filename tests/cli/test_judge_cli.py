@@ -15,7 +15,7 @@ import pytest
 from judge_server import JudgeServer, records, scripted, serving
 
 from llm_lightning.cli import main as entry
-from llm_lightning.metrics import judge as judging
+from llm_lightning.metrics.judge import client as judging
 
 RECORD = {"instruction": "Name a fruit.", "input": "", "output": "A banana.", "model_response": "A lemon."}
 

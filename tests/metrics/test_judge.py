@@ -17,19 +17,11 @@ import pytest
 from judge_server import DROP, HUGE_WAYS, SLOW_WAYS, WAYS, WEB_PAGE, JudgeServer, records, scripted, sends, serving
 
 from llm_lightning.files.download import cache_dir
-from llm_lightning.metrics import judge as judging
-from llm_lightning.metrics.judge import (
-    PROMPTS,
-    Judge,
-    Verdict,
-    compare_responses,
-    parse_choice,
-    parse_score,
-    question,
-    score_responses,
-    summarise_pairs,
-    summarise_scores,
-)
+from llm_lightning.inference.judging import compare_responses, question, score_responses
+from llm_lightning.metrics.judge import client as judging
+from llm_lightning.metrics.judge.client import Judge, Verdict
+from llm_lightning.metrics.judge.prompts import PROMPTS, parse_choice, parse_score
+from llm_lightning.metrics.judge.summaries import summarise_pairs, summarise_scores
 
 RECORD = {
     "instruction": "Name a fruit.",

@@ -17,22 +17,20 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.files.bounded_http import NoConnectionError, Reply, TooLongError, exchange
 from llm_lightning.files.download import cache_dir
-from llm_lightning.metrics.intervals import mean_interval
+from llm_lightning.metrics.judge.replies import answer_of, message_of, parsed, shortened
 
 DEFAULT_URL = "http://localhost:11434/v1"
 DEFAULT_MODEL = "llama3"
@@ -48,60 +46,6 @@ FIRST_DELAY = 0.5  # seconds before a request is sent again; doubles from there
 CONNECT_TIMEOUT = 5.0  # seconds; a judge may think for minutes, but a server that is there accepts at once
 PASSING = (408, 409, 429)  # HTTP errors that, like those from 500, may be gone the next time
 MOST_REFUSED = 3  # prompts, none answered, after which it is not the prompt
-LONGEST_MESSAGE = 10_000  # characters of an error of a server that are looked at
-_MISSING = object()
-_JSON_NAMES = {str: "text", float: "a number", bool: "a truth value", list: "a list", dict: "an object",
-               type(None): "null"}  # fmt: skip
-
-TIE = "tie"
-
-
-class ScorePrompt(NamedTuple):
-    """What a judge is asked for one response, and the scale of its answers."""
-
-    text: str
-    lowest: int
-    highest: int
-
-
-PROMPTS = {
-    # The book's, to the letter.
-    "book": ScorePrompt(
-        "Given the input `{question}` and correct output `{output}`, score the model response `{response}` on a scale "
-        "from 0 to 100, where 100 is the best score. Respond with the integer number only.",
-        0,
-        100,
-    ),
-    # With what each score means, in the manner of Prometheus (Kim et al. 2024).
-    "rubric": ScorePrompt(
-        "You grade a response to a task. You are given the task, a reference answer that deserves the score 5, the "
-        "response, and a rubric. Grade by the rubric alone: whether the response is right and does what the task "
-        "asks, not how long it is or whether it uses the words of the reference.\n\n"
-        "[Task]\n{question}\n\n"
-        "[Reference answer]\n{output}\n\n"
-        "[Response]\n{response}\n\n"
-        "[Rubric]\n"
-        "1: does not answer the task, or nothing in it is right\n"
-        "2: answers the task, but its main point is wrong or missing\n"
-        "3: its main point is right, but something important is wrong or missing\n"
-        "4: right and complete but for small slips of fact, form or wording\n"
-        "5: right, complete and as good as the reference answer\n\n"
-        "Respond with the integer only: 1, 2, 3, 4 or 5.",
-        1,
-        5,
-    ),
-}
-PAIR_PROMPT = (
-    "You compare two responses to a task. You are given the task, a reference answer, and the responses A and B. The "
-    "better one is the one that is right and does what the task asks; neither its length, nor whether it stands first, "
-    "nor whether it uses the words of the reference makes it better.\n\n"
-    "[Task]\n{question}\n\n"
-    "[Reference answer]\n{output}\n\n"
-    "[Response A]\n{first}\n\n"
-    "[Response B]\n{second}\n\n"
-    "Respond with A if response A is better, with B if response B is better, or with tie if they are equally good. "
-    "Respond with that one word only."
-)
 
 
 @dataclass(frozen=True)
@@ -119,57 +63,6 @@ class Verdict:
     attempts: int
     """requests that were sent for it, by this call or an earlier one"""
     prompt_sha256: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What became of two responses to one task."""
-
-    outcome: str
-    """scored only if both orders are"""
-    winner: str | None
-    """`A` or `B`, the same in both orders; else `tie`; None unless scored"""
-    orders: tuple[Verdict, Verdict]
-    """shown as (A, B) and as (B, A); a value names the place, not the response"""
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over the records that have a value, and what is known of the mean over all."""
-
-    mean: float | None
-    """of the scored records"""
-    scored_low: float
-    scored_high: float
-    """the 95% interval (Student's t) of the scored records"""
-    low: float
-    high: float
-    """The same with every record in it: missing values are the lowest possible at its lower end, the highest at its
-    upper end; never inside the interval of the scored records."""
-
-
-@dataclass(frozen=True)
-class ScoreSummary(Mean):
-    """Scores of one column."""
-
-    n: int
-    outcomes: dict[str, int]
-    """how many records ended in each; they sum to `n`"""
-
-
-@dataclass(frozen=True)
-class PairSummary(Mean):
-    """Comparisons of two columns; the mean is the win rate of the first, a tie being half a win."""
-
-    n: int
-    outcomes: dict[str, int]
-    wins: int
-    ties: int
-    losses: int
-    first_chosen: int
-    decided: int
-    """of so many answers that were no tie, `first_chosen` named the response that was shown first: half of them if its
-    place does not matter"""
 
 
 class _Reply(NamedTuple):
@@ -364,13 +257,13 @@ class Judge:
         except TooLongError as error:
             return FAILED, self._no_completion(str(error)), True
         except (OSError, HTTPException) as error:
-            return FAILED, _short(f"{type(error).__name__}: {error}"), False
+            return FAILED, shortened(f"{type(error).__name__}: {error}"), False
         if not 200 <= reply.status < 300:
             self._refuse_settings(reply)
             is_final = reply.status < 500 and reply.status not in PASSING
-            return FAILED, f"HTTP {reply.status}: {_message(reply)}", is_final
+            return FAILED, f"HTTP {reply.status}: {message_of(reply)}", is_final
         try:
-            return ANSWERED, _answer(reply), True
+            return ANSWERED, answer_of(reply), True
         except ValueError as error:
             return FAILED, self._no_completion(str(error)), True
 
@@ -402,7 +295,7 @@ class Judge:
         """Raises what may be the same for every prompt, for none was answered yet."""
         if self._has_answered:
             return
-        said = f"(HTTP {reply.status}: {_message(reply)})"
+        said = f"(HTTP {reply.status}: {message_of(reply)})"
         if 300 <= reply.status < 400:
             raise _RefusedError(f"{self.url} sends its visitors elsewhere {said}; if that is right, name it with --url")
         if reply.status in (401, 403):
@@ -417,10 +310,10 @@ class Judge:
         """Which models there are, if the server tells: a hint in the message of another error."""
         try:
             reply = self._exchange("models", None, time.monotonic() + CONNECT_TIMEOUT)
-            names = [str(model["id"]) for model in _parsed(reply)["data"]]
+            names = [str(model["id"]) for model in parsed(reply)["data"]]
         except (OSError, HTTPException, ValueError, LookupError, TypeError):
             return ""
-        return f"; there are {_short(', '.join(names[:10]))}" if names else ""
+        return f"; there are {shortened(', '.join(names[:10]))}" if names else ""
 
     def _unreachable(self, cause: str) -> str:
         if self._is_reached:
@@ -449,111 +342,6 @@ def _is_address(url: str) -> bool:
     )
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
-def score_responses(
-    judge: Judge, records: Sequence[Mapping[str, str]], column: str, prompt: ScorePrompt = PROMPTS["book"]
-) -> list[Verdict]:
-    """Let a judge score one response column.
-
-    Args:
-        records: with `instruction`, `output`, the column and, if there is one, `input`.
-    """
-    prompts = [
-        prompt.text.format(question=question(record), output=record["output"], response=record[column])
-        for record in records
-    ]
-    return judge.ask(prompts, lambda answer: parse_score(answer, prompt.lowest, prompt.highest))
-
-
-def summarise_scores(verdicts: Sequence[Verdict], prompt: ScorePrompt = PROMPTS["book"]) -> ScoreSummary:
-    """Mean, interval and outcomes."""
-    values = [float(one.value) for one in verdicts if one.value is not None]
-    mean = _mean(values, len(verdicts), prompt.lowest, prompt.highest)
-    return ScoreSummary(**vars(mean), n=len(verdicts), outcomes=_count(one.outcome for one in verdicts))
-
-
-def parse_score(answer: str, lowest: int, highest: int) -> int | None:
-    """The integer that an answer consists of; None for anything else, such as `85/100`, `85.` or `Score: 85`."""
-    if not re.fullmatch("[0-9]{1,9}", answer.strip()):
-        return None
-    score = int(answer)
-    return score if lowest <= score <= highest else None
-
-
-def question(record: Mapping[str, str]) -> str:
-    """The task as the book shows it to a judge: Alpaca's preamble, the instruction, and the input if there is one."""
-    from llm_lightning.data.templates import TEMPLATES, Conversation, Turn
-
-    turn = Turn(record["instruction"], record.get("input") or "", "")
-    return TEMPLATES["alpaca"].question(Conversation((turn,)))
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def compare_responses(
-    judge: Judge, records: Sequence[Mapping[str, str]], column_a: str, column_b: str
-) -> list[Comparison]:
-    """Let a judge say which of two responses is better, in both orders."""
-    prompts = []
-    for record in records:
-        for first, second in ((column_a, column_b), (column_b, column_a)):
-            shown = {"first": record[first], "second": record[second]}
-            prompts.append(PAIR_PROMPT.format(question=question(record), output=record["output"], **shown))
-    verdicts = judge.ask(prompts, parse_choice)
-    return [_comparison(*orders) for orders in zip(verdicts[::2], verdicts[1::2], strict=True)]
-
-
-def summarise_pairs(comparisons: Sequence[Comparison]) -> PairSummary:
-    """Win rate of A, its interval, outcomes, and how much the place decided."""
-    winners = Counter(one.winner for one in comparisons)
-    points = {"A": 1.0, TIE: 0.5, "B": 0.0}
-    values = [points[one.winner] for one in comparisons if one.winner is not None]
-    choices = Counter(verdict.value for one in comparisons for verdict in one.orders)
-    return PairSummary(
-        **vars(_mean(values, len(comparisons), 0, 1)),
-        n=len(comparisons),
-        outcomes=_count(one.outcome for one in comparisons),
-        wins=winners["A"],
-        ties=winners[TIE],
-        losses=winners["B"],
-        first_chosen=choices["A"],
-        decided=choices["A"] + choices["B"],
-    )
-
-
-def parse_choice(answer: str) -> str | None:
-    """`A`, `B` or `tie`, whatever the case; None for anything else."""
-    return {"a": "A", "b": "B", TIE: TIE}.get(answer.strip().casefold())
-
-
-def _comparison(forward: Verdict, backward: Verdict) -> Comparison:
-    orders = (forward, backward)
-    outcome = next((one.outcome for one in orders if one.outcome != SCORED), SCORED)
-    if outcome != SCORED:
-        return Comparison(outcome, None, orders)
-    winner = {("A", "B"): "A", ("B", "A"): "B"}.get((str(forward.value), str(backward.value)), TIE)
-    return Comparison(outcome, winner, orders)
-
-
-# --- arithmetic and files --------------------------------------------------------------------------------------------
-
-
-def _mean(values: Sequence[float], n: int, lowest: float, highest: float) -> Mean:
-    n_missing = n - len(values)
-    mean, scored_low, scored_high = mean_interval(values, lowest, highest)
-    low = mean_interval([*values, *[lowest] * n_missing], lowest, highest)[1]
-    high = mean_interval([*values, *[highest] * n_missing], lowest, highest)[2]
-    return Mean(mean if values else None, scored_low, scored_high, min(low, scored_low), max(high, scored_high))
-
-
-def _count(outcomes: Iterable[str]) -> dict[str, int]:
-    counts = Counter(outcomes)
-    return {outcome: counts[outcome] for outcome in OUTCOMES}
-
-
 def _read_reply(file: Path) -> _Reply | None:
     """What is kept; None if nothing is, or it is damaged."""
     try:
@@ -561,59 +349,3 @@ def _read_reply(file: Path) -> _Reply | None:
         return _Reply(str(kept["outcome"]), str(kept["text"]), int(kept["attempts"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _parsed(reply: Reply) -> Any:
-    """The JSON of an answer; raises ValueError where it is none."""
-    if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise ValueError("it is compressed, which was not asked for")
-    try:
-        return json.loads(reply.body, parse_int=float)  # a number of a million digits takes minutes as an int
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
-    except ValueError:
-        raise ValueError("it is no JSON") from None
-
-
-def _answer(reply: Reply) -> str:
-    """The text of the first choice; empty if there is none, because the model refused or called a tool.
-
-    Raises:
-        ValueError: saying what is there instead.
-    """
-    found: Any = _parsed(reply)
-    for key, kind, wanted in (("choices", list, "a list"), (0, dict, "an object"), ("message", dict, "an object")):
-        found = _item(found, key)
-        if not isinstance(found, kind):
-            name = "choices[0]" if key == 0 else key
-            raise ValueError(f"{name} must be {wanted}, not {_JSON_NAMES.get(type(found), 'missing')}")
-    content = found.get("content")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"content must be text, not {_JSON_NAMES[type(content)]}")
-    return content or ""
-
-
-def _item(container: Any, key: str | int) -> Any:
-    try:
-        return container[key]
-    except (LookupError, TypeError):
-        return _MISSING
-
-
-def _message(reply: Reply) -> str:
-    """The server's own words, on one line."""
-    if 300 <= reply.status < 400 and reply.headers.get("Location"):
-        return _short(f"it redirects to {reply.headers['Location']}")
-    said: Any = reply.body.decode("utf-8", "replace")
-    try:
-        body = _parsed(reply)
-        error = body.get("error", body) if isinstance(body, dict) else body
-        said = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
-    except ValueError:  # no JSON: an error page, perhaps
-        pass
-    return _short(str(said or reply.reason))
-
-
-def _short(text: str) -> str:
-    words = " ".join(text[:LONGEST_MESSAGE].split())
-    return words if len(words) <= 200 else f"{words[:197]}..."
