@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: what decays, and the rate as a pure function of the step."""
+"""Optimizer and learning-rate schedule: weight-decay groups, and the rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW (Loshchilov and Hutter 2019) with the gradient clipping that belongs to it.
+    """AdamW (Loshchilov and Hutter 2019) and gradient clipping.
 
-    `lr` is the peak rate; a schedule scales it. `decay` is `matrices` (biases and norms are left alone, as GPT-2 and
-    GPT-3 were trained) or `all` (PyTorch's default, and the book's).
+    `lr` is the peak rate; a schedule scales it. `decay` is `matrices` (no weight decay on biases and norms, as GPT-2
+    and GPT-3 were trained) or `all` (PyTorch's default, and the book's).
     """
 
     lr: float = 3e-4
@@ -46,7 +46,7 @@ class AdamWConfig:
             raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, fused: bool) -> torch.optim.AdamW:
-        """AdamW over the trainable parameters. The optimizer's state remembers every parameter's name."""
+        """AdamW over the trainable parameters; its state holds every parameter's name."""
         trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
         decayed = [pair for pair in trainable if self.decay == "all" or pair[1].dim() >= 2]
         kept = [pair for pair in trainable if not (self.decay == "all" or pair[1].dim() >= 2)]
@@ -79,7 +79,7 @@ class WarmupCosineConfig:
             raise ValueError(f"scheduler.warmup={self.warmup} must be a fraction below 1 or a whole number of steps")
 
     def warmup_steps(self, total_steps: int) -> int:
-        """Steps of warmup in a run of `total_steps`."""
+        """Number of warmup steps in a run of `total_steps`."""
         steps = int(self.warmup) if self.warmup >= 1 else round(self.warmup * total_steps)
         if steps >= total_steps:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Signals that tell a process to stop, and how it learns that its parent is gone. Standard library only."""
+"""Signals that stop a process, and how it notices the death of its parent. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-"""What schedulers, terminals and people send to a process that is to save itself and end."""
+"""Signals of schedulers, terminals and people that ask a process to save and end."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Let the signals of `STOPPING` wait until the block ends; a process that is started in it never sees one."""
+    """Block the signals of `STOPPING` within the context; a process that is started in it never gets one."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -28,12 +28,12 @@ def held_back() -> Iterator[None]:
 
 
 def signal_at_death_of(parent: int, signum: int) -> bool:
-    """Ask the system to send `signum` to this process when its parent ends, whose pid is `parent`.
+    """Ask the system to send `signum` to this process when its parent, of pid `parent`, ends.
 
-    "Parent" is the thread that started this process. Where it is gone already, `signum` comes at once.
+    "Parent" is the thread that started this process. If it has ended already, `signum` is sent at once.
 
     Returns:
-        whether the system can do that: Linux.
+        whether the system supports it: Linux does.
     """
     prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None) if sys.platform == "linux" else None
     if prctl is None or prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0) != 0:

@@ -1,5 +1,5 @@
-"""The one way to a terminal. What was written by others (data, names of files, checkpoints, servers, models) may hold
-control characters, which a terminal obeys: it would recolour, overwrite, rename its window or paste.
+"""All output to the terminal. Text from elsewhere (data, file names, checkpoints, servers, models) may contain control
+characters that a terminal obeys: recolour, overwrite, rename the window, paste. They are shown instead.
 
 Standard library only: entry points import it before anything heavy.
 """
@@ -32,7 +32,7 @@ _COLOURS = re.compile("(" + "|".join(map(re.escape, (GREEN, GREY, PLAIN))) + ")"
 
 
 def visible(text: object) -> str:
-    r"""A text of several lines whose controls are shown, `\x1b` for an escape; line breaks and tabs are kept."""
+    r"""A text of several lines with its controls shown, `\x1b` for an escape; line breaks and tabs are kept."""
     return _IN_A_TEXT.sub(_escaped, str(text))
 
 
@@ -50,11 +50,11 @@ def one_line(text: object, width: int | None = None) -> str:
 def say(
     text: object = "", *, file: TextIO | None = None, end: str = "\n", colours: bool = False, flush: bool = False
 ) -> None:
-    """Print what may be of others; nothing in this package prints but by this module.
+    """Print; nothing in this package prints but through this module.
 
     Args:
         file: standard output by default.
-        colours: keep those that this module names.
+        colours: keep the colours that this module names.
     """
     if colours:
         shown = "".join(part if _COLOURS.fullmatch(part) else visible(part) for part in _COLOURS.split(str(text)))
@@ -64,20 +64,20 @@ def say(
 
 
 def say_lines(lines: Iterable[object]) -> None:
-    """Print each on a line of its own, whatever it holds."""
+    """Print each on one line, even if it contains line breaks."""
     say("\n".join(map(inline, lines)))
 
 
 def say_json(value: Any, *, ensure_ascii: bool = True) -> None:
-    """Print a value as JSON on one line, controls as its own escapes."""
+    """Print a value as JSON on one line, with JSON's escapes for controls."""
     text = json.dumps(value, ensure_ascii=ensure_ascii)
     say(_IN_A_LINE.sub(lambda found: json.dumps(found[0])[1:-1].replace("\x7f", r"\u007f"), text))
 
 
 def write_raw(text: str, file: TextIO | None = None, *, flush: bool = False) -> None:
-    """Write a text as it is, for a program that reads it.
+    """Write a text unchanged, for programs that read it.
 
-    Characters that the stream's encoding does not have are escaped: a stream that cannot show one must not end a run.
+    Characters that the stream's encoding lacks are escaped: they must not end a run.
     """
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -88,7 +88,7 @@ def write_raw(text: str, file: TextIO | None = None, *, flush: bool = False) -> 
 
 
 def guard_messages() -> None:
-    """Show the controls in what is logged, by whichever package, and in warnings: for the whole process."""
+    """Show controls in log messages of every package and in warnings, for the whole process."""
     logging.setLogRecordFactory(_Record)
     warnings.showwarning = _show_warning
 

@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm_lightning.experiments.config_checks import PRESETS, check_overrides, register_resolvers
-from llm_lightning.experiments.help import group_options, help_text, read_defaults, read_settings
 from llm_lightning.experiments.launch import expand_sweep
 from llm_lightning.experiments.monitors import fill_modes
 from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.settings.checks import PRESETS, check_overrides, register_resolvers
+from llm_lightning.experiments.settings.help import group_options, help_text, read_defaults, read_settings
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
 
@@ -122,7 +122,7 @@ def test_the_run_folder_is_named_by_task_and_run() -> None:
 
 def test_two_runs_of_the_same_second_have_two_folders() -> None:
     code = (
-        "from llm_lightning.experiments.config_checks import register_resolvers as r; r();"
+        "from llm_lightning.experiments.settings.checks import register_resolvers as r; r();"
         "from omegaconf import OmegaConf; print(OmegaConf.create({'x': '${run_folder:null}'}).x[-4:])"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -235,7 +235,7 @@ def _parameters(fields: dict) -> int:
 
 
 def test_appendix_d_differs_from_chapter_5_in_schedule_clipping_length_and_seed_only() -> None:
-    from llm_lightning.experiments.config_checks import diff_configs
+    from llm_lightning.experiments.settings.checks import diff_configs
 
     old, new = (OmegaConf.to_container(composed(f"experiment=book/{name}")) for name in ("ch05", "appendix_d"))
     changed = {key: value for key, _, value in diff_configs(old, new) if not key.startswith("scheduler.")}
@@ -331,7 +331,7 @@ def test_comments_are_read_beside_and_above_the_key(tmp_path: Path) -> None:
 
 def test_help_needs_neither_torch_nor_hydra() -> None:
     code = (
-        "import sys; from pathlib import Path; from llm_lightning.experiments.help import help_text;"
+        "import sys; from pathlib import Path; from llm_lightning.experiments.settings.help import help_text;"
         f"help_text(['--help'], Path({str(CONF)!r}));"
         "print({'torch', 'lightning', 'hydra', 'omegaconf'} & set(sys.modules))"
     )

@@ -1,7 +1,7 @@
-"""When checkpoints are written, and which are kept.
+"""When checkpoints are written, and which ones are kept.
 
-Everything is written at one moment: between two updates, after the validation and the log rows of the last one. So a
-checkpoint after N updates covers every row of steps 0..N-1, and nothing of step N.
+A checkpoint is written between two updates, after the validation and the log rows of the last one. So a checkpoint
+after N updates covers every row of steps 0..N-1, and no row of step N.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llm_lightning.weights import checkpoint as checkpoints
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints through `checkpoint.py`: atomic, with a digest, loaded with `weights_only=True` only."""
+    """Lightning's checkpoints through `weights/checkpoint.py`: atomic, with a digest, `weights_only=True`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         checkpoints.save(path, checkpoint)
@@ -38,9 +38,9 @@ class Checkpoints(L.Callback):
     Args:
         every_n_steps: updates between two checkpoints; null for none.
         every_n_minutes: minutes between two checkpoints; null for none.
-        keep: how many `step_*.ckpt` stay, at least 2, so that one damaged file never ends a run.
-        monitor: the metric that decides which is the best; null keeps no best.
-        mode: `min` or `max`; null: as the metric says (`callbacks/monitored.py`).
+        keep: number of `step_*.ckpt` to keep, at least 2, so that one damaged file never ends a run.
+        monitor: the metric that picks the best; null keeps no best.
+        mode: `min` or `max`; null: by the metric's name (`callbacks/monitored.py`).
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class Checkpoints(L.Callback):
             self.save(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._repair_names(trainer)  # here too: a run that was killed after its last checkpoint never starts to train
+        self._repair_names(trainer)  # here too: a run killed after its last checkpoint does not train again
 
     # --- what ------------------------------------------------------------------------------------------------------
 
     def save(self, trainer: L.Trainer) -> Path:
-        """Write the current state, give it its names, and remove what is no longer kept."""
+        """Write the current state, link its names, and remove older checkpoints."""
         for logger in trainer.loggers:
             logger.save()  # the rows that this checkpoint covers
         _refuse_non_finite(trainer)
@@ -138,7 +138,7 @@ class Checkpoints(L.Callback):
     def _repair_names(self, trainer: L.Trainer) -> None:
         path = self._path(trainer)
         if trainer.is_global_zero and path.is_file():
-            self._name(path, is_best=self.best_step == trainer.global_step)  # a kill may have come in between
+            self._name(path, is_best=self.best_step == trainer.global_step)  # a kill may have prevented it
 
     def _name(self, path: Path, *, is_best: bool) -> None:
         for name in ["last.ckpt"] + ["best.ckpt"] * is_best:
@@ -157,10 +157,10 @@ class Checkpoints(L.Callback):
 
 
 def _refuse_non_finite(trainer: L.Trainer) -> None:
-    """A loss and gradient that were finite can still have led to weights that are not."""
+    """Refuse weights that are not finite, which a finite loss and gradient do not rule out."""
     trained = [parameter for parameter in trainer.lightning_module.parameters() if parameter.requires_grad]
     parts = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained]
-    # The least and the largest value: nan wins either way, and nothing as large as the weights is made.
+    # Minimum and maximum: both are nan if any value is, and no tensor as large as the weights is allocated.
     finite = all(bool(torch.stack(part.detach().aminmax()).isfinite().all()) for part in parts if part.numel())
     if not trainer.strategy.reduce_boolean_decision(finite, all=True):
         raise ValueError(

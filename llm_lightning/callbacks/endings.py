@@ -1,7 +1,7 @@
-"""Why a run ends before its last step, and whether the same command then goes on.
+"""Why a run ended before its last step, and whether the same command continues it.
 
-A time limit counts from each start, and a run that it ended goes on. Early stopping ends a run for good, until what is
-set now (its patience, above all) would not have stopped it. What a checkpoint remembers never wins over what is set.
+A time limit counts from each start, and a run that it ended continues. Early stopping ends a run for good, unless the
+present settings (its patience, above all) would not have stopped it. Present settings win over those in a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIME, EARLY, OTHER = "time", "early_stopping", "other"
 
 
 def stopped_by(trainer: L.Trainer, total_steps: int) -> str | None:
-    """What has told a trainer to stop before its last step, if anything has: one of the names above."""
+    """The reason why a trainer stops before its last step, one of the names above; None if it does not."""
     if not trainer.should_stop or trainer.global_step >= total_steps:
         return None
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -29,7 +29,7 @@ def stopped_by(trainer: L.Trainer, total_steps: int) -> str | None:
 
 
 def stays_stopped(checkpoint: Mapping[str, Any], callbacks: Sequence[L.Callback]) -> bool:
-    """Whether the run of `checkpoint`, which was told to stop, would be stopped there by what is set now."""
+    """Whether the present settings would also have stopped the run of `checkpoint`, which was stopped early."""
     states = checkpoint["callbacks"]
     reason = checkpoint.get("stopped_by") or _guessed(states)
     if reason != EARLY:
@@ -40,7 +40,7 @@ def stays_stopped(checkpoint: Mapping[str, Any], callbacks: Sequence[L.Callback]
 
 
 def forget_limits(checkpoint: Mapping[str, Any], callbacks: Sequence[L.Callback]) -> None:
-    """Take out of a checkpoint what would override the time limits and the patience that are set now."""
+    """Remove from a checkpoint the time limits and the patience, which would override the present settings."""
     states = checkpoint["callbacks"]
     for callback in callbacks:
         if isinstance(callback, Timer):
@@ -50,7 +50,7 @@ def forget_limits(checkpoint: Mapping[str, Any], callbacks: Sequence[L.Callback]
 
 
 def start_again(callbacks: Sequence[L.Callback]) -> None:
-    """Let early stopping forget that it had stopped, not how long it has waited."""
+    """Reset that early stopping has stopped, but keep how long it has waited."""
     for callback in callbacks:
         if isinstance(callback, EarlyStopping):
             callback.stopping_reason, callback.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
@@ -58,7 +58,7 @@ def start_again(callbacks: Sequence[L.Callback]) -> None:
 
 
 def _guessed(states: Mapping[str, Any]) -> str:
-    """The reason of a stop that an earlier version did not write down."""
+    """The reason of a stop in checkpoints of earlier versions, which did not store it."""
     early = [state for state in states.values() if isinstance(state, Mapping) and "wait_count" in state]
     if any(_reason(state) != EarlyStoppingReason.NOT_STOPPED for state in early):
         return EARLY
@@ -72,7 +72,7 @@ def _reason(state: Mapping[str, Any]) -> EarlyStoppingReason:
 
 
 def _stops(callback: EarlyStopping, state: Mapping[str, Any], last: float | None) -> bool:
-    """Whether early stopping with its present settings ends a run that it ended; `last` is the metric then."""
+    """Whether early stopping with its present settings would stop a run again; `last` is the metric at that time."""
     reason, value = _reason(state), torch.tensor(float("nan") if last is None else last)
     if reason == EarlyStoppingReason.NON_FINITE_METRIC:
         return callback.check_finite

@@ -1,7 +1,7 @@
 """TensorBoard's event files, checked record by record.
 
 A record is the length of an event (8 bytes, little-endian), its checksum, the event, its checksum (4 bytes each): a
-masked CRC-32C, as TensorFlow writes it. TensorBoard shows nothing of a file behind the first record that is damaged.
+masked CRC-32C, as TensorFlow writes it. TensorBoard shows nothing behind the first damaged record of a file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Span = tuple[int, int]
 
 
 def drop_events_from(folder: Path, step: int) -> None:
-    """Remove the events of `step` and later, and what a killed process left half written.
+    """Remove the events of `step` and later, and an unfinished one that a killed process left.
 
-    Where a record is damaged, all others stay, and the file as it was is kept beside it, under a name that TensorBoard
-    does not read. A warning says so.
+    If a record is damaged, all others stay, and a copy of the damaged file is kept beside it, under a name that
+    TensorBoard does not read. A warning says so.
     """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
@@ -67,9 +67,9 @@ def keep_damaged(path: Path, content: bytes, name: str) -> Path:
 
 
 def whole_records(content: bytes) -> tuple[list[Span], list[Span]]:
-    """(start, end) of each record whose checksums are right, and of each damaged place.
+    """(start, end) of each record with correct checksums, and of each damaged span.
 
-    An unfinished record at the end, which a killed process leaves, is neither.
+    An unfinished record at the end, left by a killed process, is neither.
     """
     good: list[Span] = []
     damaged: list[Span] = []
@@ -84,14 +84,14 @@ def whole_records(content: bytes) -> tuple[list[Span], list[Span]]:
         for span, crc in zip(complete, bodies, strict=True):
             (good if struct.unpack_from("<I", content, span[1] - _TAIL)[0] == crc else damaged).append(span)
         if right == len(chain):
-            break  # to its end, or into a record that was never finished
+            break  # the end of the file, or an unfinished record
         start = _next_head(content, chain[right][0] + 1)
         damaged.append((chain[right][0], start))
     return good, damaged
 
 
 def masked_crcs(pieces: Sequence[bytes]) -> list[int]:
-    """The checksum of each piece; short ones at once, byte by byte over all of them."""
+    """The checksum of each piece; short ones together, byte by byte over all of them."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     crcs = {index: int(masked_crc32c(piece)) for index, piece in enumerate(pieces) if len(piece) > _LONG}
@@ -106,7 +106,7 @@ def masked_crcs(pieces: Sequence[bytes]) -> list[int]:
 
 
 def _masked(columns: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Checksums of texts side by side, the longest first: (T, N) bytes and (N,) lengths -> (N,)."""
+    """Checksums of N texts, the longest first: (T, N) bytes and (N,) lengths -> (N,)."""
     crc = np.full(len(lengths), 0xFFFFFFFF, dtype=np.uint32)
     for position, column in enumerate(columns):
         n = int(np.count_nonzero(lengths > position))
@@ -116,7 +116,7 @@ def _masked(columns: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _chain(content: bytes, start: int) -> list[Span]:
-    """Records from `start` on, as their lengths say; the last may end behind the file."""
+    """Records from `start` on, by their lengths; the last one may end behind the file."""
     chain = []
     while len(content) - start >= _HEAD:
         end = start + _HEAD + struct.unpack_from("<Q", content, start)[0] + _TAIL
@@ -126,7 +126,7 @@ def _chain(content: bytes, start: int) -> list[Span]:
 
 
 def _next_head(content: bytes, start: int) -> int:
-    """Where the next length with a right checksum stands, or the end."""
+    """The position of the next length with a correct checksum, or the end."""
     data, step = np.frombuffer(content, dtype=np.uint8), 1 << 16
     for first in range(start, len(data) - _HEAD + 1, step):
         windows = np.lib.stride_tricks.sliding_window_view(data[first : first + step + _HEAD - 1], _HEAD)

@@ -1,8 +1,8 @@
 """Exact resume: a run that was killed ends with the same bits as one that was not.
 
-The weights, optimizer and schedule are in Lightning's checkpoint. This callback adds what it lacks: the random number
-generators of every process, and a loop state that means "k batches of epoch e are done, nothing else has begun". It
-then makes the data module continue behind batch k, and checks that the first batch after a resume is the right one.
+Lightning's checkpoint holds weights, optimizer and schedule. This callback adds the random number generators of every
+process, and a loop state that means "k batches of epoch e are done, nothing else has begun". On resume it makes the
+data module continue behind batch k, and checks that the first batch is the right one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from llm_lightning.weights.checkpoint import HEADER, CheckpointError
 
 
 class ExactResume(L.Callback):
+    """Save and restore the position in the data and the random number generators."""
+
     def __init__(self) -> None:
         self._position: tuple[int, int] | None = None
         self._rng: dict[str, Any] | None = None
@@ -71,14 +73,14 @@ class ExactResume(L.Callback):
                 "checkpoint of the run, or train again"
             )
         if self._stopped_of == pl_module.total_steps and self._stays_stopped:
-            trainer.should_stop = True  # it had stopped early; where more steps are asked for, it goes on
+            trainer.should_stop = True  # it stopped early; a run with more steps than before continues
         elif self._stopped_of is not None:
             start_again(trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Here, not earlier: whatever set-up drew from the generators no longer matters.
+        # Here, not earlier: set-up may draw from the generators before.
         if self._position is not None:
             expected = trainer.datamodule.expected_samples(*self._position)  # type: ignore[attr-defined]
             assert batch.sample_ids == expected, f"resumed at samples {batch.sample_ids}, expected {expected}"
@@ -90,7 +92,7 @@ class ExactResume(L.Callback):
 
 @contextmanager
 def refusing_damage(checkpoint: Path | None) -> Iterator[None]:
-    """Turn what Lightning raises over the content of a checkpoint that it restores into one clear error.
+    """Turn an exception of Lightning about the content of a checkpoint into one clear error.
 
     Raises:
         CheckpointError: naming the file.
@@ -104,7 +106,7 @@ def refusing_damage(checkpoint: Path | None) -> Iterator[None]:
         if checkpoint is None or checkpoint_connector.__name__ not in names:
             raise
         raise CheckpointError(
-            f"{checkpoint} does not hold what this run continues from ({type(error).__name__}: "
+            f"{checkpoint} lacks what this run needs to continue ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); use another checkpoint of the run, or train again"
         ) from error
 
@@ -121,7 +123,7 @@ def position(trainer: L.Trainer) -> tuple[int, int]:
 
 
 def rng_state() -> dict[str, Any]:
-    """The generators of this process as tensors and plain values, which `weights_only=True` accepts."""
+    """The generators of this process as tensors and plain values, which `weights_only=True` loads."""
     version, words, gauss = random.getstate()
     kind, keys, index, has_gauss, cached = np.random.get_state()
     return {
@@ -140,7 +142,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the generators back to `rng_state()`."""
+    """Restore `rng_state()`."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Whether a metric is better when small or large: decides which checkpoint is the best and when a run stops early."""
+"""Whether a metric is better when small or large; picks the best checkpoint and stops runs early."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BETTER = {
     "reward_margin": "max",
     "exact_match": "max",
 }
-"""What is not here has no direction of its own: a reward or a log-probability may be meant to rise or to stay."""
+"""Other metrics have no direction of their own: a reward or a log-probability may be meant to rise or to stay."""
 
 
 def better_when(metric: str) -> str | None:
-    """`min` or `max`, by the name of a metric (`val/accuracy`); None where the name does not say it."""
+    """`min` or `max`, by the name of a metric (`val/accuracy`); None if the name does not tell."""
     name = metric.rpartition("/")[2].removeprefix("eval_")
     return BETTER.get(name.removesuffix("_low").removesuffix("_high"))

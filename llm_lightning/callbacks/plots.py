@@ -1,4 +1,4 @@
-"""`plots/loss.png` and `plots/lr.png`, drawn from `metrics.csv` while the run goes on."""
+"""`plots/loss.png` and `plots/lr.png`, drawn from `metrics.csv` during the run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from llm_lightning.callbacks.run_logs import TensorBoard, read_metrics
+from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.files.atomic import write_figure
+from llm_lightning.files.metrics_csv import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ class Plots(L.Callback):
     """Draw the curves after a validation and at the end. A plot that cannot be drawn costs one warning, not the run.
 
     Args:
-        every_n_seconds: least time between two drawings; one takes a fraction of a second.
+        every_n_seconds: shortest time between two drawings; one takes a fraction of a second.
     """
 
     def __init__(self, every_n_seconds: float = 30.0) -> None:
@@ -52,7 +53,7 @@ class Plots(L.Callback):
         self.draw(trainer)
 
     def draw(self, trainer: L.Trainer) -> None:
-        """Draw the curves, and the figures of the task, as far as there is something to draw."""
+        """Draw the curves and the figures of the task, if there are any."""
         if not trainer.is_global_zero or self._is_broken:
             return
         started = time.monotonic()
@@ -62,7 +63,7 @@ class Plots(L.Callback):
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             draw_plots(Path(trainer.default_root_dir), steps_per_epoch)
             self._draw_figures(trainer)
-        except Exception as error:  # whatever matplotlib, a font or a full disk come up with
+        except Exception as error:  # of matplotlib, a font or a full disk
             rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
             self._is_broken = True
         self._drawn = time.monotonic()
@@ -74,13 +75,13 @@ class Plots(L.Callback):
             folder.mkdir(exist_ok=True)
             write_figure(folder / f"{name}.png", figure)
             for logger in trainer.loggers:
-                # Only what will not be drawn again under this step: a killed run continues with each picture once.
+                # Only after the last step: a killed run that continues would log a picture of an earlier step twice.
                 if isinstance(logger, TensorBoard) and trainer.state.fn == "test":
                     logger.log_figure(name, figure, trainer.global_step)
 
 
 def draw_plots(run_dir: Path, steps_per_epoch: int) -> None:
-    """Draw what `metrics.csv` in `run_dir` holds into `run_dir/plots`."""
+    """Draw the curves in `metrics.csv` of `run_dir` into `run_dir/plots`."""
     metrics = run_dir / "metrics.csv"
     if not metrics.is_file():
         return
@@ -99,7 +100,7 @@ def loss_figure(curves: Curves, steps_per_epoch: int) -> Figure:
     figure, axes = _figure()
     for name, label in LOSSES.items():
         if name in curves:
-            # The row of step s stands for s + 1 updates.
+            # The row of step s is written after s + 1 updates.
             epochs = [(step + 1) / steps_per_epoch for step, _ in curves[name]]
             style = {"alpha": 0.4} if name == "train/loss" else {"marker": "."}
             axes.plot(epochs, [value for _, value in curves[name]], label=label, **style)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a finetuned model answers: the questions of the test split, with its best weights, at the end of a run."""
+"""Answers of a finetuned model to the questions of the test split, with its best weights, at the end of a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llm_lightning.metrics.intervals import wilson_interval
 
 
 class Responses(L.Callback):
-    """Answer test questions greedily: `responses.json` in the run folder, and the share of exact matches.
+    """Answer test questions greedily, into `responses.json` of the run folder, and log the share of exact matches.
 
     Args:
-        max_records: how many, the first ones of the split.
-        max_new_tokens: per answer, at most.
-        batch_size: questions at once.
+        max_records: answer the first ones of the split.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: questions per batch.
     """
 
     def __init__(self, *, max_records: int = 200, max_new_tokens: int = 256, batch_size: int = 32) -> None:
@@ -29,7 +29,7 @@ class Responses(L.Callback):
             if value < 1:
                 raise ValueError(f"callbacks.responses.{name}={value} must be at least 1")
         self.max_records = max_records
-        self.answered: tuple[int, int] | None = None  # how many records, of how many
+        self.answered: tuple[int, int] | None = None  # (answered, all) records
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -66,10 +66,10 @@ def answer_questions(
 
 
 def exact_match_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The share of answers that are right to the letter, its interval, and what one answer to all would reach.
+    """The share of exactly right answers, its interval, and the score of always giving the commonest answer.
 
     Args:
-        rows: what `answer_questions` returns; of none there are no metrics.
+        rows: the result of `answer_questions`; without rows there are no metrics.
     """
     if not rows:
         return {}

@@ -1,63 +1,46 @@
-"""What a run leaves to be read later: `metrics.csv` and TensorBoard, each step once however often the run was killed.
+"""The logs of a run, `metrics.csv` and TensorBoard: each step once, however often the run was killed.
 
 The contract with exact resume: steps are numbered from 0, and before a checkpoint of N updates is written every value
 of steps 0..N-1, and none of a later step, was logged and `save()` was called. A run that continues from that checkpoint
-passes `resumed_step=N`, and what a killed process logged beyond it is dropped.
+passes `resumed_step=N`, and later rows of a killed process are dropped.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import logging
 import os
 import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from llm_lightning.callbacks.event_files import drop_events_from, keep_damaged
 from llm_lightning.files.atomic import naming, write_atomically
+from llm_lightning.files.metrics_csv import (
+    Covered,
+    Row,
+    cell,
+    is_number,
+    lines_of,
+    merged,
+    parse,
+    unreadable,
+    whole_file,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FIRST_COLUMNS = ("step", "train/loss", "val/loss", "train/eval_loss")
 
-Row = dict[str, str]
-
 log = logging.getLogger(__name__)
-
-
-class Covered(NamedTuple):
-    """Rows of a metrics file, in their order."""
-
-    n_rows: int = 0
-    last: int = -1
-    """Step of the last row."""
-    sha256: str = ""
-    """Of the digest without the last row, and the cells of that row; columns that are empty in it do not count."""
-
-    def followed_by(self, rows: Iterable[Row]) -> Covered:
-        """These rows and further ones."""
-        n_rows, last, digest = self
-        for row in rows:
-            n_rows, last = n_rows + 1, int(row["step"])
-            digest = hashlib.sha256(f"{digest} {json.dumps(sorted(row.items()))}".encode()).hexdigest()
-        return Covered(n_rows, last, digest)
-
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint says of them."""
-        return {"count": self.n_rows, "sha256": self.sha256}
 
 
 class MetricsFile(Logger):
@@ -77,10 +60,10 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(run_dir) / "metrics.csv"
         self._resumed_step = resumed_step
-        self._columns: list[str] | None = None  # of the file; None: it has not been looked at
-        self._rows: dict[int, Row] = {}  # what is not on disk yet, and the file's last row, which may still grow
+        self._columns: list[str] | None = None  # of the file; None: not read yet
+        self._rows: dict[int, Row] = {}  # rows not on disk yet, and the file's last row, which may get more cells
         self._last = -1  # step of the file's last row
-        self._tail = 0  # where in the file that row begins
+        self._tail = 0  # the byte at which that row begins
         self._unsaved = False
         self._before = Covered()  # the rows before that one
 
@@ -97,12 +80,12 @@ class MetricsFile(Logger):
         """Add numbers to the row of `step`; they reach the disk with the next `save()`."""
         assert step is not None, "a row needs its step"
         self._load()
-        self._rows.setdefault(step, {"step": str(step)}).update({k: _cell(v) for k, v in metrics.items()})
+        self._rows.setdefault(step, {"step": str(step)}).update({k: cell(v) for k, v in metrics.items()})
         self._unsaved = True
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring every row to the disk; returns when it is there."""
+        """Write every row and wait until it is on the disk."""
         self._load()
         if not self._unsaved:
             return
@@ -110,50 +93,50 @@ class MetricsFile(Logger):
         rows = [self._rows[step] for step in sorted(self._rows)]
         columns = list(dict.fromkeys([*(self._columns or FIRST_COLUMNS), *(name for row in rows for name in row)]))
         if columns != self._columns or min(self._rows) < self._last:
-            self._rewrite(columns, _merged([*_parse(self._content())[1], *rows]))
+            self._rewrite(columns, merged([*parse(self._content())[1], *rows]))
         else:
             self._write_at_tail(rows)
         self._unsaved = False
 
     @rank_zero_only
     def covered(self, step: int) -> dict[str, Any]:
-        """How many rows there are before `step`, and their digest, for a checkpoint of so many updates."""
+        """Number and digest of the rows before `step`, for a checkpoint after that many updates."""
         self.save()
         before, rows = self._before, list(self._rows.values())
         if before.last >= step:
-            before, rows = Covered(), _parse(self._content())[1]
+            before, rows = Covered(), parse(self._content())[1]
         return before.followed_by(row for row in rows if int(row["step"]) < step).facts()
 
     @rank_zero_only
     def expect(self, covered: Mapping[str, Any] | None) -> None:
-        """Compare the file with what `covered` said when the checkpoint was written that the run continues from.
+        """Compare the file with the `covered` rows of the checkpoint that the run continues from.
 
-        Rows that are missing or altered are said, and the file as it was is kept.
+        If rows are missing or altered, warn and keep a copy of the file.
         """
         self._load(covered)
 
     def _load(self, covered: Mapping[str, Any] | None = None) -> None:
-        """Look at the file, once; drop what a killed process wrote too much and what it left half written."""
+        """Read the file, once; drop later rows of a killed process and an unfinished one."""
         if self._columns is not None:
             return
         content = self._content()
-        columns, rows = _parse(content)
+        columns, rows = parse(content)
         if columns and columns[0] != "step":
             raise ValueError(f"{self.path}, line 1: the first column is {columns[0]!r}, not 'step'; move the file away")
         rows = [row for row in rows if int(row["step"]) < self._resumed_step]
         if self._is_damaged(content, rows, covered):
-            rows = [row for row in rows if all(map(_is_number, row.values()))]
-        if content == _file(columns, rows):
+            rows = [row for row in rows if all(map(is_number, row.values()))]
+        if content == whole_file(columns, rows):
             self._before = Covered()
             self._settle(columns, rows, len(content))
         else:
             self._rewrite(columns, rows)
 
     def _is_damaged(self, content: bytes, rows: list[Row], covered: Mapping[str, Any] | None) -> bool:
-        """Whether the rows are others than a checkpoint covers; then it is said, and the file as it was is kept."""
+        """Whether the rows differ from those that a checkpoint covers; then warn and keep a copy of the file."""
         found, step = Covered().followed_by(rows).facts(), self._resumed_step
-        if covered is None or found == covered:  # checkpoints of earlier versions do not tell
-            lines = _unreadable(content)
+        if covered is None or found == covered:  # checkpoints of earlier versions lack it
+            lines = unreadable(content)
             if not lines:
                 return False
             what = f"line {lines[0]} cannot be read and is left out"
@@ -170,7 +153,7 @@ class MetricsFile(Logger):
         return self.path.read_bytes() if self.path.is_file() else b""
 
     def _rewrite(self, columns: list[str], rows: list[Row]) -> None:
-        content = _file(columns, rows)
+        content = whole_file(columns, rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, content)
         self._before = Covered()
@@ -178,7 +161,7 @@ class MetricsFile(Logger):
 
     def _write_at_tail(self, rows: list[Row]) -> None:
         assert self._columns is not None
-        content = _lines(self._columns, rows)
+        content = lines_of(self._columns, rows)
         with naming(self.path), self.path.open("r+b") as file:
             file.seek(self._tail)
             file.write(content)
@@ -188,92 +171,12 @@ class MetricsFile(Logger):
         self._settle(self._columns, rows, self._tail + len(content))
 
     def _settle(self, columns: list[str], rows: list[Row], size: int) -> None:
-        """Remember what stands on disk: of the rows only the last, to which later values of its step are added."""
+        """Remember what is on disk; of the rows only the last one, whose step may get more values."""
         self._before = self._before.followed_by(rows[:-1])
         self._columns = columns
         self._rows = {int(row["step"]): row for row in rows[-1:]}
         self._last = max(self._rows, default=-1)
-        self._tail = size - len(_lines(columns, rows[-1:]))
-
-
-def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a `metrics.csv`: for each metric its (step, value) pairs in order.
-
-    Raises:
-        ValueError: if a cell is no number.
-    """
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in _parse(Path(path).read_bytes())[1]:
-        step = int(row.pop("step"))
-        for name, cell in row.items():
-            try:
-                curves.setdefault(name, []).append((step, float(cell)))
-            except ValueError:
-                raise ValueError(f"{path}, step {step}: {name}={cell!r} is no number; delete that line") from None
-    return curves
-
-
-def _parse(content: bytes) -> tuple[list[str], list[Row]]:
-    """Columns and rows of a metrics file; a line without its end, or with too few cells, was never finished."""
-    columns, *lines = _cells(content) or [[]]
-    rows = [{name: cell for name, cell in zip(columns, cells, strict=True) if cell}
-            for cells in lines if _is_row(cells, columns)]  # fmt: skip
-    return columns, rows
-
-
-def _unreadable(content: bytes) -> list[int]:
-    """Numbers of the lines that are no rows; the last may have been left so by a killed process."""
-    columns, *lines = _cells(content) or [[]]
-    return [number for number, cells in enumerate(lines[:-1], start=2) if not _is_row(cells, columns)]
-
-
-def _cells(content: bytes) -> list[list[str]]:
-    """The cells of each line; a line that is damaged, such as by a stray quote, does not take the next ones along."""
-    whole = content[: content.rfind(b"\n") + 1].decode(errors="replace").replace("\0", "\ufffd")
-    return [_split(line.rstrip("\r")) for line in whole.split("\n")[:-1]]
-
-
-def _split(line: str) -> list[str]:
-    if '"' not in line:
-        return line.split(",")
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:
-        return [line]
-
-
-def _is_row(cells: list[str], columns: list[str]) -> bool:
-    return len(cells) == len(columns) and re.fullmatch(r"[0-9]{1,18}", cells[0]) is not None
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _file(columns: list[str], rows: list[Row]) -> bytes:
-    return _lines(columns, [dict(zip(columns, columns, strict=True)), *rows]) if columns else b""
-
-
-def _lines(columns: list[str], rows: Iterable[Row]) -> bytes:
-    text = io.StringIO()
-    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
-
-
-def _merged(rows: Iterable[Row]) -> list[Row]:
-    """One row per step, in the order of steps; later values win."""
-    by_step: dict[int, Row] = {}
-    for row in rows:
-        by_step.setdefault(int(row["step"]), {}).update(row)
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _cell(value: Any) -> str:
-    return repr(value.item() if hasattr(value, "item") else value)
+        self._tail = size - len(lines_of(columns, rows[-1:]))
 
 
 class TensorBoard(Logger):
@@ -315,7 +218,7 @@ class TensorBoard(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        with naming(self.path):  # what the writer's thread could not write is raised by the next call
+        with naming(self.path):  # an error of the writer's thread is raised by the next call
             for name, value in metrics.items():
                 self.experiment.add_scalar(name, value, step)
 
@@ -339,13 +242,13 @@ class TensorBoard(Logger):
 
         `step` is the number of updates, so a process that continues from there drops the results and writes its own.
         Lightning also calls this when training starts, without metrics. Nothing is written then: a run that has not
-        ended has no result, and TensorBoard would show a placeholder for it ever after.
+        ended has no result, and TensorBoard would keep showing a placeholder.
         """
         if metrics is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        # The curves' own names would make TensorBoard show their last value, which is not that of the best checkpoint.
+        # Under the curves' own names TensorBoard would show their last value, not that of the best checkpoint.
         results = {f"final/{name}": float(value) for name, value in metrics.items()}
         settings = _flat(vars(params) if isinstance(params, Namespace) else params)
         with naming(self.path):
@@ -357,7 +260,7 @@ class TensorBoard(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring every event to the disk; returns when it is there."""
+        """Write every event and wait until it is on the disk."""
         if self._writer is None:
             return
         with naming(self.path):

@@ -1,4 +1,4 @@
-"""What the model writes while it learns: fixed prompts, continued after validation."""
+"""Samples of text during training: fixed prompts, continued after each validation."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ TERMINAL_WIDTH = 100
 class Samples(L.Callback):
     """Continue `prompts` after a validation: one line on the terminal, all in `samples.md` and TensorBoard.
 
-    The same settings and weights give the same text; the global random generators are left alone. The metric
-    `samples/repetition` is the share of token 4-grams that stood in the same continuation before.
+    The same settings and weights give the same text; the global random generators are not touched. The metric
+    `samples/repetition` is the share of token 4-grams that occur earlier in the same continuation.
 
     Args:
         prompts: beginnings of text; None: prompts of the validation data.
-        n_prompts: how many of the validation data.
-        max_new_tokens: per prompt, at most.
+        n_prompts: number of prompts of the validation data.
+        max_new_tokens: longest continuation, in tokens.
         temperature: 0 is greedy.
-        top_k: draw from the k likeliest tokens only; null: from all.
-        seed: of the draws, the same at every validation, so that a change is the model's.
+        top_k: sample from the k likeliest tokens; null: from all.
+        seed: of the sampling, the same at every validation, so that only the model changes the text.
         every_n_epochs: write after the validations of every n-th epoch.
-        beside_start: show what the model wrote before its first step beside what it writes now.
+        beside_start: show the continuations of the model before its first step, too.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Samples(L.Callback):
             return
         step = trainer.global_step - 1
         title = f"step {step}, val/loss {float(trainer.callback_metrics.get('val/loss', float('nan'))):.4f}"
-        # Of an instruction only the answer: the line has no room for both.
+        # Of an instruction, print only the answer: the line has no room for both.
         first = "".join(pairs[0]) if self.prompts is not None else pairs[0][1]
         pl_module.print(_one_line(f"{title} | {first}"))
         body = "\n\n".join(_indented(text) for text in self._texts(pairs))
@@ -119,7 +119,7 @@ class Samples(L.Callback):
         ]
 
     def write(self, pl_module: Any) -> tuple[list[tuple[str, str]], float]:
-        """Each prompt and its continuation, and how repetitive the continuations are."""
+        """Each prompt and its continuation, and the repetition rate of the continuations."""
         model, tokenizer = pl_module.model, pl_module.tokenizer
         room = model.config.context_length - max(map(len, self._prompt_ids))
         options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
@@ -133,10 +133,10 @@ class Samples(L.Callback):
         with eager, pl_module.trainer.precision_plugin.forward_context() if is_mixed else nullcontext():
             try:
                 continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, never=never, **options)
-            except RuntimeError as error:  # there is no drawing from probabilities that are nan
+            except RuntimeError as error:  # sampling from probabilities that are nan
                 if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
                     raise
-                reason = "the weights are not finite any more, so that no text can be drawn; lower optimizer.lr"
+                reason = "the weights are no longer finite, and no text can be sampled; lower optimizer.lr"
                 raise ValueError(f"non-finite weights after {pl_module.global_step} updates: {reason}") from error
         pairs = zip(self._prompt_ids, continuations, strict=True)
         # Decoded together, because words may be joined by a space.
@@ -149,7 +149,7 @@ class Samples(L.Callback):
 
 
 def repetition_rate(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
-    """The share of n-grams that stood in the same sequence before, over all sequences; 0 where none has n tokens.
+    """The share of n-grams that occur earlier in their sequence, over all sequences; 0 if none has n tokens.
 
     Seq-rep-n of Welleck et al. 2019, "Neural text generation with unlikelihood training", section 6.1.
     """
@@ -170,7 +170,7 @@ def _prompts_of(trainer: L.Trainer, n: int) -> list[list[int]]:
 
 
 def append_section(path: Path, section: str) -> None:
-    """Add `section`; returns when it is on the disk, because the next checkpoint covers it."""
+    """Append `section` and wait until it is on the disk, because the next checkpoint covers it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), path.open("a", encoding="utf-8", newline="") as file:
         file.write(section)
@@ -179,7 +179,7 @@ def append_section(path: Path, section: str) -> None:
 
 
 def drop_sections_from(path: Path, step: int) -> None:
-    """Drop the sections of `step` and later, which a killed process wrote, and one that it left half written."""
+    """Drop the sections of `step` and later, which a killed process wrote, and an unfinished one."""
     if not path.is_file():
         return
     lines = re.findall(r"[^\n]*\n", path.read_bytes().decode(errors="replace"))

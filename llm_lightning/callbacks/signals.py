@@ -1,4 +1,4 @@
-"""What a signal does to a run: it saves the step it is at, and ends with 128 + the signal's number."""
+"""A signal makes a run save its current step and end with 128 + the signal's number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A signal asked the run to stop, and it did, saved if anything saves it. Not an error."""
+    """The run stopped because of a signal, after saving if it has checkpoints. Not an error."""
 
     def __init__(self, signum: int, path: Path | None) -> None:
         saved = "nothing was saved" if path is None else f"saved {path}; continue with resume={path.parents[1]}"
@@ -31,9 +31,9 @@ class Interrupted(Exception):  # noqa: N818
 class Signals(L.Callback):
     """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 end a run between two updates, after the last one's validation.
 
-    While the test split is measured, all is saved, and the run ends at once. A signal that was ignored when the run
-    started (`nohup`) stays ignored; the one by which SLURM announces the end of a job that it starts again stays
-    Lightning's. Repeated signals change nothing, but a second Ctrl-C ends the process at once.
+    During the test everything is saved already, so the run ends at once. A signal that was ignored when the run
+    started (`nohup`) stays ignored; the signal that announces the end of a requeued SLURM job stays Lightning's.
+    Repeated signals change nothing, but a second Ctrl-C ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Signals(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._stop_if_told(trainer, save=True)
+            self._stop_if_signalled(trainer, save=True)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size == 1:  # several processes must agree, or some wait for ever
@@ -59,14 +59,14 @@ class Signals(L.Callback):
         self._take(trainer)
 
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._stop_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._stop_if_told(trainer)  # it came after the last update had begun, which is saved by now
+        self._stop_if_signalled(trainer)  # a signal during the last update, which is saved by now
         self._at_once = None
 
     def _take(self, trainer: L.Trainer) -> None:
-        """Handle the signals from here to the end of fit or test, when Lightning puts back what stood before."""
+        """Handle the signals until fit or test ends, when Lightning restores the earlier handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
         connector = trainer._signal_connector
@@ -77,7 +77,7 @@ class Signals(L.Callback):
                 signal.signal(signum, signal.SIG_IGN)
             elif not (requeues and signum == environment.requeue_signal):  # type: ignore[attr-defined]
                 signal.signal(signum, self._on_signal)
-        if connector.received_sigterm:  # by Lightning's own handler, which stood here until now
+        if connector.received_sigterm:  # by Lightning's own handler, active until now
             connector.received_sigterm = False  # or Lightning exits with 0 and without a checkpoint
             signal.raise_signal(signal.SIGTERM)
 
@@ -86,14 +86,14 @@ class Signals(L.Callback):
         if self._interrupts == 2:  # the user insists
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        if self._signal is not None:  # SLURM repeats itself, and a parent hands on what the whole group got
+        if self._signal is not None:  # SLURM repeats its signal, and a parent forwards what the whole group got
             return
         self._signal = signum
         if self._at_once is not None:
             raise self._at_once(signum)
         log.warning("%s received: saving at the next step", signal.Signals(signum).name)
 
-    def _stop_if_told(self, trainer: L.Trainer, *, save: bool = False) -> None:
+    def _stop_if_signalled(self, trainer: L.Trainer, *, save: bool = False) -> None:
         signum = self._agreed(trainer)
         if signum is None:
             return

@@ -1,4 +1,4 @@
-"""How fast training runs: target tokens (or sequences) per second, share of the hardware's peak, peak memory."""
+"""Training speed: target tokens (or sequences) per second, share of the hardware's peak, peak memory."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ class Throughput(L.Callback):
         if peak_tflops is not None and peak_tflops <= 0:
             raise ValueError(f"callbacks.throughput.peak_tflops={peak_tflops} must be positive; null: look it up")
         self.peak_tflops = peak_tflops
-        self.total_items, self.total_seconds = 0, 0.0  # this session's, as far as they were timed
+        self.total_items, self.total_seconds = 0, 0.0  # timed items of this session
         self._earlier_wall_seconds = 0.0
         self._session_start = time.monotonic()
-        self._since: float | None = None  # the clock stands while this is None
+        self._since: float | None = None  # the timer is paused while this is None
         self._updates = self._items_seen = 0
-        self._in_update = True  # a micro-batch of the coming update has begun; at first: not timed, it compiles
-        self._is_whole = False  # the clock has run for all of the coming update
+        self._in_update = True  # a micro-batch of the next update has begun; True at first: the first update compiles
+        self._is_whole = False  # the timer has run for the whole of the next update
         self._logged = (0, 0.0)
 
     @property
     def items_per_second(self) -> float | None:
-        """Of this session; None before the second update."""
+        """The rate of this session; None before the second update."""
         return self.total_items / self.total_seconds if self.total_seconds else None
 
     @property
     def wall_seconds(self) -> float:
-        """Of the run: all sessions, each as far as a later one continued it."""
+        """Seconds of all sessions of the run, each up to the checkpoint that the next one continued from."""
         return self._earlier_wall_seconds + time.monotonic() - self._session_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -75,7 +75,7 @@ class Throughput(L.Callback):
         self._in_update = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self._updates:  # the update is still to come
+        if trainer.global_step == self._updates:  # an accumulation window is open
             return
         now, items = time.monotonic(), pl_module.items_seen
         if self._is_whole and self._since is not None:
@@ -117,14 +117,14 @@ class Throughput(L.Callback):
 
 
 def known_peak(device_name: str) -> float | None:
-    """Peak TFLOP/s of the device that calls itself `device_name`; laptop versions are other chips."""
+    """Peak TFLOP/s of a device by its name; laptop versions are other chips."""
     if "Laptop" in device_name:
         return None
     return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use at one time: allocated on a CUDA device, elsewhere resident in the process (0: not known)."""
+    """Peak memory in bytes: allocated on a CUDA device, elsewhere resident in the process (0: unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

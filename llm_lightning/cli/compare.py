@@ -406,7 +406,7 @@ def _curves(wanted: Path | None, policy: Path) -> Curves:
         if wanted is not None:
             raise FileNotFoundError(f"--curves {wanted}: {file} does not exist; name the folder of a run")
         return {}
-    from llm_lightning.callbacks.run_logs import read_metrics
+    from llm_lightning.files.metrics_csv import read_metrics
 
     try:
         found = read_metrics(file)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_lightning.experiments.command_line import key_of, parsed, quoted, run_dir_is, unquoted
+from llm_lightning.experiments.settings.overrides import key_of, parsed, quoted, run_dir_is, unquoted
 from llm_lightning.terminal import one_line
 
 COMMAND = "command.json"
@@ -277,7 +277,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _settings(config_dir: Path) -> frozenset[str]:
     """The dotted keys of our own files. None but `WITH_DIGEST` and data.hf_dataset names a file."""
-    from llm_lightning.experiments.help import declared_settings
+    from llm_lightning.experiments.settings.help import declared_settings
 
     return declared_settings(config_dir)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments import unforeseen
-from llm_lightning.experiments.command_line import key_of, run_dir_is
 from llm_lightning.experiments.foreign import continued, read_summary, refuse_links
 from llm_lightning.experiments.processes import end_with_parent, start, wait_for
 from llm_lightning.experiments.run_folder import is_main_process
+from llm_lightning.experiments.settings.overrides import key_of, run_dir_is
 from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import guard_messages, one_line, say, visible
 
@@ -42,7 +42,7 @@ def main(script: Path) -> None:
 
 
 def _main(script: Path) -> None:
-    from llm_lightning.experiments.help import help_text
+    from llm_lightning.experiments.settings.help import help_text
 
     config_dir = script.parent / "conf"
     text = help_text(sys.argv[1:], config_dir)
@@ -54,7 +54,7 @@ def _main(script: Path) -> None:
 
         run_pipeline(sys.argv[1:], script)
         return
-    from llm_lightning.experiments.config_checks import check_overrides
+    from llm_lightning.experiments.settings.checks import check_overrides
 
     typed = continue_run(sys.argv[1:], config_dir)
     if any(key_of(word) == "resume" and word != "resume=null" for word in sys.argv[1:]):
@@ -167,8 +167,8 @@ def as_hydra_reads(argv: Sequence[str], config_dir: Path) -> list[str]:
     Raises:
         ValueError: if a group that every run needs is null.
     """
-    from llm_lightning.experiments.groups import without_null_groups
-    from llm_lightning.experiments.words import as_meant
+    from llm_lightning.experiments.settings.groups import without_null_groups
+    from llm_lightning.experiments.settings.meaning import as_meant
 
     return as_meant(without_null_groups(argv, config_dir), config_dir)
 
@@ -184,7 +184,7 @@ def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
         return list(argv)
     import yaml
 
-    from llm_lightning.experiments.help import group_options
+    from llm_lightning.experiments.settings.help import group_options
 
     known = group_options(config_dir, "sweep")
     if names[-1] not in known:

@@ -21,12 +21,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llm_lightning.experiments.command_line import key_of, parsed, run_dir_is
 from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
-from llm_lightning.experiments.help import group_options
 from llm_lightning.experiments.launch import as_hydra_reads
 from llm_lightning.experiments.processes import start, wait_for
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
+from llm_lightning.experiments.settings.help import group_options
+from llm_lightning.experiments.settings.overrides import key_of, parsed, run_dir_is
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.terminal import say
 
@@ -207,7 +207,7 @@ def _planned(
         return Stage(name, tuple(words), is_command, parents, _digest(list(words)))
     from omegaconf import OmegaConf
 
-    from llm_lightning.experiments.config_checks import asks_for_many, check_overrides
+    from llm_lightning.experiments.settings.checks import asks_for_many, check_overrides
 
     unfilled = {other: f"{{{other}}}" for other in earlier}
     argv = [*options, *(_filled_override(word, unfilled) for word in words)]

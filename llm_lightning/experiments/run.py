@@ -35,11 +35,11 @@ from llm_lightning.experiments.adapters import (
     refuse_lost_adapters,
     write_adapter,
 )
-from llm_lightning.experiments.config_checks import refuse_changes
 from llm_lightning.experiments.foreign import COMMAND, damaged_summary
-from llm_lightning.experiments.ignored import ignored_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
+from llm_lightning.experiments.settings.checks import refuse_changes
+from llm_lightning.experiments.settings.ignored import ignored_settings
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
 from llm_lightning.experiments.whereabouts import (
     OtherDataError,

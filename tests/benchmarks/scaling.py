@@ -607,7 +607,8 @@ def class_metrics(n: int, classes: int) -> None:
 
 @case("metrics.csv: read and continued", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.callbacks.run_logs import MetricsFile, read_metrics
+    from llm_lightning.callbacks.run_logs import MetricsFile
+    from llm_lightning.files.metrics_csv import read_metrics
 
     rows = "".join(f"{i},0.5,,0.1\n" for i in range(n))
     content = "step,train/loss,val/loss,train/eval_loss\n" + rows
@@ -679,7 +680,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("config: many unknown keys", 300)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.experiments.config_checks import diff_configs, unknown_keys
+    from llm_lightning.experiments.settings.checks import diff_configs, unknown_keys
 
     config = {f"key{i}": {"a": i} for i in range(n)}
     known = {f"known{i}": 1 for i in range(150)}
@@ -688,7 +689,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("config: many labels on the command line", 100)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.experiments.config_checks import check_overrides
+    from llm_lightning.experiments.settings.checks import check_overrides
 
     conf = Path(__file__).resolve().parents[2] / "conf"
     labels = ",".join(f"l{i}" for i in range(n))

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from tiny_run import SETTINGS, Outcome, assert_same, train_here, write_corpus
 
 from llm_lightning.callbacks.endings import stays_stopped
-from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "task_module", "global_step", "position")

@@ -15,9 +15,10 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.event_files import drop_events_from, masked_crcs, whole_records
-from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard, read_metrics
+from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard
 from llm_lightning.callbacks.samples import Samples
 from llm_lightning.callbacks.throughput import Throughput
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
 MEASURED = ("train/tokens_per_second", "train/peak_memory_gib")

@@ -9,7 +9,8 @@ import pytest
 
 from llm_lightning.callbacks import plots
 from llm_lightning.callbacks.plots import Plots, loss_figure, lr_figure
-from llm_lightning.callbacks.run_logs import MetricsFile, read_metrics
+from llm_lightning.callbacks.run_logs import MetricsFile
+from llm_lightning.files.metrics_csv import read_metrics
 
 
 def png_size(path: Path) -> tuple[int, int]:

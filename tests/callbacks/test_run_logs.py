@@ -14,7 +14,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llm_lightning.callbacks.event_files import masked_crcs
-from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard, read_metrics
+from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard
+from llm_lightning.files.metrics_csv import read_metrics
 
 FORK = multiprocessing.get_context("fork")
 

@@ -10,8 +10,9 @@ import torch
 
 from llm_lightning.callbacks import throughput
 from llm_lightning.callbacks.checkpoints import Checkpoints
-from llm_lightning.callbacks.run_logs import MetricsFile, read_metrics
+from llm_lightning.callbacks.run_logs import MetricsFile
 from llm_lightning.callbacks.throughput import Throughput, known_peak
+from llm_lightning.files.metrics_csv import read_metrics
 
 
 class Clock:

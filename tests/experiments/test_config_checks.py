@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from llm_lightning.experiments.config_checks import (
+from llm_lightning.experiments.foreign import COMMAND
+from llm_lightning.experiments.launch import continue_run
+from llm_lightning.experiments.settings.checks import (
     MAY_CHANGE,
     check_overrides,
     check_targets,
@@ -19,9 +21,7 @@ from llm_lightning.experiments.config_checks import (
     refuse_changes,
     resolve_target,
 )
-from llm_lightning.experiments.foreign import COMMAND
-from llm_lightning.experiments.help import read_settings
-from llm_lightning.experiments.launch import continue_run
+from llm_lightning.experiments.settings.help import read_settings
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -190,8 +190,8 @@ ALIASES = """
     lightning.pytorch.core.saving.os.system lightning.pytorch.cli.sys.exit torchmetrics.utilities.imports.sys.exit
     llm_lightning.weights.checkpoint.os.remove llm_lightning.files.download.os.system
     llm_lightning.experiments.launch.subprocess.run
-    llm_lightning.experiments.config_checks.importlib.import_module llm_lightning.experiments.config_checks.Path
-    llm_lightning.experiments.config_checks.compose
+    llm_lightning.experiments.settings.checks.importlib.import_module llm_lightning.experiments.settings.checks.Path
+    llm_lightning.experiments.settings.checks.compose
 """
 NOT_A_KIND = """
     torch.load torch.save torch.compile torch.from_file torch.hub.load torch.hub.download_url_to_file torch.jit.load

@@ -16,11 +16,11 @@ from hostile import BENIGN, Outside, build, folders, settings, watch
 from tiny_run import ROOT, digests, finish, start, train_here, write_corpus
 
 from llm_lightning.experiments import foreign
-from llm_lightning.experiments.config_checks import check_overrides
 from llm_lightning.experiments.launch import continue_run
 from llm_lightning.experiments.pipeline import MANIFEST_FACTS
 from llm_lightning.experiments.run import say_finished
 from llm_lightning.experiments.run_folder import OWNER_FACTS, RunFolder, open_run
+from llm_lightning.experiments.settings.checks import check_overrides
 
 CONF = ROOT / "conf"
 

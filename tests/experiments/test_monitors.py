@@ -15,8 +15,8 @@ from tiny_run import SETTINGS, train_here, write_checkpoint
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.monitored import better_when
-from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.experiments import monitors, run
+from llm_lightning.files.metrics_csv import read_metrics
 
 QUIET = ["callbacks.plots=null", "logger=csv"]
 CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), *QUIET, "task=classification"]

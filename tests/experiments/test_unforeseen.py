@@ -15,7 +15,7 @@ from llm_lightning.cli import inspect as inspect_verb
 from llm_lightning.cli.main import main as cli
 from llm_lightning.experiments import run as runs
 from llm_lightning.experiments import unforeseen
-from llm_lightning.experiments.help import group_options, help_text
+from llm_lightning.experiments.settings.help import group_options, help_text
 
 CONF = ROOT / "conf"
 
@@ -42,7 +42,7 @@ def test_a_run_that_meets_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.reaches_net
 def test_a_fault_before_there_is_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_lightning.experiments.config_checks.check_overrides", broken)
+    monkeypatch.setattr("llm_lightning.experiments.settings.checks.check_overrides", broken)
     outcome = train_here([])
     assert outcome.code == 70
     assert str(tmp_path / "cache" / "tracebacks" / "train.txt") in outcome.err

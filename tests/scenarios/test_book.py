@@ -19,9 +19,9 @@ from hydra.utils import instantiate
 from safetensors.torch import save_file
 from tiny_run import train_here
 
-from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.data.records.labelled import read_labelled
-from llm_lightning.experiments.config_checks import check_overrides
+from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import apply_lora
 from llm_lightning.weights.gpt2_names import to_hf

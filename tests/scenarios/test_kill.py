@@ -16,7 +16,7 @@ import pytest
 from kill_marker import SAVING, STARTING, VALIDATING
 from tiny_run import assert_same, write_checkpoint
 
-from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]

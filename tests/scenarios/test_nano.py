@@ -17,11 +17,11 @@ import pytest
 import torch
 from judge_server import serving
 
-from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import data_of
 from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.losses import sequence_log_probs, token_log_probs
 from llm_lightning.metrics.answers import exact_match
 from llm_lightning.metrics.intervals import wilson_interval

@@ -13,9 +13,9 @@ from judge_server import serving
 from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.experiments.config_checks import check_overrides
 from llm_lightning.experiments.launch import expand_sweep
 from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.settings.checks import check_overrides
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`((?:python train\.py|llm-lightning)[^`]*)`", README)))

@@ -15,7 +15,7 @@ import torch
 import yaml
 from tiny_run import SETTINGS, Outcome, digests, finish, living, start, train_here, write_checkpoint, write_corpus
 
-from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import load_model
 

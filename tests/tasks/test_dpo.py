@@ -13,9 +13,9 @@ import torch
 from tiny_run import SETTINGS, finish, train_here
 from tiny_run import start as start_process
 
-from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.cli.respond import data_of
 from llm_lightning.files.frozen_cache import FrozenCache
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_run import SETTINGS, finish, start, write_checkpoint
 
-from llm_lightning.callbacks.run_logs import read_metrics
+from llm_lightning.files.metrics_csv import read_metrics
 
 CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification", "data.bucket=false"]
 FORMS = {

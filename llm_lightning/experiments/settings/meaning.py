@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm_lightning.experiments.help import group_options, package_of
+from llm_lightning.experiments.settings.help import group_options, package_of
 
 Kind = Literal["text", "texts", "numbers", "anything"]
 """One text; a list of texts; a list of numbers; what is left to Hydra: numbers, switches, nodes, words beside them."""

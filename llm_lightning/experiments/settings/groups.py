@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from llm_lightning.experiments.help import group_options, package_of, read_defaults, read_settings
+from llm_lightning.experiments.settings.help import group_options, package_of, read_defaults, read_settings
 
 OPTIONAL = ("logger", "callbacks", "lora")
 """Groups with a file none.yaml."""

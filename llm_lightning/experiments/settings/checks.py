@@ -30,12 +30,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm_lightning.experiments.command_line import parsed
-from llm_lightning.experiments.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
-from llm_lightning.experiments.help import group_options
-from llm_lightning.experiments.ignored import dotted
-from llm_lightning.experiments.values import refuse_wrong_values
-from llm_lightning.experiments.words import settle, word_as_meant
+from llm_lightning.experiments.settings.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
+from llm_lightning.experiments.settings.help import group_options
+from llm_lightning.experiments.settings.ignored import dotted
+from llm_lightning.experiments.settings.meaning import settle, word_as_meant
+from llm_lightning.experiments.settings.overrides import parsed
+from llm_lightning.experiments.settings.values import refuse_wrong_values
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 """Groups whose files pick and set, but declare no key (a task declares its own node)."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from llm_lightning.experiments.words import UNDECLARED
+from llm_lightning.experiments.settings.meaning import UNDECLARED
 
 WORDS_ALLOWED = ("trainer.devices", "trainer.deterministic", "trainer.fast_dev_run")
 """Settings that are a number or a switch by default and may also be something else: `auto`, `warn`, a number."""

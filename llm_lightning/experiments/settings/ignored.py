@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from llm_lightning.experiments.command_line import key_of
+from llm_lightning.experiments.settings.overrides import key_of
 
 Values = Mapping[str, Any]
 """Dotted key -> value of one run."""
