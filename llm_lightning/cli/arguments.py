@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llm_lightning.weights.load import LoadedModel
 
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
+"""Of files of records."""
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every verb that runs a model needs; `open_model` reads it."""
+    """Add the arguments of a verb that runs a model; `open_model` reads them."""
     add_checkpoint_argument(parser)
     add_device_arguments(parser)
     add_base_argument(parser)
@@ -26,7 +29,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """Add CHECKPOINT, in the words that `load_model` takes."""
+    """Add CHECKPOINT: whatever `load_model` accepts."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -36,7 +39,7 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --base: an adapter alone has to find the weights that it belongs to."""
+    """Add --base: where the weights under an adapter are."""
     parser.add_argument(
         "--base", metavar="CHECKPOINT", help="of an adapter alone: its weights (default: where they were in training)"
     )
@@ -45,10 +48,10 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
 def open_model(
     args: argparse.Namespace, adapters: Mapping[str, str] | None = None, checkpoint: str | None = None
 ) -> LoadedModel:
-    """Load the model that the arguments of `add_model_arguments` name, or `checkpoint`, `adapters` on it.
+    """Load the model that the arguments of `add_model_arguments` name, or `checkpoint`, with `adapters` on it.
 
     Raises:
-        ValueError: if the device is not there, or the checkpoint is damaged.
+        ValueError: if the device is not available, or the checkpoint is damaged.
         FileNotFoundError: if there is no such checkpoint.
     """
     import torch

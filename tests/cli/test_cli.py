@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import subprocess
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 
 import llm_lightning
 from llm_lightning.cli import generate as generate_verb
-from llm_lightning.cli.evaluate import SOURCE_SETTINGS, evaluate_texts, windows
 from llm_lightning.cli.main import VERBS, main
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import build_token_files
+from llm_lightning.inference.evaluate import evaluate_texts, windows
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
@@ -168,10 +167,6 @@ def test_evaluate_finds_the_split_of_the_training_data(
         result = json.loads(capsys.readouterr().out)
         expected = evaluate_texts(load_model(run_folder), [bytes(files[split].tokens.tolist()).decode()])
         assert result == asdict(expected)
-
-
-def test_evaluate_opens_the_same_source_as_training() -> None:
-    assert set(SOURCE_SETTINGS) == set(inspect.signature(open_source).parameters)
 
 
 # -- export, inspect ---------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_instruction_tuning(folder: Path, way: str, capsys: pytest.CaptureFixtur
     assert cli(["evaluate", str(path), "--split", "test"]) == 0
     printed = capsys.readouterr().out
     assert f"exact match                 {found['exact_match']:.4f} (95% interval" in printed
-    assert f"{found['loss']:.4f} nats per learnt token" in printed
+    assert f"{found['loss']:.4f} nats per target token" in printed
 
 
 @pytest.mark.parametrize("way", ["copy", "adapters_off"])
