@@ -25,18 +25,19 @@ if TYPE_CHECKING:
     pass
 
 VERBS = {
-    "generate": "continue one or more prompts",
-    "classify": "say which class texts belong to",
-    "evaluate": "loss, accuracy, exact match or reward accuracy, on a text or on the data of the training",
+    "generate": "continue prompts",
+    "classify": "classify texts, with probabilities",
+    "evaluate": "measure loss, accuracy, exact match or reward accuracy, on texts or on the data of the training",
     "respond": "answer the questions of a file",
-    "judge": "score answers, by a language model or by their words",
-    "compare": "the answers of two models side by side, on a page",
-    "lineage": "the runs that led to a checkpoint, and whether they are still what they were",
-    "inspect-data": "show instruction records as the model sees them",
-    "statistics": "lengths, repetitions and frequent answers of a file",
-    "near-duplicates": "find records that are almost the same, and remove them",
+    "judge": "score answers, lexically or with an LLM judge",
+    "compare": "show the answers of two models side by side, on a page",
+    "lineage": "list the runs that led to a checkpoint, and whether their files have changed",
+    "inspect-data": "show which tokens of records are trained on",
+    "statistics": "count lengths and repetitions in a file",
+    "near-duplicates": "find near-duplicate records, and remove them",
     "export": "write the weights as a folder that transformers loads",
-    "inspect": "what is in this checkpoint",
+    "inspect": "show what a checkpoint contains",
+    "completion": "print a script for the completion of verbs and options in a shell",
 }
 USAGE_ERROR = 2
 INTERRUPTED = 130
