@@ -20,7 +20,6 @@ from llm_lightning.data.batches import Example, collate_padded
 from llm_lightning.inference.classify import class_probabilities, predicted_class
 from llm_lightning.inference.generation import evaluating
 from llm_lightning.losses import causal_lm_loss
-from llm_lightning.metrics.classes import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
 from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.gpt import GPT
 from llm_lightning.weights.load import LoadedModel
@@ -136,6 +135,9 @@ def evaluate_labelled(
     Raises:
         ValueError: if the model is not a classifier, there are no pairs, or a label is not among its classes.
     """
+    # torchmetrics takes matplotlib and more along, which scoring text does not need.
+    from llm_lightning.metrics.classes import MOST_SHOWN, auroc, auroc_of_many, count_metrics, described_confusions
+
     index = {label: number for number, label in enumerate(loaded.labels)}
     unknown = sorted({label for _, label in records} - index.keys())
     if unknown or not records:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import math
 import subprocess
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 
 import llm_lightning
 from llm_lightning.cli import generate as generate_verb
+from llm_lightning.cli import respond as respond_verb
 from llm_lightning.cli.main import VERBS, main
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import build_token_files
@@ -74,9 +77,23 @@ def losses_one_by_one(model: GPT, ids: list[int]) -> list[float]:
 def test_generate_prints_the_prompt_and_its_continuation(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["generate", str(run_folder), "to be", "--greedy", "--max-new-tokens", "5"]) == 0
     printed = capsys.readouterr().out
-    expected = llm_lightning.generate_text(load_model(run_folder), "to be", max_new_tokens=5)
+    expected = llm_lightning.generate_text(load_model(run_folder), "to be", max_new_tokens=5, temperature=0)
     assert printed == expected + "\n"
     assert printed.startswith("to be")
+
+
+def test_functions_have_the_defaults_of_their_verbs(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    loaded = load_model(run_folder)
+    for options, words in (({}, []), ({"top_p": 0.5}, ["--top-p", "0.5"]), ({"top_k": 3}, ["--top-k", "3"])):
+        assert main(["generate", str(run_folder), "to be", "--seed", "5", *words]) == 0
+        assert capsys.readouterr().out == llm_lightning.generate_text(loaded, "to be", seed=5, **options) + "\n"
+    answering = inspect.signature(llm_lightning.respond).parameters
+    parser = argparse.ArgumentParser()
+    respond_verb.add_arguments(parser)
+    typed = vars(parser.parse_args(["x", "-o", "y"]))
+    shared = answering.keys() & typed.keys()
+    assert shared == {"temperature", "top_k", "top_p", "seed", "max_new_tokens", "batch_size", "template"}
+    assert {name: typed[name] for name in shared} == {name: answering[name].default for name in shared}
 
 
 def test_generate_runs_several_prompts_from_both_places(

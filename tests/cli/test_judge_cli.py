@@ -197,7 +197,7 @@ def without(field: str) -> dict[str, Any]:
         ([RECORD], "-o TMP/none/x.json", r"the folder .*none does not exist"),
         ([RECORD], "-o TMP/responses.json", r"must be a file of its own, such as responses\.judged\.json"),
         ([RECORD], "-o TMP/x.png", r"must be a file of its own, such as"),
-        ([RECORD], "TMP/responses.jsonl", r"responses\.judged\.json would hold the report of two files"),
+        ([RECORD], "TMP/responses.jsonl", r"responses\.judged\.json would hold the reports of two files"),
         ([RECORD], "TMP/other.json -o TMP/x.json", r"x\.json is one file and there are 2"),
     ],
 )  # fmt: skip

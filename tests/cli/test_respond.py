@@ -94,7 +94,7 @@ def test_goes_on_where_it_was(
     calls[:] = [0] * 10
     assert cli([*command, "-o", str(output)]) == 0
     assert sum(calls) == 9 - 4, "four were answered before"
-    assert "4 of 9 answers are there already" in caplog.text
+    assert "4 of 9 answers are in" in caplog.text
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
