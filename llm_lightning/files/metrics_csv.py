@@ -65,7 +65,7 @@ def parse(content: bytes) -> tuple[list[str], list[Row]]:
 
 
 def unreadable(content: bytes) -> list[int]:
-    """Numbers of the lines that are not rows; the last line, which a killed process may leave unfinished, does not count."""
+    """Numbers of the lines that are not rows, without the last line, which a killed process may leave unfinished."""
     columns, *lines = _cells(content) or [[]]
     return [number for number, cells in enumerate(lines[:-1], start=2) if not _is_row(cells, columns)]
 

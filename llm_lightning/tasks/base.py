@@ -27,6 +27,7 @@ from llm_lightning.data.order import limited
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
+from llm_lightning.models.sharding import shard
 from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
 from llm_lightning.tasks.accounting import Evaluation, StepOutput, Totals, Window, means
 from llm_lightning.tasks.memory import disable_malloc_trim, freeze_in_bfloat16, leave_fresh_memory_unfilled, trim_malloc
@@ -281,23 +282,10 @@ class TaskModule(L.LightningModule):
             group["lr"] = peak * factor
 
     def configure_model(self) -> None:
-        """Shard the model under FSDP2, block by block. Embeddings, final norm and head form the root's own group."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            return
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-        self.is_sharded = True
-        if isinstance(self.model, FSDPModule):
-            return
-        # Not the strategy's mesh: by default all processes of a node stand on its tensor-parallel axis.
-        mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
-        for block in self.trunk.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        for name in ("hidden_states", "finish"):
-            if hasattr(self.model, name):
-                register_fsdp_forward_method(self.model, name)
+        """Shard the model under FSDP2."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self.is_sharded = True
+            shard(self.model, self.trainer.strategy.root_device.type, self.trainer.world_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[checkpoints.HEADER] = checkpoints.describe(

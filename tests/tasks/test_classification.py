@@ -135,9 +135,9 @@ def test_a_second_run_computes_no_frozen_block(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"trained_blocks": "all"}, "the lowest block is trained"),
+        ({"trained_blocks": "all"}, "the lowest block is being trained"),
         ({"trained_blocks": 1, "frozen_cache": False}, "task.frozen_cache=false"),
-        ({"trained_blocks": 1, "lora": LoRAConfig()}, "the lowest block is trained"),
+        ({"trained_blocks": 1, "lora": LoRAConfig()}, "the lowest block is being trained"),
     ],
 )
 def test_why_nothing_is_stored_is_said(
@@ -145,7 +145,7 @@ def test_why_nothing_is_stored_is_said(
 ) -> None:
     caplog.set_level("INFO")
     losses(tmp_path, make_trainer, **options)
-    assert f"Frozen blocks: not stored: {reason}" in caplog.text
+    assert f"Frozen-block cache off: {reason}" in caplog.text
 
 
 def test_only_what_was_chosen_is_trained(tmp_path: Path, make_trainer: Any) -> None:
@@ -165,7 +165,7 @@ def test_metrics_against_arithmetic_by_hand(tmp_path: Path, make_trainer: Any) -
     samples = data.test_samples["test"]
     batch = data.collate([samples[index] for index in range(len(samples))])
     with torch.no_grad():
-        probabilities = module.logits(batch.input_ids, batch.lengths).softmax(-1)
+        probabilities = module.frozen_blocks.logits(batch.input_ids, batch.lengths).softmax(-1)
     said, true = probabilities[:, 1] >= 0.5, batch.labels == 1
     hits, n = int((said & true).sum()), len(samples)
     assert metrics["test/accuracy"] == pytest.approx(float((said == true).float().mean()))
@@ -196,7 +196,7 @@ def test_class_weights_weigh_the_loss() -> None:
     batch = data.collate([data.train_samples[index] for index in range(6)])
     plain, weighted = tiny(data), tiny(data, class_weights=[1.0, 3.0])
     with torch.no_grad():
-        logits = plain.logits(batch.input_ids, batch.lengths)
+        logits = plain.frozen_blocks.logits(batch.input_ids, batch.lengths)
         each = -logits.log_softmax(-1)[range(6), batch.labels]
         factor = torch.where(batch.labels == 1, 3.0, 1.0)
         assert plain.step_output(batch).loss_sum.item() == pytest.approx(each.sum().item(), rel=1e-5)
