@@ -47,6 +47,11 @@ def one_line(text: object, width: int | None = None) -> str:
     return line if width is None or len(line) <= width else line[: width - 3] + "..."
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`: a number with its noun, which takes an s in the plural."""
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+
+
 def say(
     text: object = "", *, file: TextIO | None = None, end: str = "\n", colours: bool = False, flush: bool = False
 ) -> None:

@@ -207,6 +207,26 @@ def test_data_keys_are_arguments_of_the_data_module(tmp_path: Path) -> None:
     assert set(composed().data) - {"_target_", "preview"} <= known
 
 
+@pytest.mark.parametrize(
+    ("words", "is_shared"),
+    [
+        (["task=sft", "model.dropout=0"], True),
+        (["task=sft", "model.dropout=0.1"], False),
+        (["task=sft", "model.dropout=0.1", "model.attention_dropout=0", "model.embedding_dropout=0"], False),
+        (["task=lora", "model.dropout=0"], True),
+        (["task=lora", "model.dropout=0", "lora.dropout=0.1"], False),
+        (["task=dpo", "model.dropout=0"], True),
+    ],
+)
+def test_a_shared_prefix_is_packed_once_unless_there_is_dropout(words: list[str], is_shared: bool) -> None:
+    from llm_lightning.data.conversations import ConversationDataModule
+    from llm_lightning.experiments.run import build_datamodule
+
+    data = build_datamodule(composed(*words, "tokenizer=byte", "model.context_length=600"), None)
+    assert isinstance(data, ConversationDataModule)
+    assert data.share_prefix == is_shared
+
+
 # --- the book's recipes --------------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
     """The first records of a file, whether or not there are enough to train on."""
     from llm_lightning.data.batches import collate_padded
     from llm_lightning.data.instruction import LOSS_ON
-    from llm_lightning.data.records.instruction import rows_of_file
+    from llm_lightning.data.records.rows import rows_of
     from llm_lightning.data.templates import choose_template
     from llm_lightning.files.download import file_of
     from llm_lightning.tokenizers import build_tokenizer
@@ -96,7 +96,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
     tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
     path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
-    first, _ = next(iter(rows_of_file(path)), ({}, ""))  # the reader refuses a file without records
+    first, _ = next(iter(rows_of(path)), ({}, ""))  # the reader refuses a file without records
     is_pairs = {"chosen", "rejected"} <= set(first)
     make = _pair_samples if is_pairs else _record_samples
     samples, titles = make(path, args, tokenizer, template)

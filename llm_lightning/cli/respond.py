@@ -128,7 +128,7 @@ def _conversations(loaded: LoadedModel, data: Path | None, split: str) -> list[C
     from llm_lightning.inference.respond import read_records
 
     if data is None:
-        return conversations_of(loaded, instead="give a file of records").conversations_of(split)
+        return conversations_of(loaded, instead="give a file of records", texts_only=True).conversations_of(split)
     return read_records(data, loaded)
 
 

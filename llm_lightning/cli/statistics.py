@@ -82,7 +82,8 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 
 def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to measure: the wanted ones, or the usual ones that occur."""
-    from llm_lightning.data.records.json import ROLES, has_text, text_of
+    from llm_lightning.data.records.json import has_text, text_of
+    from llm_lightning.data.records.messages import ROLES
 
     if wanted:
         present = [key for key in wanted if any(has_text(one, key) for one in records)]

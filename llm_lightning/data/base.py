@@ -1,4 +1,4 @@
-"""The dataloaders, once: every data module names its samples, this class turns them into exact, resumable batches."""
+"""The dataloaders, once: a data module names its samples, and this class makes exact, resumable batches of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from llm_lightning.data.order import BatchOrder, limited, spread_sample
+from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.workers import Loader, are_forked, begin_with
 from llm_lightning.tokenizers import Tokenizer
 
@@ -26,14 +27,15 @@ class BaseDataModule(L.LightningDataModule):
     - `train_samples`: a map-style Dataset of samples
     - `eval_samples`: stage name (`val`, `train_eval`) to Dataset, in the order they are evaluated
     - `test_samples`: the same for what is evaluated once, at the end, with the best weights
-    - `data_digest`: names the data, for lineage
+    - `data_digest`: identifies the data, for lineage
 
     Args:
         batch_size: samples per process and micro-batch.
         num_workers: loader processes; 0 is fastest for memory-mapped tokens.
         shuffle: a new order of the training samples every epoch.
-        drop_last: leave out the last samples of an epoch that do not fill a batch.
-        eval_batches: how many batches of training data are evaluated, without dropout, for `train/eval_loss`.
+        drop_last: drop the last samples of an epoch if they do not fill a batch.
+        bucket: batches of similar length instead of a plain shuffle; the samples then have `n_tokens`.
+        eval_batches: number of training batches that are evaluated, without dropout, for `train/eval_loss`.
         seed: of the shuffle.
     """
 
@@ -43,7 +45,7 @@ class BaseDataModule(L.LightningDataModule):
     test_samples: dict[str, Dataset]
     data_digest: str
     samples_are: ClassVar[str] = "samples"
-    """What a person calls them."""
+    """What messages call them."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class BaseDataModule(L.LightningDataModule):
         num_workers: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        bucket: bool = False,
         eval_batches: int = 8,
         seed: int = 0,
     ) -> None:
@@ -59,10 +62,11 @@ class BaseDataModule(L.LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.shuffle, self.drop_last, self.bucket = shuffle, drop_last, bucket
         self.eval_batches, self.seed = eval_batches, seed
         self.test_samples = {}
         self._train_order: BatchOrder | None = None
+        self._lengths: WeakKeyDictionary[Dataset, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
         self._resume_at = (0, 0)
 
     @abstractmethod
@@ -72,34 +76,54 @@ class BaseDataModule(L.LightningDataModule):
     def collator(self) -> Callable[[Sequence[Any]], Any]:
         """The function that turns samples of one micro-batch, possibly none, into a named batch.
 
-        Subclasses return a function of a module with plain values bound to it: it is sent to every loader process that
-        is not forked, where a method would drag the data and the trainer along.
+        Subclasses return a module-level function with plain values bound to it: a loader process that is not forked
+        gets a copy, and a method would take the data and the trainer along.
         """
         return self.collate
 
     def collate(self, samples: Sequence[Any]) -> Any:
-        """The batch of these samples. Overridden instead of `collator`, it does where loader processes are forked."""
+        """The batch of these samples. May be overridden instead of `collator` where loader processes are forked."""
         return self.collator()(samples)
 
     @abstractmethod
     def preview(self, n: int) -> str:
-        """The first `n` training samples as a person reads them."""
+        """The first `n` training samples as readable text."""
 
     @abstractmethod
     def describe(self) -> str:
-        """One line on what is trained on."""
+        """The training data in one line."""
 
     def report(self) -> dict[str, Any]:
-        """Plain values for `summary.json`: what the data is like. Subclasses may override."""
+        """Facts about the data for `summary.json`, as plain values. Subclasses may override."""
         return {}
 
     def digest_of_source(self) -> str | None:
-        """`data_digest` before anything is built, where that is cheaper; else None. May be overridden."""
+        """`data_digest` without building anything, where that is cheaper; else None. May be overridden."""
         return None
 
+    def class_of(self, sample: Any) -> int:
+        """The class of a sample: bucketed batches keep the proportion of classes. May be overridden."""
+        return 0
+
     def order_of(self, samples: Dataset, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
-        """epoch -> the order of `samples`; None: shuffled for training, as they stand otherwise. May be overridden."""
-        return None
+        """epoch -> the order of `samples`; None: shuffled for training, else unchanged.
+
+        Lengths are measured when an order is first needed, once per data set: counting batches needs none.
+        """
+        if not self.bucket or (is_training and not self.shuffle):
+            return None
+        if not is_training:
+            return lambda epoch: np.argsort(self._measured(samples)[0], kind="stable")
+        return lambda epoch: bucketed_order(*self._measured(samples), seed=self.seed, epoch=epoch)
+
+    def _measured(self, samples: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The number of tokens and the class of every sample, (n,) int64 each."""
+        if samples not in self._lengths:
+            rows = [samples[index] for index in range(len(samples))]
+            pairs = [(row.n_tokens, self.class_of(row)) for row in rows]
+            lengths, classes = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+            self._lengths[samples] = lengths, classes
+        return self._lengths[samples]
 
     def train_dataloader(self) -> DataLoader:
         self._train_order = self._train_batches()
@@ -120,17 +144,17 @@ class BaseDataModule(L.LightningDataModule):
             self._train_order.set_epoch(epoch)
 
     def resume(self, epoch: int, batches_done: int) -> None:
-        """Continue behind the first `batches_done` batches of `epoch`. Takes effect when the loader is made."""
+        """Continue after the first `batches_done` batches of `epoch`. Takes effect when the loader is made."""
         self._resume_at = (epoch, batches_done)
 
     def expected_samples(self, epoch: int, batch: int) -> tuple[int, ...]:
-        """The sample ids of this process's batch number `batch` in `epoch`, computed afresh."""
+        """The sample ids of batch number `batch` of this process in `epoch`, computed afresh."""
         order = self._train_batches()
         order.resume(epoch, batch)
         return tuple(next(iter(order)))
 
     def batches_per_epoch(self, world_size: int) -> int:
-        """Micro-batches that each process sees in one epoch."""
+        """Number of micro-batches that each process sees in one epoch."""
         batches = len(self._train_batches(world_size=world_size))
         if batches == 0:
             raise ValueError(
@@ -140,7 +164,7 @@ class BaseDataModule(L.LightningDataModule):
         return batches
 
     def first_batches(self, most: int) -> Iterator[list[Any]]:
-        """The samples of the first `most` training batches, as one process would see them."""
+        """The samples of the first `most` training batches of a single process."""
         samples: Any = self.train_samples
         order = self.order_of(samples, is_training=True)
         batches = BatchOrder(len(samples), self.batch_size, shuffle=self.shuffle, seed=self.seed, order=order)
@@ -148,7 +172,7 @@ class BaseDataModule(L.LightningDataModule):
             yield [samples[index] for index in indices]
 
     def all_samples(self) -> list[Any]:
-        """Every sample of every split, those that stand in several of them as often."""
+        """Every sample of every split; one that is in several splits occurs once in each."""
         splits: list[Any] = [self.train_samples, *self.eval_samples.values(), *self.test_samples.values()]
         return [split[index] for split in splits for index in range(len(split))]
 
@@ -157,7 +181,7 @@ class BaseDataModule(L.LightningDataModule):
         return self._order(self.train_samples, order=self.order_of(self.train_samples, is_training=True), **options)
 
     def _eval_loader(self, samples: Any, limit: int | float | None) -> DataLoader:
-        """A loader of `samples`, whose first batches, as many as Lightning reads within `limit`, are a fair sample."""
+        """A loader of `samples`; within `limit`, Lightning reads only the first batches, which are a fair sample."""
         order = self._order(samples)
         measured = min(len(samples), limited(len(order), limit) * self.batch_size * order.world_size)
         if measured in (0, len(samples)):
@@ -171,16 +195,16 @@ class BaseDataModule(L.LightningDataModule):
         return self._loader(samples, order)
 
     def sampled(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
-        """Of each split that the limits of `trainer` do not evaluate whole: how many samples are, and of how many."""
-        found = {}
+        """split -> how many samples are evaluated, and of how many, where the limits of `trainer` leave some out."""
+        limited_splits = {}
         limits = {"val": trainer.limit_val_batches, "test": trainer.limit_test_batches}
         for split, limit in limits.items():
             samples: Any = {**self.eval_samples, **self.test_samples}.get(split, ())
             per_batch = self.batch_size * trainer.world_size
             measured = min(len(samples), limited(-(-len(samples) // per_batch), limit) * per_batch)
             if measured < len(samples):
-                found[split] = {"measured": measured, "of": len(samples), "what": self.samples_are}
-        return found
+                limited_splits[split] = {"measured": measured, "of": len(samples), "what": self.samples_are}
+        return limited_splits
 
     def _order(self, samples: Any, *, world_size: int | None = None, **options: Any) -> BatchOrder:
         options = {"shuffle": False, "seed": self.seed, **options}
@@ -196,10 +220,10 @@ class BaseDataModule(L.LightningDataModule):
             collate_fn=self.collator(),
             num_workers=self.num_workers,
             worker_init_fn=begin_with(),
-            persistent_workers=self.num_workers > 0 and not are_forked(),  # one that is not takes seconds to start
+            persistent_workers=self.num_workers > 0 and not are_forked(),  # others take seconds to start
             pin_memory=torch.cuda.is_available(),
-            # A generator of its own: a DataLoader without one draws from the global RNG at every epoch, which would
-            # tie dropout to how often the loader was made. Workers are seeded from it, those of each rank differently.
+            # A DataLoader without its own generator draws from the global RNG at every epoch, so that dropout would
+            # depend on how often the loader was made. Workers are seeded from it, differently on each rank.
             generator=torch.Generator().manual_seed(self.seed + order.rank),
         )
 

@@ -154,6 +154,10 @@ class LabelledSample(NamedTuple):
     """(n,)."""
     label: int
 
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
 
 def collate_classification(
     samples: Sequence[LabelledSample], *, pad_id: int, pad_to: int | None = None, most: int | None = None

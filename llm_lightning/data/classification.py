@@ -1,7 +1,7 @@
-"""Classification data: labelled texts, balanced, split so that no text stands on two sides, batched by length.
+"""Classification data: labelled texts, balanced, split so that no text appears in two splits, batched by length.
 
-What flows: records (text, label) -> class indices -> splits -> balancing -> token ids -> batches of similar length.
-Everything that was dropped, cut or repeated is counted in `report()` and said once.
+Data flow: records (text, label) -> class indices -> splits -> balancing -> token ids -> batches of similar length.
+Everything that was dropped, cut or repeated is counted in `report()` and logged once.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.leaks import duplicates, leaked_texts
-from llm_lightning.data.order import bucketed_order
 from llm_lightning.data.records.labelled import LabelledText, read_hugging_face, read_labelled, read_like_pandas
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
 from llm_lightning.files.download import Pinned, check_name, file_of
-from llm_lightning.terminal import inline, visible
+from llm_lightning.terminal import counted, inline, visible
 from llm_lightning.tokenizers import Tokenizer
 
 MOST_LISTED = 100
-"""Classes that a line names."""
+"""Classes that a log line names."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set that is known by name."""
+    """A data set known by name."""
 
     file: Path | Pinned
     labels: tuple[str, ...]
@@ -68,20 +68,20 @@ class ClassificationDataModule(BaseDataModule):
 
     Args:
         tokenizer: or a function that trains one on the training texts.
-        context_length: most tokens that the model reads.
+        context_length: longest input of the model, in tokens.
         name: `short_messages` (embedded), or `sms_spam` (downloaded).
         path: a file of your own; with `sms_spam`, a local copy of it.
         text_column, label_column: of your file or Hugging Face dataset.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
         labels: names of the classes in the order of their indices; default: sorted.
         split: `grouped` (texts that are equal but for case, digits, white space and punctuation stay together; digits
-            count where a split would lack a class without them) or `book` (the book's own split of sms_spam, in which
-            equal texts stand on both sides).
+            count where a split would otherwise lack a class) or `book` (the book's own split of sms_spam, in which
+            equal texts appear in two splits).
         val_fraction, test_fraction: of the records.
-        split_seed: of the split; another than that of training, so that a sweep over seeds sees one split.
-        balance: `undersample` draws from each class as many as the smallest has, or `none`.
-        max_length: tokens a text is cut to; default: `context_length`.
-        pad_to: `longest_train`, `context`, a number of tokens, or null: the longest of a batch.
+        split_seed: of the split; apart from the training seed, so that a sweep over seeds has one split.
+        balance: `undersample` (draw as many texts from each class as the smallest has) or `none`.
+        max_length: number of tokens that a text is cut to; default: `context_length`.
+        pad_to: `longest_train`, `context`, a number of tokens, or null: the longest text of a batch.
         bucket: batches of similar length; false: a plain shuffle.
     """
 
@@ -114,24 +114,25 @@ class ClassificationDataModule(BaseDataModule):
         bucket: bool = True,
         **loading: Any,
     ) -> None:
-        super().__init__(**loading)
+        super().__init__(bucket=bucket, **loading)
         _check_settings(split, balance, val_fraction, test_fraction, max_length, pad_to)
         check_name(name, NAMED)
         if path is not None and name is not None and isinstance(NAMED[name].file, Path):
-            name = None  # a file of one's own wins over the embedded set, of which nobody has a copy
+            name = None  # your own file wins over the embedded set, of which nobody has a copy
         if split == "book" and name != "sms_spam":
             raise ValueError("data.split=book is the book's split of data.name=sms_spam; use data.split=grouped")
         self._make_tokenizer, self.context_length = tokenizer, context_length
         self._name, self._path = name, path
         self._columns = (text_column, label_column)
-        self._hub = (hf_dataset, hf_config, hf_split, hf_revision)
+        self._hub = HubDataset(hf_dataset, hf_config, hf_split, hf_revision) if hf_dataset is not None else None
         self._labels, self._split, self._fractions = labels, split, (val_fraction, test_fraction)
         self._split_seed, self._balance = split_seed, balance
-        self._max_length, self._pad_to, self._bucket = max_length, pad_to, bucket
+        self._max_length, self._pad_to = max_length, pad_to
         self._texts: dict[str, list[tuple[str, int]]] = {}
         self._report: dict[str, Any] = {}
 
-    def build(self) -> None:
+    def read(self) -> None:
+        """Read, split and balance the texts, without tokenising: enough for `split_of` and `data_digest`."""
         records, merged = self._read()
         self.labels = list(self._labels or self._named_labels() or sorted({record.label for record in records}))
         classes = _class_indices(records, self.labels)
@@ -143,26 +144,23 @@ class ClassificationDataModule(BaseDataModule):
         if self._split == "grouped" and self._balance == "undersample":
             parts = {split: undersampled(part, classes, self._split_seed) for split, part in parts.items()}
         self._texts = {split: [(records[i].text, classes[i]) for i in part] for split, part in parts.items()}
-        self._tokenize()
         self.data_digest = self._digest()
-        self._report |= {"records": len(records), "records_over_several_lines": merged, "split": self._split}
+        self._report = {"records": len(records), "records_over_several_lines": merged, "split": self._split}
         self._report |= duplicates([record.text for record in records]) | {
             "leaks": leaked_texts(self._texts, self.labels)
         }
+
+    def build(self) -> None:
+        self.read()
+        self._tokenize()
         for line in self._lines():
             log.info(line)
 
     def collator(self) -> Callable[[Sequence[LabelledSample]], ClassificationBatch]:
         return partial(collate_classification, pad_id=self.pad_id, pad_to=self.pad_to, most=self.context_length)
 
-    def order_of(self, samples: Any, *, is_training: bool) -> Callable[[int], np.ndarray] | None:
-        if not self._bucket or (is_training and not self.shuffle):
-            return None
-        rows = [samples[index] for index in range(len(samples))]
-        lengths, classes = [len(row.token_ids) for row in rows], [row.label for row in rows]
-        if not is_training:
-            return lambda epoch: np.argsort(lengths, kind="stable")
-        return lambda epoch: bucketed_order(lengths, classes, seed=self.seed, epoch=epoch)
+    def class_of(self, sample: LabelledSample) -> int:
+        return sample.label
 
     def preview(self, n: int) -> str:
         lines = []
@@ -186,10 +184,9 @@ class ClassificationDataModule(BaseDataModule):
     # --- reading and splitting -------------------------------------------------------------------------------------
 
     def _read(self) -> tuple[list[LabelledText], list[str]]:
-        """All records, and the places of those that a lenient reading merged."""
-        dataset, config, split, revision = self._hub
-        if dataset is not None:
-            return read_hugging_face(dataset, config, split, revision, *self._columns), []
+        """All records, and the places of lines that pandas merges into one."""
+        if self._hub is not None:
+            return read_hugging_face(self._hub, *self._columns), []
         named = NAMED.get(self._name or "")
         if named is None:
             if self._path is None:
@@ -203,10 +200,10 @@ class ClassificationDataModule(BaseDataModule):
         return read_labelled(file, columns=named.columns), []
 
     def _named_labels(self) -> tuple[str, ...] | None:
-        return NAMED[self._name].labels if self._name and not self._hub[0] else None
+        return NAMED[self._name].labels if self._name and not self._hub else None
 
     def _grouped(self, records: Sequence[LabelledText], classes: Sequence[int]) -> dict[str, list[int]]:
-        """The grouped split. Where texts differ in hardly more than their digits, digits tell them apart."""
+        """The grouped split; digits count where a split would otherwise lack a class."""
         folded = grouped_split(
             [normalized(record.text) for record in records], classes, self._fractions, self._split_seed
         )
@@ -217,7 +214,7 @@ class ClassificationDataModule(BaseDataModule):
         if self._first_missing(parts, classes) is not None:
             return folded
         log.warning(
-            "Texts that differ in their digits alone may stand in two splits here: kept together, they would leave a "
+            "Texts that differ only in their digits may appear in two splits here: kept together, they would leave a "
             "split without a class"
         )
         return parts
@@ -227,7 +224,7 @@ class ClassificationDataModule(BaseDataModule):
         if found is not None:
             split, label = found
             raise ValueError(
-                f"the {split} split has no text of class {label!r} ({len(parts[split])} texts in all); "
+                f"the {split} split has no text of class {label!r} ({counted(len(parts[split]), 'text')}); "
                 "give more texts, or raise data.val_fraction and data.test_fraction"
             )
 
@@ -263,7 +260,7 @@ class ClassificationDataModule(BaseDataModule):
         self.eval_samples = {"val": samples["val"]}
         if self.eval_batches > 0:
             self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
-        self._report = {
+        self._report |= {
             "splits": {split: _facts(whole[split], self._texts[split], self.labels, limit) for split in whole},
             "pad_to": self.pad_to,
         }
@@ -276,22 +273,22 @@ class ClassificationDataModule(BaseDataModule):
         assert self._pad_to is None or isinstance(self._pad_to, int)
         if self._pad_to is not None and self._pad_to > self.context_length:
             raise ValueError(
-                f"data.pad_to={self._pad_to} exceeds model.context_length={self.context_length}; lower the one "
-                "or raise the other"
+                f"data.pad_to={self._pad_to} exceeds model.context_length={self.context_length}; lower data.pad_to "
+                "or raise model.context_length"
             )
         return self._pad_to
 
     # --- words -----------------------------------------------------------------------------------------------------
 
     def _source(self) -> str:
-        return self._hub[0] or (f"{self._name}" if self._name else str(self._path))
+        return self._hub.name if self._hub else self._name or str(self._path)
 
     def _digest(self) -> str:
         content = {split: [[text, label] for text, label in rows] for split, rows in self._texts.items()}
         return hashlib.sha256(json.dumps([content, self.labels]).encode()).hexdigest()
 
     def _lines(self) -> Iterable[str]:
-        """What a person should know of the data before believing a number about it."""
+        """What a reader should know about the data before trusting a number about it."""
         facts = self._report
         for split, part in facts["splits"].items():
             counts = _listed([f"{count:,} {label}" for label, count in part["classes"].items()])
@@ -299,14 +296,14 @@ class ClassificationDataModule(BaseDataModule):
             yield f"{split}: {counts}; {part['mean_tokens']:.1f} tokens each, at most {part['most_tokens']}{cut}"
         if facts["records_over_several_lines"]:
             places = ", ".join(facts["records_over_several_lines"])
-            yield f"Read as pandas does: quotation marks merge lines into one record at {places}"
+            yield f"Read as pandas reads it: quotation marks merge lines into one record at {places}"
         yield (
-            f"{facts['records']:,} records: {facts['exact_duplicates']} repeat another exactly, "
-            f"{facts['normalized_duplicates']} but for case, digits, white space and punctuation"
+            f"{counted(facts['records'], 'record')}: {facts['exact_duplicates']} repeat another exactly, "
+            f"{facts['normalized_duplicates']} up to case, digits, white space and punctuation"
         )
         leak = facts["leaks"]["test"]
         yield (
-            f"Test texts that stand in training, too: {leak['exact']} exactly, {leak['trimmed']} trimmed, "
+            f"Test texts also in training: {leak['exact']} exactly, {leak['trimmed']} trimmed, "
             f"{leak['normalized']} normalized, of {leak['of']}"
         )
 
@@ -340,8 +337,8 @@ def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> li
         near = difflib.get_close_matches(unknown[0].label, labels, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"{unknown[0].place}: unknown label {unknown[0].label!r} ({len(unknown)} records have unknown ones); "
-            f"{hint}data.labels: {', '.join(labels)}"
+            f"{unknown[0].place}: unknown label {unknown[0].label!r} "
+            f"({counted(len(unknown), 'record')} with unknown labels); {hint}data.labels: {', '.join(labels)}"
         )
     if len(labels) < 2:
         raise ValueError(f"all {len(records)} records have the label {labels[0]!r}; there must be at least two classes")

@@ -7,34 +7,41 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_lightning.data.reading import checked_text
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.files.download import cache_dir, commit, locked, sha256_of
 
 
-def hugging_face_file(
-    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...] = ()
-) -> Path:
+class HubDataset(NamedTuple):
+    """One split of a dataset of the hub, or of a local folder."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+def hugging_face_file(dataset: HubDataset, wanted_fields: tuple[str, ...] = ()) -> Path:
     """Stream a dataset into one JSONL file of the cache, once; return the file.
 
     Args:
-        wanted_fields: the text, and others; none: all. A class index becomes the name that the dataset gives it.
+        wanted_fields: the text, and others; none: all. A class index is written as the name that the dataset gives it.
 
     Raises:
-        ValueError: the dataset, its split or its fields cannot be had, with the reason.
+        ValueError: the dataset, its split or its fields cannot be read, with the reason.
     """
-    wanted = [name, config, split, revision, *wanted_fields, _local_state(Path(name))]
+    wanted = [*dataset, *wanted_fields, _local_state(Path(dataset.name))]
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    target = cache_dir() / "huggingface" / f"{Path(name).name}-{key}.jsonl"
+    target = cache_dir() / "huggingface" / f"{Path(dataset.name).name}-{key}.jsonl"
     manifest = target.with_suffix(".sha256")
     with locked(target):
         if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
             temporary = target.with_suffix(".tmp")
             try:
                 with naming(target):
-                    _write_rows(_rows(name, config, split, revision, wanted_fields), temporary)
+                    _write_rows(_rows(dataset, wanted_fields), temporary)
                 write_atomically(manifest, sha256_of(temporary))
                 commit(temporary, target)
             finally:
@@ -43,16 +50,15 @@ def hugging_face_file(
 
 
 def _local_state(folder: Path) -> list[tuple[str, int, int]]:
-    """Return what tells that a data set in a local folder has changed; a hub's name has nothing here."""
+    """What changes when a data set in a local folder does; empty for the name of a hub data set."""
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _rows(
-    name: str, config: str | None, split: str, revision: str | None, wanted_fields: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
+def _rows(dataset: HubDataset, wanted_fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     import datasets
 
+    name, config, split, revision = dataset
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows):
@@ -71,7 +77,7 @@ def _rows(
 
 
 def _class_name(row: Mapping[str, Any], field: str, features: Any) -> Any:
-    """The value of a field, a class index by its name."""
+    """The value of a field; a class index as its name."""
     if field not in row:
         raise ValueError(f"no field '{field}'; its fields: {', '.join(map(repr, row))}")
     feature = features.get(field) if features is not None else None

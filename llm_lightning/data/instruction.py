@@ -1,24 +1,25 @@
-"""Instruction data: conversations, rendered by a template, of which the model learns the answers.
+"""Instruction data: conversations, rendered by a template; the loss is taken on the answers.
 
-What flows: records -> conversations -> splits -> template -> token ids, each marked as prompt or answer -> batches,
-padded or packed. Everything that was dropped or cut is counted in `report()` and said once.
+Data flow: records -> splits -> template -> token ids, each marked as prompt or answer -> batches, padded or packed.
+Everything that was dropped or cut is counted in `report()` and logged once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded, shared_prefix
-from llm_lightning.data.conversations import ConversationDataModule, check_choices
-from llm_lightning.data.records.instruction import read_hugging_face_instructions, read_instructions
+from llm_lightning.data.batches import Example, collate_packed, collate_padded, packed_length
+from llm_lightning.data.conversations import ConversationDataModule, Layouts, check_choices
+from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
+from llm_lightning.terminal import counted
 from llm_lightning.tokenizers import Tokenizer
 
 NAMED: dict[str, Path | Pinned] = {
@@ -50,26 +51,26 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     is_target: np.ndarray
     is_answer: np.ndarray
-    """(n,) bool: answers and their ends, whatever the loss is taken on."""
+    """(n,) bool: answers and their ends, whatever the targets are."""
     answer_at: int
-    """Where the last answer begins."""
+    """Index of the first token of the last answer."""
 
 
-class InstructionDataModule(ConversationDataModule[Conversation, Example]):
-    """Conversations of which the model learns the answers. For the other settings see `ConversationDataModule`.
+class InstructionDataModule(ConversationDataModule[Example]):
+    """Conversations with the loss on their answers. For the other settings see `ConversationDataModule`.
 
     Args:
         name: `short_answers` (embedded), `book_instructions` or `alpaca_52k` (downloaded).
         empty_output: see `read_instructions`.
-        loss_on: `response` (each answer and its end), `header` (also the fixed text in front of it, as in the book's
-            exercise 7.2), or `all` (the prompt, too: the book's chapter 7).
-        eos_targets: `all` ends are learnt, or only the `first` of a conversation (the book's collate function).
-        too_long: of a conversation longer than the context: `cut_prompt` from the left (an answer too long by itself
-            is dropped), `drop`, or `cut_answer` from the right (the book's).
+        loss_on: the targets: `response` (each answer and its end), `header` (also the fixed text before an answer, as
+            in the book's exercise 7.2), or `all` (also the prompt: the book's chapter 7).
+        eos_targets: whether `all` ends of a conversation are targets, or the `first` one (the book's collate function).
+        too_long: what happens to a conversation longer than the context: `cut_prompt` from the left (a conversation
+            whose answer alone is too long is dropped), `drop`, or `cut_answer` from the right (the book's).
     """
 
     named = NAMED
-    unit = ""
+    layouts = Layouts(collate_padded, collate_packed, packed_length)
     samples_are = "records"
     nothing_fits = "no {split} record fits into {limit} tokens; raise model.context_length or data.max_length"
 
@@ -86,20 +87,8 @@ class InstructionDataModule(ConversationDataModule[Conversation, Example]):
         check_choices(_CHOICES, loss_on=loss_on, eos_targets=eos_targets)
         self._empty_output, self._loss_on, self._eos_targets = empty_output, loss_on, eos_targets
 
-    def read_file(self, path: str | Path) -> tuple[list[Conversation], int]:
-        return read_instructions(path, columns=self.columns, empty_output=self._empty_output)
-
-    def read_hub(
-        self, name: str, config: str | None, split: str, revision: str | None
-    ) -> tuple[list[Conversation], int]:
-        options: dict[str, Any] = {"columns": self.columns, "empty_output": self._empty_output}
-        return read_hugging_face_instructions(name, config, split, revision, **options)
-
-    def conversation_of(self, record: Conversation) -> Conversation:
-        return record
-
-    def texts_of(self, record: Conversation) -> Iterable[str]:
-        yield self.template.text_of(record)
+    def read_records(self, source: str | Path | HubDataset) -> tuple[list[Conversation], int]:
+        return read_instructions(source, columns=self.columns, empty_output=self._empty_output)
 
     def samples_of(self, records: Sequence[Conversation], counts: Counter[str]) -> tuple[list[Example], dict[str, Any]]:
         options = {"loss_on": self._loss_on, "eos_targets": self._eos_targets}
@@ -108,35 +97,20 @@ class InstructionDataModule(ConversationDataModule[Conversation, Example]):
         rows = [Example(index, one.ids, one.is_target) for index, one in enumerate(fitted) if one is not None]
         return rows, _facts(encoded, rows)
 
-    def sequences_of(self, sample: Example) -> list[Example]:
-        return [sample]
-
-    def positions_of(self, samples: Sequence[Example]) -> tuple[int, int]:
-        lengths = [len(sample.token_ids) - 1 for sample in samples]
-        saved = (len(samples) - 1) * shared_prefix(samples) if self.share_prefix else 0
-        return len(samples) * max(lengths), sum(lengths) - saved
-
-    def collator(self) -> Callable[[Sequence[Example]], LMBatch]:
-        if self.is_packed:
-            return partial(collate_packed, pad_id=self.pad_id, share_prefix=self.share_prefix)
-        return partial(collate_padded, pad_id=self.pad_id, context_length=self.context_length)
-
-    def content_of(self, record: Conversation) -> list[Any]:
-        return [record.system, *map(list, record.turns)]
-
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
         for split, part in facts["splits"].items():
             yield (
-                f"{split}: {part['records']:,} records; {part['mean_tokens']:.1f} tokens each, at most "
-                f"{part['most_tokens']}; {part['targets']:,} are learnt"
+                f"{split}: {counted(part['records'], 'record')}; {part['mean_tokens']:.1f} tokens each, at most "
+                f"{part['most_tokens']}; loss on {counted(part['targets'], 'token')}"
             )
         yield (
-            f"{facts['records']:,} records: {facts['skipped']} without answer left out, {facts['prompts_cut']} prompts "
-            f"and {facts['answers_cut']} answers cut to {facts['limit']} tokens, {facts['dropped']} dropped"
+            f"{counted(facts['records'], 'record')}: {facts['skipped']} without answer left out, "
+            f"{counted(facts['prompts_cut'], 'prompt')} and {counted(facts['answers_cut'], 'answer')} cut to "
+            f"{facts['limit']} tokens, {facts['dropped']} dropped"
         )
 
     def _fitted(self, one: Encoded, counts: Counter[str]) -> Encoded | None:
-        """`one` within the limit, or None; what was done is counted."""
+        """`one` cut to the limit, or None if it is dropped; both are counted."""
         excess = len(one.ids) - (self.limit + 1)  # the last token is only a label
         if excess > 0 and (self.too_long == "drop" or (self.too_long == "cut_prompt" and excess >= one.answer_at)):
             counts["dropped"] += 1
@@ -147,7 +121,7 @@ class InstructionDataModule(ConversationDataModule[Conversation, Example]):
             counts["dropped"] += 1
             return None
         if excess > 0:
-            # The first token of a row is never learnt, be it of an answer.
+            # The first token of a row is never a target, even of an answer.
             counts["answers_cut" if fitted.is_answer[1:].sum() < one.is_answer.sum() else "prompts_cut"] += 1
         return fitted
 
@@ -160,7 +134,7 @@ def encode(
     loss_on: str = "response",
     eos_targets: str = "all",
 ) -> Encoded:
-    """Token ids of a whole conversation, and which of them are learnt."""
+    """Token ids of a whole conversation, and which of them are targets."""
     trained = {"response": {"response", "end"}, "header": {"header", "response", "end"}}.get(loss_on)
     ids: list[np.ndarray] = []
     targets: list[np.ndarray] = []

@@ -29,10 +29,11 @@ def settings_of(loaded: LoadedModel) -> dict[str, Any]:
     return dict(loaded.header.get("config", {}).get("data") or {})
 
 
-def conversations_of(loaded: LoadedModel, *, instead: str) -> ConversationDataModule[Any, Any]:
+def conversations_of(loaded: LoadedModel, *, instead: str, texts_only: bool = False) -> ConversationDataModule[Any]:
     """Rebuild the data of a model of task=sft or task=dpo.
 
     Args:
+        texts_only: read and split the records without tokenising them.
         instead: what to use where that is impossible, for messages.
 
     Raises:
@@ -41,20 +42,20 @@ def conversations_of(loaded: LoadedModel, *, instead: str) -> ConversationDataMo
     task = loaded.header.get("task")
     if task not in CONVERSATIONS or "template" not in settings_of(loaded):
         raise ValueError(f"this model was not trained on questions and answers (task=sft, task=dpo); {instead}")
-    data: ConversationDataModule[Any, Any] = _module(loaded, CONVERSATIONS[task], instead)
+    data: ConversationDataModule[Any] = _module(loaded, CONVERSATIONS[task], instead, texts_only)
     return data
 
 
 def labelled_texts_of(loaded: LoadedModel, split: str, *, instead: str) -> list[tuple[str, str]]:
-    """The (text, label) pairs of a split of a classifier's data. Arguments and errors as `conversations_of`."""
+    """The (text, label) pairs of a split of a classifier's data; see `conversations_of`."""
     if not settings_of(loaded):
         raise ValueError(f"this model does not say which texts it was trained on; {instead}")
-    data: ClassificationDataModule = _module(loaded, ClassificationDataModule, instead)
+    data: ClassificationDataModule = _module(loaded, ClassificationDataModule, instead, texts_only=True)
     return data.split_of(split)
 
 
 def tokens_of(loaded: LoadedModel, split: str, *, instead: str) -> TokenFile:
-    """The `train` or `val` part of the text that a GPT was pretrained on. Arguments and errors as `conversations_of`."""
+    """The `train` or `val` part of the text that a GPT was pretrained on; see `conversations_of`."""
     settings = settings_of(loaded)
     if split == "test":
         raise ValueError(f"pretraining data has no test split; use --split val, or {instead}")
@@ -68,14 +69,14 @@ def tokens_of(loaded: LoadedModel, split: str, *, instead: str) -> TokenFile:
     return files[split]
 
 
-def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str) -> Any:
-    """A data module with the settings of the run, built."""
+def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str, texts_only: bool) -> Any:
+    """A data module with the settings of the run, read or built."""
 
     def build(settings: dict[str, Any]) -> Any:
         options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
         context_length = loaded.model.trunk.config.context_length
         data = make(tokenizer=loaded.tokenizer, context_length=context_length, **options)
-        data.build()
+        data.read() if texts_only else data.build()
         return data
 
     return _same(loaded, build, lambda data: data.data_digest, instead)

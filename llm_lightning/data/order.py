@@ -21,16 +21,18 @@ def epoch_order(n_samples: int, *, seed: int, epoch: int, shuffle: bool) -> np.n
 
 
 BUCKET = 32
-"""Samples of similar length that stand together; a batch of 1, 2, 4 ... 32 lies within one bucket."""
+"""Samples of similar length in a row; a batch of 1, 2, 4 ... 32 lies within one bucket."""
 POOL = 8 * BUCKET
-"""Samples among which lengths are compared: fewer would pad more, more would make the batches of all epochs alike."""
+"""Samples sorted by length together: with fewer, batches pad more; with more, all epochs have the same batches."""
 
 
-def bucketed_order(lengths: Sequence[int], classes: Sequence[int], *, seed: int, epoch: int) -> np.ndarray:
-    """Order samples so that a batch has similar lengths within each class, and the classes in their proportion.
+def bucketed_order(
+    lengths: Sequence[int] | np.ndarray, classes: Sequence[int] | np.ndarray, *, seed: int, epoch: int
+) -> np.ndarray:
+    """Order samples so that a batch has similar lengths within each class, and classes in their overall proportion.
 
-    Classes differ in length (spam is twice as long as other messages), so that sorting all samples together would
-    give batches of one class. It does not depend on the batch size.
+    Classes differ in length (spam is twice as long as other messages), so that sorting all samples together would give
+    batches of one class. The order does not depend on the batch size.
 
     Args:
         lengths, classes: of each sample.
@@ -56,8 +58,8 @@ def bucketed_order(lengths: Sequence[int], classes: Sequence[int], *, seed: int,
 
 def _interleave(kind: np.ndarray, rank_by: np.ndarray) -> np.ndarray:
     """Sort each class by `rank_by`, then merge the classes so that every stretch holds them in their proportion."""
-    # Sorted once, by class and then by rank, whatever the number of classes.
-    by_class = np.lexsort((rank_by, kind))  # stable, as are the ranks that it gives
+    # One sort, by class and then by rank, whatever the number of classes.
+    by_class = np.lexsort((rank_by, kind))  # stable
     _, starts, counts = np.unique(kind[by_class], return_index=True, return_counts=True)
     ranks = np.arange(len(kind)) - np.repeat(starts, counts)
     place = np.zeros(len(kind))
@@ -68,9 +70,9 @@ def _interleave(kind: np.ndarray, rank_by: np.ndarray) -> np.ndarray:
 class BatchOrder(Sampler[list[int]]):
     """Batches of sample indices for one process.
 
-    Every process yields the same number of batches. The last ones may be short, and a process that has no sample
-    left yields an empty batch (the collate function turns it into one without targets), so that no sample is ever
-    repeated or skipped, whatever their number.
+    Every process yields the same number of batches. The last ones may be short, and a process without samples left
+    yields an empty batch (the collate function makes it one without targets), so that no sample is ever repeated or
+    skipped.
 
     Args:
         n_samples: size of the data set.
@@ -108,11 +110,11 @@ class BatchOrder(Sampler[list[int]]):
             self.epoch, self.start = epoch, 0
 
     def resume(self, epoch: int, batches_done: int) -> None:
-        """Make the next iteration begin behind the first `batches_done` batches of `epoch`."""
+        """Start the next iteration after the first `batches_done` batches of `epoch`."""
         self.epoch, self.start = epoch, batches_done
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, also when the next iteration begins in its middle."""
+        """Batches of a whole epoch, even when the next iteration starts in its middle."""
         per_step = self.batch_size * self.world_size
         return self.n_samples // per_step if self.drop_last else -(-self.n_samples // per_step)
 
@@ -137,7 +139,7 @@ def limited(n_batches: int, limit: int | float | None) -> int:
 def spread_sample(n_samples: int, n_chosen: int) -> np.ndarray:
     """Choose `n_chosen` indices of `n_samples`: one from each of as many equal stretches, ascending.
 
-    Drawn within the stretch, always alike: an even distance would meet records that alternate always on the same foot.
+    The draw within a stretch is fixed. Even spacing would always meet the same kind where records alternate.
     """
     edges = np.arange(n_chosen + 1) * n_samples // n_chosen
     draw = np.random.Generator(np.random.Philox(key=[n_samples, n_chosen])).random(n_chosen)

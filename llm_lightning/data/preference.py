@@ -1,31 +1,30 @@
-"""Preference data: prompts with a chosen and a rejected answer, of which a model learns to prefer the chosen one.
+"""Preference data: prompts with a chosen and a rejected answer; the model learns to prefer the chosen one.
 
-What flows: records -> pairs -> splits -> template -> token ids of prompt and answers -> batches, padded or packed with
-what sequences have in common only once. Everything that was dropped or cut is counted in `report()` and said once.
+Data flow: records -> splits -> template -> token ids of prompt and answers -> batches, padded, or packed with shared
+prefixes stored once. Everything that was dropped or cut is counted in `report()` and logged once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_lightning.data.batches import Example
-from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.conversations import ConversationDataModule, Layouts
+from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.pairs import (
     PairSample,
-    PreferenceBatch,
     collate_packed_pairs,
     collate_padded_pairs,
     packed_pairs_length,
 )
-from llm_lightning.data.records.preference import PreferencePair, read_hugging_face_preferences, read_preferences
+from llm_lightning.data.records.preference import read_preferences
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
+from llm_lightning.terminal import counted
 from llm_lightning.tokenizers import Tokenizer
 
 NAMED: dict[str, Path | Pinned] = {
@@ -41,21 +40,21 @@ NAMED: dict[str, Path | Pinned] = {
 }
 
 
-class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
-    """Pairs of answers. Where both are the same, the pair is left out. See also `ConversationDataModule`.
+class PreferenceDataModule(ConversationDataModule[PairSample]):
+    """Pairs of answers; a pair with equal answers is left out. For the other settings see `ConversationDataModule`.
 
     Args:
         name: `short_preferences` (embedded) or `book_preferences` (downloaded).
         empty_answer: see `read_preferences`.
-        score_eos: whether the end of an answer is part of it, so that the model learns when to stop; false: the book's.
-        score_header: whether the fixed text in front of an answer is scored, line breaks before it aside (the book's).
-        too_long: of a pair of which the prompt and the longer answer exceed the context: `cut_prompt` from the left,
-            for both answers alike (a pair with an answer too long by itself is dropped), `drop`, or `cut_answer`: both
-            answers from the right, to the same limit.
+        score_eos: whether the end of an answer is scored, so that the model learns when to stop; false: the book's.
+        score_header: whether the fixed text before an answer is scored, without line breaks at its start (the book's).
+        too_long: what happens to a pair whose prompt and longer answer exceed the context: `cut_prompt` from the left,
+            alike for both answers (a pair with an answer that alone is too long is dropped), `drop`, or `cut_answer`:
+            both answers from the right, to the same limit.
     """
 
     named = NAMED
-    unit = "pairs"
+    layouts = Layouts(collate_padded_pairs, collate_packed_pairs, packed_pairs_length)
     samples_are = "pairs"
     left_out_as = "identical"
     nothing_fits = (
@@ -75,27 +74,11 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
         super().__init__(name=name, **common)
         self._empty_answer, self._score_eos, self._score_header = empty_answer, score_eos, score_header
 
-    def read_file(self, path: str | Path) -> tuple[list[PreferencePair], int]:
-        return read_preferences(path, columns=self.columns, empty_answer=self._empty_answer)
-
-    def read_hub(
-        self, name: str, config: str | None, split: str, revision: str | None
-    ) -> tuple[list[PreferencePair], int]:
-        options: dict[str, Any] = {"columns": self.columns, "empty_answer": self._empty_answer}
-        return read_hugging_face_preferences(name, config, split, revision, **options)
-
-    def is_kept(self, record: PreferencePair) -> bool:
-        return not record.is_identical
-
-    def conversation_of(self, record: PreferencePair) -> Conversation:
-        return record.conversation
-
-    def texts_of(self, record: PreferencePair) -> Iterable[str]:
-        yield self.template.text_of(record.conversation)
-        yield record.rejected
+    def read_records(self, source: str | Path | HubDataset) -> tuple[list[Conversation], int]:
+        return read_preferences(source, columns=self.columns, empty_answer=self._empty_answer)
 
     def samples_of(
-        self, records: Sequence[PreferencePair], counts: Counter[str]
+        self, records: Sequence[Conversation], counts: Counter[str]
     ) -> tuple[list[PairSample], dict[str, Any]]:
         options: dict[str, Any] = {"score_eos": self._score_eos, "score_header": self._score_header}
         rows = []
@@ -105,23 +88,8 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
                 rows.append(one)
         return rows, _facts(rows) if rows else {}
 
-    def sequences_of(self, sample: PairSample) -> list[Example]:
-        return list(sample.sequences)
-
     def preview_titles(self, n_rows: int) -> list[str]:
         return titles_of_pairs(n_rows)
-
-    def positions_of(self, samples: Sequence[PairSample]) -> tuple[int, int]:
-        longest = max(len(one.prompt_ids) + max(len(one.chosen_ids), len(one.rejected_ids)) for one in samples)
-        return 2 * len(samples) * (longest - 1), packed_pairs_length(samples, share_prefix=self.share_prefix)
-
-    def collator(self) -> Callable[[Sequence[PairSample]], PreferenceBatch]:
-        if self.is_packed:
-            return partial(collate_packed_pairs, pad_id=self.pad_id, share_prefix=self.share_prefix)
-        return partial(collate_padded_pairs, pad_id=self.pad_id, context_length=self.context_length)
-
-    def content_of(self, record: PreferencePair) -> list[Any]:
-        return [record.conversation.system, *map(list, record.conversation.turns), record.rejected]
 
     def digest_more(self) -> list[Any]:
         return [[self._score_eos, self._score_header]]
@@ -129,28 +97,28 @@ class PreferenceDataModule(ConversationDataModule[PreferencePair, PairSample]):
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
         for split, part in facts["splits"].items():
             yield (
-                f"{split}: {part['pairs']:,} pairs; chosen answers have {part['mean_chosen']:.1f} tokens, rejected "
-                f"ones {part['mean_rejected']:.1f}; the chosen one is the longer in {part['chosen_longer']:.0%}"
+                f"{split}: {counted(part['pairs'], 'pair')}; chosen answers have {part['mean_chosen']:.1f} tokens, "
+                f"rejected ones {part['mean_rejected']:.1f}; the chosen one is longer in {part['chosen_longer']:.0%}"
             )
         yield (
-            f"{facts['records']:,} records: {facts['skipped']} without answer and {facts['identical']} with the same "
-            f"answer twice left out, {facts['prompts_cut']} prompts and {facts['answers_cut']} answers cut to "
-            f"{facts['limit']} tokens, {facts['dropped']} dropped"
+            f"{counted(facts['records'], 'record')}: {facts['skipped']} without answer and {facts['identical']} with "
+            f"the same answer twice left out, {counted(facts['prompts_cut'], 'prompt')} and "
+            f"{counted(facts['answers_cut'], 'answer')} cut to {facts['limit']} tokens, {facts['dropped']} dropped"
         )
 
     def _fitted(self, pair: PairSample, counts: Counter[str]) -> PairSample | None:
-        """`pair` within the limit and with something to prefer, or None; what was done is counted."""
+        """`pair` cut to the limit, or None if it is dropped or its answers are equal; both are counted."""
         most = self.limit + 1  # the last token is only a label
         prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
         excess = len(prompt) + max(len(chosen), len(rejected)) - most
         if excess > 0 and self.too_long == "cut_prompt":
-            prompt = prompt[excess:]  # both answers stand behind the same prompt
+            prompt = prompt[excess:]  # both answers follow the same prompt
         if excess > 0 and self.too_long == "cut_answer":
             room = max(most - len(prompt), 0)
             chosen, rejected = chosen[:room], rejected[:room]
         # Without a prompt nothing predicts the first token of an answer.
-        is_lost = not len(prompt) or not len(chosen) or not len(rejected) or np.array_equal(chosen, rejected)
-        if is_lost or (excess > 0 and self.too_long == "drop"):
+        is_useless = not len(prompt) or not len(chosen) or not len(rejected) or np.array_equal(chosen, rejected)
+        if is_useless or (excess > 0 and self.too_long == "drop"):
             counts["dropped"] += 1
             return None
         if excess > 0:
@@ -162,29 +130,29 @@ def encode_pair(
     tokenizer: Tokenizer,
     template: Template,
     index: int,
-    pair: PreferencePair,
+    pair: Conversation,
     *,
     score_eos: bool = True,
     score_header: bool = False,
 ) -> PairSample:
-    """The whole pair as tokens, however long; see `PreferenceDataModule` for what is scored."""
-    pieces = list(template.tokens(tokenizer, template.prompt(pair.conversation)))
+    """Token ids of a whole pair, however long; see `PreferenceDataModule` for what is scored."""
+    pieces = list(template.tokens(tokenizer, template.prompt(pair)))
     prompt = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in pieces)])
     end = [tokenizer.eot_id] if score_eos else []
     chosen, rejected = (
         np.concatenate([tokenizer.encode_array(text), np.array(end, dtype=np.int64)])
-        for text in (pair.chosen, pair.rejected)
+        for text in (pair.turns[-1].response, pair.rejected or "")
     )
     return PairSample(index, prompt, chosen, rejected, _n_header(tokenizer, pieces) if score_header else 0)
 
 
 def titles_of_pairs(n_rows: int) -> list[str]:
-    """What the rows are called in which both answers of every pair stand."""
+    """Titles of rows that hold both answers of every pair."""
     return [f"record {row // 2}, {('chosen', 'rejected')[row % 2]}" for row in range(n_rows)]
 
 
 def _n_header(tokenizer: Tokenizer, pieces: Sequence[tuple[np.ndarray, str]]) -> int:
-    """How many of the last tokens of a prompt are its header, line breaks before it aside."""
+    """Number of last prompt tokens that are the header, without the line breaks before it."""
     if not pieces or pieces[-1][1] != "header":
         return 0
     ids = pieces[-1][0].tolist()

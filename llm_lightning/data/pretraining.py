@@ -11,7 +11,7 @@ from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
 from llm_lightning.data.samples import Windows
-from llm_lightning.terminal import visible
+from llm_lightning.terminal import counted, visible
 from llm_lightning.tokenizers import Tokenizer
 
 
@@ -24,8 +24,8 @@ class PretrainingDataModule(BaseDataModule):
         name, path, hf_dataset and what belongs to them: the corpus (see `open_source`).
         split: `document`, `character` (the book's) or `auto` (see `build_token_files`).
         val_fraction: of the documents or characters.
-        stride: distance of two training windows; default: `context_length`.
-        last_window: `keep` or `drop` what does not fill a window.
+        stride: distance between the starts of two training windows, in tokens; default: `context_length`.
+        last_window: `keep` or `drop` the rest that does not fill a window.
         add_eot: put `<|endoftext|>` between documents.
     """
 
@@ -104,7 +104,6 @@ class PretrainingDataModule(BaseDataModule):
         return "\n".join(lines)
 
     def describe(self) -> str:
-        """One line on what is trained on."""
         val = f", {self.val_file.n_tokens:,} validation" if self.val_file is not None else ""
         return (
             f"{self._source.describe()}: {self.train_file.n_tokens:,} training{val} tokens "
@@ -113,7 +112,7 @@ class PretrainingDataModule(BaseDataModule):
         )
 
     def bytes_per_token(self, stage: str) -> float:
-        """Mean UTF-8 bytes per token of a stage's text, to turn nats per token into bits per byte."""
+        """Mean UTF-8 bytes per token in the text of a stage, which turn nats per token into bits per byte."""
         file = self.val_file if stage == "val" and self.val_file is not None else self.train_file
         return file.n_bytes / file.n_tokens
 
@@ -125,7 +124,7 @@ class PretrainingDataModule(BaseDataModule):
             if stage == "val":
                 remedy += ", or raise data.val_fraction"
             raise ValueError(
-                f"the {stage} part of {self._source.describe()} has {file.n_tokens} tokens, which do not fill one "
-                f"window of {self.context_length} and its last label; {remedy}"
+                f"the {stage} part of {self._source.describe()} has {counted(file.n_tokens, 'token')} and does "
+                f"not fill one window of {self.context_length} and its last label; {remedy}"
             )
         return windows

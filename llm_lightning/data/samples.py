@@ -1,4 +1,4 @@
-"""What the loaders read. Without Lightning: a loader process that is not forked imports this file when it starts."""
+"""Datasets for the loaders. Without Lightning: a loader process that is not forked imports this file at its start."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Windows(Dataset):
 
     Args:
         tokens: (n,) ids.
-        length: inputs per window; a window reads one token more, its last label.
-        stride: distance of two windows; below `length` they overlap.
-        last: `keep` adds a shorter window for the targets that no full one reaches; `drop` leaves them out, as the
+        length: inputs per window; a window has one token more, its last label.
+        stride: distance between the starts of two windows; below `length` they overlap.
+        last: `keep` adds a shorter window for the targets that no full window reaches; `drop` leaves them out, as the
             book does.
     """
 
@@ -56,7 +56,7 @@ class Windows(Dataset):
         return Example(index, np.asarray(self.tokens[start : start + self.length + 1]))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a memory map only where it is: a loader process that is not forked would be sent all its content."""
+        """A memory map as its path: a loader process that is not forked would otherwise be sent all of its content."""
         if not isinstance(self.tokens, np.memmap):
             return self.__dict__
         return {**self.__dict__, "tokens": (str(self.tokens.filename), self.tokens.dtype.str, self.tokens.shape)}

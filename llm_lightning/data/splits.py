@@ -1,4 +1,4 @@
-"""How records are split: so that what is the same never stands on two sides."""
+"""How records are split: equal records never appear in two splits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 SPLITS = ("train", "val", "test")
 MOST_MARKS = 256
-"""Accents and other combining marks in a row that are compared; no script has more than a few."""
+"""Longest run of accents and other combining marks that is compared; no script has more than a few."""
 
 
 def normalized(text: str, *, fold_digits: bool = True) -> str:
-    """What is left when texts are compared: letters, folded, and digits, all alike. Emojis and signs count if alone."""
+    """The form in which texts are compared: case-folded letters, and digits, all alike; else the signs of the text."""
     folded = unicodedata.normalize("NFKC", _with_few_marks(text)).casefold()
     if fold_digits:
         folded = re.sub(r"\d", "0", folded)
@@ -24,7 +24,7 @@ def normalized(text: str, *, fold_digits: bool = True) -> str:
 
 
 def _with_few_marks(text: str) -> str:
-    """A text with at most `MOST_MARKS` in a row: to put them in order takes time with the square of their number."""
+    """A text with at most `MOST_MARKS` in a row: sorting them takes time quadratic in their number."""
     if len(text) <= MOST_MARKS or text.isascii():
         return text
     kept, n_marks = [], 0
@@ -40,12 +40,12 @@ def grouped_split(
 ) -> dict[str, list[int]]:
     """Split so that equal keys stay together and every class has about the wanted fractions.
 
-    Groups are visited in random order, those of a class by themselves; each goes to the split that is furthest behind.
-    Splitting comes before balancing: so each split is balanced by itself, and the fractions hold for the smallest
-    class, which decides how much there is.
+    Groups are visited in random order, class by class; each goes to the split that is furthest behind. Splitting comes
+    before balancing, so that each split is balanced by itself and the fractions hold for the smallest class, which
+    limits the size.
 
     Args:
-        keys: what makes two records the same.
+        keys: equal for records that are the same.
         fractions: of validation and test.
 
     Returns:
@@ -80,10 +80,10 @@ def order_split(n: int, fractions: tuple[float, float]) -> dict[str, list[int]]:
 
 
 def joined_groups(*keys: Sequence[str]) -> list[str]:
-    """One key per record, equal for records that any chain of equal keys connects.
+    """One key per record, equal for records that a chain of equal keys connects.
 
     Args:
-        keys: several keys of each record, such as its group and its prompt.
+        keys: several keys per record, such as its group and its prompt.
     """
     parent: dict[tuple[int, str], tuple[int, str]] = {}
 
@@ -100,7 +100,7 @@ def joined_groups(*keys: Sequence[str]) -> list[str]:
 
 
 def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:
-    """As many of every class as the smallest has, in their order."""
+    """As many records of every class as the smallest class has, in their order."""
     members: dict[int, list[int]] = defaultdict(list)
     for index in part:
         members[classes[index]].append(index)

@@ -4,10 +4,10 @@ A template is one string with slots. The alpaca template, for example, is
 
     [{system}\\n\\n]### Instruction:\\n{instruction}[\\n\\n### Input:\\n{input}]\\n\\n### Response:\\n{response}\\n\\n
 
-`{instruction}` and `{response}` must be there, `{input}` and `{system}` may. What stands in `[...]` is left out where a
-slot in it is empty; a bracket sign cannot stand directly at its border. `[[`, `]]`, `{{`, `}}` stand for the signs
-themselves, a backslash and n for a line break. What follows `{response}` is written between two turns, not after the
-last. Each answer ends with the end-of-text token.
+`{instruction}` and `{response}` are required, `{input}` and `{system}` optional. A section in `[...]` is left out where
+a slot in it is empty; it cannot begin or end with a bracket. `[[`, `]]`, `{{`, `}}` are the signs themselves, a
+backslash and n is a line break. Text after `{response}` is written between two turns, not after the last. Each answer
+ends with the end-of-text token.
 """
 
 from __future__ import annotations
@@ -44,9 +44,16 @@ class Conversation(NamedTuple):
     place: str = ""
     """file:line"""
     group: str = ""
-    """Records of one group never stand in two splits; empty: the prompt is the group."""
+    """Records of one group are in the same split; empty: the prompt is the group."""
     record: Mapping[str, Any] = {}
     """As it was read."""
+    rejected: str | None = None
+    """In preference data, the worse answer to the last question, whose response is the better one."""
+
+    @property
+    def has_equal_answers(self) -> bool:
+        """Whether chosen and rejected answer differ at most by white space at their ends."""
+        return self.rejected is not None and self.turns[-1].response.strip() == self.rejected.strip()
 
 
 class Segment(NamedTuple):
@@ -54,7 +61,7 @@ class Segment(NamedTuple):
 
     text: str
     kind: str
-    """prompt; header: the fixed text in front of an answer; response; end: the end-of-text token stands here."""
+    """prompt; header: the fixed text before an answer; response; end: the place of the end-of-text token."""
 
 
 class Part(NamedTuple):
@@ -72,7 +79,7 @@ class Template:
     Args:
         name: for messages.
         text: see the top of this file.
-        system: what fills `{system}` where a record has no system message.
+        system: fills `{system}` where a record has no system message.
 
     Raises:
         ValueError: for an unknown or missing slot, or brackets that do not match.
@@ -83,7 +90,7 @@ class Template:
     system: str = ""
 
     def __post_init__(self) -> None:
-        self._parts  # noqa: B018 (parsed now, so that a mistake is told before any data is read)
+        self._parts  # noqa: B018 (parsed now, so that a mistake is reported before any data is read)
 
     @property
     def slots(self) -> set[str]:
@@ -92,7 +99,7 @@ class Template:
         return {part.slot for part in inner if part.slot}
 
     def segments(self, conversation: Conversation) -> list[Segment]:
-        """The whole conversation, every answer with its end."""
+        """The whole conversation; every answer has its end."""
         pieces: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
             if number:
@@ -102,11 +109,11 @@ class Template:
         return [piece for piece in pieces if piece.text or piece.kind == "end"]
 
     def text_of(self, conversation: Conversation) -> str:
-        """The whole conversation as text, without the ends of its answers."""
+        """The whole conversation as text, without end-of-text tokens."""
         return "".join(segment.text for segment in self.segments(conversation))
 
     def prompt(self, conversation: Conversation) -> list[Segment]:
-        """What stands before the last answer."""
+        """Everything before the last answer."""
         whole = self.segments(conversation)
         answer = 2 if conversation.turns[-1].response else 1
         return whole[:-answer]
@@ -114,18 +121,18 @@ class Template:
     def tokens(self, tokenizer: Tokenizer, segments: Sequence[Segment]) -> Iterator[tuple[np.ndarray, str]]:
         """Token ids and kind of each segment.
 
-        An answer is encoded by itself, so that what stands before it is the same in training and generation. The fixed
-        text in front of it is encoded together with the question: a token may span both, and then counts as question.
+        An answer is encoded by itself, so that the tokens before it are the same in training and generation. The header
+        is encoded together with the question: a token that spans both counts as question.
         """
-        asked: Segment | None = None
+        question: Segment | None = None
         for segment in segments:
             if segment.kind == "prompt":
-                asked = Segment((asked.text if asked else "") + segment.text, "prompt")
+                question = Segment((question.text if question else "") + segment.text, "prompt")
                 continue
             if segment.kind == "end":
                 yield np.array([tokenizer.eot_id]), "end"
                 continue
-            before = asked.text if asked else ""
+            before = question.text if question else ""
             if segment.kind == "header":
                 ids, n = tokenizer.encode_array(before + segment.text), len(tokenizer.encode_array(before))
                 yield ids[:n], "prompt"
@@ -134,16 +141,16 @@ class Template:
                 if before:
                     yield tokenizer.encode_array(before), "prompt"
                 yield tokenizer.encode_array(segment.text), segment.kind
-            asked = None
-        if asked:
-            yield tokenizer.encode_array(asked.text), "prompt"
+            question = None
+        if question:
+            yield tokenizer.encode_array(question.text), "prompt"
 
     def prompt_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-        """Token ids of what stands before the last answer, exactly as in training."""
+        """Token ids of everything before the last answer, exactly as in training."""
         return [token for ids, _ in self.tokens(tokenizer, self.prompt(conversation)) for token in ids.tolist()]
 
     def question(self, conversation: Conversation) -> str:
-        """The last question as text, without the header of its answer: what the book shows to a judge."""
+        """The last question as text, without the header of its answer: the book shows this to a judge."""
         return self._question(conversation, len(conversation.turns) - 1)[0].text
 
     @cached_property
@@ -160,7 +167,7 @@ class Template:
 
     def _question(self, conversation: Conversation, number: int) -> list[Segment]:
         turn = conversation.turns[number]
-        # Said once, at the beginning.
+        # Only at the beginning.
         system = (conversation.system or self.system) if number == 0 else ""
         values = {"system": system, "instruction": turn.instruction, "input": turn.input}
         before = self._parts[: self._answer_at]
@@ -232,7 +239,7 @@ def _checked(name: str, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         if slot not in top + inner:
             raise ValueError(f"template {name} has no {{{slot}}} slot; it needs {{instruction}} and {{response}}")
     if "response" in inner or top.count("response") > 1:
-        raise ValueError(f"template {name}: {{response}} must stand once, outside of [...]")
+        raise ValueError(f"template {name}: {{response}} must occur once, outside of [...]")
     if any(not part.text for part in parts[top.index("response") + 1 :]):
         raise ValueError(f"template {name}: only fixed text may follow {{response}}")
     return parts
@@ -268,7 +275,7 @@ TEMPLATES = {
     "phi3": Template(
         "phi3", "[<|system|>\n{system}\n]<|user|>\n{instruction}[\n{input}]\n<|assistant|>:\n{response}\n"
     ),
-    # OpenAI's markup; our end-of-text token ends an answer, where OpenAI's models end with <|im_end|>.
+    # OpenAI's markup; an answer ends with our end-of-text token, OpenAI's models end with <|im_end|>.
     "chatml": Template(
         "chatml",
         "[<|im_start|>system\n{system}<|im_end|>\n]<|im_start|>user\n{instruction}[\n{input}]<|im_end|>\n"

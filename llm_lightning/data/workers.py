@@ -1,4 +1,4 @@
-"""Loader processes: they leave signals to the process that they work for, and end with it, however it ends."""
+"""Loader processes: they leave signals to their parent, and end with it, however it ends."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _started: WeakSet[BaseProcess] = WeakSet()
 class Loader(DataLoader):
     """A DataLoader whose workers survive a signal to the whole process group, so that the run can save itself.
 
-    What a worker is given (the samples, `collate_fn`, `worker_init_fn`) must be picklable, and should be light: macOS
-    and Windows send it to every worker that they start.
+    Whatever a worker needs (the samples, `collate_fn`, `worker_init_fn`) must be picklable, and should be small: macOS
+    and Windows send it to every worker.
     """
 
     def _get_iterator(self) -> Any:
@@ -34,7 +34,7 @@ class Loader(DataLoader):
             return super()._get_iterator()
         if not are_forked():
             resource_tracker.ensure_running()  # it unblocks signals itself
-        with held_back():  # a worker has no way of its own to be safe before `begin`
+        with held_back():  # a worker cannot protect itself before `begin`
             iterator: Any = super()._get_iterator()
         _started.update(iterator._workers)
         atexit.unregister(_end_workers)  # last in, first out: before PyTorch waits for each of them in turn
@@ -48,8 +48,8 @@ def are_forked() -> bool:
 
 
 def begin_with() -> Callable[[int], None]:
-    """The first thing that every worker of this process does."""
-    # What the system takes for the parent is the thread that starts the worker, and other threads end earlier.
+    """What every worker of this process does first."""
+    # The system takes the thread that starts the worker for its parent, and other threads end earlier.
     is_main = threading.current_thread() is threading.main_thread()
     return functools.partial(begin, parent=os.getpid() if is_main else None)
 
@@ -58,14 +58,14 @@ def begin(worker: int, *, parent: int | None) -> None:
     """Ignore the signals that the run itself answers, and end with the process `parent`."""
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
-    if parent is not None and sys.platform == "linux":  # elsewhere PyTorch's worker looks for it every 5 seconds
+    if parent is not None and sys.platform == "linux":  # elsewhere PyTorch's worker checks every 5 seconds
         signal_at_death_of(parent, signal.SIGKILL)
 
 
 def _end_workers() -> None:
-    """Kill what is left at the end of the process, which waits for its children and whose SIGTERM they ignore."""
+    """Kill the workers that are left at the end of the process: they ignore SIGTERM, and it would wait for them."""
     living = [worker for worker in _started if worker.is_alive()]
     if living and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call it an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
     for worker in living:
         worker.kill()

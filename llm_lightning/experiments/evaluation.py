@@ -17,7 +17,7 @@ import lightning as L
 import torch
 
 from llm_lightning.callbacks.responses import answer_questions, exact_match_metrics
-from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.conversations import ConversationDataModule, may_share_prefix
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
@@ -38,7 +38,7 @@ PRECISIONS = {torch.float32: "32-true", torch.bfloat16: "bf16-true", torch.float
 
 def evaluate_split(
     loaded: LoadedModel,
-    data: ConversationDataModule[Any, Any],
+    data: ConversationDataModule[Any],
     split: str,
     *,
     checkpoint: str | Path,
@@ -63,8 +63,8 @@ def evaluate_split(
     module = rebuild_task(loaded, checkpoint)
     samples: Any = {"train": data.train_samples, **data.eval_samples, **data.test_samples}[split]
     data.seed, data.num_workers, data.test_samples = int(config.get("seed") or 0), 0, {split: samples}
-    data.choose_layout(share_prefix=True)  # by the batches of the run's seed, as in training
-    module.adapt_data(data)
+    data.share_prefix = may_share_prefix(loaded.header["model"], loaded.header.get("lora"))
+    data.choose_layout()  # by the batches of the run's seed, as in training
     answers = _Answers(split, _answered_as(loaded.header))
     device = next(loaded.model.parameters()).device
     settings = config.get("trainer", {})
@@ -84,7 +84,7 @@ def evaluate_split(
         trainer.test(module, datamodule=data, verbose=False)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     metrics = {name.removeprefix(f"{split}/"): value for name, value in found.items() if name.startswith(f"{split}/")}
-    return {**metrics, **answers.counts, data.unit or "records": len(samples)}
+    return {**metrics, **answers.counts, data.samples_are: len(samples)}
 
 
 def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:

@@ -28,6 +28,7 @@ from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.conversations import may_share_prefix
 from llm_lightning.experiments.adapters import (
     adapter_lineage,
     continued_lineage,
@@ -110,7 +111,6 @@ def fit(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, command: Mapp
     datamodule = read_data(cfg, run, partial(build_datamodule, cfg, parent))
     module = build_module(cfg, settings, datamodule, parent, lineage)
     module.header["lineage"]["places"] = places = places_of(cfg, settings, run, module.header["lineage"])
-    module.adapt_data(datamodule)
     del parent  # or its weights stay, beside those that are cast
     if run.checkpoint is not None:
         refuse_other_data(run.header["lineage"]["data"], datamodule.data_digest)
@@ -274,6 +274,8 @@ def build_datamodule(cfg: DictConfig, parent: LoadedModel | None, digest: str | 
         OtherDataError: if it can tell beforehand that the data has not the given digest.
     """
     options = {key: value for key, value in cfg.data.items() if key != "preview"}
+    if "packing" in options:
+        options["share_prefix"] = may_share_prefix(cfg.model, cfg.get("lora"))
     datamodule: BaseDataModule = build(
         options,
         tokenizer=choose_tokenizer(cfg, parent),

@@ -169,7 +169,7 @@ def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
     pair = {columns.get(field) or field for field in ("chosen", "rejected")}
     if pair <= set(first) and (columns.get("output") or "output") not in first:
         known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}
-        return [one.conversation for one in preference_records.read_preferences(path, columns=known)[0]]
+        return preference_records.read_preferences(path, columns=known)[0]
     known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
     return instruction_records.read_instructions(path, columns=known, empty_output="keep")[0]
 

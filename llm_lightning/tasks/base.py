@@ -112,9 +112,6 @@ class TaskModule(L.LightningModule):
         """Constructor arguments that come from the data, such as the names of the classes. Tasks may override."""
         return {}
 
-    def adapt_data(self, datamodule: Any) -> None:
-        """Tell the data module, before its loaders are made, what it should know of the model. Tasks may override."""
-
     @property
     def trunk(self) -> GPT:
         """The GPT inside the model."""

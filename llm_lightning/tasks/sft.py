@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -25,11 +24,6 @@ class SFTModule(TaskModule):
         hidden = self.model.hidden_states(batch.input_ids, context)  # (B, T, C), or packed (1, M, C)
         labels = batch.labels if context.wanted is None else batch.labels.index_select(1, context.wanted)
         return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), labels), batch.n_targets)
-
-    def adapt_data(self, datamodule: Any) -> None:
-        # What is computed once would have one and the same dropout in all records.
-        if self.model.config.has_dropout or (self.lora and self.lora.dropout):
-            datamodule.choose_layout(share_prefix=False)
 
     def metric_names(self) -> tuple[str, ...]:
         return ("loss", "perplexity")

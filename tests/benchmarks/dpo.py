@@ -130,8 +130,8 @@ def prepare(folder: Path, batches: int) -> None:
         for sample in samples
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
-    pairs = [records[sample.sample_id].conversation.record for sample in samples]
-    held_out = [one.conversation.record for one in data.records["val"] if not one.is_identical][:HELD_OUT]
+    pairs = [records[sample.sample_id].record for sample in samples]
+    held_out = [one.record for one in data.records["val"] if not one.has_equal_answers][:HELD_OUT]
     (folder / "pairs.json").write_text(json.dumps(pairs + held_out))
 
 

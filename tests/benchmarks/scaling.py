@@ -376,7 +376,7 @@ for _name, _unit in SCRIPTS.items():
 
     @case(f"token files: {_name}", 2_000_000)
     def _(n: int, folder: Path, unit: str = _unit) -> Callable[[], Any]:
-        from llm_lightning.data.corpus.encoding import pieces as _pieces
+        from llm_lightning.data.corpus.encoding import in_pieces as _pieces
         from llm_lightning.tokenizers import build_tokenizer
 
         text, tokenizer = unit * (n // len(unit)), build_tokenizer("gpt2")

@@ -167,7 +167,7 @@ def test_inspect_data_of_a_file_and_of_a_run(tuned: Path, tmp_path: Path, capsys
     assert out.count("### Response:\n>>answer ") == 2
     assert out.count("<|endoftext|><<") == 2
     assert cli(["inspect-data", str(tuned), "--split", "val", "--html", str(tmp_path / "page.html")]) == 0
-    assert (tmp_path / "page.html").read_text().count('<span class="learnt">') == 1 + 4
+    assert (tmp_path / "page.html").read_text().count('<span class="target">') == 1 + 4
 
 
 def test_inspect_data_shows_pairs_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

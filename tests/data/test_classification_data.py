@@ -122,7 +122,7 @@ def test_the_embedded_messages_in_three_splits(caplog: pytest.LogCaptureFixture)
     said = caplog.text
     n = sizes["train"] // 2
     assert f"train: {n} ham, {n} spam; " in said
-    assert "Test texts that stand in training, too: 0 exactly, 0 trimmed, 0 normalized" in said
+    assert "Test texts also in training: 0 exactly, 0 trimmed, 0 normalized" in said
 
 
 def test_no_single_word_tells_the_embedded_classes_apart() -> None:
@@ -159,7 +159,7 @@ def test_texts_that_differ_in_digits_alone_can_be_trained_on(tmp_path: Path, cap
         for balance in ("undersample", "none"):
             caplog.clear()
             data = module(write(tmp_path / "x.tsv", rows), balance=balance)
-            assert "differ in their digits alone may stand in two splits" in caplog.text, form
+            assert "differ only in their digits may appear in two splits" in caplog.text, form
             sides = {split: data.split_of(split) for split in ("train", "val", "test")}
             assert all({label for _, label in side} == {"even", "odd"} for side in sides.values()), form
             assert data.report()["leaks"]["test"]["exact"] == 0, form
@@ -277,7 +277,7 @@ def test_evaluation_visits_every_text_once() -> None:
         (
             made_up(30, "ham") + made_up(30, "spam"),
             {"labels": ["spam"]},
-            r"unknown label 'ham' \(30 records have unknown ones\); data.labels: spam",
+            r"unknown label 'ham' \(30 records with unknown labels\); data.labels: spam",
         ),
         (made_up(30, "ham") + made_up(30, "spam"), {"labels": ["ham", "spam", "ham"]}, r"names .ham. twice"),
         (
@@ -359,3 +359,14 @@ def test_the_grouped_split_of_the_real_messages_leaks_nothing(data_dir: Path) ->
     assert all(report["leaks"][split][way] == 0 for split in ("val", "test") for way in ("exact", "normalized"))
     for facts in report["splits"].values():
         assert facts["classes"]["ham"] == facts["classes"]["spam"]
+
+
+def test_texts_and_digest_need_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = module()
+    monkeypatch.setattr(type(built.tokenizer), "encode_array", None)
+    read = ClassificationDataModule(tokenizer=built.tokenizer, context_length=16, batch_size=4)
+    read.read()
+    assert read.data_digest == built.data_digest
+    assert [read.split_of(name) for name in ("train", "val", "test")] == [
+        built.split_of(name) for name in ("train", "val", "test")
+    ]

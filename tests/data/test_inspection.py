@@ -30,8 +30,8 @@ BATCH = batch_of(([*b"ab<cd&", END], [4, 5, 6]), ([*b"a", END, *b"bc", END], [1,
 
 def test_text_marks_what_is_learnt() -> None:
     assert as_text(BYTES, BATCH) == (
-        f"--- record 0: 7 tokens, 3 learnt\nab<c>>d&<|endoftext|><<{PAD * 2}\n"
-        f"--- record 1: 5 tokens, 3 learnt\na>><|endoftext|><<b>>c<|endoftext|><<{PAD * 4}"
+        f"--- record 0: 7 tokens, loss on 3\nab<c>>d&<|endoftext|><<{PAD * 2}\n"
+        f"--- record 1: 5 tokens, loss on 3\na>><|endoftext|><<b>>c<|endoftext|><<{PAD * 4}"
     )
 
 
@@ -47,10 +47,10 @@ def test_the_page_escapes_what_it_shows() -> None:
     page = as_html(BYTES, BATCH, "a <title> & more")
     assert page.count("a &lt;title&gt; &amp; more") == 2
     assert (
-        '<h2>Record 0: 7 tokens, 3 learnt</h2><pre><span class="prompt">ab&lt;c</span>'
-        f'<span class="learnt">d&amp;&lt;|endoftext|&gt;</span><span class="pad">{PAD * 2}</span></pre>'
+        '<h2>Record 0: 7 tokens, loss on 3</h2><pre><span class="prompt">ab&lt;c</span>'
+        f'<span class="target">d&amp;&lt;|endoftext|&gt;</span><span class="pad">{PAD * 2}</span></pre>'
     ) in page
-    assert '<span class="learnt">&lt;|endoftext|&gt;</span><span class="prompt">b</span>' in page
+    assert '<span class="target">&lt;|endoftext|&gt;</span><span class="prompt">b</span>' in page
     assert "<|endoftext|>" not in page
     script = as_html(BYTES, batch_of(([*b"<script>", END], [7, 8])), "x")
     assert "&lt;script</span>" in script
@@ -59,7 +59,7 @@ def test_the_page_escapes_what_it_shows() -> None:
 
 def test_a_row_without_padding_and_signs_that_cannot_be_shown() -> None:
     full = batch_of(([*b"\x1b[0m\n\tab", END], [8]))
-    assert as_text(BYTES, full) == "--- record 0: 9 tokens, 1 learnt\n\\x1b[0m\n\tab>><|endoftext|><<"
+    assert as_text(BYTES, full) == "--- record 0: 9 tokens, loss on 1\n\\x1b[0m\n\tab>><|endoftext|><<"
     assert 'class="pad">\u00b7<' not in as_html(BYTES, full, "x")
 
 
@@ -67,5 +67,5 @@ def test_a_spelt_out_end_of_text_is_text() -> None:
     """Both look alike, but the text is several tokens, of which some may be learnt."""
     ids = BYTES.encode("<|endoftext|>")
     assert as_text(BYTES, batch_of(([*ids, END], [13]))).endswith(
-        f"14 tokens, 1 learnt\n<|endoftext|>>><|endoftext|><<{PAD * 3}"
+        f"14 tokens, loss on 1\n<|endoftext|>>><|endoftext|><<{PAD * 3}"
     )

@@ -35,7 +35,7 @@ def write(path: Path, records: Sequence[Any]) -> Path:
 
 
 def module(path: Path, **options: Any) -> InstructionDataModule:
-    settings = {"context_length": 64, "template": SHORT, "batch_size": 4, "eval_batches": 2, "max_lost": 1.0}
+    settings = {"context_length": 64, "template": SHORT, "batch_size": 4, "eval_batches": 2, "max_dropped": 1.0}
     settings |= {"tokenizer": BYTES, "split": "order", "val_fraction": 0.1, "test_fraction": 0.1, **options}
     made = InstructionDataModule(path=str(path), **settings)
     made.build()
@@ -128,7 +128,7 @@ def test_leaks_of_a_split_by_order_are_counted(tmp_path: Path, caplog: pytest.Lo
     records = [plain(prompt) for prompt in prompts]
     report = module(write(tmp_path / "x.json", records), test_fraction=0.2, val_fraction=0.1).report()
     assert report["leaks"] == {"test": {"prompts": 2, "of": 4}, "val": {"prompts": 2, "of": 2}}
-    assert "Test prompts that stand in training, too: 2 of 4" in caplog.text
+    assert "Test prompts also in training: 2 of 4" in caplog.text
 
 
 def test_the_split_hangs_on_split_seed_alone(tmp_path: Path) -> None:
@@ -246,20 +246,20 @@ def test_of_a_conversation_the_earlier_turns_are_cut_first(
         (
             "cut_prompt",
             1,
-            r"1 of 30 records do not fit into 8 tokens \(1 dropped, 0 answers cut\), more than data.max_lo",
+            r"1 of 30 records do not fit into 8 tokens \(1 dropped, 0 answers cut\), more than data.max_dropped",
         ),
         ("drop", 3, r"3 of 30 records do not fit into 8 tokens \(3 dropped, 0 answers cut\)"),
         (
             "cut_answer",
             3,
-            r"3 of 30 .* \(0 dropped, 3 answers cut\), more than data.max_lost=0.09 allows; raise model.con",
+            r"3 of 30 .* \(0 dropped, 3 answers cut\), more than data.max_dropped=0.09 allows; raise model.con",
         ),
     ],
 )
 def test_more_losses_than_allowed_are_refused(tmp_path: Path, too_long: str, n_long: int, message: str) -> None:
-    limited(tmp_path, too_long=too_long, max_lost=n_long / 30)
+    limited(tmp_path, too_long=too_long, max_dropped=n_long / 30)
     with pytest.raises(ValueError, match=message):
-        limited(tmp_path, too_long=too_long, max_lost=round((n_long - 0.3) / 30, 4))
+        limited(tmp_path, too_long=too_long, max_dropped=round((n_long - 0.3) / 30, 4))
 
 
 def test_a_record_is_lost_once(tmp_path: Path) -> None:
@@ -292,9 +292,7 @@ def ragged(n: int = 100) -> list[Record]:
 
 def unshared(path: Path, **options: Any) -> InstructionDataModule:
     """As for a model with dropout, which computes no preamble only once."""
-    data = module(path, **options)
-    data.choose_layout(share_prefix=False)
-    return data
+    return module(path, share_prefix=False, **options)
 
 
 def test_packing_is_chosen_by_what_it_saves(tmp_path: Path) -> None:
@@ -375,9 +373,9 @@ def test_the_report_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         "targets": 15 * 2 + 4,
     }
     assert report["splits"]["val"] == {"records": 2, "mean_tokens": 6, "most_tokens": 6, "targets": 4}
-    assert "train: 16 records; 6.2 tokens each, at most 10; 34 are learnt" in caplog.text
+    assert "train: 16 records; 6.2 tokens each, at most 10; loss on 34 tokens" in caplog.text
     assert "20 records: 2 without answer left out, 0 prompts and 0 answers cut to 64 tokens, 0 dropped" in caplog.text
-    assert data.describe() == f"{tmp_path / 'x.json'}: 16 train, 2 val, 2 test; template data.template, packed"
+    assert data.describe() == f"{tmp_path / 'x.json'}: 16 train, 2 val, 2 test records; template data.template, packed"
     assert json.loads(json.dumps(report)) == report, "plain values, for summary.json"
 
 
@@ -393,8 +391,8 @@ def test_the_preview_marks_what_is_learnt(tmp_path: Path) -> None:
     records = [plain("ab", "cde"), talk("a", "b", "c", "d"), *[plain(f"{i}") for i in range(18)]]
     data = module(write(tmp_path / "x.json", records))
     assert data.preview(2) == (
-        "--- record 0: 8 tokens, 4 learnt\nQabA>>cde<|endoftext|><<" + "\u00b7" * 9
-        + "\n--- record 1: 11 tokens, 4 learnt\nQaA>>b<|endoftext|><<|QcA>>d<|endoftext|><<" + "\u00b7" * 6
+        "--- record 0: 8 tokens, loss on 4\nQabA>>cde<|endoftext|><<" + "\u00b7" * 9
+        + "\n--- record 1: 11 tokens, loss on 4\nQaA>>b<|endoftext|><<|QcA>>d<|endoftext|><<" + "\u00b7" * 6
     )  # fmt: skip
 
 
@@ -453,8 +451,8 @@ def test_nothing_of_a_record_is_left_out_in_silence(tmp_path: Path, record: Reco
         ({"val_fraction": 0.0}, r"data.val_fraction=0.0 and data.test_fraction=0.1 must be positive and sum to less"),
         ({"test_fraction": -0.1}, r"data.test_fraction=-0.1 must be positive"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, r"sum to less than 1"),
-        ({"max_lost": 1.5}, r"data.max_lost=1.5 must be between 0 and 1"),
-        ({"max_lost": -0.1}, r"data.max_lost=-0.1 must be between 0 and 1"),
+        ({"max_dropped": 1.5}, r"data.max_dropped=1.5 must be between 0 and 1"),
+        ({"max_dropped": -0.1}, r"data.max_dropped=-0.1 must be between 0 and 1"),
         ({"max_length": 1}, r"data.max_length=1 must be at least 2"),
         ({"batch_size": 0}, r"data.batch_size=0 must be at least 1"),
         ({"name": "book_instruction"}, r"data.name=book_instruction is unknown: did you mean book_instructions\?"),
@@ -576,5 +574,20 @@ def test_of_many_bad_records_ten_are_named_and_all_counted(tmp_path: Path) -> No
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"does not exist or is no file; check data\.path"):
+        with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check data\.path"):
             read_instructions(path)
+
+
+def test_conversations_and_digest_need_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "x.json", [plain(f"q{i}") for i in range(20)])
+    built = module(path)
+    monkeypatch.setattr(ByteTokenizer, "encode_array", None)
+    read = InstructionDataModule(
+        tokenizer=BYTES, context_length=64, path=str(path), batch_size=4, split="order", template=SHORT,
+        val_fraction=0.1, test_fraction=0.1,
+    )  # fmt: skip
+    read.read()
+    assert read.data_digest == built.data_digest
+    assert [read.conversations_of(split) for split in ("train", "val", "test")] == [
+        built.conversations_of(split) for split in ("train", "val", "test")
+    ]

@@ -78,8 +78,8 @@ def test_a_byte_order_mark_and_whole_surrogate_pairs(tmp_path: Path) -> None:
         ("x.json", '[{"a": "\n"}]', "x.json, line 1, column 9: not JSON: Invalid control character"),
         ("x.json", "[" * 100_000, "x.json, line 1, column 2: not JSON: nested too deeply"),
         ("x.json", '[{"a": 1},\n["a"]]', "x.json: 1 bad record: line 2: a JSON list, not an object"),
-        ("x.json", '[{"a": 1, "a": 2}]', "1 bad record: line 1: field 'a' stands twice"),
-        ("x.json", '[{"a": {"b": 1, "b": 2}}]', "1 bad record: line 1: field 'b' stands twice"),
+        ("x.json", '[{"a": 1, "a": 2}]', "1 bad record: line 1: field 'a' occurs twice"),
+        ("x.json", '[{"a": {"b": 1, "b": 2}}]', "1 bad record: line 1: field 'b' occurs twice"),
         ("x.json", '[{"a": NaN}]', "1 bad record: line 1: NaN is not JSON"),
         ("x.json", '[{"a": ' + "1" * 5000 + "}]", "1 bad record: line 1: Exceeds the limit"),
         (
@@ -96,11 +96,11 @@ def test_a_byte_order_mark_and_whole_surrogate_pairs(tmp_path: Path) -> None:
         (
             "x.jsonl",
             '{"a": 1} {"a": 2}',
-            "1 bad record: line 1: not JSON: more after the end of the object at column 9",
+            "1 bad record: line 1: not JSON: Extra data at column 10",
         ),
         ("x.jsonl", '{"a": "b', "1 bad record: line 1: not JSON: Unterminated string starting at column 7"),
         ("x.jsonl", '{"a": ' + "[" * 100_000, "1 bad record: line 1: not JSON: nested too deeply"),
-        ("x.jsonl", '{"a": 1, "a": 2}\n\n3', "2 bad records: line 1: field 'a' stands twice; line 3: a JSON int"),
+        ("x.jsonl", '{"a": 1, "a": 2}\n\n3', "2 bad records: line 1: field 'a' occurs twice; line 3: a JSON int"),
         ("x.jsonl", '{"a": Infinity}', "1 bad record: line 1: Infinity is not JSON"),
     ],
 )
@@ -125,7 +125,7 @@ def test_bytes_that_are_no_text_and_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x.json, line 2: byte 8 \(0xe9\)"):
         read_json_records(put(tmp_path / "x.json", b'[{"a":\n"\xe9"}]'))
     for path in (tmp_path / "nowhere.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match="does not exist or is no file"):
+        with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
             read_json_records(path)
 
 
@@ -172,10 +172,13 @@ def test_the_text_of_a_field_and_of_a_role() -> None:
     ("record", "message"),
     [
         ({"output": 3}, "x.jsonl:7: field 'output' holds int, not text"),
-        ({"messages": "hi"}, "x.jsonl:7: field 'messages' holds str, not a list"),
-        ({"messages": ["hi"]}, "x.jsonl:7: message 1 is no object with a 'role'"),
-        ({"messages": [{"role": "gpt", "content": ""}]}, "x.jsonl:7: message 1 is no object with a 'role' of system"),
-        ({"messages": [{"role": "user", "content": []}]}, "x.jsonl:7: 'content' of message 1 holds list, not text"),
+        ({"messages": "hi"}, "x.jsonl:7: field 'messages' must be a list of messages"),
+        ({"messages": ["hi"]}, "x.jsonl:7: message 1 must be an object with 'role'"),
+        (
+            {"messages": [{"role": "gpt", "content": ""}]},
+            "x.jsonl:7: message 1 has the role 'gpt'; there are system, user, assistant and tool",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, "x.jsonl:7: message 1 has no text under 'content'"),
     ],
 )
 def test_what_is_no_text_is_named(record: dict[str, Any], message: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
-from llm_lightning.data.order import BatchOrder, epoch_order
+from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.order import BatchOrder, bucketed_order, epoch_order
+from llm_lightning.data.samples import Rows
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
@@ -54,3 +58,56 @@ def test_resume_continues_behind_the_finished_batches(done: int) -> None:
 def test_batch_size_must_be_positive() -> None:
     with pytest.raises(ValueError, match=r"data.batch_size=0"):
         BatchOrder(10, 0, shuffle=False)
+
+
+class Sized(NamedTuple):
+    n_tokens: int
+
+
+class CountingRows(Rows):
+    """Counts how often a sample is read."""
+
+    n_reads = 0
+
+    def __getitem__(self, index: int) -> Sized:
+        self.n_reads += 1
+        return super().__getitem__(index)
+
+
+class Bucketed(BaseDataModule):
+    def build(self) -> None:
+        draw = np.random.default_rng(0)
+        self.train_samples = CountingRows([Sized(int(n)) for n in draw.integers(1, 50, 100)])
+        self.eval_samples = {"val": CountingRows([Sized(int(n)) for n in draw.integers(1, 50, 30)])}
+
+    def preview(self, n: int) -> str:
+        return ""
+
+    def describe(self) -> str:
+        return ""
+
+
+def test_lengths_are_measured_once_and_only_for_an_order() -> None:
+    data = Bucketed(batch_size=8, bucket=True)
+    data.build()
+    train, val = data.train_samples, data.eval_samples["val"]
+    assert isinstance(train, CountingRows)
+    assert isinstance(val, CountingRows)
+    assert [data.batches_per_epoch(world_size) for world_size in (1, 2, 1)] == [13, 7, 13]
+    [validation] = data.val_dataloader()
+    assert (train.n_reads, val.n_reads) == (0, 0), "nothing is measured to count batches, nor to make a loader"
+    orders = []
+    for epoch in range(2):
+        loader = data.train_dataloader()
+        data.set_epoch(epoch)
+        orders.append([index for batch in loader.batch_sampler for index in batch])  # type: ignore[union-attr]
+        data.expected_samples(epoch, 3)
+    read_for_batches = sum(len(batch) for batch in data.first_batches(2))
+    assert train.n_reads == 100 + read_for_batches
+    lengths = [row.n_tokens for row in train.rows]
+    for epoch, order in enumerate(orders):
+        assert order == bucketed_order(lengths, [0] * 100, seed=0, epoch=epoch).tolist()
+    for _ in range(2):
+        evaluated = [index for batch in validation.batch_sampler for index in batch]  # type: ignore[union-attr]
+        assert [val.rows[index].n_tokens for index in evaluated] == sorted(row.n_tokens for row in val.rows)
+    assert val.n_reads == 30

@@ -64,7 +64,7 @@ def answer(content: str) -> list[Record]:
 
 
 def module(path: Path, **options: Any) -> PreferenceDataModule:
-    settings = {"context_length": 64, "template": SHORT, "batch_size": 4, "eval_batches": 2, "max_lost": 1.0}
+    settings = {"context_length": 64, "template": SHORT, "batch_size": 4, "eval_batches": 2, "max_dropped": 1.0}
     settings |= {"tokenizer": BYTES, "split": "order", "val_fraction": 0.1, "test_fraction": 0.1, **options}
     made = PreferenceDataModule(path=str(path), **settings)
     made.build()
@@ -125,16 +125,16 @@ def test_every_form_is_read(tmp_path: Path, form: str, name: str) -> None:
     record, turns, system = FORMS[form]
     [pair], skipped = read_preferences(write(tmp_path / name, [{**record, "group": "g"}]))
     assert skipped == 0
-    assert (pair.conversation.turns, pair.rejected, pair.chosen) == (turns, "r", "c")
-    assert (pair.conversation.system, pair.conversation.group) == (system, "g")
-    assert pair.conversation.place == f"{tmp_path / name}:{2 if name == 'x.json' else 1}"
+    assert (pair.turns, pair.rejected, pair.turns[-1].response) == (turns, "r", "c")
+    assert (pair.system, pair.group) == (system, "g")
+    assert pair.place == f"{tmp_path / name}:{2 if name == 'x.json' else 1}"
 
 
 def test_columns_of_other_names(tmp_path: Path) -> None:
     record = {"question": "a", "better": "c", "worse": "r", "input": "not meant"}
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse", "input": None}
     [pair], _ = read_preferences(write(tmp_path / "x.json", [record]), columns=columns)
-    assert (pair.conversation.turns, pair.rejected) == ((Turn("a", "", "c"),), "r")
+    assert (pair.turns, pair.rejected) == ((Turn("a", "", "c"),), "r")
     with pytest.raises(ValueError, match=r"data.columns: unknown field 'output'; there are instruction, input, prompt"):
         read_preferences(tmp_path / "x.json", columns={"output": "better"})
 
@@ -170,7 +170,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         ({"prompt": [*answer("a"), *says("b")], "chosen": "c", "rejected": "r"}, r"messages must alternate"),
         (
             {"messages": says("a", system="S"), "chosen": "c", "rejected": "r", "system": "T"},
-            r"a system message stands both in the messages and under 'system'",
+            r"a system message is both in the messages and under 'system'",
         ),
         ({"messages": says("a", "b", " "), "chosen": "c", "rejected": "r"}, r"the prompt of turn 2 is empty"),
         ("text", r"a JSON str, not an object"),
@@ -187,10 +187,10 @@ def test_of_many_bad_records_ten_are_named_and_all_counted(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"12 bad records \(the first 10 of 12\): "):
         read_preferences(path)
     found, skipped = read_preferences(path, empty_answer="skip")
-    assert ([one.conversation.turns[0].instruction for one in found], skipped) == (["a"], 12)
+    assert ([one.turns[0].instruction for one in found], skipped) == (["a"], 12)
     with pytest.raises(ValueError, match=r"holds no records; give a file with a prompt, a chosen and a rejected answ"):
         read_preferences(write(tmp_path / "y.json", [plain("b", "")]), empty_answer="skip")
-    with pytest.raises(FileNotFoundError, match=r"does not exist or is no file; check data\.path"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check data\.path"):
         read_preferences(tmp_path / "none.json")
 
 
@@ -326,11 +326,11 @@ def test_what_becomes_of_pairs_that_are_too_long(
 def test_more_losses_than_allowed_are_refused(tmp_path: Path, too_long: str) -> None:
     report = limited(tmp_path, too_long=too_long).report()
     lost = report["dropped"] + report["answers_cut"]
-    limited(tmp_path, too_long=too_long, max_lost=lost / 40)
+    limited(tmp_path, too_long=too_long, max_dropped=lost / 40)
     with pytest.raises(
         ValueError, match=rf"{lost} of 40 records do not fit into 10 tokens \(\d dropped, \d answers cut"
     ):
-        limited(tmp_path, too_long=too_long, max_lost=round((lost - 0.3) / 40, 4))
+        limited(tmp_path, too_long=too_long, max_dropped=round((lost - 0.3) / 40, 4))
 
 
 def test_a_header_is_scored_as_far_as_something_predicts_it(tmp_path: Path) -> None:
@@ -525,14 +525,13 @@ def test_what_packing_saves_is_measured(tmp_path: Path) -> None:
         n_padded += len(same.input_ids) * max(len(s.token_ids) - 1 for pair in samples for s in pair.sequences)
     assert data.report()["saved_by_packing"] == pytest.approx(1 - n_packed / n_padded, abs=1e-4)
     shared = data.report()["saved_by_packing"]
-    data.choose_layout(share_prefix=False)
-    assert data.report()["saved_by_packing"] < 0.5 * shared
+    assert module(path, share_prefix=False).report()["saved_by_packing"] < 0.5 * shared
 
 
 def test_of_equal_lengths_nothing_is_saved_without_sharing(tmp_path: Path) -> None:
-    data = module(write(tmp_path / "x.json", [plain("q", "a", "b")] * 40))
-    assert data.is_packed
-    data.choose_layout(share_prefix=False)
+    path = write(tmp_path / "x.json", [plain("q", "a", "b")] * 40)
+    assert module(path).is_packed
+    data = module(path, share_prefix=False)
     assert not data.is_packed
     assert data.report()["saved_by_packing"] == 0
 
@@ -570,11 +569,11 @@ def test_report_description_and_preview(tmp_path: Path, caplog: pytest.LogCaptur
         "most_tokens": 9,
     }
     assert json.loads(json.dumps(report)) == report, "plain values, for summary.json"
-    assert "train: 16 pairs; chosen answers have 2.1 tokens, rejected ones 2.9; the chosen one is the" in caplog.text
+    assert "train: 16 pairs; chosen answers have 2.1 tokens, rejected ones 2.9; the chosen one is longer" in caplog.text
     assert data.describe() == f"{tmp_path / 'x.json'}: 16 train, 2 val, 2 test pairs; template data.template, packed"
     assert data.preview(1) == (
-        "--- record 0, chosen: 9 tokens, 4 learnt\nQab\nA>>cde<|endoftext|><<"
-        "\n--- record 0, rejected: 7 tokens, 2 learnt\nQab\nA>>f<|endoftext|><<\u00b7\u00b7"
+        "--- record 0, chosen: 9 tokens, loss on 4\nQab\nA>>cde<|endoftext|><<"
+        "\n--- record 0, rejected: 7 tokens, loss on 2\nQab\nA>>f<|endoftext|><<\u00b7\u00b7"
     )
     assert data.sample_prompts(1) == [[*b"Q17\nA"]]
 
@@ -608,7 +607,7 @@ def test_a_tokenizer_is_trained_on_training_texts_alone(tmp_path: Path) -> None:
         ({"too_long": "cut"}, r"data.too_long='cut' must be one of cut_prompt, drop, cut_answer"),
         ({"packing": "yes"}, r"data.packing='yes' must be one of auto, true, false"),
         ({"val_fraction": 0.0}, r"data.val_fraction=0.0 and data.test_fraction=0.1 must be positive"),
-        ({"max_lost": 1.5}, r"data.max_lost=1.5 must be between 0 and 1"),
+        ({"max_dropped": 1.5}, r"data.max_dropped=1.5 must be between 0 and 1"),
         ({"name": "book_preference"}, r"data.name=book_preference is unknown: did you mean book_preferences\?"),
         ({"empty_answer": "keep"}, r"data.empty_answer='keep' must be one of refuse, skip"),
         ({"template": "{instruction}{response}x", "split": "order"}, r"x.json:2 has an input, but template data.templ"),
@@ -634,7 +633,7 @@ def test_the_books_pairs() -> None:
     data = module(path, tokenizer=GPT2, val_fraction=0.05, score_eos=False, score_header=True, **options)
     report = data.report()
     assert (report["records"], report["identical"], report["dropped"], report["prompts_cut"]) == (1100, 6, 0, 0)
-    pairs = {split: [one.conversation.record for one in data.records[split]] for split in ("train", "val", "test")}
+    pairs = {split: [one.record for one in data.records[split]] for split in ("train", "val", "test")}
     records = json.loads(path.read_text())
     borders = {"train": (0, 935), "test": (935, 1045), "val": (1045, 1100)}
     for split, (start, end) in borders.items():

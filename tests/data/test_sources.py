@@ -85,7 +85,7 @@ def test_digest_is_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
     two = [write(tmp_path / "d.txt", text[:500]), write(tmp_path / "e.txt", text[500:])]
     assert open_source(path=list(map(str, two))).digest() != by_hand
     assert plain.survey().n_chars == plain.survey().n_bytes == len(text)
-    assert plain.describe() == f"{tmp_path}/a.txt (1 documents, 10,000 bytes)"
+    assert plain.describe() == f"{tmp_path}/a.txt (1 document, 10,000 bytes)"
 
 
 def test_python_reference_is_english_without_topics_inside_topics() -> None:
@@ -147,26 +147,26 @@ def test_every_kind_of_bad_jsonl_line_has_its_reason(tmp_path: Path) -> None:
         b"{}": "no field 'text'; its fields: none",
         b'{"text": 3}': "field 'text' holds int, not a string",
         b'{"text": null}': "field 'text' holds NoneType, not a string",
-        b'{"text": "a", "text": "b"}': "field 'text' stands twice",
+        b'{"text": "a", "text": "b"}': "field 'text' occurs twice",
         b'{"text": "ab\\ud800"}': "field 'text' holds half a surrogate pair at character 2",
-        b'{"text": "caf\xe9"}': "byte 13 of the line is not valid UTF-8",
-        b"[" * 100_000: "nested too deeply",
+        b'{"text": "caf\xe9"}': "byte 13 of the line (0xe9) is not valid UTF-8 (invalid continuation byte); conv",
+        b"[" * 100_000: "not JSON: nested too deeply",
         b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "Exceeds the limit",
     }
     file = tmp_path / "bad.jsonl"
     for line, reason in cases.items():
         write(file, b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
         message = refused(open_source(path=file).survey)
-        assert f"{file}: 1 bad line;" in message
-        assert f"\n  {file}:3: {reason}" in message
+        assert message.startswith(f"{file}: 1 bad record: ")
+        assert f" {file}:3: {reason}" in message
+        assert "a string under 'text' (data.text_field)" in message
 
 
 def test_all_bad_lines_are_counted_and_ten_are_listed(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", "".join('{"text": "x"}\n' if n % 3 else "oops\n" for n in range(99)))
     message = refused(open_source(path=file).survey)
-    assert "33 bad lines" in message
-    assert "the first 10:" in message
-    assert message.count("\n") == 10
+    assert "33 bad records (the first 10 of 33): " in message
+    assert message.count(f" {file}:") == 10
     assert f"{file}:1: " in message
     assert f"{file}:28: " in message
     assert f"{file}:31: " not in message

@@ -308,7 +308,7 @@ def test_text_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     source = open_source(path=path)
     source.survey()
     path.write_text("after it all")
-    with pytest.raises(ValueError, match="was changed while it was being tokenised"):
+    with pytest.raises(ValueError, match="changed while it was being tokenised"):
         build_token_files(source, build_tokenizer("byte"), val_fraction=0)
     assert folders() == []
 
@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     source = source_of(random_text(20_000))
     try:
-        with pytest.raises(OSError, match=r"cannot make the token files in .*File too large.*LLM_LIGHTNING_CACHE"):
+        with pytest.raises(OSError, match=r"cannot write the token files in .*File too large.*LLM_LIGHTNING_CACHE"):
             build_token_files(source, build_tokenizer("byte"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

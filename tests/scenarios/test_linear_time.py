@@ -79,7 +79,7 @@ class CountingTokenizer(ByteTokenizer):
 
 def fields() -> None:
     pairs = [(CountedText(f"field {index}"), 1) for index in [*range(N), N - 1]]
-    with pytest.raises(ValueError, match=f"'field {N - 1}' stands twice"):
+    with pytest.raises(ValueError, match=f"'field {N - 1}' occurs twice"):
         unique_fields(pairs)
 
 

@@ -223,7 +223,7 @@ def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list
         gained = answer_log_probs(policy, batch) - answer_log_probs(reference, batch)
         for sample, chosen, rejected in zip(samples.rows, *gained.chunk(2), strict=True):
             pair = data.records[split][sample.sample_id]
-            turn = pair.conversation.turns[-1]
+            turn = pair.turns[-1]
             right = next(
                 answer["output"]
                 for answer in EMBEDDED

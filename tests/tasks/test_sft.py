@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from test_base import assert_close, record
 from torch import Tensor, nn
 
 from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded, shared_prefix
+from llm_lightning.data.conversations import may_share_prefix
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.attention import Context
@@ -77,7 +79,7 @@ def records_data(folder: Path, **options: Any) -> InstructionDataModule:
     path = folder / "records.json"
     path.write_text(json.dumps([dict(zip(("instruction", "input", "output"), row, strict=True)) for row in RECORDS]))
     settings = {"split": "order", "val_fraction": 0.1, "test_fraction": 0.1, "shuffle": False, "bucket": False}
-    settings |= {"batch_size": 8, "eval_batches": 0, "packing": False, "max_lost": 1.0, **options}
+    settings |= {"batch_size": 8, "eval_batches": 0, "packing": False, "max_dropped": 1.0, **options}
     data = InstructionDataModule(tokenizer=GPT2, context_length=CONFIG.context_length, path=str(path), **settings)
     data.build()
     return data
@@ -381,10 +383,9 @@ def test_the_shared_prefix_ends_before_what_differs_or_is_learnt() -> None:
 def test_with_dropout_each_record_has_its_own_preamble(
     tmp_path: Path, dropout: float, lora_dropout: float, shared: bool
 ) -> None:
-    data = records_data(tmp_path, packing=True)
     config = GPTConfig(**{**CONFIG.__dict__, "residual_dropout": dropout})
-    lora = LoRAConfig(rank=2, dropout=lora_dropout) if lora_dropout else None
-    task(GPT(config), lora).adapt_data(data)
+    lora = asdict(LoRAConfig(rank=2, dropout=lora_dropout)) if lora_dropout else None
+    data = records_data(tmp_path, packing=True, share_prefix=may_share_prefix(asdict(config), lora))
     rows = [data.train_samples[index] for index in range(8)]
     n_inputs, n_shared = sum(len(row.token_ids) - 1 for row in rows), shared_prefix(rows)
     assert n_shared == len(GPT2.encode(PREAMBLE))

@@ -1,4 +1,7 @@
-"""Documents to token ids, on all cores, in order and in constant memory."""
+"""Documents to token ids, on all cores, in order, in constant memory.
+
+A document is cut only where the tokenizer guarantees that the parts have the ids of the whole.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,22 @@ PIECE = 1 << 18  # characters that a thread encodes at once
 
 @dataclass
 class Batch:
-    """Consecutive pieces of one part, enough to be worth a thread's while."""
+    """Consecutive pieces of one part, enough to be worth a thread."""
 
     part: str
     pieces: list[str | None] = field(default_factory=list)
-    """None stands between two documents."""
+    """None marks the border of two documents."""
     n_chars: int = 0
     n_documents: int = 0
 
 
-def batches(documents: Iterable[tuple[str, Document]], split_point: Callable[[str], int]) -> Iterator[Batch]:
+def in_batches(documents: Iterable[tuple[str, Document]], split_point: Callable[[str], int]) -> Iterator[Batch]:
+    """Cut (part, document) pairs into batches; the pieces of a part keep their order."""
     filling: dict[str, Batch] = {}
     begun: set[str] = set()
     for part, document in documents:
         batch = filling.setdefault(part, Batch(part))
-        for number, piece in enumerate(pieces(document.chunks, split_point)):
+        for number, piece in enumerate(in_pieces(document.chunks, split_point)):
             if number == 0:
                 batch.pieces += [None] if part in begun else []
                 batch.n_documents += 1
@@ -45,7 +49,7 @@ def batches(documents: Iterable[tuple[str, Document]], split_point: Callable[[st
     yield from filling.values()
 
 
-def pieces(chunks: Iterable[str], split_point: Callable[[str], int]) -> Iterator[str]:
+def in_pieces(chunks: Iterable[str], split_point: Callable[[str], int]) -> Iterator[str]:
     """Cut a document at split points into pieces of about PIECE characters, longer where there is no such point."""
     held, n_held, enough = [], 0, PIECE
     for text in _at_most(PIECE, chunks):
@@ -70,12 +74,12 @@ def _at_most(size: int, chunks: Iterable[str]) -> Iterator[str]:
 
 
 def before_last_space(text: str) -> int:
-    """Return a cut that keeps words whole: good enough to learn a vocabulary from."""
+    """Return a cut that keeps words whole: good enough for training a vocabulary."""
     return max(text.rfind(" "), text.rfind("\n"), 0)
 
 
 def encoded(batches: Iterable[Batch], tokenizer: Tokenizer, add_eot: bool) -> Iterator[tuple[Batch, np.ndarray, int]]:
-    """Encode on all cores, keeping the order and only a few batches in memory."""
+    """Encode on all cores, in order, with a few batches in memory; yields batch, ids and bytes of text."""
     separator = np.array([tokenizer.eot_id] if add_eot else [], dtype=tokenizer.dtype)
     n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     running: deque[tuple[Batch, Future[tuple[np.ndarray, int]]]] = deque()

@@ -1,17 +1,15 @@
-"""Where text comes from: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
+"""Text sources: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
 
-Whatever it is, it becomes a `Source`: an ordered sequence of documents that can be read as often as needed and in
-constant memory, a document being read in chunks, so that one file may be larger than the memory. `Source.survey()`
-reads everything once and strictly: bad text is found before training, not during it.
+Each becomes a `Source`: an ordered sequence of documents that can be read repeatedly and in constant memory. A document
+is read in chunks, so that a file may be larger than memory. `Source.survey()` reads everything once and strictly: bad
+text is found before training, not during it.
 """
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import glob
 import hashlib
-import json
 import logging
 import os
 from array import array
@@ -21,9 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from llm_lightning.data.hugging_face import hugging_face_file
-from llm_lightning.data.reading import JSONL_SUFFIXES, LISTED, TextFile, checked_text, unique_fields
+from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
+from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, checked_text, json_lines
 from llm_lightning.files.download import Pinned, download
+from llm_lightning.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ NAMED = {
 }
 
 FOLDER_SUFFIXES = {".txt", ".text", ".md", ".rst"} | JSONL_SUFFIXES
-"""What is taken from a folder; a file that is named, or matched by a glob, is taken whatever its suffix."""
+"""Files that are taken from a folder; a file that is named or matches a glob is taken whatever its suffix."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,20 @@ class Document:
     name: str
     chunks: Iterable[str]
     split_by: str | None = None
-    """What decides its side of a split by document, if not its content."""
+    """Text that decides its side of a split by document; None: its content."""
 
 
 @dataclass
 class Survey:
-    """What one strict reading of a whole source found; 16 bytes a document."""
+    """The result of reading a whole source strictly; 16 bytes per document."""
 
     digest: str = ""
-    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it lies."""
+    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it is."""
     n_documents: int = 0
     n_chars: int = 0
     n_bytes: int = 0
     keys: array[int] = field(default_factory=lambda: array("Q"), repr=False)
-    """First 64 bits of the sha256 of what decides each document's side of a split."""
+    """First 64 bits of the sha256 of the text that decides each document's side of a split."""
     lengths: array[int] = field(default_factory=lambda: array("Q"), repr=False)
     """Characters of each document."""
 
@@ -105,7 +104,8 @@ class Source:
 
     def describe(self) -> str:
         """Return the label and the size."""
-        return f"{self.label} ({self._survey.n_documents:,} documents, {self._survey.n_bytes:,} bytes)"
+        survey = self._survey
+        return f"{self.label} ({counted(survey.n_documents, 'document')}, {counted(survey.n_bytes, 'byte')})"
 
     @cached_property
     def _survey(self) -> Survey:
@@ -130,7 +130,7 @@ class Source:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Small texts; `names_split` lets their names, not their content, decide their side of a split."""
+    """Small texts; with `names_split` their names, not their content, decide their side of a split."""
 
     texts: Mapping[str, str]
     names_split: bool = False
@@ -154,55 +154,29 @@ class WholeFile:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A file with one JSON object a line, a document being the string under `text_field`; blank lines are skipped."""
+    """A file with one JSON object per line; the string under `text_field` is a document. Blank lines are skipped."""
 
     path: Path
     text_field: str
 
     def documents(self) -> Iterator[Document]:
-        """Yield one document a line.
+        """Yield one document per line.
 
         Raises:
             ValueError: after the last line, if lines were bad: counts all of them and lists the first ten.
         """
-        bad: list[str] = []
-        n_bad = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                line = line.strip()
-                if not line:
-                    continue
-                try:
-                    text = _text_of(line, self.text_field)
-                except ValueError as error:
-                    n_bad += 1
-                    if len(bad) < LISTED:
-                        bad.append(f"\n  {self.path}:{number}: {error}")
-                else:
-                    yield Document(f"{self.path}:{number}", (text,))
-        if bad:
-            head = f"{self.path}: {n_bad} bad line{'s'[: n_bad > 1]}; each line must be a JSON object with a string"
-            first = f"; the first {LISTED}" if n_bad > LISTED else ""
-            raise ValueError(f"{head} under '{self.text_field}' (data.text_field){first}:" + "".join(bad))
-
-
-def _text_of(line: bytes, text_field: str) -> str:
-    """Return the text of one JSONL line.
-
-    Raises:
-        ValueError: the reason, without the place.
-    """
-    try:
-        record = json.loads(line.decode(), object_pairs_hook=unique_fields)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} of the line is not valid UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return checked_text(record, text_field)
+        bad = BadRecords()
+        for number, record, wrong in json_lines(self.path, (self.text_field,)):
+            place = f"{self.path}:{number}"
+            try:
+                if wrong is not None:
+                    raise ValueError(wrong)
+                yield Document(place, (checked_text(record, self.text_field),))
+            except ValueError as error:
+                bad.add(place, error)
+        bad.refuse(
+            self.path, f"each line must be a JSON object with a string under '{self.text_field}' (data.text_field)"
+        )
 
 
 def open_source(
@@ -214,18 +188,18 @@ def open_source(
     hf_split: str = "train",
     hf_revision: str | None = None,
 ) -> Source:
-    """Return the source that is asked for; `path` and `hf_dataset` go before `name`, so that a name can be a default.
+    """Return the source that the settings name; `path` and `hf_dataset` win over `name`, which may be a default.
 
     Args:
         path: a file, folder or glob, or several as a list or with commas. A folder gives its .txt, .text, .md, .rst,
             .jsonl and .ndjson files, subfolders included, in the order of their paths; hidden ones are left out.
-            A file that is met twice is taken once.
+            A file that occurs twice is taken once.
         text_field: field of a JSONL record or a Hugging Face row that holds the text.
 
     Raises:
         FileNotFoundError: no such file, or a folder or glob without text files.
-        ValueError: nothing or too much is asked for, or an unknown name.
-        DownloadError: a named data set could not be fetched.
+        ValueError: no source, more than one, or an unknown name.
+        DownloadError: a named data set could not be downloaded.
     """
     if path is not None and hf_dataset is not None:
         raise ValueError(f"data.path={path} and data.hf_dataset={hf_dataset} are both set; set one of them to null")
@@ -233,7 +207,7 @@ def open_source(
         files = _find(path)
         return Source(", ".join(_words(path)), [_reader(file, text_field) for file in files])
     if hf_dataset is not None:
-        file = hugging_face_file(hf_dataset, hf_config, hf_split, hf_revision, (text_field,))
+        file = hugging_face_file(HubDataset(hf_dataset, hf_config, hf_split, hf_revision), (text_field,))
         label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
         return Source(f"Hugging Face dataset {label}", [JsonLines(file, text_field)])
     if name == EMBEDDED:
@@ -267,7 +241,7 @@ def _words(
 def absolute_paths(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] = ""
 ) -> str | list[str]:
-    """`data.path`, typed in `folder` (default: here), as it reads from any folder."""
+    """`data.path`, typed in `folder` (default: here), as absolute paths."""
     words = [str((folder / Path(word).expanduser()).absolute()) for word in _words(path, folder)]
     return words[0] if len(words) == 1 else words
 
@@ -291,7 +265,7 @@ def _files_of(word: str) -> list[Path]:
         return files
     if found.exists():
         if not found.is_file():
-            raise ValueError(f"{word} is no regular file, and text is read more than once; write it to a file first")
+            raise ValueError(f"{word} is not a regular file, and text is read more than once; write it to a file first")
         return [found]
     if glob.has_magic(word):
         matches = map(Path, glob.glob(str(found), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)

@@ -1,4 +1,4 @@
-"""Which text of a corpus is for training and which for validation."""
+"""The split of a corpus into training and validation text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from llm_lightning.data.corpus.sources import Document, Source
+from llm_lightning.terminal import counted
 
 FEW_DOCUMENTS = 20  # split=auto cuts fewer than these by character: whole documents would miss val_fraction by far
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which text is for training and which for validation."""
+    """The split of a source into training and validation text."""
 
     source: Source
     kind: str
@@ -25,7 +26,7 @@ class Split:
 
     @classmethod
     def of(cls, source: Source, kind: str, val_fraction: float) -> Split:
-        """Check the wish against the data; `auto` becomes `document` from 20 documents on, else `character`.
+        """Check the setting against the data; `auto` becomes `document` from 20 documents on, else `character`.
 
         Raises:
             ValueError: an unknown kind, a fraction outside [0, 1), or a part that would be empty.
@@ -45,7 +46,7 @@ class Split:
         return self._by_character() if self.kind == "character" else self._by_document()
 
     def describe(self) -> dict[str, Any]:
-        """Return what the parts depend on: plain values."""
+        """Return what the parts depend on, as plain values."""
         return {"source": self.source.digest(), "split": self.kind, "val_fraction": self.val_fraction}
 
     def _by_character(self) -> Iterator[tuple[str, Document]]:
@@ -73,8 +74,8 @@ class Split:
     def _val_keys(self) -> list[int]:
         """Return the sorted keys of the validation documents.
 
-        In the order of their keys, which is random but a function of the content, documents are taken as long as they
-        fit into the fraction: so it is met closely for documents of any size, and equal ones stay together.
+        Documents are taken in the order of their keys, which is random but a function of the content, as long as they
+        fit into the fraction: it is met closely for documents of any size, and equal documents stay together.
         """
         survey = self.source.survey()
         keys, which = np.unique(np.asarray(survey.keys), return_inverse=True)
@@ -96,7 +97,8 @@ class Split:
         if empty:
             raise ValueError(
                 f"data.split={self.kind} with data.val_fraction={self.val_fraction} leaves a part empty: "
-                f"{self.source.label} has {survey.n_documents} documents with {survey.n_chars} characters; "
+                f"{self.source.label} has {counted(survey.n_documents, 'document')} with "
+                f"{counted(survey.n_chars, 'character')}; "
                 f"change data.val_fraction, {'use data.split=character, ' * (self.kind == 'document')}"
                 "or set data.val_fraction=0 for no validation"
             )

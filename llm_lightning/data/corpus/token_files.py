@@ -1,9 +1,8 @@
 """Text tokenised once, into flat files of ids that are mapped into memory.
 
-A corpus and one document of it may each be far larger than the memory: documents are cut only where the tokenizer
-guarantees that the ids of the parts are those of the whole, encoded on all cores, and written in order. The files
-stand in `<cache>/tokens/<key>/`, the key being the digest of everything they depend on: content, tokenizer, split.
-They appear complete or not at all, are made by one process while others wait, and are verified when opened.
+A corpus, and a single document of it, may be far larger than memory. The files are in `<cache>/tokens/<key>/`; the key
+is the digest of everything they depend on: content, tokenizer, split. They appear complete or not at all, are made by
+one process while others wait, and are verified when opened.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from llm_lightning.data.corpus.encoding import batches, before_last_space, encoded, pieces
+from llm_lightning.data.corpus.encoding import before_last_space, encoded, in_batches, in_pieces
 from llm_lightning.data.corpus.sources import Source
 from llm_lightning.data.corpus.split import Split
 from llm_lightning.files.atomic import write_atomically
@@ -45,7 +44,7 @@ class TokenFile:
     dtype: str
     n_tokens: int
     n_bytes: int
-    """UTF-8 bytes of the encoded text: what turns a loss per token into bits per byte."""
+    """UTF-8 bytes of the encoded text, to turn a loss per token into bits per byte."""
     n_documents: int
     digest: str
     """sha256 of the file."""
@@ -66,11 +65,11 @@ def build_token_files(
     add_eot: bool = True,
     cache: Path | None = None,
 ) -> dict[str, TokenFile]:
-    """Return the verified files of "train" and, unless `val_fraction` is 0, "val", building them if need be.
+    """Return the verified files of "train" and, unless `val_fraction` is 0, "val"; build them if necessary.
 
     Args:
         tokenizer: or a function that trains one on the texts of the training part. If it is a `functools.partial`, its
-            arguments are taken to say all about it, and the trained tokenizer is cached.
+            arguments must determine the result, and the trained tokenizer is cached.
         add_eot: put the tokenizer's end of text between two documents of a part.
 
     Raises:
@@ -115,11 +114,11 @@ def _trained(train: TrainTokenizer, parts: Split, cache: Path) -> Tokenizer:
 def _training_texts(parts: Split) -> Iterator[str]:
     for part, document in parts.documents():
         if part == "train":
-            yield from pieces(document.chunks, before_last_space)
+            yield from in_pieces(document.chunks, before_last_space)
 
 
 def _opened(folder: Path, tokenizer: Tokenizer) -> dict[str, TokenFile] | None:
-    """Return the files of a folder, or None if they are not all there with their right content."""
+    """Return the files of a folder, or None unless all are there with the right content."""
     manifest = _unsealed(folder / "manifest.json")
     if manifest is None:
         return None
@@ -133,15 +132,15 @@ def _opened(folder: Path, tokenizer: Tokenizer) -> dict[str, TokenFile] | None:
         except FileNotFoundError:
             actual = "none"
         if actual != file.digest:
-            log.warning("%s has sha256 %s, expected %s: building it anew", file.path, actual, file.digest)
+            log.warning("%s has sha256 %s, expected %s: rebuilding it", file.path, actual, file.digest)
             return None
     return files
 
 
 def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec: dict[str, Any]) -> None:
-    """Make the folder under another name, and rename it when all is written. The caller holds the lock."""
+    """Make the folder under a temporary name and rename it when all is written. The caller holds the lock."""
     making = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(making, ignore_errors=True)  # of a process that was killed: nobody else can hold it now
+    shutil.rmtree(making, ignore_errors=True)  # left by a killed process: we hold the lock
     try:
         making.mkdir(parents=True)
         written = _write_parts(making, parts, tokenizer, add_eot)
@@ -152,7 +151,7 @@ def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise OSError(
-            f"cannot make the token files in {folder}: {error} ({free:,.0f} MiB are free there); "
+            f"cannot write the token files in {folder}: {error} ({free:,.0f} MiB are free there); "
             "make room, or set LLM_LIGHTNING_CACHE to a folder with more"
         ) from error
     finally:
@@ -164,7 +163,7 @@ def _write_parts(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool
     written: dict[str, _Part] = {}
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None))
-        for batch, ids, size in encoded(batches(parts.documents(), tokenizer.split_point), tokenizer, add_eot):
+        for batch, ids, size in encoded(in_batches(parts.documents(), tokenizer.split_point), tokenizer, add_eot):
             if batch.part not in written:
                 file = stack.enter_context((folder / f"{batch.part}.bin").open("wb"))
                 written[batch.part] = _Part(file)
@@ -173,10 +172,10 @@ def _write_parts(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool
         for part in written.values():
             part.finish()
     if sum(part.n_bytes for part in written.values()) != n_bytes:
-        raise ValueError(f"{parts.source.label} was changed while it was being tokenised; run again")
+        raise ValueError(f"{parts.source.label} changed while it was being tokenised; run again")
     wanted = {"train", "val"} if parts.val_fraction else {"train"}
     if wanted - {name for name, part in written.items() if part.n_tokens}:
-        raise ValueError(f"{parts.source.label} gives a part without tokens; give more text or change data.split")
+        raise ValueError(f"{parts.source.label} leaves a part without tokens; give more text or change data.split")
     return written
 
 
@@ -200,12 +199,12 @@ class _Part:
         self.n_documents += n_documents
 
     def finish(self) -> None:
-        """Bring all to the disk."""
+        """Flush everything to the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def summary(self) -> dict[str, Any]:
-        """Return what the manifest records of it: fields of TokenFile."""
+        """Return the fields of TokenFile that the manifest keeps."""
         counts = {"n_tokens": self.n_tokens, "n_bytes": self.n_bytes, "n_documents": self.n_documents}
         return {"dtype": self.dtype, **counts, "digest": self.sha256.hexdigest()}
 
@@ -226,7 +225,7 @@ def _sealed(content: dict[str, Any]) -> str:
 
 
 def _unsealed(path: Path) -> dict[str, Any] | None:
-    """Return the content, or None if there is none or it is damaged."""
+    """Return the content; None if the file is missing or damaged."""
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
         body = json.dumps(sealed["content"], sort_keys=True)
@@ -236,5 +235,5 @@ def _unsealed(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning("%s is damaged: making it anew", path)
+    log.warning("%s is damaged: making it again", path)
     return None

@@ -1,7 +1,7 @@
 """The default corpus: the language reference that every CPython carries for `help()`.
 
-Some 60 documents and 400 kB of English with code, differing a little between Python versions; nothing is copied
-into this project and nothing is fetched.
+About 60 documents and 400 kB of English with code, slightly different between Python versions; nothing is copied into
+this project and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 def documents() -> Iterator[tuple[str, str]]:
     """Yield (topic, text) in the order of the topics' names.
 
-    A topic that stands, more than half of it, in a longer one is left out: `for` is a section of `compound`, and
-    with one of them in training and the other in validation, the loss would measure what was learned by heart.
+    A topic is left out if more than half of it is also in a longer topic: `for` is a section of `compound`, and with
+    one of them in training and the other in validation, the loss would measure memorisation.
 
     Raises:
         FileNotFoundError: this Python was packaged without `pydoc_data`.

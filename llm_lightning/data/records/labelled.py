@@ -1,19 +1,19 @@
-"""Texts with a label each, read strictly from CSV, TSV, JSONL or a Hugging Face dataset.
+"""Labelled texts, read strictly from CSV, TSV, JSONL or a Hugging Face dataset.
 
-Every record has the place it comes from; what is wrong with a file is collected over all of it and told at once.
+Every record knows its place; problems are collected over the whole file.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.hugging_face import hugging_face_file
-from llm_lightning.data.reading import JSONL_SUFFIXES, TextFile, refuse_bad, unique_fields
+from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
+from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, json_lines
+from llm_lightning.terminal import counted
 
 SUFFIXES = (".csv", ".tsv", *JSONL_SUFFIXES)
 
@@ -30,12 +30,12 @@ class LabelledText(NamedTuple):
 def read_labelled(
     path: str | Path, *, text_column: str = "text", label_column: str = "label", columns: Sequence[str] | None = None
 ) -> list[LabelledText]:
-    """Read a labelled file. Nothing is taken for a missing value: "NA" and "null" are texts like others.
+    """Read a labelled file. No text means a missing value: "NA" and "null" are texts like others.
 
     Args:
-        path: `.csv` (RFC 4180: quotes), `.jsonl`, `.ndjson`; anything else is tab-separated and has no quotes.
-        text_column, label_column: columns or fields that are read; others are left alone.
-        columns: names of the columns of a file without a header line.
+        path: `.csv` (RFC 4180, with quotes), `.jsonl`, `.ndjson`; anything else is tab-separated, without quotes.
+        text_column, label_column: columns or fields that are read; others are ignored.
+        columns: names of the columns in a file without a header line.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -43,12 +43,11 @@ def read_labelled(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file; check data.path")
-    text = "".join(TextFile(path))  # strict UTF-8
+        raise FileNotFoundError(f"{path} does not exist or is not a file; check data.path")
     if path.suffix.lower() in JSONL_SUFFIXES:
-        rows = _json_rows(text)
+        rows: Rows = json_lines(path, (text_column, label_column))
     else:
-        rows = _table_rows(path, text, columns, quoted=path.suffix.lower() == ".csv")
+        rows = _table_rows(path, "".join(TextFile(path)), columns, quoted=path.suffix.lower() == ".csv")
     return _collected(path, rows, text_column, label_column)
 
 
@@ -58,7 +57,7 @@ def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[Lab
     A text that begins with a quotation mark then goes on, over line ends, to the next one.
 
     Returns:
-        the records, and the places of those that hold several lines of the file.
+        the records, and the places of those that span several lines of the file.
     """
     import pandas
 
@@ -74,35 +73,31 @@ def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[Lab
     return records, merged
 
 
-def read_hugging_face(
-    name: str, config: str | None, split: str, revision: str | None, text_column: str, label_column: str
-) -> list[LabelledText]:
+def read_hugging_face(dataset: HubDataset, text_column: str, label_column: str) -> list[LabelledText]:
     """Read a dataset of the hub, through the cache; a class index becomes the name that the dataset gives it.
 
     Raises:
-        ValueError: if the dataset, its split or a column cannot be had.
+        ValueError: if the dataset, its split or a column cannot be read.
     """
-    file = hugging_face_file(name, config, split, revision, (text_column, label_column))
-    return _collected(Path(name) / split, _json_rows(file.read_text(encoding="utf-8")), text_column, label_column)
+    columns = (text_column, label_column)
+    rows = json_lines(hugging_face_file(dataset, columns), columns)
+    return _collected(Path(dataset.name) / dataset.split, rows, *columns)
 
 
-Rows = Iterator[tuple[int, "Mapping[str, Any] | None", "str | None"]]
+Rows = Iterator[tuple[int, Any, "str | None"]]
 """(line, record, what is wrong with it)"""
 
 
 def _collected(path: Path, rows: Rows, text_column: str, label_column: str) -> list[LabelledText]:
     records: list[LabelledText] = []
-    bad: list[str] = []
+    bad = BadRecords()
     for line, record, wrong in rows:
-        if wrong is None:
-            assert record is not None
-            wrong = _problem(record, text_column, label_column)
-        if wrong is not None:
-            bad.append(f"line {line}: {wrong}")
-            continue
-        assert record is not None
-        records.append(LabelledText(str(record[text_column]), _label(record[label_column]), f"{path}:{line}"))
-    refuse_bad(path, bad)
+        reason = wrong or _problem(record, text_column, label_column)
+        if reason is not None:
+            bad.add(f"line {line}", reason)
+        else:
+            records.append(LabelledText(str(record[text_column]), _label(record[label_column]), f"{path}:{line}"))
+    bad.refuse(path)
     if not records:
         raise ValueError(f"{path} holds no records; give a file with a text and a label in each line")
     return records
@@ -128,21 +123,6 @@ def _label(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
-def _json_rows(text: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, object_pairs_hook=unique_fields)
-        except (ValueError, RecursionError) as error:
-            yield number, None, f"not JSON: {error}"
-            continue
-        if isinstance(record, Mapping):
-            yield number, record, None
-        else:
-            yield number, None, f"a JSON {type(record).__name__}, not an object"
-
-
 def _table_rows(path: Path, text: str, columns: Sequence[str] | None, *, quoted: bool) -> Rows:
     rows = _quoted(text) if quoted else _tabbed(text)
     names = list(columns) if columns else None
@@ -152,10 +132,10 @@ def _table_rows(path: Path, text: str, columns: Sequence[str] | None, *, quoted:
         elif names is None:
             names = [cell.strip() for cell in cells]
             if len(set(names)) < len(names):
-                raise ValueError(f"{path}, line {number}: a column stands twice in the header: {', '.join(names)}")
+                raise ValueError(f"{path}, line {number}: a column occurs twice in the header: {', '.join(names)}")
         elif len(cells) != len(names):
             what = "more" if len(cells) > len(names) else "fewer"
-            yield number, None, f"{len(cells)} columns, {what} than the {len(names)} of the header"
+            yield number, None, f"{counted(len(cells), 'column')}, {what} than the {len(names)} of the header"
         else:
             yield number, dict(zip(names, cells, strict=True)), None
 
@@ -167,7 +147,7 @@ def _tabbed(text: str) -> Iterator[tuple[int, list[str], str | None]]:
 
 
 def _quoted(text: str) -> Iterator[tuple[int, list[str], str | None]]:
-    before = csv.field_size_limit(1 << 30)  # a text of more than 128 KiB is no error
+    before = csv.field_size_limit(1 << 30)  # a text may exceed 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
