@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_lightning.experiments.start import TrainedRun, train
     from llm_lightning.inference.classify import Classification, classify_text, classify_texts
     from llm_lightning.inference.evaluate import Evaluation, evaluate_labelled, evaluate_text, evaluate_texts
     from llm_lightning.inference.respond import respond
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from llm_lightning.weights.load import LoadedModel, load_model
 
 _HOMES = {
+    "experiments.start": ("TrainedRun", "train"),
     "inference.classify": ("Classification", "classify_text", "classify_texts"),
     "inference.evaluate": ("Evaluation", "evaluate_labelled", "evaluate_text", "evaluate_texts"),
     "inference.respond": ("respond",),
@@ -35,6 +37,7 @@ __all__ = [
     "Evaluation",
     "GPTConfig",
     "LoadedModel",
+    "TrainedRun",
     "classify_text",
     "classify_texts",
     "evaluate_labelled",
@@ -44,6 +47,7 @@ __all__ = [
     "generate_texts",
     "load_model",
     "respond",
+    "train",
     "use_adapter",
 ]
 

@@ -6,17 +6,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm_lightning.experiments.launch import expand_sweep
+from llm_lightning.experiments.command_line import expand_sweep
 from llm_lightning.experiments.monitors import fill_modes
-from llm_lightning.experiments.pipeline import plan
-from llm_lightning.experiments.settings.checks import PRESETS, check_overrides, register_resolvers
-from llm_lightning.experiments.settings.help import group_options, help_text, read_defaults, read_settings
+from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.experiments.settings.compose import PRESETS, register_resolvers
+from llm_lightning.experiments.settings.help import help_text
+from llm_lightning.experiments.settings.yaml_files import group_options, read_defaults, read_settings
+from llm_lightning.experiments.stages import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
 
@@ -122,7 +125,7 @@ def test_the_run_folder_is_named_by_task_and_run() -> None:
 
 def test_two_runs_of_the_same_second_have_two_folders() -> None:
     code = (
-        "from llm_lightning.experiments.settings.checks import register_resolvers as r; r();"
+        "from llm_lightning.experiments.settings.compose import register_resolvers as r; r();"
         "from omegaconf import OmegaConf; print(OmegaConf.create({'x': '${run_folder:null}'}).x[-4:])"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -177,8 +180,9 @@ def test_callbacks_and_loggers_build(tmp_path: Path) -> None:
 
     config = composed("callbacks=early_stopping", "task=sft")
     assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping", "responses"}
-    fill_modes(config, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    for node in config.callbacks.values():
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    fill_modes(settings)
+    for node in settings["callbacks"].values():
         assert isinstance(instantiate(node), L.Callback)
     for node in config.logger.values():
         assert isinstance(instantiate(node, run_dir=tmp_path, resumed_step=0), Logger)
@@ -255,7 +259,7 @@ def _parameters(fields: dict) -> int:
 
 
 def test_appendix_d_differs_from_chapter_5_in_schedule_clipping_length_and_seed_only() -> None:
-    from llm_lightning.experiments.settings.checks import diff_configs
+    from llm_lightning.experiments.settings.changes import diff_configs
 
     old, new = (OmegaConf.to_container(composed(f"experiment=book/{name}")) for name in ("ch05", "appendix_d"))
     changed = {key: value for key, _, value in diff_configs(old, new) if not key.startswith("scheduler.")}

@@ -52,6 +52,7 @@ def train_here(arguments: Sequence[str]) -> Outcome:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
+    from llm_lightning.cli.main import VERBS
     from llm_lightning.experiments.launch import main
 
     root, folder = logging.getLogger(), Path.cwd()
@@ -64,7 +65,7 @@ def train_here(arguments: Sequence[str]) -> Outcome:
         for name in ("HYDRA_FULL_ERROR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
             patch.setenv(name, "0")
         try:
-            main(ROOT / "train.py")
+            main(ROOT / "train.py", VERBS)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

@@ -20,13 +20,20 @@ from llm_lightning.weights import checkpoint as checkpoints
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints through `weights/checkpoint.py`: atomic, with a digest, `weights_only=True`."""
+    """Lightning's checkpoints through `weights/checkpoint.py`: atomic, with a digest, `weights_only=True`.
+
+    Args:
+        opened: the checkpoint that the run continues from; it was verified already.
+    """
+
+    def __init__(self, opened: checkpoints.Opened | None = None) -> None:
+        self.opened = opened
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         checkpoints.save(path, checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        return checkpoints.load_to_resume(path, map_location=map_location or "cpu")
+        return checkpoints.load_to_resume(path, map_location=map_location or "cpu", opened=self.opened)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""What a run with adapters knows of the weights under them, and the adapter alone that it leaves.
+"""The weights under the adapters of a run, recognised by their digest, and `adapter.ckpt`, the adapter alone.
 
-An adapter belongs to the weights that it was trained on, which its file names by their digest, `lineage.base`. A run
-that continues has other weights in hand: its own checkpoint's, adapters merged. So the digest is taken once, at the
-start of the run, and then passed on from checkpoint to checkpoint.
+An adapter belongs to the weights that it was trained on; its file names them by their digest, `lineage.base`. The
+digest is computed once, at the start of the run, and passed on from checkpoint to checkpoint.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any
-
-from omegaconf import DictConfig
 
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process
 from llm_lightning.models.classifier import Classifier
@@ -25,30 +22,29 @@ from llm_lightning.weights.load import LoadedModel, load_model, resolve
 
 ADAPTER = "adapter.ckpt"
 EXACT = ("32-true", "64-true", "16-mixed")
-"""Precisions in which a checkpoint holds frozen weights as they came; in others they are rounded."""
+"""Precisions in which a checkpoint holds the frozen weights unchanged; in others they are rounded."""
 
 log = logging.getLogger(__name__)
 
 
 def adapter_lineage(model: GPT | Classifier, parent: LoadedModel) -> dict[str, Any]:
-    """What a checkpoint says of the weights under its adapters: their digest, and that of the file they came from."""
+    """The weights under the adapters of a run: their digest, and that of the file they came from."""
     return {"base": base_digest(model), "base_of": parent.header["digest"]}
 
 
-def continued_lineage(header: Mapping[str, Any], own: LoadedModel | None) -> dict[str, Any]:
-    """The lineage in the header of a run's own checkpoint, with the base that its adapters really have.
+def continued_lineage(run: RunFolder) -> dict[str, Any]:
+    """The lineage of a run that continues, with the base that its adapters really have.
 
-    Earlier versions took the run's own weights for the base whenever it continued, and did not write `base_of`.
-
-    Args:
-        header: of the checkpoint that the run continues from.
-        own: that checkpoint, its adapters not merged; None if the run began with random weights.
+    Earlier versions took the run's own weights for the base whenever it continued, and did not write `base_of`: only
+    then is the checkpoint loaded here.
     """
+    header = run.header
     lineage = dict(header["lineage"])
     lineage.setdefault("base", None)
-    if own is None or not header.get("lora") or lineage.get("base_of") is not None:
+    began_with_weights = header["config"].get("init_from") is not None
+    if run.checkpoint is None or not (header.get("lora") and began_with_weights) or lineage.get("base_of") is not None:
         return lineage
-    frozen = base_digest(own.model)
+    frozen = base_digest(load_model(run.checkpoint).model)
     if header["config"]["trainer"]["precision"] in EXACT:
         lineage["base"] = frozen
     elif frozen != lineage["base"]:
@@ -57,7 +53,7 @@ def continued_lineage(header: Mapping[str, Any], own: LoadedModel | None) -> dic
 
 
 def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
-    """The digest of the weights that the run began with; None, with a warning, if they are not there any more."""
+    """The digest of the weights that the run began with; None, with a warning, if they are gone or changed."""
     lineage = header["lineage"]
     try:
         parent = load_model(lineage["parent_name"])
@@ -74,13 +70,13 @@ def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
     return digest_under(dict(header), merge_and_unload(parent.model).trunk)
 
 
-def refuse_lost_adapters(cfg: DictConfig, module: TaskModule) -> None:
+def refuse_lost_adapters(settings: dict[str, Any], module: TaskModule) -> None:
     """Refuse to train adapters that no checkpoint would keep.
 
     Raises:
         ValueError: if `callbacks.checkpoints` is null beside adapters on given weights.
     """
-    kept = cfg.callbacks.get("checkpoints") is not None or cfg.trainer.fast_dev_run
+    kept = settings["callbacks"].get("checkpoints") is not None or settings["trainer"]["fast_dev_run"]
     if module.lora is not None and module.header["lineage"]["base"] is not None and not kept:
         raise ValueError(
             "callbacks.checkpoints=null keeps nothing of the adapters that lora trains; leave it out, or set lora=none"

@@ -2,74 +2,80 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydra.utils import get_class
-from omegaconf import DictConfig, open_dict
 
 from llm_lightning.callbacks.monitored import better_when
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.experiments.run_records import Settings
+from llm_lightning.nearest import nearest
 from llm_lightning.tasks.base import TaskModule
 
 PROGRESS = ("loss", "val_loss")
 """Logged for the progress bar, under names of its own."""
 
 
-def fill_modes(cfg: DictConfig, settings: dict[str, Any]) -> None:
-    """Replace every `mode` that is null by `min` or `max`, as its metric says it; null stays where it does not.
+def fill_modes(settings: Settings) -> None:
+    """Replace every `mode` that is null by `min` or `max`, by the name of its metric; null stays where that is unclear.
 
-    A callback that watches the run's own metric follows `monitor_mode`. A callback of Lightning's, whose own default
-    is `min` for whatever it watches, is given its mode, too.
-
-    Args:
-        cfg, settings: the configuration, composed and resolved; both are filled.
+    A callback that monitors the run's own metric follows `monitor_mode`.
 
     Raises:
         ValueError: if a mode is neither `min`, `max` nor null.
     """
-    if cfg.monitor_mode not in ("min", "max", None):
-        raise ValueError(f"monitor_mode={cfg.monitor_mode!r} must be min, max, or null: as the metric says")
-    if cfg.monitor_mode is None and cfg.monitor is not None:
-        cfg.monitor_mode = settings["monitor_mode"] = better_when(cfg.monitor)
-    for name, node in _watching(cfg):
-        mode = cfg.monitor_mode if node.monitor == cfg.monitor else better_when(node.monitor)
-        if "mode" in node and node.mode is None:
-            node.mode = settings["callbacks"][name]["mode"] = mode
-        elif "mode" not in node and "mode" in inspect.signature(get_class(node._target_)).parameters:
-            with open_dict(node):
-                node.mode = mode
+    monitor, mode = settings["monitor"], settings["monitor_mode"]
+    if mode not in ("min", "max", None):
+        raise ValueError(f"monitor_mode={mode!r} must be min, max, or null: as the metric says")
+    if mode is None and monitor is not None:
+        settings["monitor_mode"] = better_when(monitor)
+    for _, node in _monitoring(settings):
+        if "mode" in node and node["mode"] is None:
+            node["mode"] = _mode_of(settings, node)
 
 
-def refuse_unknown(cfg: DictConfig, module: TaskModule, datamodule: BaseDataModule) -> None:
-    """Refuse a monitored metric that nothing will log, or of which it is not known when it is better.
+def missing_mode(settings: Settings, node: Mapping[str, Any]) -> dict[str, Any]:
+    """`mode` of a callback whose settings do not name one; Lightning's take `min` by default, whatever the metric."""
+    if node.get("monitor") is None or "mode" in node:
+        return {}
+    takes_mode = "mode" in inspect.signature(get_class(node["_target_"])).parameters
+    return {"mode": _mode_of(settings, node)} if takes_mode else {}
 
-    Code that `allow_targets` lets in may log what it likes.
+
+def _mode_of(settings: Settings, node: Mapping[str, Any]) -> str | None:
+    return settings["monitor_mode"] if node["monitor"] == settings["monitor"] else better_when(node["monitor"])
+
+
+def refuse_unknown(settings: Settings, module: TaskModule, datamodule: BaseDataModule) -> None:
+    """Refuse a monitored metric that nothing will log, or whose better direction is unknown.
+
+    Code that `allow_targets` lets in may log any metric.
 
     Raises:
         ValueError: naming the setting, the nearest right name and all others.
     """
     known = metric_names(module, datamodule)
-    for name, node in _watching(cfg):
-        key = f"callbacks.{name}"
-        if cfg.trainer.limit_val_batches == 0 and name != "checkpoints":
+    strict = not settings["allow_targets"]
+    trainer = settings["trainer"]
+    for name, node in _monitoring(settings):
+        key, metric = f"callbacks.{name}", node["monitor"]
+        if trainer["limit_val_batches"] == 0 and name != "checkpoints":
             raise ValueError(
-                f"{key}.monitor={node.monitor} is never measured with trainer.limit_val_batches=0; "
+                f"{key}.monitor={metric} is never measured with trainer.limit_val_batches=0; "
                 f"raise it, or set {key}=null"
             )
-        if node.get("check_on_train_epoch_end") and cfg.trainer.check_val_every_n_epoch not in (1, None):
+        if node.get("check_on_train_epoch_end") and trainer["check_val_every_n_epoch"] not in (1, None):
             raise ValueError(
                 f"{key}.check_on_train_epoch_end=true looks after every epoch, but validation comes every "
-                f"trainer.check_val_every_n_epoch={cfg.trainer.check_val_every_n_epoch}; leave the one out"
+                f"trainer.check_val_every_n_epoch={trainer['check_val_every_n_epoch']}; leave the one out"
             )
-        if node.monitor != cfg.monitor:
-            _refuse(
-                f"{key}.monitor", node.monitor, f"{key}.mode", node.get("mode"), known, strict=not cfg.allow_targets
-            )
-    if cfg.monitor is not None:
-        _refuse("monitor", cfg.monitor, "monitor_mode", cfg.monitor_mode, known, strict=not cfg.allow_targets)
+        if metric != settings["monitor"]:
+            mode = {**node, **missing_mode(settings, node)}.get("mode")
+            _refuse(f"{key}.monitor", metric, f"{key}.mode", mode, known, strict=strict)
+    if settings["monitor"] is not None:
+        _refuse("monitor", settings["monitor"], "monitor_mode", settings["monitor_mode"], known, strict=strict)
 
 
 def metric_names(module: TaskModule, datamodule: BaseDataModule) -> list[str]:
@@ -82,11 +88,11 @@ def _prefix(stage: str) -> str:
     return "train/eval_" if stage == "train_eval" else f"{stage}/"
 
 
-def _watching(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
-    """The callbacks that watch a metric, by their names."""
-    for name, node in cfg.callbacks.items():
+def _monitoring(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The callbacks that monitor a metric, by their names."""
+    for name, node in settings["callbacks"].items():
         if node is not None and node.get("monitor") is not None:
-            yield str(name), node
+            yield name, node
 
 
 def _refuse(key: str, metric: str, mode_key: str, mode: str | None, known: list[str], *, strict: bool) -> None:
@@ -104,5 +110,5 @@ def _refuse(key: str, metric: str, mode_key: str, mode: str | None, known: list[
 
 def _hint(metric: str, known: list[str]) -> str:
     begun = sorted((name for name in known if name.startswith(metric)), key=len)
-    nearest = begun or difflib.get_close_matches(metric, known, 1, cutoff=0.5)
-    return f"did you mean {nearest[0]}? " if nearest else ""
+    near = begun[0] if begun else nearest(metric, known, cutoff=0.5)
+    return f"did you mean {near}? " if near else ""

@@ -1,7 +1,7 @@
-"""The run folder: who owns it, and whether its run is new, can continue, or is finished.
+"""The run folder: which process owns it, and whether its run is new, can continue, or is finished.
 
-One process owns a run folder at a time. It holds an OS lock on `.lock` (the system releases it when the process dies,
-however it dies) and says who it is in `owner.json`. Imports neither torch nor lightning: a refusal comes at once.
+One process owns a run folder at a time. It holds an OS lock on `.lock`, which the system releases whenever the process
+ends, and names itself in `owner.json`. Imports neither torch nor lightning: a refusal comes at once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from llm_lightning.experiments.foreign import Facts, read_facts, read_summary, refuse_links
+from llm_lightning.experiments.run_records import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.files.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from llm_lightning.weights.checkpoint import Opened
 
 State = Literal["fresh", "resumable", "finished"]
 
 # Data loading workers inherit the lock and outlive a killed owner by a few seconds.
 WORKERS_DIE_SECONDS = 15.0
 # Not every network file system passes locks between hosts, and a process of another host cannot be looked up. A run
-# that writes nothing for this long is taken for dead.
+# that writes nothing for this long counts as dead.
 SILENT_SECONDS = 600.0
 OWNER_FACTS: Facts = {"pid": int, "host": str, "process_start": (str, type(None)), "started": str}
 
@@ -44,21 +47,29 @@ class RunFolder:
     """A run folder that this process may write to."""
 
     path: Path
-    checkpoint: Path | None
+    opened: Opened | None
     """The newest valid checkpoint when the folder was opened."""
-    header: dict[str, Any]
-    """What that checkpoint says of itself; empty if there is none."""
     previous_summary: dict[str, Any]
     """`summary.json` of an earlier session, empty if there is none."""
     began: bool = False
     """Whether an earlier session wrote its settings here."""
 
     @property
+    def checkpoint(self) -> Path | None:
+        """The file that the run continues from."""
+        return self.opened.path if self.opened else None
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The header of that file; empty if there is none."""
+        return self.opened.header if self.opened else {}
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def state(self, total_steps: int | None = None) -> State:
-        """What there is to do; a finished run can go on where more steps are asked for (None: no more are)."""
+        """Whether there is something to do; a finished run continues if `total_steps` are more than it planned."""
         finished = self.previous_summary.get("finished", False)
         # Compared with what was planned, not with what was reached: a run that stopped early is finished too.
         if finished and (total_steps is None or total_steps <= self.previous_summary["total_steps"]):
@@ -76,8 +87,8 @@ class RunFolder:
 def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]:
     """Own the run folder at `run_dir`, creating it if needed, until the block ends.
 
-    `config` is written where no checkpoint stands yet. Where one does, the caller first makes sure that its run may go
-    on with `config`, and then calls `write_config`.
+    `config` is written if there is no checkpoint yet. If there is one, the caller first makes sure that its run may
+    continue with `config`, and then calls `write_config`.
 
     Raises:
         RunFolderInUseError: if a living process owns it; names the process.
@@ -91,7 +102,7 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
     main = is_main_process()
     with _owned(path) if main else contextlib.nullcontext():
         began = (path / "config.yaml").is_file()
-        run = RunFolder(path, *_newest_checkpoint(path), read_summary(path), began)
+        run = RunFolder(path, _newest_checkpoint(path), read_summary(path), began)
         if run.checkpoint is None and main:
             run.write_config(config)
         yield run
@@ -99,7 +110,7 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
 
 @contextlib.contextmanager
 def leaving_nothing(path: Path) -> Iterator[None]:
-    """Keep a folder that was made for a run as it is: nothing is logged there, and an empty one is removed."""
+    """Leave the folder of a run as it is: log nothing there, and remove it if it is empty."""
     root = logging.getLogger()
     files = [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]
     own = [handler for handler in files if path.absolute() in Path(handler.baseFilename).parents]
@@ -145,7 +156,7 @@ def _acquire(lock: FileLock, path: Path) -> None:
 
 
 def _refuse_if_alive(path: Path) -> None:
-    """Refuse an owner that lives although the lock was free: the file system does not pass locks on."""
+    """Refuse an owner that lives although the lock was free: the file system does not pass locks between hosts."""
     owner = _read_owner(path)
     if _is_alive(owner):
         raise RunFolderInUseError(_in_use(path, owner))
@@ -164,17 +175,16 @@ def _sweep(path: Path) -> None:
             stray.unlink(missing_ok=True)
 
 
-def _newest_checkpoint(path: Path) -> tuple[Path | None, dict[str, Any]]:
+def _newest_checkpoint(path: Path) -> Opened | None:
     if not (path / "checkpoints").is_dir():
-        return None, {}
-    from llm_lightning.weights.checkpoint import newest_valid, read_run_header
+        return None
+    from llm_lightning.weights.checkpoint import open_newest
 
-    checkpoint = newest_valid(path / "checkpoints")
-    return checkpoint, read_run_header(checkpoint) if checkpoint else {}
+    return open_newest(path / "checkpoints")
 
 
 def is_main_process() -> bool:
-    """Whether no launcher (torchrun, Lightning, SLURM) calls this one of its later processes."""
+    """Whether no launcher (torchrun, Lightning, SLURM) started this as one of its later processes."""
     ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "0") == "0" for name in ranks)
 
@@ -191,14 +201,14 @@ def _this_process() -> dict[str, Any]:
 
 def _is_alive(owner: dict[str, Any]) -> bool:
     if not owner or owner["host"] != platform.node() or owner["process_start"] is None:
-        return False  # or it cannot be told: then the lock decides
+        return False  # or unknown: then the lock decides
     return _process_start(owner["pid"]) == owner["process_start"]
 
 
 def _process_start(pid: int) -> str | None:
-    """When a living process started, in the system's own words: with the pid it names one process for good.
+    """When a living process started, as the system writes it: with the pid, it identifies the process for good.
 
-    None if there is no such process, or if the system does not tell (Windows).
+    None if there is no such process, or on Windows, which does not tell.
     """
     if Path("/proc/self/stat").exists():
         try:

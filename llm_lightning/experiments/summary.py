@@ -1,4 +1,4 @@
-"""`summary.json`: what a run reached, from what, with what; and the lines that a run ends with."""
+"""`summary.json`: the results of a run, its parents, versions and devices; and the closing lines on the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm_lightning.experiments.launch import STARTED_IN
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.files.places import names_of_parent
@@ -51,8 +50,8 @@ def build_summary(
     Args:
         run: its folder.
         trainer, module: after `fit`, and `test` where there is a test split.
-        data: what the data is like (`BaseDataModule.report`).
-        seconds: that training took, in all sessions of the run that are known.
+        data: a description of the data (`BaseDataModule.report`).
+        seconds: of training, in all known sessions of the run.
         stopped: what ended it before its last step (`callbacks/endings.py`).
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
@@ -103,9 +102,9 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def closing_lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
-    """What the run reached, where it is, and what to type next."""
-    metrics, folder = summary["metrics"], _shown(run_dir)
+def closing_lines(summary: dict[str, Any], run_dir: Path, typed_in: Path) -> list[str]:
+    """What the run reached, where it is (as seen from the folder `typed_in`), and what to type next."""
+    metrics, folder = summary["metrics"], shown_from(typed_in, run_dir)
     items = f"{summary['item']}s"
     rate = summary[f"{items}_per_second"]
     speed = f", {rate:,.0f} {items}/s" if rate else ""
@@ -148,7 +147,7 @@ def _ended(summary: dict[str, Any]) -> str:
 
 
 def sampled_of(trainer: Any) -> dict[str, dict[str, Any]]:
-    """Which splits were not measured whole: how many samples were, of how many, and what they are called."""
+    """The splits that were measured in part: how many samples, of how many, and what they are called."""
     from llm_lightning.callbacks.responses import Responses
 
     sampled: dict[str, dict[str, Any]] = trainer.datamodule.sampled(trainer)
@@ -190,13 +189,13 @@ def _tested(metrics: dict[str, float], note: str, note_of_answers: str) -> list[
         frequent = metrics["test/exact_match_of_most_frequent"]
         lines.append(
             f"Exact match of its answers {_with_interval(metrics, 'test/exact_match')}; "
-            f"the most frequent answer alone has {frequent:.4f}{note_of_answers}."
+            f"always giving the commonest answer scores {frequent:.4f}{note_of_answers}."
         )
     return lines
 
 
 def _confused(pairs: Sequence[dict[str, Any]]) -> list[str]:
-    """Which of many classes are taken for which."""
+    """The most confused pairs of many classes."""
     shown = [f"{pair['true']} as {pair['predicted']} ({pair['texts']:,} of {pair['of']:,})" for pair in pairs[:3]]
     return [f"Most confused: {'; '.join(shown)}."] if shown else []
 
@@ -211,7 +210,7 @@ def steps_per_epoch(trainer: Any) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds in hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (hours + minutes > 0) + [f"{rest} s"] * (hours == 0)
@@ -235,7 +234,7 @@ def device_name(device: Any) -> str:
 
 
 def git_state(package: Path) -> dict[str, Any] | None:
-    """Commit of the code that runs and whether it was changed since; None where it is not in a git repository."""
+    """Commit of the running code, and whether it was changed since; None outside a git repository."""
     try:
         # An installed package can lie inside the repository of something else: is this file tracked?
         _git(package, "ls-files", "--error-unmatch", "__init__.py")
@@ -258,9 +257,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _shown(path: Path) -> Path:
-    """Relative to where the user stands, if that is shorter to type."""
-    try:
-        return path.resolve().relative_to(STARTED_IN)
-    except ValueError:
-        return path.resolve()
+def shown_from(folder: Path, path: Path) -> Path:
+    """`path` relative to `folder`, if it is below it: that is shorter to type."""
+    path, folder = path.resolve(), folder.resolve()
+    return path.relative_to(folder) if path.is_relative_to(folder) else path

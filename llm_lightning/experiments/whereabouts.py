@@ -1,8 +1,8 @@
-"""Where a run that continues finds its data, first weights and reference: by their digest, wherever they are now.
+"""Where the data and the first weights of a run that continues are now: they are recognised by their digest.
 
-With `resume=FOLDER` the settings are the folder's. What they name is looked for beside the folder, as the run saw it;
-then where it was; then from where the user stands. What is there is used if it has the digest that the run wrote down,
-and nothing else is. A path that is typed again for the same run means what it says.
+With `resume=FOLDER` the settings are the folder's. The places that they name are searched beside the folder, as the run
+saw them; then where they were; then from the current folder. Content with the recorded digest is used, and no other. A
+path that is typed again for the same run is taken as typed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-
 from llm_lightning.data.corpus.sources import absolute_paths
-from llm_lightning.experiments.foreign import NO_FILE, SHOWN, read_command, recorded_value
+from llm_lightning.experiments.foreign import RELEASES, recorded_value
 from llm_lightning.experiments.run_folder import RunFolder
+from llm_lightning.experiments.run_records import SHOWN, Settings, Start, read_command
 from llm_lightning.files.places import as_setting, candidates, existing, place_of
 from llm_lightning.terminal import one_line
-from llm_lightning.weights.checkpoint import verify
+from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import load_model, resolve
 
 Built = TypeVar("Built")
@@ -28,35 +27,37 @@ log = logging.getLogger(__name__)
 
 
 class OtherDataError(ValueError):
-    """What lies at a place is not what the run was made from."""
+    """The content of a place is not what the run was made from."""
 
 
-def read_data(cfg: DictConfig, run: RunFolder, build: Callable[[str | None], Built]) -> Built:
-    """The data of a run, from the place that has the recorded digest. Leaves that place in `cfg.data.path`.
+def read_data(
+    settings: Settings, run: RunFolder, start: Start, build: Callable[[Any, str | None], Built]
+) -> tuple[Built, Any]:
+    """The data of a run, and the value of `data.path` that names the place with the recorded digest.
 
     Args:
-        build: reads what `cfg.data` names; given a digest, it may raise OtherDataError before it is done.
+        build: reads the data at a value of `data.path`; given a digest, it may raise OtherDataError before it is done.
 
     Raises:
         ValueError, OSError: as `build` does; or if no place has what the run was made from, naming all.
     """
-    typed = _plain(cfg.data.get("path"))
-    place, folder = _recorded(cfg, "data.path", typed)
+    typed = settings["data"].get("path")
+    place, folder = _recorded(start, "data.path", typed)
     digest = run.header["lineage"]["data"] if run.checkpoint else (place or {}).get("digest")
     if place is None or digest is None:
-        return build(None)
+        return build(typed, None), typed
     before = run.header["config"]["data"].get("path") if run.checkpoint else None  # earlier versions: absolute
     options = candidates(place, run.path)
     options += [_words(typed, folder), _words(before, folder) if before else [], _words(typed, Path.cwd())]
     tried: list[str] = []
     first_error: Exception | None = None
     for words in _there("data.path", typed, options):
-        cfg.data.path = as_setting(typed, words)
+        path = as_setting(typed, words)
         try:
-            built: Any = build(digest)
+            built: Any = build(path, digest)
             if built.data_digest == digest:
                 _say("data.path", typed, words, options)
-                return built
+                return built, path
         except OtherDataError:
             pass
         except (ValueError, OSError) as error:
@@ -67,16 +68,27 @@ def read_data(cfg: DictConfig, run: RunFolder, build: Callable[[str | None], Bui
     raise _nothing_fits("data.path", tried, digest)
 
 
-def find_weights(cfg: DictConfig, run: RunFolder) -> None:
-    """Put into `cfg` where the first weights (of a run without a checkpoint) and a given reference are now.
+def find_weights(settings: Settings, run: RunFolder, start: Start) -> str | None:
+    """Where the first weights are now; as they were typed, if the run has a checkpoint and does not read them.
 
     Raises:
         ValueError, OSError: if no place has what the run was made from, naming all.
     """
-    if not run.checkpoint and cfg.init_from:
-        cfg.init_from = _weights_at(cfg, run, "init_from", str(cfg.init_from))
-    if cfg.task.get("reference"):
-        cfg.task.reference = _weights_at(cfg, run, "task.reference", str(cfg.task.reference))
+    typed: str | None = settings["init_from"]
+    if run.checkpoint or not typed:
+        return typed
+    place, folder = _recorded(start, "init_from", typed)
+    digest = (place or {}).get("digest")
+    if place is None or digest is None or (RELEASES.fullmatch(typed) and not Path(typed).exists()):
+        return typed
+    options = [*candidates(place, run.path), [str(folder / typed)], [typed]]
+    tried = []
+    for words in _there("init_from", typed, options):
+        if digest_at(words[0]) == digest:
+            _say("init_from", typed, words, options)
+            return words[0]
+        tried.append(words[0])
+    raise _nothing_fits("init_from", tried, digest)
 
 
 def refuse_other_parent(run: RunFolder, init_from: str | None) -> None:
@@ -95,58 +107,44 @@ def refuse_other_parent(run: RunFolder, init_from: str | None) -> None:
         )
 
 
-def places_of(cfg: DictConfig, settings: dict[str, Any], run: RunFolder, lineage: dict[str, Any]) -> dict[str, Any]:
-    """What a run keeps of its places, for `command.json` and the header of its checkpoints.
+def places_of(
+    settings: Settings, run: RunFolder, lineage: dict[str, Any], data_path: Any, init_from: str | None
+) -> dict[str, Any]:
+    """What a run records of its places, in `command.json` and the header of its checkpoints.
 
     Args:
-        cfg: with the places that were used.
-        settings: as they were typed.
+        settings: with the places as typed.
         lineage: of the run, with the digests of its data and first weights.
+        data_path, init_from: the places that were used.
     """
     places = {}
     if typed := settings["data"].get("path"):
-        found = _words(_plain(cfg.data.path), Path.cwd())
-        places["data.path"] = place_of(typed, found, run.path, lineage["data"])
+        places["data.path"] = place_of(typed, _words(data_path, Path.cwd()), run.path, lineage["data"])
     if (typed := settings["init_from"]) and lineage["parent"]:
         kept = run.header["lineage"].get("places", {}).get("init_from") if run.checkpoint else None
         if kept and kept.get("typed") == typed:
             places["init_from"] = kept
-        elif Path(cfg.init_from).exists():
-            found = [str(Path(cfg.init_from).absolute())]
-            places["init_from"] = place_of(typed, found, run.path, lineage["parent"])
-    typed = settings["task"].get("reference")
-    if typed and not NO_FILE["task.reference"].fullmatch(typed):
-        found = [str(Path(cfg.task.reference).absolute())]
-        places["task.reference"] = place_of(typed, found, run.path, digest_at(cfg.task.reference))
+        elif init_from and Path(init_from).exists():
+            places["init_from"] = place_of(typed, [str(Path(init_from).absolute())], run.path, lineage["parent"])
     return places
 
 
+def lasting_name(init_from: str) -> str:
+    """The name of weights that means the same from any folder: an absolute path, or a release's name."""
+    return str(Path(init_from).absolute()) if Path(init_from).exists() else init_from
+
+
 def digest_at(name: str) -> str:
-    """The digest of the weights that a path or name means."""
+    """The digest of the weights at a path or of a name."""
     path = resolve(name)
-    return verify(path) if path is not None else load_model(name).header["digest"]
+    return checkpoints.verify(path) if path is not None else load_model(name).header["digest"]
 
 
-def _weights_at(cfg: DictConfig, run: RunFolder, key: str, typed: str) -> str:
-    place, folder = _recorded(cfg, key, typed)
-    digest = (place or {}).get("digest")
-    if place is None or digest is None or (NO_FILE[key].fullmatch(typed) and not Path(typed).exists()):
-        return typed
-    options = [*candidates(place, run.path), [str(folder / typed)], [typed]]
-    tried = []
-    for words in _there(key, typed, options):
-        if digest_at(words[0]) == digest:
-            _say(key, typed, words, options)
-            return words[0]
-        tried.append(words[0])
-    raise _nothing_fits(key, tried, digest)
-
-
-def _recorded(cfg: DictConfig, key: str, value: Any) -> tuple[dict[str, Any] | None, Path]:
-    """What the folder of `resume=` keeps of a place, and where it was typed; None if `value` is not the folder's."""
-    if not cfg.resume:
+def _recorded(start: Start, key: str, value: Any) -> tuple[dict[str, Any] | None, Path]:
+    """The recorded place of a setting, and the folder it was typed in; None if `value` was not recorded."""
+    if not start.resume:
         return None, Path.cwd()
-    command = read_command(Path(cfg.resume), cfg.resume)
+    command = read_command(Path(start.resume), start.resume)
     places = command.get("places")
     place = places.get(key) if isinstance(places, dict) else None
     if isinstance(place, dict) and place.get("typed") == value and isinstance(place.get("digest"), str):
@@ -156,14 +154,14 @@ def _recorded(cfg: DictConfig, key: str, value: Any) -> tuple[dict[str, Any] | N
 
 
 def _there(key: str, typed: Any, options: list[list[str]]) -> list[list[str]]:
-    found = existing(options)
-    if not found:
+    there = existing(options)
+    if not there:
         looked = ", ".join(dict.fromkeys(one_line(", ".join(words), SHOWN) for words in options if words))
         raise FileNotFoundError(
             f"{key}={typed} of the run is not there (looked for {looked}); put it back, or type {key}=PLACE beside "
             "resume="
         )
-    return found
+    return there
 
 
 def _say(key: str, typed: Any, words: list[str], options: list[list[str]]) -> None:
@@ -180,9 +178,5 @@ def _nothing_fits(key: str, tried: list[str], digest: str) -> ValueError:
 
 def _words(value: Any, folder: Path) -> list[str]:
     """Absolute paths, read from `folder`."""
-    found = absolute_paths(value, folder)
-    return [found] if isinstance(found, str) else found
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    paths = absolute_paths(value, folder)
+    return [paths] if isinstance(paths, str) else paths

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from llm_lightning.weights.checks.archive import check_archive, check_state
 from llm_lightning.weights.checks.header import HEADER, TASKS, check_header, check_run
 from llm_lightning.weights.checks.resume import check_resumable, compare_with_run
 from llm_lightning.weights.checks.tensors import check_values, check_weights, n_parameters
+from llm_lightning.weights.renamed import translated
 
 FORMAT_VERSION = 1
 _MARK = b"llm-lightning checkpoint sha256:"
@@ -97,13 +98,26 @@ def verify(path: str | Path) -> str:
     return actual
 
 
-def load(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Verify and load a checkpoint of ours.
+class Opened(NamedTuple):
+    """A checkpoint that was verified, and its header."""
+
+    path: Path
+    header: dict[str, Any]
+    stamp: tuple[int, int, int]
+    """Size, time and inode of the file that was verified: while they are the same, it is not hashed again."""
+
+
+def load(
+    path: str | Path, *, map_location: Any = "cpu", mmap: bool = False, opened: Opened | None = None
+) -> dict[str, Any]:
+    """Verify and load a checkpoint of ours; one that was `opened`, and did not change since, is not hashed again.
 
     Raises:
         CheckpointError: if it is corrupt, foreign, or of a newer format.
     """
-    path, digest = Path(path), verify(path)
+    path = Path(path)
+    is_same = opened is not None and opened.path == path and opened.stamp == _stamp(path)
+    digest = opened.header["digest"] if opened is not None and is_same else verify(path)
     size = path.stat().st_size
     with refusing(path):
         try:
@@ -119,6 +133,8 @@ def load(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
                 f"{path} has format {header['format']}, this version reads up to {FORMAT_VERSION}; update llm-lightning"
             )
         check_header(header)
+        if "config" in header:
+            header["config"] = translated(header["config"])
         if header["task"] in TASKS:  # a task of someone else's may train more than our models have
             check_weights(header, state.get("state_dict"), size)
     header["digest"] = digest
@@ -134,13 +150,13 @@ def load_weights(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
-def load_to_resume(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint that a run continues from.
+def load_to_resume(path: str | Path, *, map_location: Any = "cpu", opened: Opened | None = None) -> dict[str, Any]:
+    """Load a checkpoint that a run continues from; `opened`: see `load`.
 
     Raises:
         CheckpointError: as `load`, or if weights are not finite, or what a run needs beside the weights is damaged.
     """
-    state = load(path, map_location=map_location)
+    state = load(path, map_location=map_location, opened=opened)
     with refusing(path):
         check_resumable(state)
         if state[HEADER]["task"] in TASKS:
@@ -175,18 +191,6 @@ def read_header(path: str | Path) -> dict[str, Any]:
     return load(path, mmap=True)[HEADER]
 
 
-def read_run_header(path: str | Path) -> dict[str, Any]:
-    """`read_header` of a checkpoint that a run continues from.
-
-    Raises:
-        CheckpointError: as `load`, or if it does not say what the run was: step, settings, data.
-    """
-    header = read_header(path)
-    with refusing(path):
-        check_run(header)
-    return header
-
-
 def examine(path: str | Path) -> tuple[dict[str, Any], int]:
     """The header of a checkpoint all of whose values were looked at, and the model's number of parameters.
 
@@ -198,20 +202,51 @@ def examine(path: str | Path) -> tuple[dict[str, Any], int]:
 
 
 def newest_valid(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest step in `folder` that passes `verify`; damaged ones are passed over, saying so."""
+    """The checkpoint of the highest step in `folder` that passes `verify`, with a warning for each damaged one.
+
+    Raises:
+        CheckpointError: if all are damaged.
+    """
+    newest = _newest(folder)
+    return newest.path if newest else None
+
+
+def open_newest(folder: str | Path) -> Opened | None:
+    """`newest_valid`, hashed once, with its header: what a run continues from.
+
+    Raises:
+        CheckpointError: as `load`; if all are damaged; or if the header lacks the run's step, settings or data.
+    """
+    newest = _newest(folder)
+    if newest is None:
+        return None
+    header = load(newest.path, mmap=True, opened=newest)[HEADER]
+    with refusing(newest.path):
+        check_run(header)
+    return newest._replace(header=header)
+
+
+def _newest(folder: str | Path) -> Opened | None:
+    """The newest valid file, of its header the digest alone."""
     damaged: list[str] = []
     for path in sorted(Path(folder).glob("step_*.ckpt"), reverse=True):
+        stamp = _stamp(path)
         try:
-            verify(path)
+            digest = verify(path)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
         for message in damaged:
             log.warning("%s. Falling back to %s", message, path)
-        return path
+        return Opened(path, {"digest": digest}, stamp)
     if damaged:
         raise CheckpointError(damaged[0])
     return None
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def link(source: Path, target: Path) -> None:

@@ -680,7 +680,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("config: many unknown keys", 300)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.experiments.settings.checks import diff_configs, unknown_keys
+    from llm_lightning.experiments.settings.changes import diff_configs
+    from llm_lightning.experiments.settings.checks import unknown_keys
 
     config = {f"key{i}": {"a": i} for i in range(n)}
     known = {f"known{i}": 1 for i in range(150)}

@@ -19,6 +19,7 @@ from llm_lightning.models.lora import merge_and_unload
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import HEADER, load, read_header, save
+from llm_lightning.weights.digests import digest_under
 from llm_lightning.weights.load import load_model
 
 PLAIN = [word for word in SETTINGS if "samples" not in word and "max_steps" not in word] + [
@@ -88,7 +89,7 @@ def outputs(model: Any) -> torch.Tensor:
 
 def assert_right(project: Path) -> None:
     """Every checkpoint names the base, and the adapter works alone, on a model, moved with its project, and in PEFT."""
-    base = checkpoints.digest_under({"model": {"context_length": 48}}, load_model(project / "base.ckpt").gpt)
+    base = digest_under({"model": {"context_length": 48}}, load_model(project / "base.ckpt").gpt)
     files = sorted((project / "run" / "checkpoints").glob("*.ckpt"))
     assert {file.name: read_header(file)["lineage"]["base"] for file in files} == {file.name: base for file in files}
     adapter = project / "run" / "checkpoints" / "adapter.ckpt"

@@ -11,17 +11,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from llm_lightning.experiments.foreign import COMMAND
-from llm_lightning.experiments.launch import continue_run
-from llm_lightning.experiments.settings.checks import (
-    MAY_CHANGE,
-    check_overrides,
-    check_targets,
-    diff_configs,
-    refuse_changes,
-    resolve_target,
-)
-from llm_lightning.experiments.settings.help import read_settings
+from llm_lightning.experiments.command_line import continue_run
+from llm_lightning.experiments.run_records import COMMAND
+from llm_lightning.experiments.settings.changes import MAY_CHANGE, diff_configs, refuse_changes
+from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.experiments.settings.targets import check_targets, resolve_target
+from llm_lightning.experiments.settings.yaml_files import read_settings
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -56,9 +51,9 @@ WRONG = [
     ("--experimental-rerun x.pickle", "reads a pickle"),
     ("--config-path nowhere", "use --config-dir"),
     ("+trainer.gradient_clip_val=1", "trainer.gradient_clip_val would have no effect; set optimizer.max_grad_norm"),
-    ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn trains in processes that hand nothing back; use ddp"),
-    ("trainer.strategy=ddp_notebook_find_unused_parameters_true", "hand nothing back; use ddp"),
-    ("trainer.strategy=ddp_fork", "hand nothing back; use ddp"),
+    ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn trains in processes that return nothing; use ddp"),
+    ("trainer.strategy=ddp_notebook_find_unused_parameters_true", "return nothing; use ddp"),
+    ("trainer.strategy=ddp_fork", "return nothing; use ddp"),
     ("tokenizer=tiktoken", "tokenizer.name has no default: add tokenizer.name=VALUE"),
     ("optimizer.lr=fast", "optimizer.lr='fast' must be a number"),
     ("compile=flase", "compile='flase' must be true or false"),

@@ -8,18 +8,18 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hostile import BENIGN, Outside, build, folders, settings, watch
 from tiny_run import ROOT, digests, finish, start, train_here, write_corpus
 
-from llm_lightning.experiments import foreign
-from llm_lightning.experiments.launch import continue_run
+from llm_lightning.experiments import run_records
+from llm_lightning.experiments.command_line import continue_run
 from llm_lightning.experiments.pipeline import MANIFEST_FACTS
 from llm_lightning.experiments.run import say_finished
 from llm_lightning.experiments.run_folder import OWNER_FACTS, RunFolder, open_run
+from llm_lightning.experiments.run_records import Start
 from llm_lightning.experiments.settings.checks import check_overrides
 
 CONF = ROOT / "conf"
@@ -160,20 +160,20 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     ]
     wrong = []
     for name, facts, good in (
-        ("command.json", foreign.COMMAND_FACTS, {"folder": "x", "config_dir": None, "overrides": []}),
-        ("summary.json", foreign.SUMMARY_FACTS, {"finished": True, "total_steps": 3}),
+        ("command.json", run_records.COMMAND_FACTS, {"folder": "x", "config_dir": None, "overrides": []}),
+        ("summary.json", run_records.SUMMARY_FACTS, {"finished": True, "total_steps": 3}),
         ("owner.json", OWNER_FACTS, {"pid": 1, "host": "h", "process_start": None, "started": "s"}),
         ("manifest.json", MANIFEST_FACTS, {"finished": True, "settings": "s", "parents": {}}),
     ):
         path = tmp_path / name
         path.write_text(json.dumps(good))
-        assert foreign.read_facts(path, facts, "mend it") == good
+        assert run_records.read_facts(path, facts, "mend it") == good
         others = [json.dumps(good | {key: ["x"] if key != "overrides" else "x"}).encode() for key in good]
         missing = [json.dumps({key: good[key] for key in good if key != left}).encode() for left in good]
         for content in [*damaged, *others, *missing]:
             path.write_bytes(content)
             try:
-                foreign.read_facts(path, facts, "mend it")
+                run_records.read_facts(path, facts, "mend it")
                 wrong.append(f"{name}: {content[:40]!r} is taken")
             except ValueError as error:
                 if not str(error).startswith(f"{path} is damaged (") or not str(error).endswith("; mend it"):
@@ -196,17 +196,18 @@ def test_a_run_folder_with_a_damaged_file_ends_in_one_line(tmp_path: Path) -> No
 
 
 def test_a_finished_run_whose_summary_does_not_say_what_was_reached(tmp_path: Path) -> None:
-    cfg: Any = SimpleNamespace(trainer=SimpleNamespace(max_epochs=1, max_steps=-1))
+    settings: dict[str, Any] = {"trainer": {"max_epochs": 1, "max_steps": -1}, "callbacks": {}}
+    start = Start(str(tmp_path), None, [])
     known = {"finished": True, "steps": 4, "total_steps": 4, "epochs": 1, "item": "token", "tokens": 9, "seconds": 1.0}
     known |= {"tokens_per_second": 2.5, "monitor": "val/loss", "best_value": 1.5, "best_step": 4, "task": "pretraining"}
     known |= {"checkpoint": "checkpoints/best.ckpt", "metrics": {"val/perplexity": 3.0}, "lineage": {}}
-    assert say_finished(cfg, RunFolder(tmp_path, None, {}, known)) == 1.5
+    assert say_finished(settings, RunFolder(tmp_path, None, known), start) == 1.5
     wrong = []
     for key in ("checkpoint", "lineage", "item", "steps", "best_value", "best_step", "tokens", "metrics"):
         others = [known | {key: ["x"]}, {name: value for name, value in known.items() if name != key}]
         for summary in others[key == "metrics" :]:
             try:
-                say_finished(cfg, RunFolder(tmp_path, None, {}, summary))
+                say_finished(settings, RunFolder(tmp_path, None, summary), start)
                 wrong.append(f"{key} in {summary}")
             except ValueError as error:
                 if f"{tmp_path / 'summary.json'} is damaged (it does not say what was reached" not in str(error):

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tiny_run import ROOT, SETTINGS, train_here, write_corpus
 
-from llm_lightning.experiments.launch import as_hydra_reads, continue_run, expand_sweep
+from llm_lightning.experiments.command_line import as_hydra_reads, continue_run, expand_sweep
 from llm_lightning.experiments.settings.checks import NOTHING_READS, SET_ELSEWHERE, check_overrides
 from llm_lightning.experiments.settings.ignored import ignored_settings
 from llm_lightning.experiments.settings.overrides import key_of

@@ -90,23 +90,25 @@ class Accuracy:
 def checked(cfg: DictConfig, stages: Sequence[str] = ("val", "train_eval")) -> dict[str, Any]:
     data: Any = SimpleNamespace(eval_samples=dict.fromkeys(stages))
     settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    monitors.fill_modes(cfg, settings)
-    monitors.refuse_unknown(cfg, Accuracy(), data)  # type: ignore[arg-type]
+    monitors.fill_modes(settings)
+    monitors.refuse_unknown(settings, Accuracy(), data)  # type: ignore[arg-type]
     return settings
 
 
 def test_every_open_mode_is_filled() -> None:
     cfg = settings_with(monitor="val/accuracy", callbacks__early_stopping__monitor="val/loss")
-    checked(cfg)
-    modes = (cfg.monitor_mode, cfg.callbacks.checkpoints.mode, cfg.callbacks.early_stopping.mode)
-    assert modes == ("max", "max", "min")
+    settings = checked(cfg)
+    modes = [settings["callbacks"][name]["mode"] for name in ("checkpoints", "early_stopping")]
+    assert [settings["monitor_mode"], *modes] == ["max", "max", "min"]
     own = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/auroc"}  # names no mode at all
     cfg = settings_with(monitor="val/accuracy", monitor_mode="min", callbacks__own=own)
-    checked(cfg)
-    assert [cfg.callbacks[name].mode for name in ("checkpoints", "early_stopping", "own")] == ["min", "min", "max"]
+    settings = checked(cfg)
+    nodes = settings["callbacks"]
+    assert [nodes[name]["mode"] for name in ("checkpoints", "early_stopping")] == ["min", "min"]
+    assert monitors.missing_mode(settings, nodes["own"]) == {"mode": "max"}  # and config.yaml stays as it was typed
+    assert "mode" not in nodes["own"]
     cfg = settings_with(monitor="val/mine", monitor_mode="max", allow_targets=["mine"])
-    checked(cfg)
-    assert cfg.callbacks.early_stopping.mode == "max"
+    assert checked(cfg)["callbacks"]["early_stopping"]["mode"] == "max"
     checked(settings_with(monitor="val_loss"))  # as the progress bar calls it
     earlier = {"callbacks__checkpoints__mode": "min", "callbacks__early_stopping__mode": "min"}
     assert checked(settings_with()) == checked(settings_with(monitor_mode="min", **earlier))  # so that those continue

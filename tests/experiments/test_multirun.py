@@ -10,7 +10,7 @@ import pytest
 from tiny_run import ROOT, SETTINGS, train_here, write_corpus
 
 from llm_lightning.experiments import launch
-from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.stages import plan
 
 EXPERIMENT = """# @package _global_
 hydra:

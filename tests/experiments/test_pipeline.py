@@ -18,7 +18,7 @@ from tiny_run import SETTINGS, Outcome, assert_same, finish, living, start, trai
 
 from llm_lightning.cli import main as cli
 from llm_lightning.experiments import pipeline
-from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.stages import plan
 from llm_lightning.weights import checkpoint as checkpoints
 
 CONF = Path(__file__).parents[2] / "conf"

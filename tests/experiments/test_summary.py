@@ -70,34 +70,32 @@ def test_a_run_killed_before_its_summary_sums_up_the_same(
     assert again["seconds"] >= summary["seconds"]
 
 
-def test_closing_lines_say_what_where_and_what_next(
-    tmp_path: Path, summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llm_lightning.experiments.summary.STARTED_IN", tmp_path.parent)
+def test_closing_lines_say_what_where_and_what_next(tmp_path: Path, summary: dict[str, Any]) -> None:
     fixed = summary | {"seconds": 88.0, "tokens": 1234567, "tokens_per_second": 14029.2}
     fixed |= {"monitor": "val/loss", "best_value": 2.5, "best_step": 9, "metrics": {"val/perplexity": 13.4637}}
-    assert closing_lines(fixed, tmp_path) == [
+    assert closing_lines(fixed, tmp_path, tmp_path.parent) == [
         "Finished 12 steps, 2 epochs, 1,234,567 tokens in 1 min 28 s, 14,029 tokens/s.",
         "Best val/loss 2.5000 after 9 steps; last val/perplexity 13.4637.",
         f"Run folder: {tmp_path.name}",
         f'Next: llm-lightning generate {tmp_path.name}/checkpoints/best.ckpt "The"',
     ]
-    monkeypatch.setattr("llm_lightning.experiments.summary.STARTED_IN", Path("/"))
-    assert f"Run folder: {tmp_path.relative_to('/')}" in closing_lines(fixed, tmp_path)
-    assert len(closing_lines(fixed | {"best_value": None, "tokens_per_second": None}, tmp_path)) == 3
+    assert f"Run folder: {tmp_path.relative_to('/')}" in closing_lines(fixed, tmp_path, Path("/"))
+    assert len(closing_lines(fixed | {"best_value": None, "tokens_per_second": None}, tmp_path, Path("/"))) == 3
     for parent, command in (("start.ckpt", "compare start.ckpt "), (None, "respond ")):
         of_dpo = {"task": "dpo", "item": "token", "lineage": {"parent_name": parent}}
-        assert closing_lines(fixed | of_dpo, tmp_path)[-1].startswith(f"Next: llm-lightning {command}")
-    assert closing_lines(fixed | {"checkpoint": None}, tmp_path)[-1].startswith("Run folder: ")
+        assert closing_lines(fixed | of_dpo, tmp_path, Path("/"))[-1].startswith(f"Next: llm-lightning {command}")
+    assert closing_lines(fixed | {"checkpoint": None}, tmp_path, Path("/"))[-1].startswith("Run folder: ")
     for answers, command in ((False, "respond "), (True, "judge ")):  # what it answered is not answered again
         if answers:
             (tmp_path / "responses.json").touch()
-        assert closing_lines(fixed | {"task": "sft"}, tmp_path)[-1].startswith(f"Next: llm-lightning {command}")
+        assert closing_lines(fixed | {"task": "sft"}, tmp_path, Path("/"))[-1].startswith(
+            f"Next: llm-lightning {command}"
+        )
     for reason, said in (
         ("time", "Stopped by trainer.max_time after 5 of 12 steps"),
         ("other", "Stopped after 5 of 12"),
     ):
-        assert closing_lines(fixed | {"steps": 5, "stopped_by": reason}, tmp_path)[0].startswith(said)
+        assert closing_lines(fixed | {"steps": 5, "stopped_by": reason}, tmp_path, Path("/"))[0].startswith(said)
 
 
 @pytest.mark.parametrize(

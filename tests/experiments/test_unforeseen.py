@@ -15,7 +15,8 @@ from llm_lightning.cli import inspect as inspect_verb
 from llm_lightning.cli.main import main as cli
 from llm_lightning.experiments import run as runs
 from llm_lightning.experiments import unforeseen
-from llm_lightning.experiments.settings.help import group_options, help_text
+from llm_lightning.experiments.settings.help import help_text
+from llm_lightning.experiments.settings.yaml_files import group_options
 
 CONF = ROOT / "conf"
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from tiny_run import SETTINGS, train_here, write_corpus
 
 from llm_lightning.cli.lineage import trace
 from llm_lightning.data.of_checkpoint import conversations_of, labelled_texts_of, tokens_of
 from llm_lightning.experiments.run_folder import RunFolder
+from llm_lightning.experiments.run_records import Start
 from llm_lightning.experiments.whereabouts import read_data
 from llm_lightning.files.places import candidates, existing, place_of
 from llm_lightning.weights import checkpoint as checkpoints
@@ -112,16 +111,15 @@ def test_what_has_the_recorded_digest_is_used_the_nearest_first(
         "overrides": ["data.path=a.txt"],
         "places": {"data.path": place},
     }
-    opened = RunFolder(run, None, {}, {})
+    resumed = Start(str(here), None, [], resume=str(run))
+    opened = RunFolder(run, None, {})
     log = []
     for change in (None, copy, there, here):  # they take another text one after the other
         if change is not None:
             (change / "a.txt").write_text("other")
         (run / "command.json").write_text(json.dumps(command))
-        cfg = OmegaConf.create({"resume": str(run), "data": {"path": "a.txt"}})
         try:
-            read_data(cfg, opened, partial(built, cfg))
-            log.append(cfg.data.path)
+            log.append(read_data({"data": {"path": "a.txt"}}, opened, resumed, built)[1])
         except ValueError as error:
             log.append(str(error))
     assert log[:3] == [str(folder / "a.txt") for folder in (copy, there, here)]
@@ -129,19 +127,18 @@ def test_what_has_the_recorded_digest_is_used_the_nearest_first(
         "cannot resume: data.path changed since the run began: digest 0967115f2813 is not that of "
     )
     assert [str(folder / "a.txt") in log[3] for folder in (copy, there, here)] == [True] * 3
-    typed = OmegaConf.create({"resume": str(run), "data": {"path": "b.txt"}})
-    assert read_data(typed, opened, lambda digest: digest) is None  # what is typed again means what it says
+    typed_again = {"data": {"path": "b.txt"}}  # means what it says
+    assert read_data(typed_again, opened, resumed, lambda *given: given) == (("b.txt", None), "b.txt")
     for folder in (copy, there, here):
         (folder / "a.txt").unlink()
-    gone = OmegaConf.create({"resume": str(run), "data": {"path": "a.txt"}})
     with pytest.raises(
         FileNotFoundError, match=r"data.path=a.txt of the run is not there \(looked for .*type data.path="
     ):
-        read_data(gone, opened, lambda digest: digest)
+        read_data({"data": {"path": "a.txt"}}, opened, resumed, built)
 
 
-def built(cfg: Any, digest: str | None) -> Any:
-    return SimpleNamespace(data_digest=digest_of(Path(cfg.data.path)))
+def built(path: Any, digest: str | None) -> Any:
+    return SimpleNamespace(data_digest=digest_of(Path(path)))
 
 
 def digest_of(path: Path) -> str:

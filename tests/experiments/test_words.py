@@ -12,13 +12,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tiny_run import ROOT, SETTINGS, train_here, write_corpus
 
-from llm_lightning.experiments.foreign import COMMAND
-from llm_lightning.experiments.launch import as_hydra_reads
-from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.command_line import as_hydra_reads
+from llm_lightning.experiments.run_records import COMMAND
 from llm_lightning.experiments.settings.checks import check_overrides
-from llm_lightning.experiments.settings.help import package_of
 from llm_lightning.experiments.settings.meaning import UNDECLARED, declared_kinds
 from llm_lightning.experiments.settings.overrides import key_of
+from llm_lightning.experiments.settings.yaml_files import package_of
+from llm_lightning.experiments.stages import plan
 from llm_lightning.optim import AdamWConfig
 
 CONF = ROOT / "conf"

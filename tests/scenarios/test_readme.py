@@ -13,9 +13,9 @@ from judge_server import serving
 from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.experiments.launch import expand_sweep
-from llm_lightning.experiments.pipeline import plan
+from llm_lightning.experiments.command_line import expand_sweep
 from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.experiments.stages import plan
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`((?:python train\.py|llm-lightning)[^`]*)`", README)))

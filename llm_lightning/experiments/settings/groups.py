@@ -1,7 +1,7 @@
-"""Groups that are switched off, groups that are needed, and groups that a setting asks for.
+"""Groups that are switched off, groups that every run needs, and the group that a setting belongs to.
 
-`null` and `none` both mean none: of a group that can be none (logger, callbacks, lora) and of a preset that was chosen
-before. Every other group is needed, and the refusal names what to choose instead.
+`null` and `none` both switch off: an optional group (logger, callbacks, lora), or a preset chosen before. Every run
+needs each of the other groups, and the refusal names what to choose instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from llm_lightning.experiments.settings.help import group_options, package_of, read_defaults, read_settings
+from llm_lightning.experiments.settings.yaml_files import group_options, package_of, read_defaults, read_settings
 
 OPTIONAL = ("logger", "callbacks", "lora")
 """Groups with a file none.yaml."""
@@ -30,13 +30,13 @@ INSTEAD = {
     "data": "the task brings its own",
     "task": "task=pretraining is the default",
 }
-"""Groups that every run needs, and what a user who types null may have meant."""
+"""Groups that every run needs, and what to type instead of null."""
 
 _NONE = ("null", "none")
 
 
 def without_null_groups(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """`GROUP=null` as Hydra takes it: `GROUP=none`; of a preset nothing, and no earlier choice of it either.
+    """Replace `GROUP=null` by `GROUP=none`; for a preset, drop the word and every earlier choice of it.
 
     Raises:
         ValueError: for a group that every run needs.
@@ -65,7 +65,7 @@ def refuse_missing(config: Mapping[str, Any], options: Mapping[str, Sequence[str
         where: the preset that may have done it.
     """
     for group in INSTEAD:
-        if group != "accelerator" and config.get(group) is None:  # that one lies in `trainer`
+        if group != "accelerator" and config.get(group) is None:  # accelerator's keys are in `trainer`
             raise ValueError(_needed(f"{group}: null{where}", group, options[group]))
 
 
@@ -76,14 +76,14 @@ def _needed(what: str, group: str, options: Sequence[str]) -> str:
 def switched_off(
     config: DictConfig, choices: Mapping[str, Any], typed: Collection[str], of_task: Mapping[str, Any]
 ) -> DictConfig:
-    """`config` without what presets have put into a group that is none: later files would switch it on again.
+    """Remove what presets put into a group that is none; later files would switch it on again.
 
     What the command line adds to such a group stays: `callbacks=none +callbacks.lr._target_=...`.
 
     Args:
         choices: group -> chosen file.
         typed: the keys of the command line, groups included.
-        of_task: what the task's preset alone puts into these groups.
+        of_task: dotted key -> value of the task's preset alone.
 
     Raises:
         ValueError: if the command line both switches a group off and sets something in it.
@@ -102,7 +102,7 @@ def switched_off(
                     f"{key} would have no effect: {group}=none switches {group} off; leave one of them out"
                 )
         for member, value in list(kept.items()):
-            if member not in mine and (group in typed or value == of_task.get(group, {}).get(member)):
+            if member not in mine and (group in typed or value == of_task.get(f"{group}.{member}")):
                 del kept[member]
         with open_dict(config):
             config[group] = kept
@@ -117,9 +117,9 @@ def is_off(choices: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 def option_with(key: str, folders: Iterable[Path], choices: Mapping[str, Any]) -> str | None:
     """`GROUP=OPTION` of a file that declares `key` and is not chosen; None if there is none.
 
-    The group's own name for it goes first: `callbacks=early_stopping`, then a task that brings it.
+    The group's own file comes first (`callbacks=early_stopping`), then a task that includes it.
     """
-    found: list[tuple[int, str]] = []
+    options: list[tuple[int, str]] = []
     for folder in folders:
         groups = [path.name for path in folder.iterdir() if path.is_dir()]
         for group in sorted(set(groups) - set(PRESETS_LEFT_OUT)):
@@ -127,12 +127,12 @@ def option_with(key: str, folders: Iterable[Path], choices: Mapping[str, Any]) -
                 file = folder / group / f"{option}.yaml"
                 declares = key in {setting.path for setting in read_settings(file, package_of(file, group))}
                 if declares and choices.get(group) != option:
-                    found.append(_named(folder, group, option))
-    return min(found, default=(0, None))[1]
+                    options.append(_named(folder, group, option))
+    return min(options, default=(0, None))[1]
 
 
 def _named(folder: Path, group: str, option: str) -> tuple[int, str]:
-    """How well it fits, small being better, and the words to type. Data of a kind come with their task."""
+    """Its rank, the best being 0, and the words to type. A kind of data comes with its task."""
     if group == "data":
         tasks = [task for task in group_options(folder, "task") if _brings(folder, task, option)]
         return (0, f"task={tasks[0]}") if tasks else (2, f"data={option}")

@@ -1,29 +1,19 @@
-"""`python train.py --help`: every group, option and key, with the sentences written beside them in conf/.
-
-Reads the YAML files as text: nothing heavy is imported, so that help is instant.
-"""
+"""`python train.py --help`: every group, option and key, with the sentences beside them in conf/."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-_KEY_LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):(?P<value>.*?)(?: +# (?P<comment>.*))?$")
-_DEFAULT_LINE = re.compile(r"^  - (?:(?:override +)?/?(?P<group>[\w/]+): )?(?P<option>[\w/]+)")
-_PACKAGE_LINE = re.compile(r"^# @package (\S+)")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One key of a YAML file: its dotted path, its value as written and its sentence."""
-
-    path: str
-    value: str
-    sentence: str
+from llm_lightning.experiments.settings.yaml_files import (
+    Setting,
+    group_options,
+    package_of,
+    read_defaults,
+    read_headline,
+    read_settings,
+)
+from llm_lightning.nearest import nearest
 
 
 def help_text(argv: Sequence[str], config_dir: Path) -> str | None:
@@ -36,63 +26,6 @@ def help_text(argv: Sequence[str], config_dir: Path) -> str | None:
         return None
     words = [word for word in argv if not word.startswith("-")]
     return "\n".join(_group_help(config_dir, words[0]) if words else _full_help(config_dir)) + "\n"
-
-
-def read_settings(file: Path, prefix: str) -> list[Setting]:
-    """Every key that a YAML file sets, in its order; `prefix` is where Hydra puts the file's content.
-
-    A sentence stands at the end of the key's line, or in the comment lines directly above it.
-    """
-    settings: list[Setting] = []
-    parents: list[tuple[int, str]] = []
-    above: list[str] = []
-    for line in _body(file):
-        if line.lstrip().startswith("#"):
-            above.append(line.strip("# "))
-            continue
-        match = _KEY_LINE.match(line)
-        if match:
-            indent = len(match["indent"])
-            parents = [(depth, key) for depth, key in parents if depth < indent] + [(indent, match["key"])]
-            path = ".".join([prefix] * bool(prefix) + [key for _, key in parents])
-            settings.append(Setting(path, match["value"].strip(), match["comment"] or " ".join(above)))
-        above = []
-    return settings
-
-
-def read_headline(file: Path) -> str:
-    """What a YAML file is: the first line of its head comment."""
-    lines = (line for line in file.read_text("utf-8").splitlines() if not _PACKAGE_LINE.match(line))
-    return next(lines, "").lstrip("# ")
-
-
-def read_defaults(file: Path) -> list[tuple[str | None, str]]:
-    """The (group, option) pairs of a file's defaults list; group None: a file of the same group."""
-    found = (_DEFAULT_LINE.match(line) for line in file.read_text("utf-8").splitlines())
-    return [(match["group"], match["option"]) for match in found if match and match["option"] != "_self_"]
-
-
-def group_options(config_dir: Path, group: str) -> list[str]:
-    """The options of a group, subfolders included: `book/ch05`."""
-    folder = config_dir / group
-    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
-
-
-@functools.cache
-def declared_settings(config_dir: Path) -> frozenset[str]:
-    """The dotted keys that the files of all groups declare, and train.yaml."""
-    found = {setting.path for setting in read_settings(config_dir / "train.yaml", "")}
-    for group in (path.name for path in config_dir.iterdir() if path.is_dir()):
-        for option in group_options(config_dir, group):
-            file = config_dir / group / f"{option}.yaml"
-            found |= {setting.path for setting in read_settings(file, package_of(file, group))}
-    return frozenset(found)
-
-
-def package_of(file: Path, group: str) -> str:
-    """Where Hydra puts the content of a group's file: the group, unless its first line says another place."""
-    package = _PACKAGE_LINE.match(file.read_text("utf-8"))
-    return package[1].replace("_global_", "") if package else group
 
 
 def _full_help(config_dir: Path) -> Iterator[str]:
@@ -121,8 +54,8 @@ def _full_help(config_dir: Path) -> Iterator[str]:
 def _group_help(config_dir: Path, group: str) -> Iterator[str]:
     groups = [name for name, _ in read_defaults(config_dir / "train.yaml") if name]
     if group not in groups:
-        nearest = difflib.get_close_matches(group, groups, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"groups are {', '.join(groups)}"
+        near = nearest(group, groups)
+        hint = f"did you mean '{near}'?" if near else f"groups are {', '.join(groups)}"
         raise ValueError(f"--help {group}: no such group; {hint}")
     for option in group_options(config_dir, group):
         yield from _option_help(config_dir, group, option)
@@ -150,17 +83,3 @@ def _rows(settings: list[Setting]) -> Iterator[str]:
         if setting.value and not setting.path.endswith("_target_"):
             assignment = f"{setting.path}={setting.value}"
             yield f"  {assignment:<44} {setting.sentence}"
-
-
-def _body(file: Path) -> Iterator[str]:
-    """The lines below the head comment and the defaults list."""
-    lines = iter(file.read_text("utf-8").splitlines())
-    line = next(lines, "")
-    while line.startswith("#"):
-        line = next(lines, "")
-    if line.startswith("defaults:"):
-        line = next(lines, "")
-        while line.startswith(("  -", "#")):
-            line = next(lines, "")
-    yield line
-    yield from lines

@@ -1,6 +1,6 @@
-"""Settings that have no effect beside others: each that was typed is named in one line when the run starts.
+"""Settings without effect beside others: the run logs one line for each that was typed.
 
-What has no effect whatever else is set is refused instead (`config_checks.SET_ELSEWHERE` and `NOTHING_READS`).
+Settings that never have an effect are refused instead (`checks.SET_ELSEWHERE` and `NOTHING_READS`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from llm_lightning.experiments.settings.nodes import dotted
 from llm_lightning.experiments.settings.overrides import key_of
 
 Values = Mapping[str, Any]
@@ -49,8 +50,8 @@ def _path_wins(values: Values) -> bool:
 
 
 RULES = (
-    Rule(("data.name",), _path_wins, "data.path goes before it"),
-    Rule(("data.name",), lambda v: v.get("data.hf_dataset") is not None, "data.hf_dataset goes before it"),
+    Rule(("data.name",), _path_wins, "data.path takes precedence"),
+    Rule(("data.name",), lambda v: v.get("data.hf_dataset") is not None, "data.hf_dataset takes precedence"),
     Rule(("data.hf_config", "data.hf_split", "data.hf_revision"), _is_off("data.hf_dataset"), "no data.hf_dataset"),
     Rule(
         ("data.text_field", "data.text_column", "data.label_column", "data.columns.*"),
@@ -102,11 +103,11 @@ RULES = (
 
 
 def ignored_settings(config: Mapping[str, Any], raw: Mapping[str, Any], typed: Iterable[str]) -> Iterator[str]:
-    """One line for each typed setting that has no effect in this run, and for what a switched-off group costs.
+    """One line for each typed setting without effect in this run, and for what a switched-off group costs.
 
     Args:
         config: of the run, resolved.
-        raw: the same with interpolations as they stand.
+        raw: the same, interpolations as written.
         typed: the words of the command line.
     """
     values = dotted(config)
@@ -121,17 +122,6 @@ def ignored_settings(config: Mapping[str, Any], raw: Mapping[str, Any], typed: I
         yield "No checkpoints are kept: the run leaves no weights, and cannot be continued"
     if values.get("callbacks.plots") is not None and not _has_metrics_file(values) and not _one_batch(values):
         yield "No curves are drawn: they come from metrics.csv, which logger=csv writes"
-
-
-def dotted(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Every dotted key below `node`, nodes included."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        inner = f"{path}.{key}" if path else str(key)
-        found[inner] = value
-        if isinstance(value, Mapping):
-            found |= dotted(value, inner)
-    return found
 
 
 def _concerns(rule: Rule, key: str) -> bool:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from llm_lightning.experiments.settings.help import group_options, package_of
+from llm_lightning.experiments.settings.compose import config_dirs
+from llm_lightning.experiments.settings.nodes import leaves
+from llm_lightning.experiments.settings.overrides import parse_arguments
+from llm_lightning.experiments.settings.yaml_files import group_options, load, package_of
 
 Kind = Literal["text", "texts", "numbers", "anything"]
 """One text; a list of texts; a list of numbers; what is left to Hydra: numbers, switches, nodes, words beside them."""
@@ -76,9 +77,9 @@ def as_meant(argv: Sequence[str], config_dir: Path) -> list[str]:
         argv: the command line without the program, or settings alone.
         config_dir: the folder of train.yaml; `--config-dir` in `argv` adds its own.
     """
-    folders = config_folders(argv, config_dir)
-    is_multirun = bool({"-m", "--multirun"} & set(argv))
-    return [word_as_meant(word, folders, is_multirun=is_multirun) for word in argv]
+    arguments = parse_arguments(argv)
+    folders = config_dirs(arguments.config_dir, config_dir).folders
+    return [word_as_meant(word, folders, is_multirun=arguments.multirun) for word in argv]
 
 
 def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = False) -> str:
@@ -90,27 +91,13 @@ def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = F
     return f"{key}={_swept(value, kind)}"
 
 
-def config_folders(argv: Sequence[str], config_dir: Path) -> tuple[Path, ...]:
-    """Where YAML files are looked for: the folder of `--config-dir` in `argv`, if any, and the project's own."""
-    own: list[str] = []
-    for word, following in zip(argv, [*argv, ""][1:], strict=True):
-        option, has_value, value = word.partition("=")
-        if option in ("--config-dir", "-cd"):
-            own = [value if has_value else following]
-    return (*(Path(folder) for folder in own if Path(folder).is_dir()), config_dir)
-
-
 @functools.cache
 def declared_kinds(folders: tuple[Path, ...]) -> dict[str, Kind]:
     """The kind of every setting that a group's file, a task or train.yaml declares."""
     values: dict[str, Any] = {}
     for file, package in _declaring_files(folders):
-        try:
-            content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        except (OSError, yaml.YAMLError, OmegaConfBaseException):  # said where it is used
-            continue
-        for key, value in _leaves(content, package) if isinstance(content, dict) else ():
-            if values.get(key) is None:
+        for key, value in leaves(load(file), package).items():
+            if not key.startswith("hydra") and values.get(key) is None:
                 values[key] = value
     return {key: _kind_of(key, values) for key in values} | UNDECLARED
 
@@ -177,17 +164,6 @@ def _declaring_files(folders: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
             for option in group_options(folder, group):
                 file = folder / group / f"{option}.yaml"
                 yield file, package_of(file, group)
-
-
-def _leaves(node: Mapping[Any, Any], path: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        inner = f"{path}.{key}" if path else str(key)
-        if inner == "defaults" or inner.endswith(".defaults") or inner.startswith("hydra"):
-            continue
-        if isinstance(value, Mapping):
-            yield from _leaves(value, inner)
-        else:
-            yield inner, value
 
 
 def _kind_of(key: str, values: Mapping[str, Any]) -> Kind:

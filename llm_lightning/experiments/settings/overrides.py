@@ -1,9 +1,11 @@
-"""Words of the command line, as Hydra reads them: `KEY=VALUE`, `+KEY=VALUE`, `~KEY`."""
+"""Words of the command line, as Hydra reads them: options, and overrides (`KEY=VALUE`, `+KEY=VALUE`, `~KEY`)."""
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def key_of(word: str) -> str:
@@ -11,29 +13,29 @@ def key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def run_dir_is(folder: Path) -> str:
-    """The setting that makes `folder` the run folder."""
+def run_dir_override(folder: Path) -> str:
+    """The override that makes `folder` the run folder."""
     return f"hydra.run.dir={quoted(folder)}"
 
 
-def quoted(folder: Path) -> str:
-    """A path as the value of a setting, whatever is in it."""
+def quoted(folder: str | Path) -> str:
+    """A path as the value of an override, whatever characters it has."""
     escaped = str(folder).replace("'", r"\'")
     return f"'{escaped}'"
 
 
 def unquoted(text: str) -> str:
-    """What a user, or Hydra's quotes around it, means by a folder."""
+    """A value without the quotes that `quoted`, or the user, put around it."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1].replace(f"\\{text[0]}", text[0])
     return text
 
 
 def parsed(word: str) -> Any:
-    """A setting as Hydra understands it: an `Override`.
+    """An override as Hydra parses it: its `Override`.
 
     Raises:
-        ValueError: saying how to write it, if Hydra cannot read it.
+        ValueError: if Hydra cannot parse it, saying how to write it.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -44,3 +46,44 @@ def parsed(word: str) -> Any:
         reason = str(error).splitlines()[0]
         advice = "write KEY=VALUE, and quote a value with any of ()=,'\"{}[] twice: 'KEY=\"VALUE\"'"
         raise ValueError(f"cannot read '{word}' ({reason}); {advice}") from None
+
+
+def parse_arguments(argv: Sequence[str]) -> Namespace:
+    """Hydra's options in a command line without its program, and the overrides: `.overrides`, `.config_dir` ...
+
+    Options and overrides may come in any order.
+
+    Raises:
+        ValueError: if there is no such option, or it would bypass the checks.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; settings are written KEY=VALUE, and --help lists them")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments = parser.parse_intermixed_args(list(argv))
+    if arguments.experimental_rerun:
+        raise ValueError("--experimental-rerun reads a pickle, which can run any code; type the command again instead")
+    if arguments.config_path or arguments.config_name:
+        raise ValueError(
+            "--config-path and --config-name would bypass the checks; use --config-dir FOLDER to add files"
+        )
+    if arguments.config_dir and not Path(arguments.config_dir).is_dir():
+        raise ValueError(f"--config-dir {arguments.config_dir}: no such folder")
+    return arguments
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of a command line, each with its value, and its overrides."""
+    overrides = list(parse_arguments(argv).overrides)
+    options: list[str] = []
+    left = list(overrides)
+    for word in argv:
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            options.append(word)
+    return options, overrides

@@ -1,0 +1,235 @@
+"""The parts of a run, built from its settings: data, tokenizer, model, task and Trainer.
+
+`settings` are nested dicts, every value resolved, as config.yaml and the checkpoints' headers hold them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
+from llm_lightning.callbacks.exact_resume import ExactResume
+from llm_lightning.callbacks.signals import Signals
+from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.conversations import may_share_prefix
+from llm_lightning.experiments.adapters import adapter_lineage
+from llm_lightning.experiments.monitors import missing_mode
+from llm_lightning.experiments.run_folder import RunFolder
+from llm_lightning.experiments.run_records import Settings
+from llm_lightning.experiments.whereabouts import OtherDataError, lasting_name
+from llm_lightning.models.classifier import Classifier
+from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.lora import merge_and_unload
+from llm_lightning.models.surgery import adapt, config_for, with_head_of
+from llm_lightning.tasks.base import TaskModule
+from llm_lightning.tokenizers import Tokenizer, build_tokenizer, from_description
+from llm_lightning.weights.load import LoadedModel
+
+TRAINED_TOKENIZERS = ("bpe", "word")
+LEAVE_FILES = ("Checkpoints", "Plots", "Samples", "Responses")
+"""Callbacks that `trainer.fast_dev_run` leaves out."""
+
+log = logging.getLogger(__name__)
+
+
+def build(node: Mapping[str, Any], **arguments: Any) -> Any:
+    """Hydra's `instantiate` of a resolved node, but with the error of the constructor itself, not Hydra's around it.
+
+    Raises:
+        ValueError: also where a package is missing that a foreign class needs, or arguments do not suit it.
+    """
+    target = str(node.get("_target_"))
+    try:
+        return instantiate(_escaped(node), **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ImportError):  # a logger of a service
+            raise ValueError(f"{target} needs a package that is not installed: {cause}") from cause
+        is_foreign = target.startswith(("lightning.", "torchmetrics."))  # it checks few of its arguments
+        if is_foreign and isinstance(cause, (TypeError, AttributeError, KeyError)):
+            raise ValueError(f"{target} cannot be built with these arguments: {cause}") from cause
+        raise cause from None
+
+
+def _escaped(value: Any) -> Any:
+    """A resolved value, in which `${` is text, as OmegaConf writes it."""
+    if isinstance(value, Mapping):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def build_datamodule(settings: Settings, tokenizer: Any, path: Any, digest: str | None = None) -> BaseDataModule:
+    """The data module, built: read, checked and tokenised.
+
+    Args:
+        tokenizer: from `choose_tokenizer`.
+        path: where `data.path` is now.
+        digest: what the data must have.
+
+    Raises:
+        OtherDataError: if the data module knows before reading that its data has another digest.
+    """
+    options = {key: value for key, value in settings["data"].items() if key != "preview"}
+    if "packing" in options:
+        options["share_prefix"] = may_share_prefix(settings["model"], settings.get("lora"))
+    datamodule: BaseDataModule = build(
+        options | ({"path": path} if "path" in options else {}),
+        tokenizer=tokenizer,
+        context_length=settings["model"]["context_length"],
+        seed=settings["seed"],
+        _convert_="all",
+    )
+    if digest is not None and datamodule.digest_of_source() not in (None, digest):
+        raise OtherDataError("other data")
+    datamodule.build()
+    return datamodule
+
+
+def choose_tokenizer(settings: Settings, run: RunFolder | None = None, parent: LoadedModel | None = None) -> Any:
+    """A tokenizer, or a function that trains one on texts. A checkpoint and given weights bring their own."""
+    name, vocab_size = settings["tokenizer"]["name"], settings["tokenizer"].get("vocab_size")
+    if run is not None and run.checkpoint is not None:
+        return from_description(run.header["tokenizer"])
+    if parent is not None:
+        own = parent.tokenizer.describe()["name"]
+        if own != name:
+            log.info("Tokenizer %s comes with the weights of init_from; tokenizer=%s is ignored", own, name)
+        return parent.tokenizer
+    if name in TRAINED_TOKENIZERS:
+        return partial(_train_tokenizer, name, vocab_size)
+    return build_tokenizer(name, vocab_size=vocab_size)
+
+
+def _train_tokenizer(name: str, vocab_size: int | None, texts: Any) -> Tokenizer:
+    return build_tokenizer(name, vocab_size=vocab_size, texts=texts)
+
+
+def build_module(
+    settings: Settings,
+    datamodule: BaseDataModule,
+    parent: LoadedModel | None,
+    continued: Mapping[str, Any] | None = None,
+) -> TaskModule:
+    """The task's module around its model; its header is what checkpoints and summary say of the run.
+
+    Args:
+        parent: the first weights, of `init_from`.
+        continued: the header of the checkpoint that the run continues from, whose weights Lightning loads.
+    """
+    task: type[TaskModule] = get_class(settings["task"]["_target_"])
+    options = {key: value for key, value in settings["task"].items() if key != "_target_"}
+    options |= task.options_from(datamodule)
+    trunk = build_model(settings, task, datamodule.tokenizer, parent, continued)
+    model: GPT | Classifier = trunk
+    if parent and isinstance(parent.model, Classifier) and options.get("labels") == parent.labels:
+        log.info("The head comes with the weights of init_from: the classes are the same")
+        model = with_head_of(parent.model, trunk, pooling=options["pooling"], causal=options["causal"])
+    lora = build(settings["lora"]) if settings.get("lora") else None
+    if continued is not None:
+        lineage = continued["lineage"]
+    else:
+        lineage = {
+            "data": datamodule.data_digest,
+            "parent": parent.header["digest"] if parent else None,
+            "parent_name": lasting_name(settings["init_from"]) if parent else None,
+            **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
+        }
+    # Not through instantiate(): it would look for targets to build inside the header's copy of the settings.
+    return task(
+        model=model,
+        tokenizer=datamodule.tokenizer,
+        optimizer=build(settings["optimizer"]),
+        scheduler=build(settings["scheduler"]),
+        lora=lora,
+        header={"config": settings, "lineage": lineage},
+        **options,
+    )
+
+
+def build_model(
+    settings: Settings,
+    task: type[TaskModule],
+    tokenizer: Tokenizer,
+    parent: LoadedModel | None,
+    continued: Mapping[str, Any] | None = None,
+) -> GPT:
+    """A GPT: a fresh one, or one with the weights of `parent`, adapters merged.
+
+    A run that `continued` a checkpoint gets one of the checkpoint's sizes.
+    """
+    chosen = settings["model"]
+    sizes = {field.name: chosen[field.name] for field in fields(GPTConfig) if field.name in chosen}
+    sizes["vocab_size"] = _vocabulary(chosen["vocab_size"], tokenizer)
+    if not task.uses_lm_head:
+        sizes["tied_head"] = True  # costs nothing
+    wanted, checkpointing = GPTConfig(**sizes), chosen["activation_checkpointing"]
+    if parent is None:
+        if continued is not None and settings["init_from"]:
+            wanted = config_for(GPTConfig(**continued["model"]), wanted, keep_head=task.uses_lm_head)
+        return GPT(wanted, init=chosen["init"], activation_checkpointing=checkpointing)
+    if isinstance(parent.model, Classifier) and task.uses_lm_head:
+        raise ValueError(f"init_from={settings['init_from']} is a classifier without a language-model head; give a GPT")
+    trunk = merge_and_unload(parent.model).trunk
+    return adapt(trunk, wanted, activation_checkpointing=checkpointing, keep_head=task.uses_lm_head)
+
+
+def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
+    if wanted is not None and wanted < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={wanted} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "leave it null, or raise it"
+        )
+    return wanted or tokenizer.vocab_size
+
+
+def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
+    """The Trainer with our checkpoints, callbacks and loggers."""
+    nodes = [node for node in settings["callbacks"].values() if node is not None]
+    callbacks = [ExactResume(), Signals(), *(build(node, **missing_mode(settings, node)) for node in nodes)]
+    if settings["trainer"]["fast_dev_run"]:  # one batch of everything leaves no files
+        callbacks = [callback for callback in callbacks if type(callback).__name__ not in LEAVE_FILES]
+    ours = {"run_dir": run.path, "resumed_step": run.header["step"] if run.checkpoint else 0}
+    loggers = [
+        build(logger, **ours if logger["_target_"].startswith("llm_lightning.") else {})
+        for logger in settings["logger"].values()
+        if logger is not None
+    ]
+    trainer: L.Trainer = build(
+        settings["trainer"],
+        default_root_dir=run.path,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[VerifiedCheckpointIO(run.opened)],
+        enable_checkpointing=False,  # Checkpoints does it
+        enable_model_summary=False,
+        _convert_="all",
+    )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # whatever chose it: a class, a notebook
+        raise ValueError("trainer.strategy trains in processes that return nothing; use trainer.strategy=ddp")
+    return trainer
+
+
+def choose_precision(setting: str, accelerator: str) -> str:
+    """Resolve `auto`: bf16 with fp32 master weights where the hardware multiplies it faster, fp32 elsewhere."""
+    if setting != "auto":
+        return setting
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        fast = False  # bf16 saves memory there, but was measured slower
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if fast else "32-true"

@@ -1,0 +1,89 @@
+"""What may change when a run is resumed, and settings that have changed since an earlier version wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from llm_lightning.experiments.settings.nodes import leaves
+from llm_lightning.weights.renamed import RENAMED
+
+MAY_CHANGE = (
+    "trainer.max_epochs",  # training on is what resuming is for; a schedule is stretched to the new length
+    "trainer.max_steps",
+    "trainer.max_time",
+    "callbacks.early_stopping*",
+    "trainer.enable_progress_bar",  # what is shown and logged, and who prepares the batches, changes no weight
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "data.num_workers",
+    "logger.*",
+    "callbacks.checkpoints.every_n_*",
+    "callbacks.checkpoints.keep",
+    "callbacks.samples*",
+    "callbacks.plots*",
+    "callbacks.throughput*",
+    "data.path",  # where things are: the content is compared by its digest
+    "init_from",
+    "allow_targets",  # how the run is started, not what it computes
+    "resume",
+    "run_name",
+)
+"""Settings that may differ when a run is resumed, as patterns."""
+
+REMOVED = {
+    ("task.reference", "adapter_clone"): "set task.reference=adapter_off: adapters start at 0, so it is the same model",
+    ("task.loss", "length_normalised"): "set task.loss=average, which is the same loss",
+}
+"""(key, value) that no longer exists -> what to use instead."""
+REFERENCES = ("auto", "copy", "adapter_off", "cached")
+"""Values of task.reference; any other was the path of a model, which had to hold the weights of `copy`."""
+
+
+def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every difference; a missing key counts as None."""
+    before, after = leaves(old), leaves(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with settings that change its results; `MAY_CHANGE` lists those that do not.
+
+    Raises:
+        ValueError: naming every changed key, its old and its new value.
+    """
+    changed = [
+        f"{key} was {before!r} and is {after!r}"
+        for key, before, after in diff_configs(old, new)
+        if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume with other settings: {'; '.join(changed)}; "
+            "give the old values again, or start a new run under another run_name"
+        )
+
+
+def refuse_renamed(key: str) -> None:
+    """Refuse an old key, naming the new one."""
+    if key in RENAMED:
+        raise ValueError(f"{key} is now called {RENAMED[key]}; write {RENAMED[key]}=VALUE")
+
+
+def refuse_removed(values: Mapping[str, Any]) -> None:
+    """Refuse a value that an earlier version had, naming what to use instead.
+
+    Args:
+        values: dotted key -> value.
+    """
+    for (key, value), instead in REMOVED.items():
+        if values.get(key) == value:
+            raise ValueError(f"{key}={value} no longer exists: {instead}, in a new run")
+    reference = values.get("task.reference")
+    if reference is not None and reference not in REFERENCES:
+        raise ValueError(
+            f"task.reference={reference} is not one of {', '.join(REFERENCES)}: a path is no longer taken, since it "
+            "had to hold the policy's own weights; set task.reference=copy, in a new run"
+        )

@@ -1,0 +1,146 @@
+"""Compose the configuration of a command line: Hydra's errors become one line that names the right word."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm_lightning.experiments.settings import yaml_files
+from llm_lightning.experiments.settings.nodes import dotted
+from llm_lightning.experiments.settings.yaml_files import group_options, package_of, read_defaults
+from llm_lightning.nearest import nearest
+
+PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
+"""Groups whose files pick and set, but declare no key (a task declares its own node)."""
+
+
+@dataclass(frozen=True)
+class ConfigDirs:
+    """Where YAML files are searched: the folder of `--config-dir`, if any, then the project's own."""
+
+    folders: tuple[Path, ...]
+
+    def groups(self) -> list[str]:
+        """The folders: `model`, `optimizer` ..."""
+        return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()})
+
+    def options(self, group: str) -> list[str]:
+        """The files of a group, subfolders included: `book/ch05`."""
+        return sorted({option for folder in self.folders for option in group_options(folder, group)})
+
+    def file_that_sets(self, key: str, choices: Mapping[str, Any]) -> Path | None:
+        """The chosen preset file that sets `key`."""
+        files = (self.file_of(group, choices.get(group)) for group in PRESETS)
+        return next((file for file in files if file and key in dotted(yaml_files.load(file))), None)
+
+    def file_of(self, group: str, option: Any) -> Path | None:
+        """The file of an option; the project's own wins, as in Hydra's search path."""
+        files = (folder / group / f"{option}.yaml" for folder in reversed(self.folders))
+        return next((file for file in files if file.is_file()), None)
+
+    def declared(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """Dotted key -> value as written, of train.yaml and the chosen files of all groups but presets.
+
+        Every key in it is one that something reads.
+        """
+        keys = dotted(_without_hydra(yaml_files.load(self.folders[-1] / "train.yaml")))
+        groups = set(self.groups()) - set(PRESETS)
+        for group, option in reversed(list(choices.items())):  # Hydra lists them from the last to the first
+            if option is not None and group in groups:
+                keys |= self.keys_of(group, option)
+        return keys
+
+    def keys_of(self, group: str, option: str) -> dict[str, Any]:
+        """Dotted key -> value as written, of one file and those of its group that it builds on."""
+        file = self.file_of(group, option)
+        if file is None:
+            return {}
+        keys: dict[str, Any] = {}
+        for other, base in read_defaults(file):
+            if other is None:
+                keys |= self.keys_of(group, base)
+            elif group not in PRESETS:
+                keys |= self.keys_of(other, base)
+        package = package_of(file, group)
+        parents = package.split(".") if package else []
+        nodes: dict[str, Any] = {".".join(parents[: depth + 1]): {} for depth in range(len(parents))}
+        return keys | nodes | dotted(yaml_files.load(file), package)
+
+    def compose(self, overrides: Iterable[str]) -> DictConfig:
+        """The config, Hydra's own part included.
+
+        Raises:
+            ValueError: one line: Hydra's, or ours where a group, option or key has a wrong name.
+        """
+        added = [f"hydra.searchpath=['file://{folder}']" for folder in self.folders[:-1]]
+        try:
+            with initialize_config_dir(str(self.folders[-1]), version_base="1.3"):
+                return compose("train", [*overrides, *added], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ValueError(self._explain(" ".join(str(error).split()))) from None
+
+    def _explain(self, message: str) -> str:
+        """Hydra's words where they are clear; ours, with the nearest right name, where a name was wrong."""
+        group = re.search(r"In '(.+?)': Could not override '([\w/]+).*No match in the defaults list", message)
+        if group:
+            return f"unknown group '{group[2]}' in {group[1]}.yaml; {hint(group[2], self.groups())}"
+        option = re.search(r"Could not (?:find|load) '([\w-]+)/([^']+)'", message)
+        if option:
+            return self.wrong_option(option[1], option[2])
+        plus = re.search(r"To append to your config use (\S+)", message)
+        if plus and plus[1].startswith("+hydra."):
+            return f"unknown key '{plus[1][1:].partition('=')[0]}'; python train.py --cfg hydra lists Hydra's own"
+        if plus:
+            return f"{plus[1][1:]}: not in our files, but an argument of its target: write {plus[1]}"
+        return message
+
+    def wrong_option(self, group: str, option: str) -> str:
+        """The message for `GROUP=OPTION` without a file."""
+        options = self.options(group)
+        return f"{group}={option}: no such option; {hint(option, options)} ({group}: {', '.join(options)})"
+
+
+def config_dirs(config_dir: str | None, project: Path) -> ConfigDirs:
+    """The folder of `--config-dir`, if any, and the project's `conf`."""
+    folders = [Path(config_dir), project] if config_dir else [project]
+    return ConfigDirs(tuple(folder.absolute() for folder in folders))
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """`config` without Hydra's own part."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def register_resolvers() -> None:
+    """Teach OmegaConf `${run_folder:NAME}`, which conf/train.yaml uses, for one start.
+
+    Without a name, a folder is called by date, time and eight random digits: runs started in the same second differ.
+    They are drawn here, once a start, so that Hydra and every launched process see the same folder.
+    """
+    drawn = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(4)}"
+    OmegaConf.register_new_resolver(
+        "run_folder", lambda run_name: drawn if run_name is None else str(run_name), replace=True
+    )
+
+
+def hint(name: str, candidates: Sequence[str] | Iterable[str]) -> str:
+    """The nearest right name: one with the same last part before any other."""
+    names = sorted(set(candidates))
+    namesakes = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = nearest(name, namesakes, cutoff=0.0) or nearest(name, names)
+    return f"did you mean '{near}'?" if near else "python train.py --help lists all"
+
+
+def _without_hydra(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "hydra"}
