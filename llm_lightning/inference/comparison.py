@@ -1,4 +1,4 @@
-"""What is measured of two models' answers to the same questions, and what a judge says of them."""
+"""Two models' answers to the same questions, measured and judged."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def judged(judge: Judge, rows: Sequence[dict[str, Any]]) -> Judged:
     if summary.decided:
         share = summary.first_chosen / summary.decided
         remarks.append(
-            f"The response shown first was chosen in {share:.0%} of the {summary.decided:,} that were no tie."
+            f"The response shown first was chosen in {share:.0%} of the {summary.decided:,} that were not a tie."
         )
     remarks += _failures({"Scores of A": scores[0], "Scores of B": scores[1], "Pairs": summary})
     return Judged(measures, remarks, [_notes(*one) for one in zip(*verdicts, pairs, strict=True)])

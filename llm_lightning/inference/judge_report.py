@@ -1,4 +1,4 @@
-"""What is written and printed of a file of responses: scores, pairs, or how alike they are to the references."""
+"""Reports on a file of responses: scores, pairwise comparisons, or similarity to the references."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ WIDTH = 60
 
 
 class Responses(NamedTuple):
-    """A file that was read and found right."""
+    """The valid records of a file."""
 
     path: Path
     records: list[dict[str, Any]]
     columns: list[str]
-    """where the responses are"""
+    """of responses"""
 
 
 class Report(NamedTuple):
-    """What is written and printed of one file."""
+    """The results for one file, to write and to print."""
 
     summary: dict[str, Any]
     records: list[dict[str, Any]]
@@ -56,7 +56,7 @@ class Report(NamedTuple):
 
 
 def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int | None = None) -> Responses:
-    """Read records whose responses are in some columns; None: all that start with `model_response`.
+    """Read records with columns of responses; None: all columns that start with `model_response`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -126,7 +126,7 @@ def score_report(judge: Judge, file: Responses, name: str) -> Report:
 
 
 def _histogram(verdicts: dict[str, list[Verdict]], prompt: ScorePrompt) -> Figure:
-    """How many records got which score, one panel per column."""
+    """Records per score, one panel per column."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(7, 1 + 3 * len(verdicts)), layout="constrained")
@@ -155,7 +155,7 @@ def pair_report(judge: Judge, file: Responses) -> Report:
     remarks = _interval_remark("win rate", summary, "a loss", "a win")
     if summary.decided:
         share = f"{summary.first_chosen / summary.decided:.0%} of the {summary.decided:,}"
-        remarks.append(f"position: the response shown first was chosen in {share} answers that were no tie")
+        remarks.append(f"position: the response shown first was chosen in {share} answers that were not a tie")
     remarks += _failure_remarks([verdict for one in found for verdict in one.orders])
     settings = {"prompt_text": PAIR_PROMPT, "A": first, "B": second}
     return Report(
@@ -184,7 +184,7 @@ def lexical_report(file: Responses) -> Report:
         cells = [cell for one in found.values() for cell in (f"{one['mean']:.3f}", _span(one["low"], one["high"], 3))]
         rows.append([column, *cells, f"{len(references):,}"])
     often = {"most_frequent_answer": answer, "most_frequent_answer_score": share}
-    said = f"the most frequent reference, {_shown(answer)}, has an exact match of {share:.3f} if it is always said"
+    said = f"always answering {_shown(answer)}, the most frequent reference, has an exact match of {share:.3f}"
     return Report(
         summary={"file": str(file.path), "n": len(references), **often, "columns": summaries},
         records=[
@@ -243,12 +243,12 @@ def _interval_remark(name: str, summary: ScoreSummary | PairSummary, lowest: str
 
 
 def _failure_remarks(verdicts: Sequence[Verdict]) -> list[str]:
-    """An example of each kind, and what to do."""
+    """An example of each kind, and the remedy."""
     first = {one.outcome: one for one in reversed(verdicts)}
     remarks = [f"unparsable, for example: {_shown(first[UNPARSABLE].answer)}"] if UNPARSABLE in first else []
     remarks += [f"{kind}, for example: {first[kind].error}" for kind in (TIMEOUT, FAILED) if kind in first]
     if TIMEOUT in first or FAILED in first:
-        remarks.append("timeouts and failures are kept like answers; --retry-failed sends them again")
+        remarks.append("timeouts and failures are cached like answers; --retry-failed sends them again")
     return remarks
 
 

@@ -1,4 +1,4 @@
-"""Records put before a judge: their scores, and which of two responses is better."""
+"""Records before a judge: scores, and which of two responses is better."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_lightning.metrics.judge.summaries import Comparison, compared
 def score_responses(
     judge: Judge, records: Sequence[Mapping[str, str]], column: str, prompt: ScorePrompt = PROMPTS["book"]
 ) -> list[Verdict]:
-    """Let a judge score one response column.
+    """Let a judge score one column of responses.
 
     Args:
         records: with `instruction`, `output`, the column and, if there is one, `input`.
@@ -26,7 +26,7 @@ def score_responses(
 
 
 def question(record: Mapping[str, str]) -> str:
-    """The task as the book shows it to a judge: Alpaca's preamble, the instruction, and the input if there is one."""
+    """The task in the book's form: Alpaca's preamble, the instruction, and the input, if any."""
     turn = Turn(record["instruction"], record.get("input") or "", "")
     return TEMPLATES["alpaca"].question(Conversation((turn,)))
 

@@ -145,7 +145,7 @@ def test_pairwise(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     (row,) = table(printed)
     assert [row[name] for name in ("wins", "ties", "losses", "win rate", "of")] == ["7", "0", "1", "0.875", "8"]
-    assert "the response shown first was chosen in 50% of the 16 answers that were no tie" in printed
+    assert "the response shown first was chosen in 50% of the 16 answers that were not a tie" in printed
     report = json.loads((tmp_path / "responses.pairwise.json").read_text())
     assert report["records"][7]["winner"] == "B"
     assert [order["choice"] for order in report["records"][7]["orders"]] == ["B", "A"]
@@ -162,7 +162,7 @@ def test_lexical(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("model_response"))
     assert re.split(r"\s{2,}", line)[:4] == ["model_response", "0.500", "0.150 to 0.850", f"{(2 + 5 / 6) / 4:.3f}"]
-    assert "the most frequent reference, 'Simile.', has an exact match of 0.500 if it is always said" in printed
+    assert "always answering 'Simile.', the most frequent reference, has an exact match of 0.500" in printed
     report = json.loads((tmp_path / "responses.lexical.json").read_text())
     assert [record["model_response"]["exact_match"] for record in report["records"]] == [True, False, True, False]
     assert report["records"][3]["model_response"]["rouge_l"] == pytest.approx(5 / 6)

@@ -165,7 +165,7 @@ def test_something_else_than_a_completion_later_on_is_a_failure(server: JudgeSer
     server.script = lambda *_: "70" if len(server.requests) == 1 else WEB_PAGE
     verdicts = score(server, [RECORD, {**RECORD, "model_response": "Lime"}])
     assert [one.outcome for one in verdicts] == ["scored", "failed"]
-    assert verdicts[1].error == "no chat completion: it is no JSON"
+    assert verdicts[1].error == "no chat completion: it is not JSON"
 
 
 # --- every record counts ---------------------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def test_a_judge_that_dies_keeps_what_it_said(server: JudgeServer) -> None:
         return scripted(prompt, seed)
 
     server.script = dying
-    with pytest.raises(ConnectionError, match=r"is gone \(.*\); its answers until here are kept: .*repeat the command"):
+    with pytest.raises(ConnectionError, match=r"is gone \(.*\); its answers so far are cached: .*repeat the command"):
         score(server, rows, concurrency=1)
     assert len(server.requests) == 6
     with serving(scripted) as restarted:

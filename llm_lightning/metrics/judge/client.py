@@ -1,14 +1,14 @@
-"""A language model as the judge of responses, over any OpenAI-compatible endpoint; by default Ollama on this machine.
+"""A language model that judges responses, over any OpenAI-compatible endpoint; by default Ollama on this machine.
 
-Every record ends in exactly one of four outcomes, and all of them are counted in what is reported:
+Every record has exactly one of four outcomes, and reports count all of them:
 
-    scored      the judge gave the integer, or the choice, that it was asked for, and nothing else
-    unparsable  it gave something else, every time that it was asked
-    timeout     it did not answer in time
-    failed      the connection broke or the server told of an error, every time
+    scored      the judge answered with the integer, or the choice, and nothing else
+    unparsable  every attempt got another answer
+    timeout     no answer came in time
+    failed      every attempt ended in a broken connection or an error of the server
 
-Each of them is kept on disk by content (model, prompt, temperature, seed, max_tokens), so asking again sends nothing,
-and a judgement that was interrupted goes on where it was.
+Outcomes are cached on disk by content (model, prompt, temperature, seed, max_tokens): the same request is sent once,
+and an interrupted call continues where it was.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ from llm_lightning.metrics.judge.replies import answer_of, message_of, parsed, s
 DEFAULT_URL = "http://localhost:11434/v1"
 DEFAULT_MODEL = "llama3"
 TEMPERATURE = 0.0
-SEED = 123  # of the book, as is the temperature
+SEED = 123  # the book's, as is the temperature
 RETRY_TEMPERATURE = 0.7
-"""Of an answer that is asked for again: at 0, two servers of llama.cpp gave the same text for every seed."""
+"""For another attempt: at 0, two servers of llama.cpp gave the same text for every seed."""
 
 SCORED, UNPARSABLE, TIMEOUT, FAILED = OUTCOMES = ("scored", "unparsable", "timeout", "failed")
 ANSWERED = "answered"
 
-FIRST_DELAY = 0.5  # seconds before a request is sent again; doubles from there
-CONNECT_TIMEOUT = 5.0  # seconds; a judge may think for minutes, but a server that is there accepts at once
-PASSING = (408, 409, 429)  # HTTP errors that, like those from 500, may be gone the next time
-MOST_REFUSED = 3  # prompts, none answered, after which it is not the prompt
+FIRST_DELAY = 0.5  # seconds before the first retry; doubles from there
+CONNECT_TIMEOUT = 5.0  # seconds; a judge may think for minutes, but a running server accepts at once
+PASSING = (408, 409, 429)  # HTTP errors worth a retry, beside those from 500
+MOST_REFUSED = 3  # unanswered prompts after which the settings are at fault, not the prompt
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one prompt."""
+    """The result of one prompt."""
 
     outcome: str
     """one of `OUTCOMES`"""
     value: int | str | None
     """the score, or `A`, `B`, `tie`; None unless scored"""
     answer: str
-    """the last one, as it came; empty where none came"""
+    """the last answer, unchanged; empty without one"""
     error: str
-    """why none came"""
+    """the reason of a timeout or failure"""
     attempts: int
-    """requests that were sent for it, by this call or an earlier one"""
+    """requests sent, by this call or an earlier one"""
     prompt_sha256: str
 
 
 class _Reply(NamedTuple):
-    """What came of one seed; kept on disk."""
+    """The result of one seed, as it is cached."""
 
     outcome: str
     """`answered`, `timeout` or `failed`"""
@@ -76,24 +76,23 @@ class _Reply(NamedTuple):
 
 
 class _RefusedError(ValueError):
-    """The server refuses the settings or is no judge, or it does so for one prompt: the others tell."""
+    """The server refuses the settings, or is not a judge; or it refuses one prompt, which other prompts tell apart."""
 
 
 class Judge:
-    """One model on one server. What it answers is kept under `cache_dir()/judge`.
+    """One model on one server. Its answers are cached under `cache_dir()/judge`.
 
-    The API key is `$OPENAI_API_KEY`, if there is one.
+    The API key is `$OPENAI_API_KEY`, if it is set.
 
     Args:
         url: base address of the API; with Ollama, vLLM and llama.cpp it ends in `/v1`.
         seed: of the first attempt.
-        retries: how often to ask again after an unparsable answer, each time with the next seed and some temperature,
-            for at 0 the answer would be the same, whatever the seed; and how often to send again, with the same seed,
-            what failed for reasons that may pass. Timeouts are not tried again.
-        max_tokens: of an answer; a model that thinks aloud first needs more.
-        timeout: seconds for one answer, from connecting to its last byte; what is sent again for it must fit in, too.
-        concurrency: requests under way at once.
-        retry_failed: send again what is kept as a timeout or failed.
+        retries: attempts after an unparsable answer, each with the next seed and `RETRY_TEMPERATURE`; and attempts with
+            the same seed after an error that may pass. Timeouts are not retried.
+        max_tokens: per answer; a model that thinks aloud first needs more.
+        timeout: seconds for one answer, from the connection to the last byte, retries after errors included.
+        concurrency: requests at once.
+        retry_failed: send again what is cached as a timeout or failed.
         progress: show a bar on a terminal.
     """
 
@@ -125,14 +124,14 @@ class Judge:
         self._is_reached = self._has_answered = False
 
     def ask(self, prompts: Sequence[str], parse: Callable[[str], int | str | None]) -> list[Verdict]:
-        """Judge prompts, equal ones once.
+        """Judge prompts; equal prompts are sent once.
 
         Args:
-            parse: makes the value of a whole answer; None: it is none.
+            parse: the value of a whole answer, or None if it has none.
 
         Raises:
-            ConnectionError: if nothing listens at the address, at first or any more; answers until then are kept.
-            ValueError: if the model is not there, the key is refused, or the address is that of something else.
+            ConnectionError: if nothing listens at the address, at first or any more; earlier answers are cached.
+            ValueError: if the server lacks the model, refuses the key, or is not such an API.
         """
         from tqdm import tqdm
 
@@ -143,7 +142,7 @@ class Judge:
         def settle(prompt: str, judged: Callable[[], Verdict]) -> None:
             try:
                 found[prompt] = judged()
-            except _RefusedError:  # of this prompt, or of all: seen when others were sent
+            except _RefusedError:  # this prompt, or all: other prompts tell
                 refused.append(prompt)
                 if len(refused) >= MOST_REFUSED and not self._has_answered:
                     raise
@@ -152,7 +151,7 @@ class Judge:
 
         with tqdm(total=len(unique), unit="answer", leave=False, disable=None if self.progress else True) as bar:
             rest = iter(unique)
-            # One by one until the server has answered: an address where nothing listens is told at once, and once.
+            # One by one until the server has answered: a wrong address then gives one error, at once.
             for prompt in rest:
                 settle(prompt, partial(self._judge, prompt, parse))
                 if self._is_reached:
@@ -162,7 +161,7 @@ class Judge:
                 try:
                     for future in as_completed(futures):
                         settle(futures[future], future.result)
-                except BaseException:  # Ctrl-C, too: only what is under way is still waited for, and kept
+                except BaseException:  # Ctrl-C, too: only requests under way are awaited, and cached
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
             for prompt in refused:
@@ -171,7 +170,7 @@ class Judge:
         return [found[prompt] for prompt in prompts]
 
     def refuse_unreachable(self) -> None:
-        """Find out, before any work is spent, whether something listens at the address.
+        """Check, before any work is spent, that something listens at the address.
 
         Raises:
             ConnectionError: if nothing does, saying how to start a judge.
@@ -180,7 +179,7 @@ class Judge:
             self._exchange("models", None, time.monotonic() + CONNECT_TIMEOUT)
         except NoConnectionError as error:
             raise ConnectionError(self._unreachable(str(error))) from error
-        except (OSError, HTTPException):  # slow, or odd: seen when it is asked
+        except (OSError, HTTPException):  # slow, or odd: the first request will tell
             return
 
     # --- one prompt --------------------------------------------------------------------------------------------------
@@ -212,7 +211,9 @@ class Judge:
         except _RefusedError as error:
             if kept is None:
                 raise
-            reply = _Reply(FAILED, str(error), 1)  # again: the settings were right for others when it failed first
+            reply = _Reply(
+                FAILED, str(error), 1
+            )  # again: the settings were right for other prompts at the first failure
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"model": self.model, "seed": seed, **reply._asdict()}))
         return reply
@@ -221,7 +222,7 @@ class Judge:
         return TEMPERATURE if seed == self.seed else RETRY_TEMPERATURE
 
     def _request(self, prompt: str, seed: int) -> _Reply:
-        """Send until there is an answer, no time, or nothing left to try."""
+        """Send until there is an answer, no time, or no attempt left."""
         deadline = time.monotonic() + self.timeout
         for attempt in range(1, self.retries + 2):
             is_last = attempt == self.retries + 1
@@ -240,7 +241,7 @@ class Judge:
         raise AssertionError("the last attempt returns or raises")
 
     def _send(self, prompt: str, seed: int, deadline: float) -> tuple[str, str, bool]:
-        """(outcome, answer or error, whether sending it again is of no use)."""
+        """(outcome, answer or error, whether a retry is useless)."""
         asked = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -268,7 +269,7 @@ class Judge:
             return FAILED, self._no_completion(str(error)), True
 
     def _exchange(self, path: str, body: bytes | None, deadline: float) -> Reply:
-        """Ask the API; redirects are not followed: a prompt goes to the address that was named, and nowhere else."""
+        """Call the API. Redirects are not followed: a prompt goes to the given address and nowhere else."""
         headers = {
             "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY') or 'none'}",
             "Content-Type": "application/json",
@@ -283,7 +284,7 @@ class Judge:
         )
 
     def _no_completion(self, reason: str) -> str:
-        """Raises an error if the server has never sent any: it may be another kind of server."""
+        """The reason; raises an error if the server has never sent a completion: it may be another kind of server."""
         if not self._has_answered:
             raise _RefusedError(
                 f"{self.url} answers, but not with a chat completion ({reason}); name the base address "
@@ -292,12 +293,12 @@ class Judge:
         return f"no chat completion: {reason}"
 
     def _refuse_settings(self, reply: Reply) -> None:
-        """Raises what may be the same for every prompt, for none was answered yet."""
+        """Raise what may hold for every prompt, while none is answered."""
         if self._has_answered:
             return
         said = f"(HTTP {reply.status}: {message_of(reply)})"
         if 300 <= reply.status < 400:
-            raise _RefusedError(f"{self.url} sends its visitors elsewhere {said}; if that is right, name it with --url")
+            raise _RefusedError(f"{self.url} redirects {said}; if that is right, name the new address with --url")
         if reply.status in (401, 403):
             raise _RefusedError(f"{self.url} refuses the API key {said}; set OPENAI_API_KEY")
         if reply.status == 404:
@@ -307,7 +308,7 @@ class Judge:
             )
 
     def _models(self) -> str:
-        """Which models there are, if the server tells: a hint in the message of another error."""
+        """The names of the server's models, if it lists them: a hint for an error message."""
         try:
             reply = self._exchange("models", None, time.monotonic() + CONNECT_TIMEOUT)
             names = [str(model["id"]) for model in parsed(reply)["data"]]
@@ -318,7 +319,7 @@ class Judge:
     def _unreachable(self, cause: str) -> str:
         if self._is_reached:
             return (
-                f"the judge at {self.url} is gone ({cause}); its answers until here are kept: start it again and "
+                f"the judge at {self.url} is gone ({cause}); its answers so far are cached: start it again and "
                 "repeat the command"
             )
         return (
@@ -343,7 +344,7 @@ def _is_address(url: str) -> bool:
 
 
 def _read_reply(file: Path) -> _Reply | None:
-    """What is kept; None if nothing is, or it is damaged."""
+    """The cached reply; None without one, or if it is damaged."""
     try:
         kept = json.loads(file.read_bytes())
         return _Reply(str(kept["outcome"]), str(kept["text"]), int(kept["attempts"]))

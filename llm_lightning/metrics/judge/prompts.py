@@ -1,4 +1,4 @@
-"""What a judge is asked, and what counts as its answer."""
+"""Prompts for a judge, and the answers that count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TIE = "tie"
 
 
 class ScorePrompt(NamedTuple):
-    """What a judge is asked for one response, and the scale of its answers."""
+    """A prompt that asks for a score, and its scale."""
 
     text: str
     lowest: int
@@ -57,7 +57,7 @@ PAIR_PROMPT = (
 
 
 def parse_score(answer: str, lowest: int, highest: int) -> int | None:
-    """The integer that an answer consists of; None for anything else, such as `85/100`, `85.` or `Score: 85`."""
+    """The integer, if the answer is nothing else; None for `85/100`, `85.` or `Score: 85`."""
     if not re.fullmatch("[0-9]{1,9}", answer.strip()):
         return None
     score = int(answer)
@@ -65,5 +65,5 @@ def parse_score(answer: str, lowest: int, highest: int) -> int | None:
 
 
 def parse_choice(answer: str) -> str | None:
-    """`A`, `B` or `tie`, whatever the case; None for anything else."""
+    """`A`, `B` or `tie`, in any case; None for anything else."""
     return {"a": "A", "b": "B", TIE: TIE}.get(answer.strip().casefold())

@@ -1,4 +1,4 @@
-"""What a server has answered: the text of a chat completion, or its error, on one line."""
+"""Replies of a server: the text of a chat completion, or the error, on one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _JSON_NAMES = {str: "text", float: "a number", bool: "a truth value", list: "a l
 
 
 def parsed(reply: Reply) -> Any:
-    """The JSON of an answer; raises ValueError where it is none."""
+    """The JSON of a reply; raises ValueError if it is not JSON."""
     if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise ValueError("it is compressed, which was not asked for")
     try:
@@ -22,14 +22,14 @@ def parsed(reply: Reply) -> Any:
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError:
-        raise ValueError("it is no JSON") from None
+        raise ValueError("it is not JSON") from None
 
 
 def answer_of(reply: Reply) -> str:
-    """The text of the first choice; empty if there is none, because the model refused or called a tool.
+    """The text of the first choice; empty if the model refused or called a tool.
 
     Raises:
-        ValueError: saying what is there instead.
+        ValueError: naming what the reply has instead.
     """
     found: Any = parsed(reply)
     for key, kind, wanted in (("choices", list, "a list"), (0, dict, "an object"), ("message", dict, "an object")):
@@ -59,7 +59,7 @@ def message_of(reply: Reply) -> str:
         body = parsed(reply)
         error = body.get("error", body) if isinstance(body, dict) else body
         said = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
-    except ValueError:  # no JSON: an error page, perhaps
+    except ValueError:  # not JSON: an error page, perhaps
         pass
     return shortened(str(said or reply.reason))
 

@@ -1,4 +1,4 @@
-"""Means, win rates and their intervals, over every record that was judged."""
+"""Means, win rates and their intervals over all judged records."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llm_lightning.metrics.judge.prompts import PROMPTS, TIE, ScorePrompt
 
 @dataclass(frozen=True)
 class Comparison:
-    """What became of two responses to one task."""
+    """The result of two responses to one task."""
 
     outcome: str
-    """scored only if both orders are"""
+    """scored only if both orders are scored"""
     winner: str | None
     """`A` or `B`, the same in both orders; else `tie`; None unless scored"""
     orders: tuple[Verdict, Verdict]
@@ -25,7 +25,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over the records that have a value, and what is known of the mean over all."""
+    """A mean over the scored records, with an interval for the mean over all records."""
 
     mean: float | None
     """of the scored records"""
@@ -34,8 +34,8 @@ class Mean:
     """the 95% interval (Student's t) of the scored records"""
     low: float
     high: float
-    """The same with every record in it: missing values are the lowest possible at its lower end, the highest at its
-    upper end; never inside the interval of the scored records."""
+    """The interval over all records: a missing value counts as the lowest possible at the lower end and as the highest
+    at the upper end; never inside the interval of the scored records."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class ScoreSummary(Mean):
 
     n: int
     outcomes: dict[str, int]
-    """how many records ended in each; they sum to `n`"""
+    """records per outcome; they sum to `n`"""
 
 
 @dataclass(frozen=True)
 class PairSummary(Mean):
-    """Comparisons of two columns; the mean is the win rate of the first, a tie being half a win."""
+    """Comparisons of two columns; the mean is the win rate of the first, where a tie is half a win."""
 
     n: int
     outcomes: dict[str, int]
@@ -58,8 +58,8 @@ class PairSummary(Mean):
     losses: int
     first_chosen: int
     decided: int
-    """of so many answers that were no tie, `first_chosen` named the response that was shown first: half of them if its
-    place does not matter"""
+    """answers that were not a tie; `first_chosen` of them named the response shown first, half of them if position does
+    not matter"""
 
 
 def summarise_scores(verdicts: Sequence[Verdict], prompt: ScorePrompt = PROMPTS["book"]) -> ScoreSummary:
@@ -70,7 +70,7 @@ def summarise_scores(verdicts: Sequence[Verdict], prompt: ScorePrompt = PROMPTS[
 
 
 def summarise_pairs(comparisons: Sequence[Comparison]) -> PairSummary:
-    """Win rate of A, its interval, outcomes, and how much the place decided."""
+    """Win rate of A, its interval, outcomes, and the effect of position."""
     winners = Counter(one.winner for one in comparisons)
     points = {"A": 1.0, TIE: 0.5, "B": 0.0}
     values = [points[one.winner] for one in comparisons if one.winner is not None]
