@@ -11,27 +11,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_lightning.cli.classify import Classification, classify_text, classify_texts
-    from llm_lightning.cli.evaluate import Evaluation, evaluate_labelled, evaluate_text
-    from llm_lightning.cli.generate import generate_text, generate_texts
+    from llm_lightning.experiments.start import TrainedRun, train
+    from llm_lightning.inference.classify import Classification, classify_text, classify_texts
+    from llm_lightning.inference.evaluate import Evaluation, evaluate_labelled, evaluate_text, evaluate_texts
+    from llm_lightning.inference.respond import respond
+    from llm_lightning.inference.text import generate_text, generate_texts
     from llm_lightning.models.gpt import GPT, GPTConfig
     from llm_lightning.models.lora import use_adapter
     from llm_lightning.weights.load import LoadedModel, load_model
 
 _HOMES = {
-    "GPT": "llm_lightning.models.gpt",
-    "Classification": "llm_lightning.cli.classify",
-    "Evaluation": "llm_lightning.cli.evaluate",
-    "GPTConfig": "llm_lightning.models.gpt",
-    "LoadedModel": "llm_lightning.weights.checkpoint",
-    "classify_text": "llm_lightning.cli.classify",
-    "classify_texts": "llm_lightning.cli.classify",
-    "evaluate_labelled": "llm_lightning.cli.evaluate",
-    "evaluate_text": "llm_lightning.cli.evaluate",
-    "generate_text": "llm_lightning.cli.generate",
-    "generate_texts": "llm_lightning.cli.generate",
-    "load_model": "llm_lightning.weights.checkpoint",
-    "use_adapter": "llm_lightning.models.lora",
+    "experiments.start": ("TrainedRun", "train"),
+    "inference.classify": ("Classification", "classify_text", "classify_texts"),
+    "inference.evaluate": ("Evaluation", "evaluate_labelled", "evaluate_text", "evaluate_texts"),
+    "inference.respond": ("respond",),
+    "inference.text": ("generate_text", "generate_texts"),
+    "models.gpt": ("GPT", "GPTConfig"),
+    "models.lora": ("use_adapter",),
+    "weights.load": ("LoadedModel", "load_model"),
 }
 
 __all__ = [
@@ -40,22 +37,27 @@ __all__ = [
     "Evaluation",
     "GPTConfig",
     "LoadedModel",
+    "TrainedRun",
     "classify_text",
     "classify_texts",
     "evaluate_labelled",
     "evaluate_text",
+    "evaluate_texts",
     "generate_text",
     "generate_texts",
     "load_model",
+    "respond",
+    "train",
     "use_adapter",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that importing the package itself takes no time."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    """Import a public name when it is first used, so that importing the package takes no time."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"llm_lightning.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

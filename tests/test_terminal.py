@@ -21,7 +21,7 @@ from test_layering import FILES, PACKAGE, parse
 from tiny_run import SETTINGS, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.metrics import judge as judging
+from llm_lightning.metrics.judge import client as judging
 from llm_lightning.terminal import GREEN, GREY, PLAIN, guard_messages, inline, say, say_json, say_lines, visible
 from llm_lightning.weights import checkpoint as checkpoints
 

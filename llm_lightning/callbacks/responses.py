@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from llm_lightning.files.atomic import write_atomically
-from llm_lightning.inference.respond import answered, respond
+from llm_lightning.inference.respond import answer, answered
 from llm_lightning.metrics.answers import exact_match, most_frequent_answer_score
 from llm_lightning.metrics.intervals import wilson_interval
 
@@ -54,14 +54,14 @@ def answer_questions(
 
     Args:
         pl_module: a task that is attached to its trainer.
-        options: of `responses.respond`.
+        options: of `inference.respond.answer`.
     """
     length = pl_module.trunk.config.context_length
     template, tokenizer = datamodule.template, pl_module.tokenizer
     records = datamodule.conversations_of(split)
     records = [one for one in records if len(template.prompt_ids(tokenizer, one)) < length][:max_records]
     with pl_module.trainer.precision_plugin.forward_context():
-        texts = respond(pl_module.trunk, tokenizer, template, records, **options)
+        texts = answer(pl_module.trunk, tokenizer, template, records, **options)
     return [answered(one, {"model_response": text}) for one, text in zip(records, texts, strict=True)]
 
 

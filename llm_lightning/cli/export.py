@@ -1,4 +1,4 @@
-"""Write the weights as a folder that transformers loads, adapters merged; or the adapter alone, as PEFT has it.
+"""Write the weights as a folder that transformers loads, adapters merged; or the adapter alone, in PEFT's format.
 
 llm-lightning export outputs/pretraining/my_run exported --dtype bfloat16
 llm-lightning export outputs/classification/my_run exported
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.main import add_base_argument, add_checkpoint_argument
+from llm_lightning.cli.arguments import add_base_argument, add_checkpoint_argument
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made; must be new or empty")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the export; must be new or empty")
     parser.add_argument(
         "--format", choices=("hf", "peft"), default="hf", help="hf: the model (the default); peft: the adapter alone"
     )

@@ -4,7 +4,7 @@ llm-lightning generate outputs/pretraining/my_run "The value of"
 llm-lightning generate gpt2-small "Hello, I am" "Every effort moves you" --greedy --max-new-tokens 25
 llm-lightning generate gpt2-small "Dear Sir" --adapter polite/checkpoints/adapter.ckpt --adapter rude_from_peft/
 
-On a terminal, control characters in the text are shown, as \\x1b; in a file or a pipe the text is as it was written.
+A terminal shows control characters in the text as \\x1b; a file or a pipe gets the text as the model wrote it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.main import add_model_arguments, open_model
+from llm_lightning.cli.arguments import add_model_arguments, open_model
+from llm_lightning.inference.defaults import MAX_NEW_TOKENS, TEMPERATURE, TOP_K
 from llm_lightning.terminal import say, say_lines, write_raw
 
 if TYPE_CHECKING:
-    from llm_lightning.inference.generation import OnToken
-    from llm_lightning.tokenizers import Tokenizer
     from llm_lightning.weights.load import LoadedModel
-
-MAX_NEW_TOKENS = 100
-TEMPERATURE = 0.8
-TOP_K = 50
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help=f"below 1 sharper, above 1 wilder (default: {TEMPERATURE})"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"below 1 sharper, above 1 more random (default: {TEMPERATURE})",
     )
     parser.add_argument(
         "--top-k",
         type=int,
         metavar="K",
-        help=f"draw from the K likeliest tokens (default: {TOP_K}, or all with --top-p)",
+        help=f"sample from the K likeliest tokens (default: {TOP_K}, or all with --top-p)",
     )
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the fewest tokens that hold probability P together"
+        "--top-p", type=float, metavar="P", help="sample from the fewest tokens whose probabilities sum to P"
     )
-    parser.add_argument("--seed", type=int, help="the same seed draws the same text (default: another text each time)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text (default: another text each time)")
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
@@ -90,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write(loaded: LoadedModel, prompts: list[str], stream: bool | None, settings: dict[str, Any]) -> None:
+    from llm_lightning.inference.text import generate_texts
+
     on_terminal = sys.stdout.isatty()
     if stream or (stream is None and on_terminal and len(prompts) == 1):
         _stream(loaded, prompts[0], settings)
@@ -102,76 +101,34 @@ def _write(loaded: LoadedModel, prompts: list[str], stream: bool | None, setting
 
 
 def _show(text: str) -> None:
-    """What a model writes, untouched for a program that reads it; on a terminal its controls are shown, not obeyed."""
+    """Print the model's text; a terminal shows its control characters and does not obey them."""
     if sys.stdout.isatty():
         say(text, end="", flush=True)
     else:
         write_raw(text, flush=True)
 
 
-def generate_text(loaded: LoadedModel, prompt: str, **settings: Any) -> str:
-    """Continue one prompt; return it with its continuation. The settings are those of `generation.generate`."""
-    return generate_texts(loaded, [prompt], **settings)[0]
-
-
-def generate_texts(
-    loaded: LoadedModel, prompts: Sequence[str], *, max_new_tokens: int = MAX_NEW_TOKENS, **settings: Any
-) -> list[str]:
-    """Continue several prompts in one batch, each up to the end of text; return them with their continuations.
-
-    Args:
-        loaded: what `load_model` returns.
-        settings: those of `generation.generate`: temperature (default 0, greedy), top_k, top_p, seed, on_token.
-
-    Raises:
-        ValueError: if a prompt does not fit, or a setting is out of range.
-    """
-    from llm_lightning.inference.generation import generate
-
-    prompt_ids = [_encode(loaded.tokenizer, prompt) for prompt in prompts]
-    eot_id = loaded.tokenizer.eot_id
-    stop_ids = () if eot_id is None else (eot_id,)
-    never = loaded.tokenizer.ids_without_token(loaded.gpt.config.vocab_size)
-    new_ids = generate(
-        loaded.gpt, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, never=never, **settings
-    )
-    pairs = zip(prompts, prompt_ids, new_ids, strict=True)
-    # Decoded together, because words are joined by a space; an empty prompt does not show its end of text.
-    return [loaded.tokenizer.decode([*ids, *new] if prompt else new) for prompt, ids, new in pairs]
-
-
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    ids = tokenizer.encode(prompt)
-    if not ids and not prompt and tokenizer.eot_id is not None:
-        return [tokenizer.eot_id]  # what stands before a text in training
-    return ids
-
-
 def _stream(loaded: LoadedModel, prompt: str, settings: dict[str, Any]) -> None:
+    from llm_lightning.inference.text import generate_text
     from llm_lightning.tokenizers import StreamDecoder
 
     decoder = StreamDecoder(loaded.tokenizer)
-    on_token: OnToken = lambda _row, token: _show(decoder.feed(token))  # noqa: E731
     _show(loaded.tokenizer.decode(loaded.tokenizer.encode(prompt)))
     try:
-        generate_text(loaded, prompt, on_token=on_token, **settings)
+        generate_text(loaded, prompt, on_token=lambda _row, token: _show(decoder.feed(token)), **settings)
     finally:
         _show(decoder.finish() + "\n")
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `generation.generate`; says which are ignored."""
+    """The sampling settings that were typed; logs those that greedy ignores."""
     given = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if args.greedy or args.temperature == 0:
         ignored = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value]
         if ignored:
             log.warning("greedy takes the likeliest token: %s is ignored", ", ".join(ignored))
-        return {}
-    if args.temperature is None:
-        given["temperature"] = TEMPERATURE
-    if args.top_k is None and args.top_p is None:
-        given["top_k"] = TOP_K
-    return given
+        return {"temperature": 0.0}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _read_prompts(path: Path) -> list[str]:

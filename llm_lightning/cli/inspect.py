@@ -1,6 +1,6 @@
-"""What is in this checkpoint: task, progress, sizes, tokenizer, metrics, settings, where it comes from.
+"""Show what a checkpoint contains: task, progress, sizes, tokenizer, metrics, settings, lineage.
 
-The file is read whole and compared with its digest.
+The whole file is read and compared with its digest.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from llm_lightning.cli.main import add_checkpoint_argument
+from llm_lightning.cli.arguments import add_checkpoint_argument
 from llm_lightning.terminal import say_json, say_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(name_or_path: str) -> dict[str, Any]:
-    """Return a checkpoint's header, the file it was read from, its number of parameters, and whether its bytes were
-    compared with a digest written beforehand.
+    """Return a checkpoint's header with its path, its number of parameters, and whether its bytes were compared with an
+    earlier digest.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -49,7 +49,7 @@ def describe(name_or_path: str) -> dict[str, Any]:
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a person wants to see, in that order; long lists are counted."""
+    """(name, value) in the order of interest; long lists are counted."""
     for name in ("path", "format", "task", "step", "epoch", "tokens_seen", "sequences_seen", "parameters"):
         if name in facts:
             value = facts[name]
@@ -64,7 +64,7 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[str]:
-    """`a.b=1` for each leaf: the form in which settings are typed."""
+    """`a.b=1` for each leaf, as on the command line."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))

@@ -1,4 +1,4 @@
-"""Show records or pairs as the model sees them: what is learnt or scored, ends of text, padding.
+"""Show which tokens of records or pairs are trained on, with ends of text and padding.
 
 llm-lightning inspect-data my_records.json --template chatml --html records.html
 llm-lightning inspect-data short_preferences -n 2                    with fields chosen and rejected: pairs
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_lightning.cli.respond import DATA_SUFFIXES
+from llm_lightning.cli.arguments import DATA_SUFFIXES
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Shown(NamedTuple):
-    """What is shown."""
+    """A batch and its titles."""
 
     title: str
     tokenizer: Tokenizer
     batch: LMBatch
     rows: list[str] | None
-    """what the rows are called"""
+    """titles of the rows"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +74,10 @@ def _named() -> dict[str, Path | Pinned]:
 
 
 def _of_model(args: argparse.Namespace) -> Shown:
-    from llm_lightning.cli.respond import data_of
+    from llm_lightning.data.of_checkpoint import conversations_of
     from llm_lightning.weights.load import load_model
 
-    data = data_of(load_model(args.source))
+    data = conversations_of(load_model(args.source), instead="give a file of records")
     batch = data.first_batch(args.split, args.number)
     title = f"{data.describe()}: {args.split}"
     return Shown(title, data.tokenizer, batch, data.preview_titles(len(batch.input_ids)))
@@ -96,7 +96,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
     tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
     path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
-    first, _ = next(iter(rows_of(path)), ({}, ""))  # of a file without records the reader complains
+    first, _ = next(iter(rows_of(path)), ({}, ""))  # the reader refuses a file without records
     is_pairs = {"chosen", "rejected"} <= set(first)
     make = _pair_samples if is_pairs else _record_samples
     samples, titles = make(path, args, tokenizer, template)

@@ -1,4 +1,4 @@
-"""Score responses by a language model, or by how alike they are to the references.
+"""Score responses with a language model, or by their similarity to the references.
 
   llm-lightning judge responses.json
   llm-lightning judge responses.json --model llama3.1 --prompt rubric --column "model 1 response"
@@ -6,70 +6,25 @@
   llm-lightning judge responses.json --lexical
   llm-lightning judge responses.json --url https://api.openai.com/v1 --model gpt-4-turbo
 
-Records are objects with `instruction`, `output`, perhaps `input`, and one or more responses. Without --url the judge is
-Ollama on this machine (`ollama serve`, `ollama pull llama3`). Every record is counted: as scored, unparsable, timeout
-or failed. Answers are kept, so a second call sends nothing, and one that was interrupted goes on.
+Records are objects with `instruction`, `output`, an optional `input`, and one or more responses. Without --url the
+judge is Ollama on this machine (`ollama serve`, `ollama pull llama3`). Every record is counted, as scored, unparsable,
+timeout or failed. Answers are cached: a second call sends nothing, and an interrupted call continues.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from llm_lightning.cli.main import aligned
-from llm_lightning.metrics.judge import (
-    DEFAULT_MODEL,
-    DEFAULT_URL,
-    FAILED,
-    OUTCOMES,
-    PAIR_PROMPT,
-    PROMPTS,
-    SCORED,
-    SEED,
-    TEMPERATURE,
-    TIMEOUT,
-    UNPARSABLE,
-    Judge,
-    PairSummary,
-    ScorePrompt,
-    ScoreSummary,
-    Verdict,
-    compare_responses,
-    score_responses,
-    summarise_pairs,
-    summarise_scores,
-)
-from llm_lightning.terminal import one_line, say_json, say_lines
+from llm_lightning.metrics.judge.client import DEFAULT_MODEL, DEFAULT_URL, SEED, Judge
+from llm_lightning.metrics.judge.prompts import PROMPTS
+from llm_lightning.terminal import say_json, say_lines
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-RESPONSE = "model_response"
-WIDTH = 60
-
-
-class Responses(NamedTuple):
-    """A file that was read and found right."""
-
-    path: Path
-    records: list[dict[str, Any]]
-    columns: list[str]
-    """where the responses are"""
-
-
-class Report(NamedTuple):
-    """What is written and printed of one file."""
-
-    summary: dict[str, Any]
-    records: list[dict[str, Any]]
-    """in their order"""
-    lines: list[str]
-    figure: Figure | None = None
+    from llm_lightning.inference.judge_report import Report, Responses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,19 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--column",
         action="append",
         metavar="KEY",
-        help=f"of the responses, may be repeated (default: every key that starts with {RESPONSE})",
+        help="of the responses, may be repeated (default: every key that starts with model_response)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each file")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--pairwise", action="store_true", help="which of two columns is better, asked in both orders")
-    how.add_argument("--lexical", action="store_true", help="exact match, ROUGE-L and chrF; asks no judge")
+    how.add_argument("--pairwise", action="store_true", help="ask which of two columns is better, in both orders")
+    how.add_argument("--lexical", action="store_true", help="compute exact match, ROUGE-L and chrF; asks no judge")
     _add_judge_arguments(parser.add_argument_group("the judge"))
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help="write here (default: FILE.judged.json beside the responses, .pairwise.json or .lexical.json in those "
+        help="the report (default: FILE.judged.json beside the responses; .pairwise.json or .lexical.json in those "
         "modes); the histogram has the same name and ends in .png",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object per file")
@@ -108,21 +63,21 @@ def _add_judge_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=2,
         metavar="N",
-        help="after an unparsable answer, with the next seed, or an error (default: %(default)s)",
+        help="after an unparsable answer, with the next seed, or after an error (default: %(default)s)",
     )
     group.add_argument(
         "--max-tokens",
         type=int,
         default=16,
         metavar="N",
-        help="of an answer; more for a model that thinks aloud first (default: %(default)s)",
+        help="per answer; a model that thinks aloud first needs more (default: %(default)s)",
     )
     group.add_argument(
         "--timeout",
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="for one whole answer, sending again after an error included (default: %(default)g)",
+        help="for one answer, retries after errors included (default: %(default)g)",
     )
     group.add_argument(
         "--concurrency", type=int, default=4, metavar="N", help="requests at once (default: %(default)s)"
@@ -131,6 +86,8 @@ def _add_judge_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from llm_lightning.inference.judge_report import read_responses, write_report
+
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1")
     outputs = _output_files(args)
@@ -138,64 +95,15 @@ def run(args: argparse.Namespace) -> None:
     report_on = _mode(args, files)
     for file, output in zip(files, outputs, strict=True):
         report = report_on(file)
-        written = _write(report, output)
+        written = write_report(report, output)
         if args.json:
             say_json(report.summary)
         else:
             say_lines([*report.lines, f"written: {', '.join(map(str, written))}"])
 
 
-def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int | None = None) -> Responses:
-    """Read records whose responses are in some columns; None: all that start with `model_response`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file, record and field of everything that is wrong, the first ten.
-    """
-    from llm_lightning.data.reading import LISTED
-    from llm_lightning.data.records.json import read_json_records
-
-    found = read_json_records(path)[:limit]
-    chosen = _columns(path, [one.record for one in found], columns)
-    bad = []
-    for number, (record, place) in enumerate(found, start=1):
-        wrong = _problem(record, chosen)
-        if wrong is not None:
-            where = place.removeprefix(str(path)).lstrip(":, ")
-            bad.append(f"record {number}{f' (line {where})' if where.isdigit() else ''}: {wrong}")
-    if bad:
-        more = f" (the first {LISTED} of {len(bad)})" if len(bad) > LISTED else ""
-        raise ValueError(f"{path}: {len(bad)} bad record{'s'[: len(bad) > 1]}{more}: {'; '.join(bad[:LISTED])}")
-    return Responses(path, [one.record for one in found], chosen)
-
-
-def _columns(path: Path, records: Sequence[dict[str, Any]], wanted: Sequence[str] | None) -> list[str]:
-    names = list(dict.fromkeys(name for record in records for name in record))
-    there_are = f"there are {', '.join(map(repr, names)) or 'none'}"
-    if wanted is None:
-        found = [name for name in names if name.startswith(RESPONSE)]
-        if not found:
-            raise ValueError(f"{path}: no field starts with {RESPONSE}; name one with --column, {there_are}")
-        return found
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"{path}: no field {name!r} (--column); {there_are}")
-    return list(dict.fromkeys(wanted))
-
-
-def _problem(record: dict[str, Any], columns: Sequence[str]) -> str | None:
-    for name in ("instruction", "output", *columns):
-        if name not in record:
-            return f"no field {name!r}; there are {', '.join(map(repr, record)) or 'none'}"
-        if not isinstance(record[name], str):
-            return f"field {name!r} holds {type(record[name]).__name__}, not text"
-    if not isinstance(record.get("input") or "", str):
-        return f"field 'input' holds {type(record['input']).__name__}, not text"
-    return None
-
-
 def _output_files(args: argparse.Namespace) -> list[Path]:
-    """Where each file's report goes; told before hours are spent on it."""
+    """Where each file's report goes, checked before any request is sent."""
     if args.output is not None and len(args.files) > 1:
         raise ValueError(f"-o {args.output} is one file and there are {len(args.files)}; leave it out or judge one")
     kind = "pairwise" if args.pairwise else "lexical" if args.lexical else "judged"
@@ -203,7 +111,7 @@ def _output_files(args: argparse.Namespace) -> list[Path]:
     counts, read = Counter(outputs), set(args.files)
     for path, output in zip(args.files, outputs, strict=True):
         if counts[output] > 1:
-            raise ValueError(f"{output} would hold the report of two files; judge {path} alone, with -o")
+            raise ValueError(f"{output} would hold the reports of two files; judge {path} alone, with -o")
         if output.suffix == ".png" or output in read:
             raise ValueError(f"-o {output} must be a file of its own, such as {path.stem}.{kind}.json")
         if not output.parent.is_dir():
@@ -212,8 +120,10 @@ def _output_files(args: argparse.Namespace) -> list[Path]:
 
 
 def _mode(args: argparse.Namespace, files: Sequence[Responses]) -> Callable[[Responses], Report]:
+    from llm_lightning.inference.judge_report import lexical_report, pair_report, score_report
+
     if args.lexical:
-        return _lexical
+        return lexical_report
     for file in files:
         if args.pairwise and len(file.columns) != 2:
             raise ValueError(
@@ -232,191 +142,5 @@ def _mode(args: argparse.Namespace, files: Sequence[Responses]) -> Callable[[Res
         progress=True,
     )
     if args.pairwise:
-        return lambda file: _pairs(judge, file)
-    return lambda file: _scores(judge, file, args.prompt)
-
-
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
-def _scores(judge: Judge, file: Responses, name: str) -> Report:
-    prompt = PROMPTS[name]
-    verdicts = {column: score_responses(judge, file.records, column, prompt) for column in file.columns}
-    summaries = {column: summarise_scores(found, prompt) for column, found in verdicts.items()}
-    rows, remarks = [["column", "mean", "95% interval", *OUTCOMES, "of"]], []
-    for column, summary in summaries.items():
-        rows.append([column, *_cells(summary, digits=2)])
-        remarks += _interval_remark(column, summary, f"{prompt.lowest}", f"{prompt.highest}")
-    remarks += _failure_remarks([one for found in verdicts.values() for one in found])
-    settings = {"prompt": name, "prompt_text": prompt.text, "scale": [prompt.lowest, prompt.highest]}
-    title = f"{file.path}: judged by {judge.model}, prompt {name} ({prompt.lowest} to {prompt.highest})"
-    return Report(
-        summary={
-            **_about(judge, file), **settings, "columns": {column: asdict(one) for column, one in summaries.items()}
-        },
-        records=[
-            {column: _plain(found[index], "score") for column, found in verdicts.items()}
-            for index in range(len(file.records))
-        ],
-        lines=[title, *aligned(rows), *remarks],
-        figure=_histogram(verdicts, prompt),
-    )  # fmt: skip
-
-
-def _histogram(verdicts: dict[str, list[Verdict]], prompt: ScorePrompt) -> Figure:
-    """How many records got which score, one panel per column."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(7, 1 + 3 * len(verdicts)), layout="constrained")
-    panels = figure.subplots(len(verdicts), sharex=True, squeeze=False)[:, 0]
-    width = max(1, (prompt.highest - prompt.lowest) // 20)
-    edges = [score - 0.5 for score in range(prompt.lowest, prompt.highest + width + 1, width)]
-    for axes, (column, found) in zip(panels, verdicts.items(), strict=True):
-        scores = [one.value for one in found if one.value is not None]
-        axes.hist(scores, bins=edges, edgecolor="white")
-        axes.set_title(f"{column}: {len(scores):,} of {len(found):,} records scored")
-        axes.set_ylabel("records")
-        axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("score")
-    return figure
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def _pairs(judge: Judge, file: Responses) -> Report:
-    first, second = file.columns
-    found = compare_responses(judge, file.records, first, second)
-    summary = summarise_pairs(found)
-    tallies = [f"{count:,}" for count in (summary.wins, summary.ties, summary.losses)]
-    rows = [
-        ["wins", "ties", "losses", "win rate", "95% interval", *OUTCOMES, "of"],
-        [*tallies, *_cells(summary, digits=3)],
-    ]
-    remarks = _interval_remark("win rate", summary, "a loss", "a win")
-    if summary.decided:
-        share = f"{summary.first_chosen / summary.decided:.0%} of the {summary.decided:,}"
-        remarks.append(f"position: the response shown first was chosen in {share} answers that were no tie")
-    remarks += _failure_remarks([verdict for one in found for verdict in one.orders])
-    settings = {"prompt_text": PAIR_PROMPT, "A": first, "B": second}
-    return Report(
-        summary={**_about(judge, file), **settings, **asdict(summary)},
-        records=[
-            {
-                "outcome": one.outcome,
-                "winner": one.winner,
-                "orders": [_plain(verdict, "choice") for verdict in one.orders],
-            }
-            for one in found
-        ],
-        lines=[f"{file.path}: {first} against {second}, judged by {judge.model}", *aligned(rows), *remarks],
-    )
-
-
-# --- without a judge -------------------------------------------------------------------------------------------------
-
-
-def _lexical(file: Responses) -> Report:
-    from llm_lightning.metrics.answers import most_frequent_answer_score
-
-    references = [record["output"] for record in file.records]
-    answer, share = most_frequent_answer_score(references)
-    measured = {column: _measures([record[column] for record in file.records], references) for column in file.columns}
-    summaries = {
-        column: {name: _mean_of(name, values) for name, values in found.items()} for column, found in measured.items()
-    }
-    rows = [["column", "exact match", "95% interval", "ROUGE-L", "95% interval", "chrF", "95% interval", "of"]]
-    for column, found in summaries.items():
-        cells = [cell for one in found.values() for cell in (f"{one['mean']:.3f}", _span(one["low"], one["high"], 3))]
-        rows.append([column, *cells, f"{len(references):,}"])
-    often = {"most_frequent_answer": answer, "most_frequent_answer_score": share}
-    said = f"the most frequent reference, {_shown(answer)}, has an exact match of {share:.3f} if it is always said"
-    return Report(
-        summary={"file": str(file.path), "n": len(references), **often, "columns": summaries},
-        records=[
-            {
-                column: {name: values[index] for name, values in found.items()} for column, found in measured.items()
-            }
-            for index in range(len(references))
-        ],
-        lines=[f"{file.path}: compared with the references (0 to 1)", *aligned(rows), said],
-    )  # fmt: skip
-
-
-def _measures(responses: Sequence[str], references: Sequence[str]) -> dict[str, Sequence[float]]:
-    """Values of each record."""
-    from llm_lightning.metrics.answers import chrf, exact_match, rouge_l
-
-    exact = [exact_match(one, other) for one, other in zip(responses, references, strict=True)]
-    return {"exact_match": exact, "rouge_l": rouge_l(responses, references), "chrf": chrf(responses, references)}
-
-
-def _mean_of(name: str, values: Sequence[float]) -> dict[str, float]:
-    from llm_lightning.metrics.intervals import mean_interval, wilson_interval
-
-    mean, low, high = mean_interval(values, 0, 1)
-    if name == "exact_match":
-        low, high = wilson_interval(int(sum(values)), len(values))
-    return {"mean": mean, "low": low, "high": high}
-
-
-# --- files and lines -------------------------------------------------------------------------------------------------
-
-
-def _write(report: Report, output: Path) -> list[Path]:
-    from llm_lightning.files.atomic import write_atomically, write_figure
-
-    records = [{"record": number, **record} for number, record in enumerate(report.records, start=1)]
-    text = json.dumps({"summary": report.summary, "records": records}, indent=1, ensure_ascii=False)
-    # A judge may send half a surrogate pair, which UTF-8 cannot express; as an escape it is JSON.
-    write_atomically(output, text.encode("utf-8", "backslashreplace") + b"\n")
-    if report.figure is None:
-        return [output]
-    write_figure(output.with_suffix(".png"), report.figure)
-    return [output, output.with_suffix(".png")]
-
-
-def _about(judge: Judge, file: Responses) -> dict[str, Any]:
-    settings = {name: getattr(judge, name) for name in ("url", "model", "seed", "retries", "max_tokens", "timeout")}
-    return {"file": str(file.path), "judge": {**settings, "temperature": TEMPERATURE}}
-
-
-def _plain(verdict: Verdict, value: str) -> dict[str, Any]:
-    found = asdict(verdict)
-    return {"outcome": found.pop("outcome"), value: found.pop("value"), **found}
-
-
-def _cells(summary: ScoreSummary | PairSummary, digits: int) -> list[str]:
-    """Mean, interval, outcomes and their sum."""
-    mean = "-" if summary.mean is None else f"{summary.mean:.{digits}f}"
-    counts = [f"{summary.outcomes[outcome]:,}" for outcome in OUTCOMES]
-    return [mean, _span(summary.low, summary.high, digits), *counts, f"{summary.n:,}"]
-
-
-def _span(low: float, high: float, digits: int) -> str:
-    return f"{low:.{digits}f} to {high:.{digits}f}"
-
-
-def _interval_remark(name: str, summary: ScoreSummary | PairSummary, lowest: str, highest: str) -> list[str]:
-    n_missing = summary.n - summary.outcomes[SCORED]
-    if not n_missing:
-        return []
-    alone = _span(summary.scored_low, summary.scored_high, 2)
-    return [
-        f"{name}: the mean is over {summary.outcomes[SCORED]:,} records; the interval counts the {n_missing:,} others "
-        f"as {lowest} at its lower and as {highest} at its upper end (without them: {alone})"
-    ]
-
-
-def _failure_remarks(verdicts: Sequence[Verdict]) -> list[str]:
-    """An example of each kind, and what to do."""
-    first = {one.outcome: one for one in reversed(verdicts)}
-    remarks = [f"unparsable, for example: {_shown(first[UNPARSABLE].answer)}"] if UNPARSABLE in first else []
-    remarks += [f"{kind}, for example: {first[kind].error}" for kind in (TIMEOUT, FAILED) if kind in first]
-    if TIMEOUT in first or FAILED in first:
-        remarks.append("timeouts and failures are kept like answers; --retry-failed sends them again")
-    return remarks
-
-
-def _shown(text: str) -> str:
-    return f"'{one_line(text, WIDTH)}'"
+        return lambda file: pair_report(judge, file)
+    return lambda file: score_report(judge, file, args.prompt)

@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from: the runs that led to it, the newest first.
+"""List the runs that led to a checkpoint, the newest first.
 
-Each checkpoint is read whole and compared with the digest that the run which began with it wrote down.
+Each checkpoint is read and compared with the digest that its descendant recorded.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm_lightning.cli.main import add_checkpoint_argument
+from llm_lightning.cli.arguments import add_checkpoint_argument
 from llm_lightning.terminal import say_json, say_lines
 
 SHORT = 12
-"""Digits of a digest that are shown."""
+"""Digits shown of a digest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def trace(name_or_path: str) -> Iterator[dict[str, Any]]:
-    """Yield a checkpoint, the one it began with, and so on.
+    """Yield a checkpoint, the checkpoint it started from, and so on.
 
-    `state` says whether an ancestor is the one that was begun with: `same`, `changed`, `gone`, `damaged`, or
-    `not read` (weights of others that are not on this machine).
+    `state` of an ancestor: `same` as at the start of its descendant, `changed`, `gone`, `damaged`, or `not read`
+    (weights of others that are not on this machine).
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -52,13 +52,13 @@ def trace(name_or_path: str) -> Iterator[dict[str, Any]]:
 
 
 def _ancestor(name: str, expected: str) -> tuple[dict[str, Any], list[str]]:
-    """What stands where a run may have found its first weights, whose digest was `expected`."""
+    """The checkpoint at a place where a run may have found its first weights, whose digest was `expected`."""
     from llm_lightning.weights.checkpoint import CheckpointError
     from llm_lightning.weights.pretrained import GPT2_WEIGHTS
 
     unread = {"path": name, "task": None, "digest": None, "parent": None, "parent_name": None}
     if name in GPT2_WEIGHTS and not Path(name).exists():
-        pinned = GPT2_WEIGHTS[name].sha256  # reading them could mean to download them
+        pinned = GPT2_WEIGHTS[name].sha256  # reading them could start a download
         state = "not read" if pinned is None else "same" if pinned == expected else "changed"
         return {**unread, "digest": pinned or expected, "state": state}, []
     try:
@@ -71,7 +71,7 @@ def _ancestor(name: str, expected: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _described(name_or_path: str) -> tuple[dict[str, Any], list[str]]:
-    """A checkpoint, and where the one it began with may be."""
+    """A checkpoint, and the possible places of its parent."""
     from llm_lightning.files.places import parent_names
     from llm_lightning.weights.checkpoint import read_header
     from llm_lightning.weights.load import load_model, resolve
@@ -108,6 +108,6 @@ def _row(depth: int, link: dict[str, Any]) -> str:
 
 
 def _shown(path: str) -> str:
-    """Relative to where the user stands, if it is below."""
+    """Relative to the current folder, if it is below."""
     inside = Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd())
     return str(Path(path).relative_to(Path.cwd())) if inside else path

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
@@ -23,21 +22,22 @@ from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import STANDARD_OUTPUT, guard_messages, inline, one_line, say, write_raw
 
 if TYPE_CHECKING:
-    from llm_lightning.weights.load import LoadedModel
+    pass
 
 VERBS = {
-    "generate": "continue one or more prompts",
-    "classify": "say which class texts belong to",
-    "evaluate": "loss, accuracy, exact match or reward accuracy, on a text or on the data of the training",
+    "generate": "continue prompts",
+    "classify": "classify texts, with probabilities",
+    "evaluate": "measure loss, accuracy, exact match or reward accuracy, on texts or on the data of the training",
     "respond": "answer the questions of a file",
-    "judge": "score answers, by a language model or by their words",
-    "compare": "the answers of two models side by side, on a page",
-    "lineage": "the runs that led to a checkpoint, and whether they are still what they were",
-    "inspect-data": "show instruction records as the model sees them",
-    "statistics": "lengths, repetitions and frequent answers of a file",
-    "near-duplicates": "find records that are almost the same, and remove them",
+    "judge": "score answers, lexically or with an LLM judge",
+    "compare": "show the answers of two models side by side, on a page",
+    "lineage": "list the runs that led to a checkpoint, and whether their files have changed",
+    "inspect-data": "show which tokens of records are trained on",
+    "statistics": "count lengths and repetitions in a file",
+    "near-duplicates": "find near-duplicate records, and remove them",
     "export": "write the weights as a folder that transformers loads",
-    "inspect": "what is in this checkpoint",
+    "inspect": "show what a checkpoint contains",
+    "completion": "print a script for the completion of verbs and options in a shell",
 }
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -114,76 +114,6 @@ def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
     parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
     return args.verb, args.rest
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, the first column to the left and the others to the right."""
-    rows = [[inline(cell) for cell in row] for row in rows]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every verb that runs a model needs; `open_model` reads it."""
-    add_checkpoint_argument(parser)
-    add_device_arguments(parser)
-    add_base_argument(parser)
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --device and --dtype."""
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)"
-    )
-
-
-def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """Add CHECKPOINT, in the words that `load_model` takes."""
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a .ckpt file, a run folder (its best checkpoint), an adapter alone (adapter.ckpt or a folder of PEFT's), "
-        "a folder or .safetensors file of GPT-2 weights, or gpt2-small, gpt2-medium, gpt2-large, gpt2-xl",
-    )
-
-
-def add_base_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --base: an adapter alone has to find the weights that it belongs to."""
-    parser.add_argument(
-        "--base", metavar="CHECKPOINT", help="of an adapter alone: its weights (default: where they were in training)"
-    )
-
-
-def open_model(
-    args: argparse.Namespace, adapters: Mapping[str, str] | None = None, checkpoint: str | None = None
-) -> LoadedModel:
-    """Load the model that the arguments of `add_model_arguments` name, or `checkpoint`, `adapters` on it.
-
-    Raises:
-        ValueError: if the device is not there, or the checkpoint is damaged.
-        FileNotFoundError: if there is no such checkpoint.
-    """
-    import torch
-
-    from llm_lightning.weights.load import load_model
-
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    path = args.checkpoint if checkpoint is None else checkpoint
-    return load_model(path, device=_device(args.device), dtype=dtype, base=args.base, adapters=adapters)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    available = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    available += ["mps"] if torch.backends.mps.is_available() else []
-    available += ["cpu"]
-    if name == "auto":
-        return available[0]
-    if name not in available and not (name == "cuda" and available[0] == "cuda:0"):
-        raise ValueError(f"--device {name} is not available here; use {', '.join(available)} or auto")
-    return name
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Find texts that stand twice or nearly so in a file of instruction records, and write the file without them.
+"""Find near-duplicate texts in a file of instruction records, and write the file without them.
 
 llm-lightning near-duplicates instruction-data.json
 llm-lightning near-duplicates instruction-data.json --threshold 0.8 --keys instruction --show 100
 llm-lightning near-duplicates instruction-data.json --remove --keys prompt -o cleaned.json
 
-FILE is a JSON array of objects, or .jsonl with one object a line. Each key is examined for itself, empty texts left
-out: `instruction`, `input`, `output` (of `messages`: what the user and what the assistant says), any other field, or
-`prompt`, instruction and input together. How alike two texts are is the cosine of the TF-IDF weights of their single
-characters, pairs and triples, without case and punctuation. Texts of one character are never near-duplicates.
+FILE is a JSON array of objects, or .jsonl with one object per line. Each key is examined by itself, without empty
+texts: `instruction`, `input`, `output` (of `messages`: the user's and the assistant's text), any other field, or
+`prompt`, instruction and input together. The similarity of two texts is the cosine of the TF-IDF weights of their
+single characters, pairs and triples, ignoring case and punctuation. Texts of one character are never near-duplicates.
 
-A group holds texts that are each like another one of it. --remove keeps the first record of each group: of the keys
-that are named, else of `input` and `output` as the book does, because one instruction stands with many an input.
-Look at the pairs first: short texts that differ in the one word that matters are alike by this measure.
+In a group, each text is similar to another text of the group. --remove keeps the first record of each group: by the
+named keys, else by `input` and `output` as in the book, because one instruction can have many inputs.
+Look at the pairs first: short texts that differ only in the word that matters are similar by this measure.
 Records are counted from 1.
 """
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", nargs="+", metavar="KEY", help=f"what is compared (default: {' '.join(KEYS)})")
     parser.add_argument("--threshold", type=float, default=0.9, help="least similarity, 0 to 1 (default: %(default)s)")
     parser.add_argument("--show", type=int, default=20, metavar="N", help="pairs shown per key (default: %(default)s)")
-    parser.add_argument("--remove", action="store_true", help="write the records without the later ones of each group")
+    parser.add_argument("--remove", action="store_true", help="write the file without the later records of each group")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="of --remove: .json, or .jsonl")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all groups")
 

@@ -1,13 +1,13 @@
-"""Say what is in a file of instruction records, or in a text: how many, how long, what stands in it more than once.
+"""Count and measure the records of a file, or a text: how many, how long, how many are repeated.
 
 llm-lightning statistics instruction-data.json
 llm-lightning statistics chats.jsonl --tokenizer byte --json
 llm-lightning statistics instruction-data.json --plot lengths.png
 llm-lightning statistics the-verdict.txt
 
-A .json or .jsonl file holds records: the fields `instruction`, `input`, `output`, `chosen`, `rejected` and `text`, as
-far as they are there, and what each role says in `messages`. Any other file is one text. Lengths are those of the
-values that are not empty; a prompt is everything of a record before its answer.
+In a .json or .jsonl file of records, the fields `instruction`, `input`, `output`, `chosen`, `rejected` and `text` are
+measured, where they exist, and the text of each role in `messages`. Any other file is one text. Empty values are left
+out of the lengths; a prompt is everything in a record before its answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_lightning.files.atomic import write_figure
-from llm_lightning.terminal import one_line, say_json, say_lines
+from llm_lightning.terminal import say_json, say_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,6 @@ FIELDS = ("instruction", "input", "output", "chosen", "rejected", "text")
 PROMPT = ("system", "instruction", "input")
 MEASURES = ("min", "mean", "median", "p95", "max", "total")
 SHOWN = 5
-WIDTH = 80
 BARS = 50
 PIECE = 1 << 20  # characters of a text that are encoded at once
 
@@ -82,7 +81,7 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 
 
 def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
-    """The keys to measure: those that are asked for, or those of the usual ones that there are."""
+    """The keys to measure: the wanted ones, or the usual ones that occur."""
     from llm_lightning.data.records.json import has_text, text_of
     from llm_lightning.data.records.messages import ROLES
 
@@ -119,8 +118,8 @@ def describe_records(records: Sequence[JsonRecord], tokens: Lengths) -> dict[str
 
     prompts = Counter(tuple(text_of(record, key) for key in PROMPT) for record in records)
     whole = Counter(json.dumps(record.record, sort_keys=True) for record in records)
-    outputs = Counter(filter(str.strip, (text_of(record, "output") for record in records)))
-    words = Counter(words[0] for record in records if (words := text_of(record, "instruction").split()))
+    for record in records:
+        text_of(record, "output")  # raises for an answer that is not text, whether or not it is measured
     totals = [sum(lengths) for lengths in zip(*tokens.values(), strict=True)]
     longest = sorted(range(len(records)), key=lambda index: -totals[index])[:SHOWN]
     prompts.pop(("", "", ""), None)  # of records that have no prompts
@@ -129,10 +128,6 @@ def describe_records(records: Sequence[JsonRecord], tokens: Lengths) -> dict[str
         "keys": {key: _describe_key([text_of(record, key) for record in records], tokens[key]) for key in tokens},
         "repeated_prompts": prompts.total() - len(prompts),
         "repeated_records": whole.total() - len(whole),
-        "different_outputs": len(outputs),
-        "frequent_outputs": _most_common(outputs),
-        "different_first_words": len(words),
-        "frequent_first_words": _most_common(words),
         "longest": [{"place": records[index].place, "tokens": totals[index]} for index in longest],
     }
 
@@ -157,22 +152,17 @@ def _measures(lengths: Sequence[int]) -> dict[str, float] | None:
     return dict(zip(MEASURES, values, strict=True))
 
 
-def _most_common(counter: Counter[str]) -> list[dict[str, Any]]:
-    total = counter.total()
-    return [{"text": text, "count": count, "share": count / total} for text, count in counter.most_common(SHOWN)]
-
-
 def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the statistics of a text file as plain values.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is empty or no UTF-8.
+        ValueError: if it is empty or not UTF-8.
     """
     from llm_lightning.data.reading import TextFile
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file; give a .json, .jsonl or text file")
+        raise FileNotFoundError(f"{path} does not exist or is not a file; give a .json, .jsonl or text file")
     text = "".join(TextFile(path))
     if not text:
         raise ValueError(f"{path} is empty; give a file with text")
@@ -215,16 +205,8 @@ def _record_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"{key:<12}{of_key['empty']:>9,} {'characters':<10}{_cells(of_key['characters'])}"
         yield f"{'':<12}{'':>9} {'tokens':<10}{_cells(of_key['tokens'])}"
     yield f"{'repeated':<12}prompts: {facts['repeated_prompts']:,}; whole records: {facts['repeated_records']:,}"
-    yield f"{'outputs':<12}{facts['different_outputs']:,} different"
-    yield from (_frequency(one) for one in facts["frequent_outputs"] if one["count"] > 1)
-    yield f"{'first words':<12}{facts['different_first_words']:,} different, of instructions"
-    yield from map(_frequency, facts["frequent_first_words"])
     yield "longest"
     yield from (f"{one['tokens']:>21,} tokens  {one['place']}" for one in facts["longest"])
-
-
-def _frequency(one: dict[str, Any]) -> str:
-    return f"{one['count']:>21,} {one['share']:>6.1%}  {one_line(one['text'], WIDTH)}"
 
 
 def _cells(measures: dict[str, float] | None) -> str:

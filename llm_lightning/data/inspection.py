@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 from llm_lightning.data.batches import LMBatch
+from llm_lightning.files.pages import render
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.terminal import GREEN, GREY, PLAIN, counted, visible
 from llm_lightning.tokenizers import Tokenizer
 
 END, PAD = "<|endoftext|>", "\u00b7"
-STYLE = """<meta charset="utf-8"><style>
-body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; color: #222 }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; font-size: 13px }
-.target { background: #bfe8c4 } .pad { color: #aaa } .end { font-weight: bold }
-</style>"""
+TEMPLATE = Path(__file__).with_name("inspection.html")
 
 
 class Piece(NamedTuple):
@@ -62,15 +59,16 @@ def as_text(tokenizer: Tokenizer, batch: LMBatch, *, colour: bool = False, title
 
 def as_html(tokenizer: Tokenizer, batch: LMBatch, title: str, *, titles: Sequence[str] | None = None) -> str:
     """An HTML page; `titles` as in `as_text`."""
-    lines = [
-        f"<!doctype html><title>{html.escape(title)}</title>{STYLE}<h1>{html.escape(title)}</h1>",
-        f'<p><span class="target">Tokens with a loss</span>, the prompt, <span class="pad">{PAD} padding</span>.</p>',
+    rows = [
+        {
+            "title": titles[number].capitalize() if titles else f"Record {number}",
+            "tokens": counted(n_tokens, "token"),
+            "n_targets": n_targets,
+            "pieces": pieces,
+        }
+        for number, (pieces, n_tokens, n_targets) in enumerate(rows_of(tokenizer, batch))
     ]
-    for number, (pieces, n_tokens, n_targets) in enumerate(rows_of(tokenizer, batch)):
-        spans = "".join(f'<span class="{piece.kind}">{html.escape(piece.text)}</span>' for piece in pieces)
-        row = titles[number].capitalize() if titles else f"Record {number}"
-        lines += [f"<h2>{html.escape(row)}: {counted(n_tokens, 'token')}, loss on {n_targets}</h2><pre>{spans}</pre>"]
-    return "\n".join(lines) + "\n"
+    return render(TEMPLATE, title=title, rows=rows, pad=PAD)
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -1,47 +1,119 @@
-"""Answers of a model to conversations, in batches of similar length."""
+"""Answers to the questions of records, in batches of prompts of similar length."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from llm_lightning.data.templates import Conversation, Template
+from tqdm import tqdm
+
+from llm_lightning.data.of_checkpoint import settings_of
+from llm_lightning.data.records import instruction as instruction_records
+from llm_lightning.data.records import preference as preference_records
+from llm_lightning.data.records.json import read_json_records
+from llm_lightning.data.templates import Conversation, Template, choose_template
+from llm_lightning.files.atomic import naming, write_atomically
+from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT
+from llm_lightning.terminal import inline
 from llm_lightning.tokenizers import Tokenizer
-
-BATCH_SIZE = 32
-MAX_NEW_TOKENS = 256
-"""The book's."""
+from llm_lightning.weights.load import LoadedModel
 
 OnResponse = Callable[[int, str], None]
-"""Called with (index, response) as each is known."""
+"""Called with (index, response) as each response is known."""
+
+log = logging.getLogger(__name__)
 
 
 def respond(
+    loaded: LoadedModel,
+    records: str | Path | Sequence[Conversation],
+    *,
+    template: str | Template | None = None,
+    max_new_tokens: int = ANSWER_TOKENS,
+    batch_size: int = RECORDS_AT_ONCE,
+    temperature: float = ANSWER_TEMPERATURE,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    progress_file: Path | None = None,
+    title: str | None = None,
+) -> list[str]:
+    """Answer the last question of every record, with the defaults of `llm-lightning respond`.
+
+    Args:
+        loaded: what `load_model` returns.
+        records: a .json or .jsonl file, or what `read_records` or `ConversationDataModule.conversations_of` returns.
+        template: a name or a text with slots; default: the template of the training, else alpaca.
+        max_new_tokens: per answer; an answer also ends at the end of text and at the model's context length.
+        batch_size: records at once.
+        temperature, top_k, top_p, seed: see `generation.Sampling`; default: greedy.
+        progress_file: keeps each answer as it is known; an interrupted call with the same file continues from it.
+        title: of a progress bar on a terminal; default: no bar.
+
+    Returns:
+        the answers, trimmed, in the order of the records.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming the record, if it is malformed or its prompt leaves no room for an answer.
+    """
+    conversations = read_records(records, loaded) if isinstance(records, (str, Path)) else records
+    chosen = template_of(loaded, template)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    key = [loaded.header.get("digest"), chosen.text, max_new_tokens, sampling, str(loaded.gpt.dtype)]
+    keys = [_key(key, chosen.prompt_ids(loaded.tokenizer, one)) for one in conversations]
+    known = {} if progress_file is None else _read_progress(progress_file)
+    missing = [index for index, one in enumerate(keys) if one not in known]
+    if len(missing) < len(keys):
+        log.warning("%d of %d answers are in %s already", len(keys) - len(missing), len(keys), progress_file)
+
+    def keep(index: int, response: str) -> None:
+        known[keys[missing[index]]] = response
+        if progress_file is not None:
+            with naming(progress_file), progress_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([keys[missing[index]], response]) + "\n")
+        bar.update()
+
+    with tqdm(total=len(missing), desc=inline(title or ""), disable=True if title is None else None) as bar:
+        answer(
+            loaded.gpt,
+            loaded.tokenizer,
+            chosen,
+            [conversations[index] for index in missing],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_response=keep,
+        )
+    return [known[one] for one in keys]
+
+
+def answer(
     model: GPT,
     tokenizer: Tokenizer,
     template: Template,
     conversations: Sequence[Conversation],
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = BATCH_SIZE,
+    max_new_tokens: int = ANSWER_TOKENS,
+    batch_size: int = RECORDS_AT_ONCE,
+    temperature: float = ANSWER_TEMPERATURE,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
     on_response: OnResponse | None = None,
-    **sampling: Any,
 ) -> list[str]:
-    """Answer the last question of every conversation.
+    """Answer the last question of every conversation; see `respond`.
 
-    A batch holds prompts of similar length, the longest first, so that too little memory shows at once. An answer
-    ends at the end of text, after `max_new_tokens`, or at the model's context.
-
-    Args:
-        sampling: settings of `generation.generate`; default: greedy.
-
-    Returns:
-        the answers, trimmed, in the order of the conversations.
-
-    Raises:
-        ValueError: naming the record, if a prompt leaves no room for an answer.
+    The longest prompts come first, so that too little memory shows at once.
     """
     prompts = [template.prompt_ids(tokenizer, one) for one in conversations]
     for prompt, one in zip(prompts, conversations, strict=True):
@@ -59,9 +131,12 @@ def respond(
             model,
             [prompts[index] for index in batch],
             max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
             stop_ids=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
             never=never,
-            **sampling,
         )
         for index, ids in zip(batch, new_ids, strict=True):
             responses[index] = tokenizer.decode(ids).strip()
@@ -75,3 +150,49 @@ def answered(conversation: Conversation, responses: Mapping[str, str]) -> dict[s
     last = conversation.turns[-1]
     shape = {"instruction": last.instruction, "input": last.input, "output": last.response}
     return {**shape, **conversation.record, **shape, **responses}
+
+
+def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
+    """Read a .json or .jsonl file, whose columns have the names of the model's training.
+
+    The answer of a pair of `chosen` and `rejected` is the chosen one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file, line and field of everything that is wrong, the first ten.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    columns = settings_of(loaded).get("columns") or {}
+    first = read_json_records(path)[0].record
+    pair = {columns.get(field) or field for field in ("chosen", "rejected")}
+    if pair <= set(first) and (columns.get("output") or "output") not in first:
+        known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}
+        return preference_records.read_preferences(path, columns=known)[0]
+    known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
+    return instruction_records.read_instructions(path, columns=known, empty_output="keep")[0]
+
+
+def template_of(loaded: LoadedModel, wanted: str | Template | None) -> Template:
+    """The wanted template, else the template of the model's training, else alpaca, which is logged."""
+    if isinstance(wanted, Template):
+        return wanted
+    trained = settings_of(loaded).get("template")
+    if wanted is None and trained is None:
+        log.warning("this model was trained without a template: alpaca is used; --template names another")
+    return choose_template(wanted or trained or "alpaca")
+
+
+def _key(settings: list[Any], prompt_ids: list[int]) -> str:
+    return hashlib.sha256(json.dumps([settings, prompt_ids]).encode()).hexdigest()
+
+
+def _read_progress(file: Path) -> dict[str, str]:
+    """The answers that an interrupted call has kept; an unfinished last line is removed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with naming(file), file.open("a"):
+        pass
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    write_atomically(file, whole + "\n" if whole else "")
+    return dict(json.loads(line) for line in whole.splitlines())

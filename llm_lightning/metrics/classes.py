@@ -1,6 +1,6 @@
-"""How well a classifier tells classes apart: precision, recall, F1, AUROC, and which classes it takes for which.
+"""Precision, recall, F1, AUROC and confusions of a classifier.
 
-Nothing here takes memory that grows with the square of the number of classes where there are more than `MOST_SHOWN`.
+With more than `MOST_SHOWN` classes, no memory grows with the square of their number.
 
 Letters: N texts, K classes.
 """
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_SHOWN = 100
-"""Classes up to which every one is counted against every other one; beyond, only the most confused pairs are shown."""
+"""Up to this many classes the confusion matrix is counted; beyond, only the most confused pairs are shown."""
 PAIRS_SHOWN = 20
 AT_ONCE = 1 << 21
-"""Scores that are sorted at once: 8 MiB of float32, held a few times over."""
+"""Scores sorted at once: 8 MiB of float32, held a few times over."""
 NAME_WIDTH = 40
 
 Columns = Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ Columns = Callable[[Tensor], Tensor]
 
 
 class ConfusedPair(NamedTuple):
-    """Texts of one class that were taken for another one."""
+    """Texts of one class that were predicted as another."""
 
     true: str
     predicted: str
@@ -40,9 +40,9 @@ class ConfusedPair(NamedTuple):
 
 
 def count_metrics(predicted: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
-    """Precision, recall and F1 from counts: of two classes those of the second, of more the mean over classes.
+    """Precision, recall and F1 from counts: the second class's of two classes, else the mean over classes.
 
-    As torchmetrics and scikit-learn do, what has no texts and was never predicted is left out of the mean, and what is
+    As in torchmetrics and scikit-learn, a class without texts that was never predicted is left out of the mean, and
     0 / 0 is 0.
 
     Args:
@@ -67,9 +67,9 @@ def _reduced(of_class: Tensor, seen: Tensor) -> float:
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve: of two classes that of the second, of more the mean of each class against the others.
+    """Area under the ROC curve: the second class's of two classes, else the mean of each class against the others.
 
-    It is undefined for a class that no text has, or all have, which is left out of the mean; 0 where no class is left.
+    A class that no text or every text has is undefined and left out of the mean; 0 where no class is left.
 
     Args:
         scores: (N, K) probabilities.
@@ -87,9 +87,10 @@ def _defined(labels: Tensor, scores: Tensor) -> list[int]:
 
 
 def auroc_of_many(columns: Columns, labels: Tensor, n_classes: int) -> float:
-    """`auroc` without a second table as large as the scores: the probability that a text of a class outscores another.
+    """`auroc` without a second table as large as the scores.
 
-    That is the area under the curve (Hanley and McNeil 1982), a tie counting half.
+    The area is the probability that a text of the class outscores another text, a tie counting half (Hanley and McNeil
+    1982).
     """
     counts = torch.bincount(labels, minlength=n_classes)
     defined = ((counts > 0) & (counts < len(labels))).nonzero()[:, 0]
@@ -119,7 +120,7 @@ def _area(ordered: np.ndarray, own: np.ndarray) -> float:
 
 
 def softmax_columns(logits: Tensor) -> Columns:
-    """Some columns of the softmax of `logits`, computed when they are asked for.
+    """Columns of the softmax of `logits`, computed on demand.
 
     Args:
         logits: (N, K).
@@ -127,7 +128,7 @@ def softmax_columns(logits: Tensor) -> Columns:
     peak = logits.amax(1, keepdim=True) if len(logits) else logits[:, :1]
     total = torch.zeros_like(peak)
     size = max(1, AT_ONCE // logits.size(1))
-    # In one and the same memory: what is freed between small results is not found again by all allocators.
+    # One buffer for all: not every allocator reuses what is freed between small results.
     shifted = logits.new_zeros(min(size, len(logits)), logits.size(1))
     for rows, top, whole in zip(logits.split(size), peak.split(size), total.split(size), strict=True):
         part = shifted[: len(rows)]
@@ -141,14 +142,14 @@ def softmax_columns(logits: Tensor) -> Columns:
 
 
 def confusion(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """(K, K) int64 counts: rows are the true classes, columns the predicted ones. For `MOST_SHOWN` classes at most."""
+    """(K, K) int64 counts, rows true and columns predicted classes. For at most `MOST_SHOWN` classes."""
     return torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def most_confused(
     predicted: Tensor, labels: Tensor, names: Sequence[str], most: int = PAIRS_SHOWN
 ) -> list[ConfusedPair]:
-    """The pairs of classes that were confused most often; of equally frequent ones, in the order of the classes."""
+    """The most frequently confused pairs of classes; ties in the order of the classes."""
     wrong = predicted != labels
     pairs, counts = (labels[wrong] * len(names) + predicted[wrong]).unique(return_counts=True)  # ascending
     of_class = torch.bincount(labels, minlength=len(names))
@@ -160,14 +161,14 @@ def most_confused(
 
 
 def described_confusions(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[str, Any]:
-    """Plain values under the name they go by: `confusion`, a matrix, or of many classes `most_confused`, pairs."""
+    """(name, plain values): `confusion`, a matrix, or for many classes `most_confused`, pairs."""
     if len(names) > MOST_SHOWN:
         return "most_confused", [pair._asdict() for pair in most_confused(predicted, labels, names)]
     return "confusion", confusion(predicted, labels, len(names)).tolist()
 
 
 def confused_figure(pairs: Sequence[ConfusedPair], stage: str) -> Figure:
-    """Bars: how many texts of the first class were taken for the second one."""
+    """Bars: the number of texts of the first class predicted as the second."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1.2 + 0.25 * max(len(pairs), 4)), layout="constrained")

@@ -12,17 +12,17 @@ NORMAL_QUANTILE = 1.959964
 def mean_interval(
     values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
 ) -> tuple[float, float, float]:
-    """Compute the mean and its 95% interval, Student's t, cut to the scale on which the values are.
+    """Compute the mean and its 95% interval (Student's t), cut to the scale of the values.
 
-    Not a bootstrap: that needs a seed, and is too narrow for the ten records that one tries first. Where all values are
-    equal the interval has no width, however few they are.
+    Not a bootstrap, which needs a seed and is too narrow for ten records. Equal values have an interval without width,
+    however few they are.
 
     Args:
         lowest, highest: ends of the scale.
 
     Returns:
-        mean, low, high. One value says nothing of the spread, so its interval is the whole scale; the mean of none is
-        nan.
+        mean, low, high. One value says nothing about the spread, so its interval is the whole scale; without values
+        the mean is nan.
     """
     n = len(values)
     mean = math.fsum(values) / n if n else math.nan
@@ -33,7 +33,7 @@ def mean_interval(
 
 
 def wilson_interval(right: int, total: int, z: float = NORMAL_QUANTILE) -> tuple[float, float]:
-    """The 95% interval of a proportion (Wilson 1927), which also holds near 0 and 1, where p +- z s.e. does not."""
+    """The 95% interval of a proportion (Wilson 1927), which also holds near 0 and 1, unlike p +- z s.e."""
     if total == 0:
         return 0.0, 1.0
     share = right / total
@@ -43,7 +43,7 @@ def wilson_interval(right: int, total: int, z: float = NORMAL_QUANTILE) -> tuple
 
 
 def _t_quantile(df: int) -> float:
-    """The t that |t| stays below with a probability of 95%."""
+    """The t with P(|T| < t) = 95%."""
     if df > 1000:  # the series below gets long, and this is right to six digits (Abramowitz and Stegun 26.7.5)
         return NORMAL_QUANTILE + (NORMAL_QUANTILE**3 + NORMAL_QUANTILE) / (4 * df)
     low, high = 0.0, math.pi / 2

@@ -1,4 +1,4 @@
-"""An adapter's file, and which weights it belongs to."""
+"""The file of an adapter, and the weights that it belongs to."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from llm_lightning.weights.digests import digest_of
 
 
 def refuse_other_base(adapter: str | Path, expected: str | None, state: dict[str, torch.Tensor]) -> None:
+    """Raise CheckpointError unless the base weights `state` have the digest that an adapter was trained on."""
     if expected is None:
         raise CheckpointError(
             f"{adapter} was trained together with its own weights, from none that are stored elsewhere; load it alone"
@@ -27,12 +28,15 @@ def refuse_other_base(adapter: str | Path, expected: str | None, state: dict[str
 
 
 def save_adapter(source: str | Path, target: str | Path, lineage: Mapping[str, Any] | None = None) -> str:
-    """Write what was trained of a LoRA checkpoint: adapters and, of a classifier, the head. Megabytes.
+    """Write only what a LoRA run has trained: the adapters and a classifier's head, some megabytes.
 
-    `load_model(target)` puts it on the weights that `lineage.parent_name` names, and checks their digest.
+    `load_model(target)` adds it to the weights that `lineage.parent_name` names, and compares their digest.
 
     Args:
-        lineage: of the run, where that of the checkpoint may be an older one.
+        lineage: of the run; default: of the checkpoint.
+
+    Returns:
+        the digest of the file.
     """
     state = load(source, mmap=True)
     known = dict(lineage or state[HEADER]["lineage"])

@@ -43,8 +43,8 @@ class CheckpointError(ValueError):
 def save(path: str | Path, state: dict[str, Any]) -> str:
     """Write `state` to `path`, all or nothing, and return its digest.
 
-    A temporary file beside the target is written, flushed to the disk and renamed: whatever happens in between, the
-    file that stood there before is intact.
+    A temporary file beside the target is written, flushed to the disk and renamed: an earlier file stays intact
+    whatever happens in between.
 
     Raises:
         OSError: if it cannot be written; names the path, the bytes needed and the bytes free.
@@ -135,7 +135,7 @@ def load(
         check_header(header)
         if "config" in header:
             header["config"] = translated(header["config"])
-        if header["task"] in TASKS:  # a task of someone else's may train more than our models have
+        if header["task"] in TASKS:  # another package's task may train more than our models
             check_weights(header, state.get("state_dict"), size)
     header["digest"] = digest
     return state
@@ -165,7 +165,7 @@ def load_to_resume(path: str | Path, *, map_location: Any = "cpu", opened: Opene
 
 
 def check_fits(path: str | Path, state: Mapping[str, Any], module: torch.nn.Module, trained: torch.nn.Module) -> None:
-    """Compare a loaded checkpoint with the module that continues from it, of which `trained` is optimized.
+    """Compare a loaded checkpoint with the module that resumes from it, of which `trained` is optimized.
 
     Raises:
         CheckpointError: if a tensor of the weights or the optimizer is missing, unknown or of another shape.
@@ -177,7 +177,7 @@ def check_fits(path: str | Path, state: Mapping[str, Any], module: torch.nn.Modu
 
 @contextlib.contextmanager
 def refusing(path: str | Path) -> Iterator[None]:
-    """Put the file before a complaint about what is in it, and the remedy behind it."""
+    """Turn a ValueError about the content of a file into a CheckpointError with the file and the remedy."""
     try:
         yield
     except CheckpointError:
@@ -187,12 +187,12 @@ def refusing(path: str | Path) -> Iterator[None]:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: task, step, model, tokenizer, config, lineage."""
+    """The header of a checkpoint: task, step, model, tokenizer, config, lineage."""
     return load(path, mmap=True)[HEADER]
 
 
 def examine(path: str | Path) -> tuple[dict[str, Any], int]:
-    """The header of a checkpoint all of whose values were looked at, and the model's number of parameters.
+    """The header of a checkpoint, after reading every value, and the model's number of parameters.
 
     Raises:
         CheckpointError: as `load`, or if weights are not finite.
@@ -252,7 +252,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def link(source: Path, target: Path) -> None:
     """Make `target` another name of the file `source`, atomically (a copy where the file system has no hard links)."""
     if target.is_file() and target.samefile(source):
-        return  # renaming one name of a file to another of its names does nothing, and would leave the temporary one
+        return  # renaming a file to another of its own names does nothing and would leave the temporary name
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -275,7 +275,7 @@ def describe(*, task: str, model_config: GPTConfig, tokenizer: Tokenizer, **more
 
 
 class _Writer:
-    """Passes bytes on and keeps the first OSError, which torch.save would hide behind one of its own."""
+    """Passes bytes on and keeps the first OSError, which torch.save hides behind an error of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

@@ -14,22 +14,23 @@ from llm_lightning.models.gpt import GPT
 
 
 def base_digest(model: GPT | Classifier) -> str:
-    """The digest of a trunk's own weights, which an adapter belongs to, whatever file they come from."""
+    """The digest of a trunk's own weights, without adapters: the identity of an adapter's base."""
     return digest_of({name: tensor for name, tensor in model.trunk.state_dict().items() if "lora_" not in name})
 
 
 def digest_of(state: dict[str, torch.Tensor]) -> str:
-    # A tied head stands in some files and not in others.
+    """The digest of weights in float32, whatever their type and order."""
+    # Some files hold a tied head and some do not.
     return weights_digest((name, state[name].float()) for name in sorted(state) if name != "lm_head.weight")
 
 
 def digest_under(header: dict[str, Any], trunk: GPT) -> str:
-    """The digest by which the adapter of `header` knows the weights of `trunk`, which may have more positions."""
+    """The base digest of `trunk`, cut to the context length of the adapter of `header`."""
     return digest_of(base_weights(header, trunk))
 
 
 def base_weights(header: dict[str, Any], trunk: GPT) -> dict[str, torch.Tensor]:
-    """The weights of a GPT without adapters, as many positions as the model of `header` has."""
+    """The weights of a GPT without adapters, with as many positions as the model of `header`."""
     state = {name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name}
     state["position_embedding.weight"] = state["position_embedding.weight"][: header["model"]["context_length"]]
     return state

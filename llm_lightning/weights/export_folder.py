@@ -1,4 +1,4 @@
-"""Exported folders: each appears whole, replaces an earlier one in one step, and states the sha256 of its files.
+"""Exported folders: each appears whole, replaces an earlier export in one step, and states the sha256 of its files.
 
 A folder is written beside its place under a hidden name, flushed to the disk and moved there. Two folders are swapped
 by one call of the system where it has such a call, so that at every instant the old or the new one stands there.
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Stated:
-    """The digests that the report of an exported folder states; none in any other folder.
+    """The digests in the report of an exported folder; empty for any other folder.
 
     Raises:
         ValueError: if the report is damaged.
@@ -72,7 +72,7 @@ class Stated:
             ) from None
 
     def digest_of(self, path: Path) -> str:
-        """The sha256 of a file that is about to be read, compared with what was exported.
+        """The sha256 of a file about to be read, compared with the report.
 
         Raises:
             ValueError: if it was changed since.
@@ -92,9 +92,9 @@ class Stated:
 
 @contextlib.contextmanager
 def publishing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder to be filled; at the end of the block it is put in the place of `folder`.
+    """A new folder to fill; at the end of the block it replaces `folder`.
 
-    What a killed export has left behind is removed first; an earlier export that it had moved away is put back.
+    The leftovers of a killed export are removed first, and an earlier export that it had moved away is put back.
 
     Raises:
         ValueError: if `folder` is not empty and may not be overwritten, or is no earlier export.
@@ -111,7 +111,7 @@ def publishing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that an export may not take the place of, and sweep up after a killed one.
+    """Refuse a folder that an export may not replace, and remove the leftovers of a killed export.
 
     Raises:
         ValueError: saying why.
@@ -123,7 +123,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} is not empty; choose another folder, or allow overwriting")
     is_adapter = (folder / REPORT).is_file() and (folder / ADAPTER).is_file()
     if not is_adapter and not (folder / NOTE).is_file():
-        raise ValueError(f"{folder} is no earlier export (it has no {NOTE}), so it is not replaced; choose another")
+        raise ValueError(f"{folder} is not an earlier export (it has no {NOTE}), so it is not replaced; choose another")
 
 
 def digests_of(folder: Path) -> dict[str, str]:
@@ -151,7 +151,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         free = shutil.disk_usage(path.parent).free
         reason = f"{reason} ({needed:,} bytes needed, {free:,} free)"
         raise OSError(int(number[1]) if number else errno.EIO, reason, str(path)) from error
-    path.chmod(mode)  # the library writes it for its owner's eyes only
+    path.chmod(mode)  # the library makes it readable by its owner only
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -173,7 +173,7 @@ def _put_in_place(finished: Path, folder: Path) -> None:
 
 
 def _replace_in_two_steps(finished: Path, folder: Path) -> None:
-    """For systems that cannot swap: between the steps the earlier export is under its hidden name alone."""
+    """For systems that cannot swap: between the steps the earlier export has only its hidden name."""
     old = _beside(folder, "old")
     folder.rename(old)
     try:
@@ -185,7 +185,7 @@ def _replace_in_two_steps(finished: Path, folder: Path) -> None:
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; False where system or file system cannot."""
+    """Swap two folders in one step; False where the system or the file system cannot."""
     names: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {
         "linux": ("renameat2", lambda a, b: (-100, a, -100, b, 2)),  # AT_FDCWD, RENAME_EXCHANGE
         "darwin": ("renamex_np", lambda a, b: (a, b, 2)),  # RENAME_SWAP
@@ -209,7 +209,7 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed exports to `folder` have left; put an export back that one had moved away."""
+    """Remove the leftovers of killed exports to `folder`; put back an export that one had moved away."""
     if not folder.parent.is_dir():
         return
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.(?:{re.escape(_HOST)}\.)?(\d+)\.(tmp|old)")
@@ -224,7 +224,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether another process of this machine has that number."""
+    """Whether a process with this number runs on this machine."""
     if pid == os.getpid():
         return False
     if os.name != "posix":

@@ -1,4 +1,4 @@
-"""GPT-2 weights in and out: Hugging Face's names and layout on one side, ours on the other. Reads no file.
+"""GPT-2 weights between Hugging Face's names and layout and ours. Reads no file.
 
 What differs: their linear layers are `Conv1D`, stored (in, out); the head is usually left out because it is
 tied to the token embedding; the `transformer.` prefix may be missing; older files carry causal-mask buffers.
@@ -109,7 +109,7 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
             head that contradicts `tied_head=True`, or a bias that contradicts `qkv_bias=False`.
     """
     layers = config.n_layer
-    if layers > len(state):  # before a list of names as long as a wrong config says is made
+    if layers > len(state):  # before a wrong config makes a list of that many names
         raise ValueError(f"the config says n_layer={layers}, but the weights are only {len(state)} tensors")
     theirs = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     if config.tied_head:
@@ -153,7 +153,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
 
 
 def module_to_hf(ours: str) -> str:
-    """`blocks.0.attn.qkv_proj` -> `transformer.h.0.attn.c_attn`: where a linear layer stands in transformers' GPT-2."""
+    """`blocks.0.attn.qkv_proj` -> `transformer.h.0.attn.c_attn`: a linear layer's path in transformers' GPT-2."""
     if ours == "lm_head":
         return ours
     _, layer, part = ours.split(".", 2)
@@ -171,7 +171,7 @@ def module_from_hf(theirs: str) -> str:
     found = re.fullmatch(r"(?:transformer\.)?h\.(\d+)\.(.+)", theirs)
     part = next((ours for ours, name in _BLOCK.items() if found and name == found[2] and "norm" not in ours), None)
     if found is None or part is None:
-        raise ValueError(f"{theirs} is no linear layer of GPT-2")
+        raise ValueError(f"{theirs} is not a linear layer of GPT-2")
     return f"blocks.{found[1]}.{part}"
 
 
@@ -185,10 +185,10 @@ def infer_config(state: Mapping[str, Tensor]) -> GPTConfig:
     tokens, positions = theirs.get("wte.weight"), theirs.get("wpe.weight")
     layers = {int(found[1]) for name in theirs if (found := re.match(r"h\.(\d{1,6})\.", name))}
     if tokens is None or positions is None or tokens.dim() != 2 or positions.dim() != 2 or not layers:
-        raise ValueError("these are no GPT-2 weights: wte.weight, wpe.weight and h.0.* are needed")
+        raise ValueError("these are not GPT-2 weights: wte.weight, wpe.weight and h.0.* are needed")
     width = tokens.size(1)
     if width % 64:
-        raise ValueError(f"n_embd={width} is no multiple of 64, so n_head cannot be inferred; add a config.json")
+        raise ValueError(f"n_embd={width} is not a multiple of 64, so n_head cannot be inferred; add a config.json")
     return GPTConfig(
         vocab_size=tokens.size(0),
         context_length=positions.size(0),

@@ -1,4 +1,4 @@
-"""Our models out as folders that transformers loads: GPTs as `GPT2LMHeadModel`, classifiers for sequences.
+"""Export of our models as folders that transformers loads: `GPT2LMHeadModel`, or a sequence classifier.
 
 What is computed with names and layouts stands in `models/gpt2_weights.py`; `pretrained.py` reads such folders.
 """
@@ -70,7 +70,7 @@ def export_hf(
     def check(written: Path) -> dict[str, Any]:
         return _read_back(written, weights, cut, tokenizer)
 
-    folder = Path(folder).resolve()  # "." has no name to put a temporary folder beside
+    folder = Path(folder).resolve()  # "." has no name for a temporary folder beside it
     check_target(folder, overwrite)
     weights = _ready(to_hf(state, cut), dtype)
     padding = config.vocab_size - cut.vocab_size
@@ -229,7 +229,7 @@ def _report(folder: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str, *
 
 
 def _read_back(folder: Path, weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Load the folder as a user would, and compare."""
+    """Load the folder as a user does, and compare."""
     expected, loaded = from_hf(weights, config), load_pretrained(folder)
     same = all(torch.equal(loaded.state[name], expected[name]) for name in expected)
     if not same or loaded.config != config or loaded.tokenizer != tokenizer.describe():

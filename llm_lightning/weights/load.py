@@ -34,7 +34,7 @@ from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for use, and what it needs."""
+    """A model ready for use, with its tokenizer and header."""
 
     model: GPT | Classifier
     """In eval mode."""
@@ -104,7 +104,7 @@ def load_model(
 def _load_model(
     name_or_path: str | Path, base: str | Path | None, adapters: Mapping[str, str | Path], above: tuple[str, ...]
 ) -> LoadedModel:
-    """`load_model`; `above`: the adapters whose base this is, by their real paths."""
+    """`load_model`; `above`: the real paths of the adapters whose base this is."""
     above = _with(above, name_or_path)
     if is_peft_folder(name_or_path):
         return _load_model(base or base_name_of(name_or_path), None, {"default": name_or_path} | dict(adapters), above)
@@ -125,7 +125,7 @@ def _load_model(
         if "base" in header:
             state |= _base_state(path, header, base, above)
         elif base is not None:
-            raise ValueError(f"{path} is no adapter, so it needs no base; leave base= out")
+            raise ValueError(f"{path} is not an adapter, so it needs no base; leave base= out")
     model = rebuild_model(header, state)
     for name, adapter in adapters.items():
         header = header | {"lora": _add_adapter(model, adapter, name)}
@@ -135,7 +135,7 @@ def _load_model(
 
 
 def _with(above: tuple[str, ...], name_or_path: str | Path) -> tuple[str, ...]:
-    """`above` and this one, which must not be its own base."""
+    """`above` and this path, which must not be its own base."""
     place = os.path.realpath(resolve(name_or_path) or name_or_path)
     if place in above:
         raise CheckpointError(f"{name_or_path} names itself as the weights under its adapter; say which with base=")
@@ -143,7 +143,11 @@ def _with(above: tuple[str, ...], name_or_path: str | Path) -> tuple[str, ...]:
 
 
 def resolve(name_or_path: str | Path) -> Path | None:
-    """The checkpoint file of ours that is meant, the best one of a run folder; None for GPT-2 weights."""
+    """The checkpoint file, the best one of a run folder; None for GPT-2 weights.
+
+    Raises:
+        FileNotFoundError: if a .ckpt file does not exist.
+    """
     path = Path(name_or_path)
     if path.is_dir():
         for candidate in (path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"):
@@ -168,9 +172,9 @@ def described_model(header: dict[str, Any]) -> GPT | Classifier:
 
 
 def rebuild_model(header: dict[str, Any], state: dict[str, torch.Tensor]) -> GPT | Classifier:
-    """The model that `header` describes, taking over the tensors of `state` without a copy.
+    """Build the model that `header` describes from the tensors of `state`, without copying them.
 
-    Weights that were trained with a frozen part in a narrower type come all in the widest one.
+    Weights of several types, as a frozen part in bfloat16 leaves them, are all cast to the widest.
 
     Raises:
         CheckpointError: if a tensor is missing, unknown or of another shape.
@@ -180,20 +184,17 @@ def rebuild_model(header: dict[str, Any], state: dict[str, torch.Tensor]) -> GPT
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
-    trunk = model.trunk if isinstance(model, Classifier) else model
-    if trunk.config.tied_head:
-        trunk.lm_head.weight = trunk.token_embedding.weight  # assigning broke the tie
+    if model.trunk.config.tied_head:
+        model.trunk.lm_head.weight = model.trunk.token_embedding.weight  # assigning broke the tie
     dtypes = {parameter.dtype for parameter in model.parameters()}
     return model.to(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else model
 
 
 def _place_of_base(path: Path, header: dict[str, Any], above: tuple[str, ...]) -> str:
-    """Where the weights under an adapter are: where they were in training, or where they went with its folder."""
+    """The place of the weights under an adapter: where they were in training, or where they moved with its folder."""
     names = parent_names(header, path)
     if not names:
-        raise CheckpointError(
-            f"{path} is an adapter and does not name the weights that it is for; say where with base="
-        )
+        raise CheckpointError(f"{path} is an adapter and does not name its base; give the weights with base=")
     for name in names[:-1]:
         with contextlib.suppress(OSError, ValueError):
             if digest_under(header, merge_and_unload(_load_model(name, None, {}, above).model).trunk) == header["base"]:
@@ -204,7 +205,7 @@ def _place_of_base(path: Path, header: dict[str, Any], above: tuple[str, ...]) -
 def _base_state(
     path: Path, header: dict[str, Any], base: str | Path | None, above: tuple[str, ...]
 ) -> dict[str, torch.Tensor]:
-    """The weights that the adapter at `path` belongs to, by the names they have in its model."""
+    """The weights under the adapter at `path`, by their names in its model."""
     name = base or _place_of_base(path, header, above)
     try:
         trunk = merge_and_unload(_load_model(name, None, {}, above).model).trunk
@@ -223,9 +224,9 @@ def _base_state(
 
 
 def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict[str, Any]:
-    """Put the adapter at `source` on a GPT; return its settings."""
+    """Add the adapter at `source` to a GPT; return its settings."""
     if not isinstance(model, GPT):
-        raise ValueError(f"{source}: an adapter goes on a GPT, not on a classifier; give the adapter alone instead")
+        raise ValueError(f"{source}: an adapter goes on a GPT, not on a classifier; load the adapter alone instead")
     if is_peft_folder(source):
         config, state = import_peft(source)
     else:

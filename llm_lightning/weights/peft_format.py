@@ -48,12 +48,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # key of adapter_config.json -> values
 
 
 def is_peft_folder(path: str | Path) -> bool:
-    """Whether PEFT wrote an adapter there."""
+    """Whether a folder holds an adapter of PEFT."""
     return (Path(path) / CONFIG).is_file()
 
 
 def base_name_of(folder: str | Path) -> str:
-    """The model that an adapter of PEFT's was made for, in the words that `load_model` takes.
+    """The base model of an adapter of PEFT, as `load_model` accepts it.
 
     Raises:
         ValueError: if the folder does not say it.
@@ -62,7 +62,7 @@ def base_name_of(folder: str | Path) -> str:
     if not isinstance(name, (str, type(None))) or "\0" in (name or ""):
         raise ValueError(f"{Path(folder) / CONFIG}: base_model_name_or_path={short(name)} must be a name or a path")
     if not name:
-        raise ValueError(f"{Path(folder) / CONFIG} does not name the model that the adapter is for; say it with base=")
+        raise ValueError(f"{Path(folder) / CONFIG} does not name the base of the adapter; give it with base=")
     size = name.removeprefix("openai-community/")
     return {"gpt2": "gpt2-small", "gpt2-medium": size, "gpt2-large": size, "gpt2-xl": size}.get(size, name)
 
@@ -76,7 +76,7 @@ def export_peft(
     base_name: str = "",
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter so that `peft.PeftModel.from_pretrained` puts it on transformers' GPT-2.
+    """Write an adapter that `peft.PeftModel.from_pretrained` adds to transformers' GPT-2.
 
     The folder appears only when it is complete.
 
@@ -143,7 +143,7 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     for key, tensor in read_safetensors(folder / WEIGHTS).items():
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(_PREFIX))
         if not found:
-            raise ValueError(f"{folder / WEIGHTS}: {short(key)} is no matrix of a LoRA adapter")
+            raise ValueError(f"{folder / WEIGHTS}: {short(key)} is not a matrix of a LoRA adapter")
         try:
             state[f"{module_from_hf(found[1])}.lora_{found[2]}"] = tensor
         except ValueError as error:
@@ -155,10 +155,10 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
 
 
 def _config_of(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> LoRAConfig:
-    """The settings in a file of PEFT's, types and ranges checked."""
+    """The settings in a file of PEFT, with types and ranges checked."""
     targets = tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in state))
     if not targets:
-        raise ValueError(f"{path.with_name(WEIGHTS)} has no adapter in it; save it again with PEFT's save_pretrained")
+        raise ValueError(f"{path.with_name(WEIGHTS)} holds no adapter; save it again with PEFT's save_pretrained")
     if missing := [key for key in ("r", "lora_alpha") if key not in facts]:
         raise ValueError(f"{path} has no {missing[0]}; save the adapter with PEFT's save_pretrained")
     if not isinstance(facts.get("use_rslora"), (bool, type(None))):
@@ -178,14 +178,14 @@ def _config_of(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> L
 
 
 def _check_matrices(state: dict[str, Tensor], config: LoRAConfig, path: Path) -> None:
-    """Refuse what is not two matrices of floating-point numbers and the stated rank, before anything is built."""
+    """Allow only pairs of floating-point matrices of the stated rank, before anything is built."""
     for key, tensor in state.items():
         layer, _, kind = key.rpartition(".lora_")
         other = state.get(f"{layer}.lora_{'B' if kind == 'A' else 'A'}")
         if other is None:
-            raise ValueError(f"{path}: {key} stands alone, an adapter has two matrices; get it again")
+            raise ValueError(f"{path}: {key} has no counterpart, and an adapter has two matrices; get it again")
         if not tensor.is_floating_point() or tensor.dim() != 2:
-            raise ValueError(f"{path}: {key} is no matrix of floating-point numbers; get it again")
+            raise ValueError(f"{path}: {key} is not a matrix of floating-point numbers; get it again")
         rank = tensor.size(0 if kind == "A" else 1)
         if rank != config.rank:
             raise ValueError(f"{path}: {key} has rank {rank}, but {CONFIG} says r={config.rank}; get them again")

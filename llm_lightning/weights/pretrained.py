@@ -45,7 +45,7 @@ _MOST_HEADER = 1 << 24  # bytes; that of GPT-2 xl has some 60,000
 
 @dataclass(frozen=True)
 class Release:
-    """One size of GPT-2 on the hub. `sha256=None`: the hub's own statement for that revision is checked."""
+    """One size of GPT-2 on the hub. `sha256=None`: checked against the hub's own digest for the revision."""
 
     repository: str
     revision: str
@@ -140,7 +140,7 @@ def _load_local(path: Path) -> Pretrained:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder: one, or the shards that its index lists."""
+    """The file itself, or the files of a folder: one file, or the shards in its index."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -160,12 +160,12 @@ def _weight_files(path: Path) -> list[Path]:
     if not names or any(Path(name).name != name for name in names):
         raise ValueError(f"{index}: weight_map must name files of this folder; get it again")
     if missing := [name for name in names if not (path / name).is_file()]:
-        raise FileNotFoundError(f"{index} lists {missing[0]}, which is not there; get it as well")
+        raise FileNotFoundError(f"{index} lists {missing[0]}, which does not exist; get it as well")
     return [path / name for name in names]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, each in memory of its own.
+    """The tensors of one safetensors file, each with its own memory.
 
     A length is compared with the file before memory of that size is asked for. The library checks the header; the
     tensors are read here, because it maps the whole file, whose pages then count beside what is copied from them.
@@ -185,7 +185,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         header = int.from_bytes(file.read(8), "little")
     rest = path.stat().st_size - 8
     if not 0 < header <= min(rest, _MOST_HEADER):
-        raise ValueError(f"{path} is no complete safetensors file: it states a header of {header} bytes; get it again")
+        raise ValueError(
+            f"{path} is not a complete safetensors file: it states a header of {header} bytes; get it again"
+        )
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -195,7 +197,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: _tensor(file, 8 + header, **entry) for name, entry in facts.items() if name != "__metadata__"}
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged file makes the library raise
+    except Exception as error:  # the library raises many kinds for a damaged file
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from error
 
 
@@ -218,7 +220,7 @@ def _local_config(folder: Path, state: Mapping[str, Tensor]) -> GPTConfig:
 
 
 def _owned(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Contiguous tensors; a tied head is the token embedding itself. Empties `state`, so that each is there once."""
+    """Contiguous tensors; a tied head is the token embedding itself. Empties `state`, so no tensor is held twice."""
     names = list(state)
     if config.tied_head:
         state.pop("lm_head.weight")
@@ -233,7 +235,7 @@ def _refuse_non_finite(state: Mapping[str, Tensor]) -> None:
 
 
 def _tokenizer_files(folder: Path) -> Iterator[str]:
-    """The file that says which tokenizer belongs to the weights, the first of those that are there."""
+    """The first file that describes the tokenizer of the weights."""
     yield from [name for name in (NOTE, "merges.txt", "tokenizer.json") if (folder / name).is_file()][:1]
 
 
@@ -264,7 +266,7 @@ def _info(source: str, digest: str, state: Mapping[str, Tensor]) -> dict[str, st
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the path before a complaint about what is in it."""
+    """Prefix an error about a file with its path."""
     try:
         yield
     except ValueError as error:

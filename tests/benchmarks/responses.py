@@ -100,7 +100,7 @@ def prompts_by_length() -> list[list[int]]:
 
 def ours(repeats: int) -> tuple[float, int, Run]:
     """`respond` with bf16 weights."""
-    from llm_lightning.inference.respond import respond
+    from llm_lightning.inference.respond import answer as respond
     from llm_lightning.models.gpt import GPT, GPTConfig
 
     tokenizer, template, test = test_conversations()

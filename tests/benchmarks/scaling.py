@@ -520,7 +520,9 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("judge: summaries", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.metrics.judge import PROMPTS, Verdict, summarise_scores
+    from llm_lightning.metrics.judge.client import Verdict
+    from llm_lightning.metrics.judge.prompts import PROMPTS
+    from llm_lightning.metrics.judge.summaries import summarise_scores
 
     found = [Verdict("scored", i % 100, "1", "", 1, "x") for i in range(n)]
     return lambda: summarise_scores(found, PROMPTS["book"])
@@ -528,43 +530,43 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("compare: the page", 100)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.cli.compare import _explained, _measures
-    from llm_lightning.cli.comparison_page import Item, Page, as_html, as_markdown
+    from llm_lightning.cli.comparison_page import Item, Page, as_html
+    from llm_lightning.inference.comparison import explanations, measures_of
 
     rows = [{**one, "model_response_A": "a b c " * 9, "model_response_B": "red"} for one in records(n)]
     items = [Item(row["instruction"], row["output"], "a\n\tb `c`", "d", ["x"]) for row in rows]
 
     def make() -> None:
-        page = Page("t", ["f"], _measures(rows), _explained(rows), items, None)
-        as_html(page), as_markdown(page)
+        as_html(Page("t", ["f"], measures_of(rows), explanations(rows), items, None))
 
     return make
 
 
 @case("compare: one long response", 5_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.cli.compare import _visible, repeats_itself
-    from llm_lightning.cli.comparison_page import _markdown
+    from llm_lightning.cli.compare import _visible
+    from llm_lightning.inference.comparison import repeats_itself
 
     text = "a `b`  c\n\t | x" * n
-    return lambda: (repeats_itself(text), _markdown(_visible(text)))
+    return lambda: (repeats_itself(text), _visible(text))
 
 
 @case("respond: what an interrupted command left", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.cli.respond import _known
+    from llm_lightning.inference.respond import _read_progress
 
     path = written(folder / "x.jsonl", "".join(json.dumps([f"{i:064x}", "answer"]) + "\n" for i in range(n)))
-    return lambda: _known(path)
+    return lambda: _read_progress(path)
 
 
 @case("classify: lines", 10_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.cli.classify import _batches, _lines
+    from llm_lightning.cli.classify import _lines
+    from llm_lightning.inference.classify import consecutive_batches
 
     content = "".join(f"line {i}\n" for i in range(n)).encode()
     rows = [np.zeros(3)] * n
-    return lambda: (_lines("x", content), list(_batches(range(n), rows)))
+    return lambda: (_lines("x", content), list(consecutive_batches(range(n), rows)))
 
 
 @case("threshold", 2_000)

@@ -113,7 +113,7 @@ def test_an_adapter_on_another_base_is_refused(
         load_model(adapter, base=tmp_path / "other.ckpt")
     assert cli(["classify", str(adapter), "hello", "--base", str(tmp_path / "other.ckpt")]) == 2
     assert "is an adapter for other weights" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="is no adapter, so it needs no base"):
+    with pytest.raises(ValueError, match="is not an adapter, so it needs no base"):
         load_model(base, base=base)
     lost = load(adapter)
     lost[HEADER]["lineage"] |= {"parent_name": str(tmp_path / "gone.ckpt"), "places": {}}
@@ -220,7 +220,7 @@ def test_evaluate_on_a_file_of_ones_own(plain: Path, tmp_path: Path, capsys: pyt
         ("generate BASE hello --adapter LORA", "should be an adapter for a GPT, but is a classifier's"),
         ("generate BASE hello --adapter BASE", "should be an adapter for a GPT, but is none"),
         ("generate BASE hello --adapter TMP/none.ckpt", "no checkpoint at"),
-        ("classify PLAIN hello --base BASE", "is no adapter, so it needs no base"),
+        ("classify PLAIN hello --base BASE", "is not an adapter, so it needs no base"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_code_2(
@@ -333,7 +333,7 @@ def test_a_peft_adapter_that_names_no_base_asks_for_it(speaker: Path, base: Path
     (tmp_path / "peft" / "export_report.json").unlink()
     capsys.readouterr()
     assert cli(["generate", str(tmp_path / "peft"), "to be"]) == 2
-    assert "does not name the model that the adapter is for; say it with base=" in capsys.readouterr().err
+    assert "does not name the base of the adapter; give it with base=" in capsys.readouterr().err
     command = ["--greedy", "--max-new-tokens", "5"]
     assert cli(["generate", str(tmp_path / "peft"), "to be", "--base", str(base), *command]) == 0
     expected = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import math
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 
 import llm_lightning
 from llm_lightning.cli import generate as generate_verb
-from llm_lightning.cli.evaluate import SOURCE_SETTINGS, evaluate_texts, windows
+from llm_lightning.cli import respond as respond_verb
 from llm_lightning.cli.main import VERBS, main
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import build_token_files
+from llm_lightning.inference.evaluate import evaluate_texts, windows
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
@@ -75,9 +77,23 @@ def losses_one_by_one(model: GPT, ids: list[int]) -> list[float]:
 def test_generate_prints_the_prompt_and_its_continuation(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["generate", str(run_folder), "to be", "--greedy", "--max-new-tokens", "5"]) == 0
     printed = capsys.readouterr().out
-    expected = llm_lightning.generate_text(load_model(run_folder), "to be", max_new_tokens=5)
+    expected = llm_lightning.generate_text(load_model(run_folder), "to be", max_new_tokens=5, temperature=0)
     assert printed == expected + "\n"
     assert printed.startswith("to be")
+
+
+def test_functions_have_the_defaults_of_their_verbs(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    loaded = load_model(run_folder)
+    for options, words in (({}, []), ({"top_p": 0.5}, ["--top-p", "0.5"]), ({"top_k": 3}, ["--top-k", "3"])):
+        assert main(["generate", str(run_folder), "to be", "--seed", "5", *words]) == 0
+        assert capsys.readouterr().out == llm_lightning.generate_text(loaded, "to be", seed=5, **options) + "\n"
+    answering = inspect.signature(llm_lightning.respond).parameters
+    parser = argparse.ArgumentParser()
+    respond_verb.add_arguments(parser)
+    typed = vars(parser.parse_args(["x", "-o", "y"]))
+    shared = answering.keys() & typed.keys()
+    assert shared == {"temperature", "top_k", "top_p", "seed", "max_new_tokens", "batch_size", "template"}
+    assert {name: typed[name] for name in shared} == {name: answering[name].default for name in shared}
 
 
 def test_generate_runs_several_prompts_from_both_places(
@@ -168,10 +184,6 @@ def test_evaluate_finds_the_split_of_the_training_data(
         result = json.loads(capsys.readouterr().out)
         expected = evaluate_texts(load_model(run_folder), [bytes(files[split].tokens.tolist()).decode()])
         assert result == asdict(expected)
-
-
-def test_evaluate_opens_the_same_source_as_training() -> None:
-    assert set(SOURCE_SETTINGS) == set(inspect.signature(open_source).parameters)
 
 
 # -- export, inspect ---------------------------------------------------------------------------------------------------

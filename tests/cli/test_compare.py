@@ -19,9 +19,11 @@ from llm_lightning.cli import compare as comparing
 from llm_lightning.cli import main as entry
 from llm_lightning.cli.comparison_page import EMPTY
 from llm_lightning.data.templates import Conversation, Turn, choose_template
-from llm_lightning.inference.respond import respond
-from llm_lightning.metrics import judge as judging
+from llm_lightning.inference.comparison import repeats_itself
+from llm_lightning.inference.curves import draw_curves, read_curves
+from llm_lightning.inference.respond import answer
 from llm_lightning.metrics.intervals import wilson_interval
+from llm_lightning.metrics.judge import client as judging
 from llm_lightning.weights.load import load_model
 
 TEMPLATE = "{instruction} {input} {response}"
@@ -96,18 +98,18 @@ def measures(path: Path) -> dict[str, list[str]]:
 
 
 def test_both_answer_the_same_prompts_greedily(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare("base", "tuned", "q.json", "--max-new-tokens", 5, "--batch-size", 2, "-o", "page.md") == 0
+    assert compare("base", "tuned", "q.json", "--max-new-tokens", 5, "--batch-size", 2, "-o", "page.html") == 0
     asked = [Conversation((Turn(f"Say {i}.", "", ""),)) for i in range(5)]
     template, expected = choose_template(TEMPLATE), []  # B's, for both
     for name in ("base", "tuned"):
         loaded = load_model(name)
-        expected.append(respond(loaded.gpt, loaded.tokenizer, template, asked, max_new_tokens=5))
+        expected.append(answer(loaded.gpt, loaded.tokenizer, template, asked, max_new_tokens=5))
     rows = [row for row in Tables(Path("page.html").read_text()).rows if row[0].startswith("answer ")]
     shown = [[comparing._visible(text) or EMPTY for text in one] for one in expected]
     assert rows == [[f"answer {i}", a, b] for i, (a, b) in enumerate(zip(*shown, strict=True))]
-    text = Path("page.md").read_text()
-    assert [f"Say {i}." in text for i in range(5)] == [True] * 5
-    assert "written: page.html, page.md, page_curves.png" in capsys.readouterr().out
+    text = Path("page.html").read_text()
+    assert [f"<pre>Say {i}.</pre>" in text for i in range(5)] == [True] * 5
+    assert "written: page.html, page_curves.png\n" in capsys.readouterr().out
 
 
 def test_counts_are_those_by_hand(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +126,6 @@ def test_counts_are_those_by_hand(here: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [cell.split()[0] for cell in found["mean length in words"][:2]] == ["2.2", "2.4"]
     assert [cell.split()[0] for cell in found["repetition"][:2]] == ["0.200", "0.200"]
     assert {row[2] for row in found.values()} == {"of", "5"}
-    lines = [line.split("|")[1:-1] for line in Path("comparison.md").read_text().splitlines() if line.count("|") == 5]
-    in_markdown = {row[0]: row[1:] for row in [[cell.strip() for cell in line] for line in lines] if row[1] != "---"}
-    assert in_markdown == found
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_counts_are_those_by_hand(here: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_repeats_itself(text: str, expected: bool) -> None:
-    assert comparing.repeats_itself(text) is expected
+    assert repeats_itself(text) is expected
 
 
 def test_what_has_no_correct_answer_is_left_out_where_it_matters(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +172,6 @@ def test_everything_is_escaped(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [HOSTILE, HOSTILE, r"\x00\x1b" + HOSTILE] in page.rows
     assert [HOSTILE, "(empty)", HOSTILE] in page.rows
     assert 'src="%3Cb%3E%26_curves.png"' in Path("<b>&.html").read_text()
-    text = Path("<b>&.md").read_text()
-    outside = re.sub(r"````text\n.*?\n````", "", text, flags=re.DOTALL)  # the fence is longer than that in the prompt
-    assert text.count("````text") == 2
-    assert "<script" not in outside
-    rows = [line for line in outside.splitlines() if "alert" in line]
-    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4, 4]
-    assert r"\*star\*<br>&nbsp;&nbsp;&nbsp;&nbsp;indented \[link\](javascript:1) \$x\$" in rows[0]
 
 
 # --- the judge -------------------------------------------------------------------------------------------------------
@@ -215,10 +207,10 @@ def test_what_the_judge_did_not_score_is_counted(here: Path, monkeypatch: pytest
     says(monkeypatch, ["bad"] * 5, ["good"] * 4 + ["odd"])
     with serving(preferring) as server:
         assert compare("base", "tuned", "q.json", "--judge-url", server.url) == 0
-    assert "Scores of B: 1 unparsable of 5" in Path("comparison.md").read_text()
+    assert "Scores of B: 1 unparsable of 5" in Path("comparison.html").read_text()
     # 64 - 44.4 with the missing one at 0, 84 + 11.1 with it at 100.
     assert measures(Path("comparison.html"))["score of the judge"][1:] == ["80.0 (19.6 to 95.1)", "5 and 4"]
-    assert "score of A 20; score of B unparsable; a tie" in Path("comparison.md").read_text()
+    assert "score of A 20; score of B unparsable; a tie" in Path("comparison.html").read_text()
 
 
 @pytest.mark.parametrize("is_serving", [False, True])
@@ -253,7 +245,7 @@ def test_a_judge_that_is_not_there_is_one_line(
 def test_a_split_is_of_b_or_else_of_a(words: list[str], of: str, data: str, here: Path) -> None:
     assert compare(*words, "--split", "test", "--limit", 2, "--max-new-tokens", 2) == 0
     page = Path("comparison.html").read_text()
-    assert f"the test split of {of}&#x27;s training data ({data}" in page
+    assert f"the test split of {of}&#39;s training data ({data}" in page
     assert "; template data.template; each answer greedy" in page
     assert page.count("<h2>") == 2
 
@@ -263,13 +255,13 @@ def test_curves_are_those_that_exist(here: Path, capsys: pytest.CaptureFixture[s
     Path("dpo/metrics.csv").write_text(
         "step,train/loss,val/reward_margin,val/chosen_reward,lr\n0,0.69,,,1\n1,0.5,0.1,-0.2,1\n"
     )
-    curves = comparing._curves(Path("dpo"), Path("base"))
+    curves = read_curves(Path("dpo"), is_required=True)
     assert curves == {
         "train/loss": [(0, 0.69), (1, 0.5)],
         "val/reward_margin": [(1, 0.1)],
         "val/chosen_reward": [(1, -0.2)],
     }
-    figure = comparing._figure(curves)
+    figure = draw_curves(curves)
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "reward margin", "rewards"]
     assert list(figure.axes[0].lines[0].get_xdata()) == [1, 2]
     command = ["tuned", "base/checkpoints/last.ckpt", "q.json", "--max-new-tokens", 1]
@@ -278,7 +270,6 @@ def test_curves_are_those_that_exist(here: Path, capsys: pytest.CaptureFixture[s
     assert compare(*command, "--curves", "dpo") == 0
     assert Path("comparison_curves.png").read_bytes().startswith(b"\x89PNG")
     assert '<img src="comparison_curves.png"' in Path("comparison.html").read_text()
-    assert "](comparison_curves.png)" in Path("comparison.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -295,7 +286,8 @@ def test_curves_are_those_that_exist(here: Path, capsys: pytest.CaptureFixture[s
         (["base", "tuned", "q.json", "--limit", "0"], "--limit 0 must be at least 1"),
         (["base", "tuned", "q.json", "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["base", "tuned", "q.json", "--template", "alpaka"], "did you mean alpaca?"),
-        (["base", "tuned", "q.json", "-o", "page.pdf"], "must end in .html or .md"),
+        (["base", "tuned", "q.json", "-o", "page.pdf"], "must end in .html"),
+        (["base", "tuned", "q.json", "-o", "page.md"], "the Markdown page was removed; write page.html"),
         (["base", "tuned", "q.json", "-o", "no/page.html"], "the folder no does not exist"),
         (["base", "tuned", "q.json", "--curves", "nowhere"], "nowhere/metrics.csv does not exist"),
         (["base", "tuned", "q.json", "--curves", "odd"], "odd/metrics.csv is not the metrics file of a run"),

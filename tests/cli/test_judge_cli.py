@@ -15,7 +15,7 @@ import pytest
 from judge_server import JudgeServer, records, scripted, serving
 
 from llm_lightning.cli import main as entry
-from llm_lightning.metrics import judge as judging
+from llm_lightning.metrics.judge import client as judging
 
 RECORD = {"instruction": "Name a fruit.", "input": "", "output": "A banana.", "model_response": "A lemon."}
 
@@ -145,7 +145,7 @@ def test_pairwise(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     (row,) = table(printed)
     assert [row[name] for name in ("wins", "ties", "losses", "win rate", "of")] == ["7", "0", "1", "0.875", "8"]
-    assert "the response shown first was chosen in 50% of the 16 answers that were no tie" in printed
+    assert "the response shown first was chosen in 50% of the 16 answers that were not a tie" in printed
     report = json.loads((tmp_path / "responses.pairwise.json").read_text())
     assert report["records"][7]["winner"] == "B"
     assert [order["choice"] for order in report["records"][7]["orders"]] == ["B", "A"]
@@ -162,7 +162,7 @@ def test_lexical(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("model_response"))
     assert re.split(r"\s{2,}", line)[:4] == ["model_response", "0.500", "0.150 to 0.850", f"{(2 + 5 / 6) / 4:.3f}"]
-    assert "the most frequent reference, 'Simile.', has an exact match of 0.500 if it is always said" in printed
+    assert "always answering 'Simile.', the most frequent reference, has an exact match of 0.500" in printed
     report = json.loads((tmp_path / "responses.lexical.json").read_text())
     assert [record["model_response"]["exact_match"] for record in report["records"]] == [True, False, True, False]
     assert report["records"][3]["model_response"]["rouge_l"] == pytest.approx(5 / 6)
@@ -197,7 +197,7 @@ def without(field: str) -> dict[str, Any]:
         ([RECORD], "-o TMP/none/x.json", r"the folder .*none does not exist"),
         ([RECORD], "-o TMP/responses.json", r"must be a file of its own, such as responses\.judged\.json"),
         ([RECORD], "-o TMP/x.png", r"must be a file of its own, such as"),
-        ([RECORD], "TMP/responses.jsonl", r"responses\.judged\.json would hold the report of two files"),
+        ([RECORD], "TMP/responses.jsonl", r"responses\.judged\.json would hold the reports of two files"),
         ([RECORD], "TMP/other.json -o TMP/x.json", r"x\.json is one file and there are 2"),
     ],
 )  # fmt: skip

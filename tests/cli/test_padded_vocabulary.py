@@ -92,7 +92,7 @@ def test_every_place_that_writes_text(tmp_path: Path, capsys: pytest.CaptureFixt
         ["generate", str(base), "to be", "--greedy", "--max-new-tokens", "5"],
         ["generate", str(base), "to be", "--seed", "1", "--max-new-tokens", "5", "--stream"],
         ["respond", str(tuned), str(questions), "-o", str(tmp_path / "r.json"), "--max-new-tokens", "5"],
-        ["compare", str(base), str(tuned), str(questions), "-o", str(tmp_path / "c.md"), "--max-new-tokens", "5"],
+        ["compare", str(base), str(tuned), str(questions), "-o", str(tmp_path / "c.html"), "--max-new-tokens", "5"],
     ):
         assert cli(command) == 0, capsys.readouterr().err
 

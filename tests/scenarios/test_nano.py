@@ -18,7 +18,7 @@ import torch
 from judge_server import serving
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.cli.respond import data_of
+from llm_lightning.data.of_checkpoint import conversations_of
 from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.data.pretraining import PretrainingDataModule
 from llm_lightning.files.metrics_csv import read_metrics
@@ -167,7 +167,7 @@ def test_three_commands_from_nano_to_judged_answers(
     rows = json.loads(answers.read_text())
     assert len(rows) == 95 == len(json.loads((tuned / "responses.json").read_text()))
     loaded = load_model(tuned)
-    learnt = {one.group for one in data_of(loaded).conversations_of("train")}
+    learnt = {one.group for one in conversations_of(loaded, instead="").conversations_of("train")}
     assert all(row["group"] and row["group"] not in learnt for row in rows)
 
     def judged(prompt: str, seed: int) -> str:
@@ -216,7 +216,7 @@ def test_preferences_from_the_tuned_model_reach_the_stated_accuracy(
 
 def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list[bool]]:
     """Of each kind of pair of the validation and test split: whether the chosen answer gained more."""
-    data: Any = data_of(policy)
+    data: Any = conversations_of(policy, instead="")
     hits: dict[str, list[bool]] = {"tone": [], "truth": []}
     for split, samples in (("val", data.eval_samples["val"]), ("test", data.test_samples["test"])):
         batch = data.collate(samples.rows)

@@ -13,7 +13,7 @@ import torch
 from tiny_run import SETTINGS, finish, train_here
 from tiny_run import start as start_process
 
-from llm_lightning.cli.respond import data_of
+from llm_lightning.data.of_checkpoint import conversations_of
 from llm_lightning.files.frozen_cache import FrozenCache
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.inference.generation import generate
@@ -235,7 +235,7 @@ def test_kl_is_exact_where_the_reference_is_at_hand(way: str, start: Path, pairs
         return
     policy = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
     reference = load_model(start).gpt
-    data = data_of(policy)
+    data = conversations_of(policy, instead="")
     total, count = 0.0, 0
     for index in range(len(data.eval_samples["val"])):
         for one in data.sequences_of(data.eval_samples["val"][index]):
@@ -255,7 +255,7 @@ def test_both_answer_the_prompts_of_the_validation_data(start: Path, pairs: Path
     assert all(0 <= rate <= 1 for _, rate in curves["samples/repetition"])
     text = (tmp_path / "run" / "samples.md").read_text()
     loaded = load_model(start)
-    data = data_of(load_model(tmp_path / "run"))
+    data = conversations_of(load_model(tmp_path / "run"), instead="")
     prompts = data.sample_prompts(3)
     answers = generate(loaded.gpt, prompts, max_new_tokens=8, stop_ids=[data.pad_id])
     assert text.count("    at the start: ") == 3 * text.count("## step")

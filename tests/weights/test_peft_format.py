@@ -136,7 +136,7 @@ def test_names_there_and_back() -> None:
     names = [f"blocks.7.{part}" for part in ("attn.qkv_proj", "attn.out_proj", "mlp.up_proj", "mlp.down_proj")]
     assert [module_from_hf(module_to_hf(name)) for name in names] == names
     for wrong in ("transformer.h.0.ln_1", "model.layers.0.q_proj", "score"):
-        with pytest.raises(ValueError, match="no linear layer of GPT-2"):
+        with pytest.raises(ValueError, match="not a linear layer of GPT-2"):
             module_from_hf(wrong)
 
 

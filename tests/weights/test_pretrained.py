@@ -265,7 +265,7 @@ def test_a_folder_in_use_is_kept(tmp_path: Path) -> None:
     export_hf(model, config, tokenizer, target, overwrite=True)
     assert before.keys() == set(target.iterdir())
     (target / "llm_lightning.json").unlink()
-    with pytest.raises(ValueError, match="is no earlier export"):
+    with pytest.raises(ValueError, match="is not an earlier export"):
         export_hf(model, config, tokenizer, target, overwrite=True)
 
 

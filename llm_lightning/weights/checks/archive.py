@@ -1,4 +1,4 @@
-"""The archive of a checkpoint and the values in it, before and after PyTorch has loaded it."""
+"""The archive of a checkpoint before PyTorch reads it, and its values after that."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from llm_lightning.weights.checks.header import HEADER
 from llm_lightning.weights.checks.kinds import MOST, is_int, shape_of, word
 
-_DEEPEST = 100  # level of nested values; the settings of a run have six
+_DEEPEST = 100  # levels of nesting; the settings of a run have six
 _PLAIN = (str, int, float, bool, type(None))
 _OTHER = (bytes, set, complex, torch.dtype, torch.device)
-"""Values beside plain ones and tensors that a callback may save."""
+"""Other values that a callback may save."""
 _ALLOCATES = re.compile(r"(__builtin__|builtins) bytearray|torch[\w.]* \w*Tensor")
-"""Names in a pickle that make something as large as a number beside them says."""
+"""Names in a pickle that allocate as much as a number beside them says."""
 
 
 def check_archive(path: Path) -> None:
-    """Refuse an archive that could grow when it is read: compressed, or with a size written where data should be."""
+    """Refuse an archive that could grow in memory: compressed, or with calls that allocate."""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
@@ -34,7 +34,7 @@ def check_archive(path: Path) -> None:
                 raise ValueError("its archive states more bytes than the file has")
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise ValueError("it is no archive of PyTorch's")
+                raise ValueError("it is not an archive of PyTorch")
             with archive.open(pickles[0]) as file:
                 names = {str(argument) for opcode, argument, _ in pickletools.genops(file) if opcode.name == "GLOBAL"}
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
@@ -44,10 +44,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_state(state: Any, n_bytes: int) -> None:
-    """Check what was loaded from a checkpoint of `n_bytes`: forms, the header, the tensors against the header.
-
-    Values of tensors are not read; `check_values` does that.
-    """
+    """Check the types of everything loaded from a checkpoint of `n_bytes`, and its format number."""
     if not isinstance(state, dict) or not isinstance(state.get(HEADER), dict):
         raise ValueError(f"it has no header {HEADER!r}: another program has written it")
     header = state[HEADER]
@@ -58,7 +55,7 @@ def check_state(state: Any, n_bytes: int) -> None:
 
 
 def _check_forms(value: Any, key: str, n_bytes: int, *, is_header: bool = False) -> None:
-    """Check that only plain values and dense real tensors are there, and not more than a file of `n_bytes` can hold."""
+    """Allow only plain values and dense real tensors, and no more than a file of `n_bytes` can hold."""
     left = [(value, key, 0)]
     number = 0
     while left:
@@ -85,7 +82,7 @@ def _check_forms(value: Any, key: str, n_bytes: int, *, is_header: bool = False)
 
 
 def _check_tensor(tensor: Tensor, key: str) -> None:
-    """Refuse what is not a plain tensor whose every element has its own place in the file."""
+    """Allow only a plain tensor, of which every element has its own place in the file."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         raise ValueError(f"{key} is a sparse, nested or quantized tensor, which a checkpoint does not hold")
     if tensor.is_meta:

@@ -31,7 +31,7 @@ from llm_lightning.weights.checks.kinds import (
 
 HEADER = "llm_lightning"
 TASKS = ("pretraining", "classification", "sft", "dpo")
-"""Tasks of ours, of which a checkpoint holds one model of ours, and nothing else under that name."""
+"""Our tasks, whose checkpoints hold one model of ours and nothing else under that name."""
 _NEEDED: dict[str, Check] = {"task": TEXT, "model": DICT, "tokenizer": DICT}
 _OPTIONAL: dict[str, Check] = {
     "step": COUNT,
@@ -61,7 +61,7 @@ _CLASSIFIER: dict[str, Check] = {
 
 
 def check_header(header: Mapping[str, Any]) -> None:
-    """Check types, ranges and keys of a header of our own format."""
+    """Check types, ranges and keys of a header."""
     check_keys(header, HEADER, _NEEDED)
     check_keys(header, HEADER, _OPTIONAL, is_optional=True)
     if not isinstance(header["tokenizer"].get("name"), str):
@@ -80,7 +80,7 @@ def check_header(header: Mapping[str, Any]) -> None:
 
 
 def check_base(header: Mapping[str, Any], base: GPTConfig) -> None:
-    """Refuse an adapter whose header describes another model than the weights that it is put on."""
+    """Refuse an adapter for another model than its base."""
     config = config_of(header)
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "qkv_bias", "layer_norm_eps"):
         if getattr(config, name) != getattr(base, name):
@@ -96,7 +96,7 @@ def check_base(header: Mapping[str, Any], base: GPTConfig) -> None:
 
 
 def check_run(header: Mapping[str, Any]) -> None:
-    """Check that a header, checked already, says what is needed to compare a run with what is typed now."""
+    """Check that a valid header also has the step, the settings and the lineage of a run."""
     check_keys(header, HEADER, {"step": COUNT, "config": DICT, "lineage": DICT})
     check_keys(header["lineage"], f"{HEADER}.lineage", {"data": TEXT, "parent": or_none(TEXT)})
 
@@ -121,7 +121,7 @@ def lora_of(header: Mapping[str, Any]) -> LoRAConfig | None:
 
 
 class _below_header:  # noqa: N801 (a context manager)
-    """Put the header's name before a complaint of one of its dataclasses."""
+    """Prefix an error of a dataclass with the name of the header."""
 
     def __enter__(self) -> None: ...
 

@@ -1,6 +1,6 @@
-"""What a value of a checkpoint may be, and the words in which another one is refused.
+"""Kinds of values in a checkpoint, and the messages that refuse others.
 
-Every function raises ValueError with the key and what is wrong with it; `checkpoint.py` adds file and remedy.
+Every check raises ValueError with the key and the fault; `checkpoint.py` adds the file and the remedy.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-MOST = 1 << 63  # of an integer in a header, digits of larger ones cannot be printed
+MOST = 1 << 63  # limit of integers in a header; larger ones cannot be printed
 Check = tuple[Callable[[Any], bool], str]
+"""(whether a value is right, what it must be)"""
 
 
 def is_int(value: Any, least: int = 0) -> bool:
@@ -52,6 +53,7 @@ def dict_of(check: Check) -> Check:
 
 
 def check_keys(facts: Mapping[str, Any], where: str, checks: Mapping[str, Check], *, is_optional: bool = False) -> None:
+    """Check the values of the given keys, which are in `facts` unless they are optional."""
     for key, (is_right, what) in checks.items():
         name = ".".join(part for part in (where, key) if part)
         if key not in facts:
@@ -63,12 +65,13 @@ def check_keys(facts: Mapping[str, Any], where: str, checks: Mapping[str, Check]
 
 
 def refuse_unknown(facts: Mapping[str, Any], where: str, known: Iterable[str]) -> None:
+    """Refuse keys that are not known."""
     if unknown := sorted(facts.keys() - set(known)):
         raise ValueError(f"{where}.{word(unknown[0])} is unknown to this version of llm-lightning")
 
 
 def word(name: Any) -> str:
-    """A key as part of a dotted name; what would not be one is quoted and cut."""
+    """A key as part of a dotted name; an unsuitable one is quoted and shortened."""
     return name if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,80}", name) else short(name)
 
 

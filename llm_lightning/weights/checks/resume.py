@@ -1,4 +1,4 @@
-"""What a run needs beside the weights to continue: optimizer, schedule, position in the data, generators, counters."""
+"""The state that a resumed run needs: optimizer, schedule, position in the data, random generators, counters."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _NUMPY_RNG: dict[str, Check] = {
 
 
 def check_resumable(state: Mapping[str, Any]) -> None:
-    """Check what a run needs beside the weights, in a checkpoint that `check_state` has passed."""
+    """Check the state beside the weights, in a checkpoint that `check_state` has passed."""
     check_keys(state, "", {"state_dict": DICT})
     for key in _RESUMED:
         if key not in state:
@@ -96,7 +96,7 @@ def check_resumable(state: Mapping[str, Any]) -> None:
 
 
 def compare_with_run(state: Mapping[str, Any], mine: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
-    """Compare the tensors of a checkpoint with those of the module that continues from it.
+    """Compare the tensors of a checkpoint with those of the module that resumes from it.
 
     Args:
         mine: the module's `state_dict()`.
@@ -156,7 +156,7 @@ def _check_generators(generators: Mapping[str, Any], where: str) -> None:
 
 
 def _check_counters(value: Any, key: str) -> None:
-    """Lightning takes the counters of its loops as they stand."""
+    """Lightning does not check the counters of its loops."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_counters(inner, f"{key}.{word(name)}")

@@ -25,7 +25,7 @@ def check_weights(header: Mapping[str, Any], tensors: Any, n_bytes: int) -> None
     if not isinstance(tensors, dict):
         raise ValueError("it does not hold what a model needs: state_dict is missing")
     if strange := [name for name, value in tensors.items() if not isinstance(name, str) or not is_tensor(value)]:
-        raise ValueError(f"state_dict: {short(strange[0])} is no tensor with a name")
+        raise ValueError(f"state_dict: {short(strange[0])} is not a named tensor")
     own = of_model(tensors)
     largest = sum(tensor.nbytes for name, tensor in own.items() if not name.endswith("lm_head.weight"))
     if largest > n_bytes:
@@ -40,7 +40,7 @@ def check_weights(header: Mapping[str, Any], tensors: Any, n_bytes: int) -> None
 
 
 def check_values(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Refuse weights that are not finite, and a head that differs from the embedding to which it is tied."""
+    """Refuse weights that are not finite, and a tied head that differs from the embedding."""
     own = of_model(tensors)
     for name, tensor in own.items():
         if not _is_finite(tensor):
@@ -54,17 +54,17 @@ def check_values(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> No
 
 
 def of_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the model itself, by its own names; not of a reference that it was trained against."""
+    """The tensors of the model by its own names, without those of a reference."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if is_of_model(name)}
 
 
 def is_of_model(name: str) -> bool:
-    """Whether a tensor belongs to the model itself, and not to a reference that it was trained against."""
+    """Whether a tensor belongs to the model itself, not to its reference."""
     return name.startswith("model.") and ("lora_" not in name or name.endswith(".default"))
 
 
 def n_parameters(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """Parameters of the model that a checked checkpoint describes, a tied weight counted once."""
+    """The number of parameters of a checked checkpoint's model, a tied weight counted once."""
     config = config_of(header)
     one, two = (sum(_sizes(config, n_layer)) for n_layer in (1, 2))
     number = one + (config.n_layer - 1) * (two - one)
@@ -79,7 +79,7 @@ def _check_plain(header: Mapping[str, Any], found: Mapping[str, Tensor]) -> None
     prefix = "trunk." if "classifier" in header else ""
     if "base" not in header:
         blocks = len({match[1] for name in found if (match := _BLOCK.match(name.removeprefix(prefix)))})
-        if blocks != config.n_layer:  # before as many names as a wrong number says are made
+        if blocks != config.n_layer:  # before a wrong number makes that many names
             raise ValueError(f"{HEADER}.model.n_layer={config.n_layer}, but its weights have {blocks} blocks")
         expected = {f"{prefix}{name}": shape for name, shape in _shapes(config).items()}
     if prefix:
@@ -161,12 +161,12 @@ def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _sizes(config: GPTConfig, n_layer: int) -> Iterable[int]:
-    """Elements of each parameter of a model of so many blocks."""
+    """Elements of each parameter of a model with `n_layer` blocks."""
     for name, shape in _shapes(replace(config, n_layer=n_layer)).items():
         if name != "lm_head.weight" or not config.tied_head:
             yield shape[0] * (shape[1] if len(shape) > 1 else 1)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """The least and the largest value tell: nan wins either way, and nothing as large as the weights is made."""
+    """Look at the minimum and the maximum: nan wins either way, and no second tensor as large is made."""
     return not tensor.numel() or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())

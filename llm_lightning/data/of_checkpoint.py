@@ -1,0 +1,100 @@
+"""The data that a checkpoint was trained on, read again from where it is now and compared with its digest.
+
+The header names the settings, never the class: what is built depends on the task alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from llm_lightning.data.classification import ClassificationDataModule
+from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.corpus.sources import open_source
+from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
+from llm_lightning.data.instruction import InstructionDataModule
+from llm_lightning.data.preference import PreferenceDataModule
+from llm_lightning.files.places import read_data_again
+from llm_lightning.weights.load import LoadedModel
+
+CONVERSATIONS: dict[str, Any] = {"sft": InstructionDataModule, "dpo": PreferenceDataModule}
+SPLIT_SETTINGS = ("split", "val_fraction", "add_eot")
+
+Data = TypeVar("Data")
+
+
+def settings_of(loaded: LoadedModel) -> dict[str, Any]:
+    """The settings `data.*` of the run that trained a model; empty where the checkpoint does not hold them."""
+    return dict(loaded.header.get("config", {}).get("data") or {})
+
+
+def conversations_of(loaded: LoadedModel, *, instead: str, texts_only: bool = False) -> ConversationDataModule[Any]:
+    """Rebuild the data of a model of task=sft or task=dpo.
+
+    Args:
+        texts_only: read and split the records without tokenising them.
+        instead: what to use where that is impossible, for messages.
+
+    Raises:
+        ValueError: if the checkpoint names no such data, or the data has changed since.
+    """
+    task = loaded.header.get("task")
+    if task not in CONVERSATIONS or "template" not in settings_of(loaded):
+        raise ValueError(f"this model was not trained on questions and answers (task=sft, task=dpo); {instead}")
+    data: ConversationDataModule[Any] = _module(loaded, CONVERSATIONS[task], instead, texts_only)
+    return data
+
+
+def labelled_texts_of(loaded: LoadedModel, split: str, *, instead: str) -> list[tuple[str, str]]:
+    """The (text, label) pairs of a split of a classifier's data; see `conversations_of`."""
+    if not settings_of(loaded):
+        raise ValueError(f"this model does not say which texts it was trained on; {instead}")
+    data: ClassificationDataModule = _module(loaded, ClassificationDataModule, instead, texts_only=True)
+    return data.split_of(split)
+
+
+def tokens_of(loaded: LoadedModel, split: str, *, instead: str) -> TokenFile:
+    """The `train` or `val` part of the text that a GPT was pretrained on; see `conversations_of`."""
+    settings = settings_of(loaded)
+    if split == "test":
+        raise ValueError(f"pretraining data has no test split; use --split val, or {instead}")
+    if not set(SPLIT_SETTINGS) <= settings.keys():
+        raise ValueError(f"this model does not say which text it was pretrained on; {instead}")
+    names = inspect.signature(open_source).parameters
+    source = _same(loaded, lambda found: open_source(**_chosen(found, names)), lambda one: one.digest(), instead)
+    files = build_token_files(source, loaded.tokenizer, **_chosen(settings, SPLIT_SETTINGS))
+    if split not in files:
+        raise ValueError("the model was trained without validation data (data.val_fraction=0); use --split train")
+    return files[split]
+
+
+def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str, texts_only: bool) -> Any:
+    """A data module with the settings of the run, read or built."""
+
+    def build(settings: dict[str, Any]) -> Any:
+        options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
+        context_length = loaded.model.trunk.config.context_length
+        data = make(tokenizer=loaded.tokenizer, context_length=context_length, **options)
+        data.read() if texts_only else data.build()
+        return data
+
+    return _same(loaded, build, lambda data: data.data_digest, instead)
+
+
+def _same(
+    loaded: LoadedModel, build: Callable[[dict[str, Any]], Data], digest_of: Callable[[Data], str], instead: str
+) -> Data:
+    """What `build` makes of the settings, if it has the digest that the run wrote down."""
+    data = read_data_again(loaded.header, loaded.path, build, digest_of)
+    now, in_training = digest_of(data), loaded.header.get("lineage", {}).get("data")
+    if in_training not in (None, now):
+        raise ValueError(
+            f"{data.describe()} is not the data that the model was trained with "  # type: ignore[attr-defined]
+            f"(sha256 {now[:12]}, in training {in_training[:12]}); {instead}"
+        )
+    return data
+
+
+def _chosen(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: settings[name] for name in names if name in settings}

@@ -1,0 +1,150 @@
+"""Two models' answers to the same questions, measured and judged."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from llm_lightning.metrics.answers import chrf, exact_match, rouge_l
+from llm_lightning.metrics.intervals import mean_interval, wilson_interval
+from llm_lightning.metrics.judge.client import Judge, Verdict
+from llm_lightning.metrics.judge.summaries import Comparison, ScoreSummary, summarise_pairs, summarise_scores
+
+A, B = COLUMNS = ("model_response_A", "model_response_B")
+NGRAM, TIMES = 3, 3
+
+
+class Measure(NamedTuple):
+    """A metric of both models, as text."""
+
+    name: str
+    a: str
+    b: str
+    of: str
+    """the number of records"""
+
+
+def repeats_itself(response: str) -> bool:
+    """Return whether a three-word phrase occurs at least three times."""
+    words = response.casefold().split()
+    runs = Counter(zip(*(words[start:] for start in range(NGRAM)), strict=False))
+    return any(count >= TIMES for count in runs.values())
+
+
+def measures_of(rows: Sequence[dict[str, Any]]) -> list[Measure]:
+    """Compare two columns of answers with the correct ones, and with each other.
+
+    Args:
+        rows: records with `output` and the two `COLUMNS`.
+    """
+    with_answer = [row for row in rows if row["output"].strip()]
+    references = [row["output"] for row in with_answer]
+    compared = [[row[column] for row in with_answer] for column in COLUMNS]
+    matches = [[exact_match(*pair) for pair in zip(one, references, strict=True)] for one in compared]
+    responses = [[row[column] for row in rows] for column in COLUMNS]
+    n_same = sum(one == other for one, other in zip(*responses, strict=True))
+    same, n, n_with = _share(n_same, len(rows)), f"{len(rows):,}", f"{len(references):,}"
+    lengths = [[len(one.split()) for one in column] for column in responses]
+    return [
+        _measure("exact match", [_share(sum(one), len(one)) for one in matches], n_with),
+        _measure("ROUGE-L", [_mean(rouge_l(one, references), 1) for one in compared], n_with),
+        _measure("chrF", [_mean(chrf(one, references), 1) for one in compared], n_with),
+        _measure("identical responses", [same, same], n),
+        _measure("mean length in words", [_mean(one, digits=1) for one in lengths], n),
+        _measure("repetition", [_share(sum(map(repeats_itself, one)), len(one)) for one in responses], n),
+    ]
+
+
+def _measure(name: str, cells: Sequence[str], of: str) -> Measure:
+    a, b = cells
+    return Measure(name, a, b, of)
+
+
+def explanations(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences on what the numbers mean."""
+    n_without = sum(not row["output"].strip() for row in rows)
+    remarks = [
+        "In brackets: 95% intervals (Wilson's for shares, Student's t for means). Exact match, ROUGE-L and chrF "
+        "compare with the correct answer, from 0 to 1.",
+        "Repetition: the share of responses in which a three-word phrase occurs at least three times.",
+    ]
+    if n_without:
+        remarks.append(f"{n_without:,} records have no correct answer and are left out of the first three rows.")
+    return remarks
+
+
+def _share(count: int, n: int) -> str:
+    return _cell(count / n, *wilson_interval(count, n)) if n else "-"
+
+
+def _mean(values: Sequence[float], highest: float = math.inf, digits: int = 3) -> str:
+    return _cell(*mean_interval(values, 0, highest), digits) if values else "-"
+
+
+def _cell(mean: float | None, low: float, high: float, digits: int = 3) -> str:
+    if mean is None:
+        return "-"
+    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if math.isfinite(high) else ""
+    return f"{mean:.{digits}f}{interval}"
+
+
+class Judged(NamedTuple):
+    """The opinion of a judge."""
+
+    measures: list[Measure]
+    remarks: list[str]
+    notes: list[list[str]]
+    """of each record"""
+
+
+def judged(judge: Judge, rows: Sequence[dict[str, Any]]) -> Judged:
+    """Let a judge score both columns, and say in both orders which answer is better."""
+    from llm_lightning.inference.judging import compare_responses, score_responses
+
+    verdicts = [score_responses(judge, rows, column) for column in COLUMNS]
+    pairs = compare_responses(judge, rows, B, A)  # the first one's wins are counted
+    scores = [summarise_scores(one) for one in verdicts]
+    summary = summarise_pairs(pairs)
+    lost = (None if summary.mean is None else 1 - summary.mean, 1 - summary.high, 1 - summary.low)
+    won = (summary.mean, summary.low, summary.high)
+    n_scored = [f"{one.outcomes['scored']:,}" for one in scores]
+    scored_of = " and ".join(dict.fromkeys(n_scored))
+    measures = [
+        _measure("score of the judge", [_cell(one.mean, one.low, one.high, 1) for one in scores], scored_of),
+        Measure("win rate", _cell(*lost), _cell(*won), f"{summary.outcomes['scored']:,}"),
+    ]
+    remarks = [
+        f"Judged by {judge.model} at {judge.url}. Scores are from 0 to 100. B wins {summary.wins:,}, ties "
+        f"{summary.ties:,}, loses {summary.losses:,} of {summary.n:,}, asked in both orders: a response wins if it is "
+        "chosen in both, else it is a tie, half a win for each.",
+    ]
+    if summary.decided:
+        share = summary.first_chosen / summary.decided
+        remarks.append(
+            f"The response shown first was chosen in {share:.0%} of the {summary.decided:,} that were not a tie."
+        )
+    remarks += _failures({"Scores of A": scores[0], "Scores of B": scores[1], "Pairs": summary})
+    return Judged(measures, remarks, [_notes(*one) for one in zip(*verdicts, pairs, strict=True)])
+
+
+def _failures(summaries: dict[str, ScoreSummary | Any]) -> list[str]:
+    """What the judge did not score, and how the intervals count it."""
+    remarks = []
+    for name, summary in summaries.items():
+        missing = [f"{count:,} {kind}" for kind, count in summary.outcomes.items() if kind != "scored" and count]
+        if missing:
+            remarks.append(
+                f"{name}: {', '.join(missing)} of {summary.n:,}; the interval counts them as worst at its lower end "
+                "and as best at its upper end."
+            )
+    return remarks
+
+
+def _notes(score_a: Verdict, score_b: Verdict, pair: Comparison) -> list[str]:
+    scores = [f"score of {name} {one.outcome if one.value is None else one.value}" for name, one in
+              (("A", score_a), ("B", score_b))]  # fmt: skip
+    # The comparison was asked as (B, A): its "A" is our B.
+    better = {"A": "B is better", "B": "A is better", "tie": "a tie"}.get(pair.winner or "", f"pair {pair.outcome}")
+    return [*scores, better]
