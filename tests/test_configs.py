@@ -18,7 +18,7 @@ from llm_lightning.experiments.monitors import fill_modes
 from llm_lightning.experiments.settings.checks import check_overrides
 from llm_lightning.experiments.settings.compose import PRESETS, register_resolvers
 from llm_lightning.experiments.settings.help import help_text
-from llm_lightning.experiments.settings.yaml_files import group_options, read_defaults, read_settings
+from llm_lightning.experiments.settings.yaml_files import group_files, group_options, read_defaults, read_settings
 from llm_lightning.experiments.stages import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
@@ -298,10 +298,10 @@ def test_every_file_begins_with_what_it_is_and_the_command_that_uses_it(file: Pa
 
 @pytest.mark.parametrize("group", [group for group in GROUPS if group not in PRESETS])
 def test_every_key_has_a_sentence(group: str) -> None:
-    for option in group_options(CONF, group):
-        for setting in read_settings(CONF / group / f"{option}.yaml", group):
+    for name in group_files(CONF, group):
+        for setting in read_settings(CONF / group / f"{name}.yaml", group):
             if setting.value and not setting.path.endswith("_target_"):
-                assert setting.sentence.endswith("."), f"{option}: {setting.path} {setting.sentence!r}"
+                assert setting.sentence.endswith("."), f"{name}: {setting.path} {setting.sentence!r}"
 
 
 def test_help_lists_every_group_option_and_key_with_its_value() -> None:
@@ -327,6 +327,15 @@ def test_help_of_a_group_shows_the_keys_of_every_option() -> None:
     assert text is not None
     assert "scheduler=constant: The same learning rate at every step." in text
     assert "scheduler.warmup=0.1" in text
+
+
+def test_keys_that_options_share_are_shown_with_each_and_their_file_is_no_option() -> None:
+    text = help_text(["--help", "data"], CONF)
+    assert text is not None
+    assert text.count("  data.max_dropped=0.05 ") == 2
+    assert "data=_conversation" not in text
+    with pytest.raises(ValueError, match="data=_conversation: no such option"):
+        check_overrides(["data=_conversation"], CONF)
 
 
 def test_help_of_no_group_names_the_nearest() -> None:
