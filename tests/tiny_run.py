@@ -38,7 +38,9 @@ SETTINGS = [
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "callbacks.samples.prompts=['to be ']",
+    "callbacks.plots=null",  # drawing takes longer than training
 ]
+WITH_PLOTS = [word for word in SETTINGS if word != "callbacks.plots=null"]
 
 
 class Outcome(NamedTuple):

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_run import SETTINGS, Outcome, digests, finish, living, start, train_here, write_checkpoint, write_corpus
+from tiny_run import (
+    SETTINGS,
+    WITH_PLOTS,
+    Outcome,
+    digests,
+    finish,
+    living,
+    start,
+    train_here,
+    write_checkpoint,
+    write_corpus,
+)
 
 from llm_lightning.callbacks.run_logs import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
@@ -28,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, Outcome]:
     """One epoch of 10 steps."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    return folder, train_here(one_epoch(corpus, folder))
+    return folder, train_here(one_epoch(corpus, folder, base=WITH_PLOTS))
 
 
 @pytest.fixture
@@ -37,9 +48,9 @@ def run(first: tuple[Path, Outcome], tmp_path: Path) -> Path:
     return Path(shutil.copytree(first[0], tmp_path / "run"))
 
 
-def one_epoch(corpus: Path, folder: Path, *more: str) -> list[str]:
+def one_epoch(corpus: Path, folder: Path, *more: str, base: list[str] = SETTINGS) -> list[str]:
     """A command line; `more` wins."""
-    base = [*SETTINGS, "trainer.max_epochs=1", "trainer.max_steps=-1", f"data.path={corpus}", f"hydra.run.dir={folder}"]
+    base = [*base, "trainer.max_epochs=1", "trainer.max_steps=-1", f"data.path={corpus}", f"hydra.run.dir={folder}"]
     return list({word.partition("=")[0]: word for word in [*base, *more]}.values())
 
 
@@ -178,7 +189,7 @@ def test_preview_shows_windows_and_leaves_nothing(corpus: Path, tmp_path: Path) 
 def test_a_run_without_checkpoints_advises_none_and_takes_an_old_traceback_away(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "traceback.txt").write_text("of the first try")
-    quick = ["trainer.max_steps=1", "callbacks.plots=null", "callbacks.checkpoints=null"]
+    quick = ["trainer.max_steps=1", "callbacks.checkpoints=null"]
     code, out, err = train_here(one_epoch(corpus, tmp_path / "run", *quick))
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith("Run folder: ")
@@ -225,7 +236,6 @@ LONG = [
     "model.dropout=0.1",
     "trainer.accumulate_grad_batches=2",
     "callbacks.checkpoints.every_n_steps=10",
-    "callbacks.plots=null",
 ]
 
 
