@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import SETTINGS, finish, train_here
+from tiny_run import SETTINGS, finish, fit_here
 from tiny_run import start as start_process
 
 from llm_lightning.callbacks.run_logs import read_metrics
@@ -56,7 +56,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, start: Path, pairs: Path, *arguments: str) -> Curves:
     """The curves of a run of 20 steps in fp32."""
-    outcome = train_here(command(folder, start, pairs, *arguments))
+    outcome = fit_here(command(folder, start, pairs, *arguments))
     assert outcome.code == 0, outcome.err
     return read_metrics(folder / "metrics.csv")
 
@@ -73,16 +73,13 @@ class Runs:
 
     def __init__(self, folder: Path, start: Path, pairs: Path) -> None:
         self.folder, self.start, self.pairs = folder, start, pairs
-        self.printed: dict[str, str] = {}
 
     def __call__(self, name: str) -> Path:
         folder = self.folder / name.replace(", ", "_").replace(" ", "_")
-        if name not in self.printed:
+        if not folder.exists():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("LLM_LIGHTNING_CACHE", str(self.folder / "cache"))  # outlives the test that asks first
-                outcome = train_here(command(folder, self.start, self.pairs, *WAYS[name]))
-            assert outcome.code == 0, outcome.err
-            self.printed[name] = outcome.out + outcome.err
+                run(folder, self.start, self.pairs, *WAYS[name])
         return folder
 
     def curves(self, name: str) -> Curves:
@@ -136,7 +133,7 @@ def test_every_reference_gives_the_same_curve_from_ln_2_on(runs: Runs) -> None:
 def test_after_instruction_tuning_with_adapters(runs: Runs, start: Path, pairs: Path, tmp_path: Path) -> None:
     """The policy, and so its reference, begins with those adapters in its weights."""
     tuned = tmp_path / "tuned"
-    outcome = train_here([
+    outcome = fit_here([
         *(word for word in SETTINGS if "samples" not in word and "n_layer" not in word), "task=sft", "lora=default",
         f"init_from={start}", f"data.path={pairs}", "data.columns.output=chosen", TEMPLATE, "model.n_layer=2",
         "model.context_length=64", "optimizer.lr=1e-2", "callbacks.samples=null", "callbacks.responses=null",
@@ -224,14 +221,16 @@ def test_two_processes_log_what_one_does(way: str, start: Path, pairs: Path, tmp
             assert value == pytest.approx(same, rel=1e-3, abs=2e-5), name  # float32, Adam's first steps
 
 
-def test_a_line_warns_of_random_weights(runs: Runs, start: Path, pairs: Path, tmp_path: Path) -> None:
-    runs("copy")
-    settings = command(tmp_path / "run", start, pairs, "trainer.max_steps=1")
-    outcome = train_here([word for word in settings if not word.startswith("init_from=")])
-    assert outcome.code == 0, outcome.err
+def test_a_line_warns_of_random_weights(
+    start: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = command(tmp_path / "given", start, pairs, "trainer.max_steps=1")
+    assert fit_here(settings).code == 0
     line = "start from random weights; give init_from=RUN"
-    assert line in outcome.out + outcome.err
-    assert line not in runs.printed["copy"]
+    assert line not in caplog.text
+    settings = command(tmp_path / "random", start, pairs, "trainer.max_steps=1")
+    assert fit_here([word for word in settings if not word.startswith("init_from=")]).code == 0
+    assert caplog.text.count(line) == 1
 
 
 def test_a_line_warns_when_chosen_answers_fall(caplog: pytest.LogCaptureFixture) -> None:
