@@ -65,8 +65,8 @@ def train_here(arguments: Sequence[str]) -> Outcome:
 def fit_here(arguments: Sequence[str]) -> Outcome:
     """The run that `python train.py ARGUMENTS` makes, without Hydra's part, which takes longer than a tiny run.
 
-    The files are composed once for each choice of groups; on a copy, the other settings are set as Hydra does. What
-    `train.log` would hold is not printed.
+    The files are composed once for each choice of groups; on a copy, the other settings are set as Hydra does. There
+    is no `train.log`.
     """
     from llm_lightning.experiments.launch import guarded
     from llm_lightning.experiments.run import train
@@ -75,6 +75,8 @@ def fit_here(arguments: Sequence[str]) -> Outcome:
     command = {"folder": str(Path.cwd()), "config_dir": None, "overrides": list(arguments)}
 
     def trained() -> None:
+        logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))
+        logging.getLogger().setLevel(logging.INFO)
         code, _ = guarded(lambda: train(config, run_dir, command), log_dir=run_dir)
         if code:
             sys.exit(code)
