@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import SETTINGS, train_here, write_checkpoint
+from tiny_run import SETTINGS, fit_here, write_checkpoint
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.weights.checkpoint import HEADER, load, read_header, resolve, save
@@ -17,11 +17,9 @@ TEMPLATE = "data.template='{instruction} {response}'"
 WAYS = {
     "copy": [],
     "adapters_off": ["lora=default"],
-    "clone": ["lora=default", "task.reference=adapter_clone"],
     "cached": ["task.reference=cached"],
     "lora_copy": ["lora=default", "lora.qkv=split", "task.reference=copy"],
     "simpo": ["task.loss=simpo"],
-    "given": ["task.reference=GIVEN"],
 }
 
 
@@ -53,8 +51,7 @@ def run(folder: Path, name: str, task: str, *more: str) -> Path:
             "callbacks.samples=null",
         ]
         sizes += ["callbacks.responses.max_new_tokens=5"] if task == "sft" else []
-        own = [word.replace("GIVEN", str(folder / "base.ckpt")) for word in more]
-        outcome = train_here([*words, *given, *sizes, *own, f"hydra.run.dir={folder / name}"])
+        outcome = fit_here([*words, *given, *sizes, *more, f"hydra.run.dir={folder / name}"])
         assert outcome.code == 0, outcome.err
     return folder / name
 
@@ -116,7 +113,7 @@ def test_preference_tuning(folder: Path, way: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["clone", "lora_copy", "simpo", "given", "cached"])
+@pytest.mark.parametrize("way", ["lora_copy", "simpo", "cached"])
 def test_every_reference(folder: Path, way: str, capsys: pytest.CaptureFixture) -> None:
     path = run(folder, f"dpo_{way}", "dpo", *WAYS[way])
     assert_as_written(capsys, path)
@@ -135,15 +132,6 @@ def test_every_precision(folder: Path, precision: str, more: list[str], capsys: 
         words = [f"trainer.precision={precision}", *more]
         path = run(folder, f"{task}_{precision}_{len(more)}", task, *words)
         assert_as_written(capsys, path)
-
-
-def test_a_given_reference_may_be_gone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Its weights are in the checkpoint."""
-    given = tmp_path / "given.ckpt"
-    given.write_bytes((folder / "base.ckpt").read_bytes())
-    path = run(folder, "dpo_gone", "dpo", f"task.reference={given}")
-    given.unlink()
-    assert_as_written(capsys, path)
 
 
 def test_what_cannot_be_evaluated_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
