@@ -1,6 +1,6 @@
-"""How alike a response and its reference are, and how sure a mean over records is. Standard library only.
+"""The likeness of a response and its reference by exact match, ROUGE-L and chrF.
 
-Exact match, ROUGE-L and chrF need no judge: they compare words and characters, and know nothing of meaning.
+These compare words and characters, and know nothing of meaning; they need no judge.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+
+from rapidfuzz.distance import LCSseq
 
 CHRF_ORDER = 6
 CHRF_BETA = 2  # recall counts twice as much as precision; both are the numbers of Popovic 2015 and of sacrebleu
@@ -60,20 +62,8 @@ def _words(text: str) -> list[str]:
 
 
 def _rouge_l(response: Sequence[str], reference: Sequence[str]) -> float:
-    common = _longest_common_subsequence(response, reference)
+    common = LCSseq.similarity(response, reference)
     return 2 * common / (len(response) + len(reference)) if common else 0.0
-
-
-def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    # A row of the table in the bits of one number, 0 where it grows by one: 64 columns at a time (Hyyro 2004).
-    places: dict[str, int] = {}
-    for column, word in enumerate(second):
-        places[word] = places.get(word, 0) | 1 << column
-    row = whole = (1 << len(second)) - 1
-    for word in first:
-        matches = row & places.get(word, 0)
-        row = (row + matches | row - matches) & whole
-    return len(second) - row.bit_count()
 
 
 def _chrf(response: str, reference: str) -> float:
