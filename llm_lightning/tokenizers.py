@@ -1,10 +1,9 @@
 """Text to ids and back: `gpt2`, `byte`, `word`, `bpe` trained on your own text, and every tiktoken encoding.
 
 All of them keep four promises. A special token spelled out in a text is plain text: it never becomes a control id
-and never raises; who wants the end of a text among the ids inserts `eot_id`. Encoding never raises, whatever the
-`str`: a surrogate code point, which UTF-8 cannot express, counts as U+FFFD. Decoding returns the text (but `word`
-drops white space and unknown words). And `describe()` holds all that `from_description` needs, so a checkpoint
-carries its tokenizer.
+and never raises; to mark the end of a text, insert `eot_id`. Encoding never raises: a surrogate code point, which
+UTF-8 cannot express, counts as U+FFFD. Decoding returns the text (but `word` drops white space and unknown words).
+`describe()` holds everything that `from_description` needs, so that a checkpoint carries its tokenizer.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ _WITH_OPENAI_PATTERN = _WITH_GPT2_PATTERN | {"cl100k_base", "o200k_base", "o200k
 
 
 class Tokenizer(ABC):
-    """What every tokenizer can do.
+    """The interface of every tokenizer.
 
     Attributes:
         vocab_size: number of ids, control ids included; ids are 0 to vocab_size - 1.
@@ -70,7 +69,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what this id adds to a text, in UTF-8; it may be part of a character.
+        """Return the UTF-8 bytes that this id adds to a text; they may be part of a character.
 
         Raises:
             ValueError: if the id is outside the vocabulary.
@@ -90,7 +89,7 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        """The smallest unsigned type that token files need for this vocabulary."""
+        """The smallest unsigned type that holds every id of this vocabulary."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     def encode(self, text: str) -> list[int]:
@@ -113,9 +112,9 @@ class Tokenizer(ABC):
         return lengths
 
     def ids_without_token(self, n_rows: int) -> list[int]:
-        """Return the ids below `n_rows` that stand for no token, so that a model must never write them.
+        """Return the ids below `n_rows` without a token, which a model must never generate.
 
-        Heads are often padded, such as GPT-2's 50,257 rows to nanoGPT's 50,304; and some encodings leave gaps.
+        Heads are often padded, such as GPT-2's 50,257 rows to nanoGPT's 50,304; and some encodings have gaps.
         """
         return list(range(self.vocab_size, n_rows))
 
@@ -176,7 +175,7 @@ class TiktokenTokenizer(Tokenizer):
     @cached_property
     def _gaps(self) -> list[int]:
         """Unused ids below `vocab_size`."""
-        if self._description["name"] in ("gpt2", "bpe"):  # without gaps, which looking would only confirm
+        if self._description["name"] in ("gpt2", "bpe"):  # without gaps
             return []
         return [index for index in range(self.vocab_size) if not self.token_bytes(index)]
 
@@ -190,7 +189,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of the text in UTF-8, and 256 for the end of text."""
+    """The UTF-8 bytes of the text, and 256 for the end of text."""
 
     vocab_size = 257
     eot_id = 256
@@ -212,8 +211,8 @@ class ByteTokenizer(Tokenizer):
 class WordTokenizer(Tokenizer):
     """Words and punctuation of a training text: the book's SimpleTokenizerV2 (chapter 2).
 
-    White space is not kept, and a word that the training text lacks becomes `<|unk|>`. Unlike in the book, nobody
-    can spell the two control ids: `<|endoftext|>` in a text is a word like others.
+    White space is not kept, and a word that the training text lacks becomes `<|unk|>`. Unlike in the book, no text
+    encodes to the two control ids: `<|endoftext|>` in a text is a word like others.
     """
 
     _PIECES = re.compile(r"""([,.:;?_!"()']|--|\s)""")
@@ -271,7 +270,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """Return what was held back: U+FFFD for a character that never ended, else nothing."""
+        """Return U+FFFD for a character that never ended, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -291,7 +290,7 @@ def build_tokenizer(name: str, *, vocab_size: int | None = None, texts: Iterable
     if vocab_size is not None and name != "bpe":
         raise ValueError(f"tokenizer.vocab_size={vocab_size} is for tokenizer=bpe only; leave it out for {name}")
     if name in ("word", "bpe") and texts is None:
-        raise ValueError(f"tokenizer={name} is trained on text, and there is none here; pass `texts`")
+        raise ValueError(f"tokenizer={name} is trained on text; pass `texts`")
     if name == "word":
         return WordTokenizer.train(texts or ())
     if name == "bpe":
@@ -377,7 +376,7 @@ def _encoding(name: str, merges: list[str]) -> tiktoken.Encoding:
 def _byte_of_character() -> dict[str, int]:
     """Return GPT-2's printable character for each byte, in order of token id.
 
-    Printable Latin-1 characters stand for themselves; the others follow as characters from 256 on.
+    Printable Latin-1 characters are themselves; the other bytes are the characters from 256 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
@@ -400,7 +399,7 @@ def _train_merges(texts: Iterable[str], vocab_size: int | None) -> list[str]:
     trainable.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
         vocab_size=vocab_size - 1,
-        min_frequency=2,  # a pair seen once would only memorise its word
+        min_frequency=2,  # a pair that occurs once would only memorise its word
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -412,7 +411,7 @@ def _train_merges(texts: Iterable[str], vocab_size: int | None) -> list[str]:
 
 
 def _pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
-    """Cut long texts where GPT-2's pattern cuts them anyway: the trainer holds 256 of what it gets at once."""
+    """Cut long texts where GPT-2's pattern cuts them anyway: the trainer holds 256 texts in memory."""
     for text in texts:
         start = 0
         while start < len(text):
@@ -454,7 +453,7 @@ def _split_long_white_space(text: str) -> list[str]:
 
 
 def _last_start(pattern: re.Pattern[str], text: str) -> int:
-    """Return where the last match starts, or 0; looks at a growing tail, so a long text costs no more."""
+    """Return where the last match starts, or 0; searches a growing tail, so that a long text costs no more."""
     size = 256
     while True:
         start = max(len(text) - size, 0)
