@@ -6,7 +6,6 @@ label of its own.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from llm_lightning.nearest import did_you_mean
 
 IGNORE_INDEX = -100
 """The label of a position that has no target: prompt, padding, or beyond the end of the data."""
@@ -282,8 +283,7 @@ def check_preference_loss(kind: str, beta: float, label_smoothing: float = 0.0, 
     if kind == "length_normalised":
         raise ValueError("task.loss=length_normalised was removed: it is another name of average; use average")
     if kind not in PREFERENCE_LOSSES:
-        near = difflib.get_close_matches(str(kind), PREFERENCE_LOSSES, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(kind, PREFERENCE_LOSSES)
         raise ValueError(f"preference loss {kind!r} is unknown: {hint}use {', '.join(PREFERENCE_LOSSES)}")
     if not beta > 0:
         raise ValueError(f"beta={beta} must be more than 0")

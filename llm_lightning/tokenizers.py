@@ -10,7 +10,6 @@ carries its tokenizer.
 from __future__ import annotations
 
 import codecs
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -26,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+
+from llm_lightning.nearest import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -421,8 +422,7 @@ def _pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
 def _tiktoken_encoding(name: Any) -> tiktoken.Encoding:
     known = ["gpt2", "byte", "word", "bpe", *sorted(set(tiktoken.list_encoding_names()) - {"gpt2"})]
     if name not in known:
-        known.sort(key=lambda other: -difflib.SequenceMatcher(None, str(name), other).ratio())
-        raise ValueError(f"unknown tokenizer {name!r}; known, nearest first: {', '.join(known)}")
+        raise ValueError(f"unknown tokenizer {name!r}; {did_you_mean(name, known)}there are {', '.join(known)}")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # no network; a file with the wrong digest

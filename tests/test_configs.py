@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from llm_lightning.experiments.monitors import fill_modes
 from llm_lightning.experiments.settings.checks import check_overrides
 from llm_lightning.experiments.settings.compose import PRESETS, register_resolvers
 from llm_lightning.experiments.settings.help import help_text
-from llm_lightning.experiments.settings.yaml_files import group_options, read_defaults, read_settings
+from llm_lightning.experiments.settings.yaml_files import group_files, group_options, read_defaults, read_settings
 from llm_lightning.experiments.stages import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
@@ -44,7 +46,9 @@ def covering_choices() -> list[list[str]]:
     return [[f"{group}={names[row % len(names)]}" for group, names in options.items()] for row in rows]
 
 
+@functools.cache
 def composed(*overrides: str, hydra: bool = False) -> DictConfig:
+    """To be read, not changed."""
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", list(overrides), return_hydra_config=hydra)
@@ -60,9 +64,17 @@ def test_every_option_composes_resolves_and_passes_the_checks(choices: list[str]
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-@pytest.mark.parametrize("choice", [f"experiment={name}" for name in group_options(CONF, "experiment")])
-def test_every_experiment_passes_the_checks_on_its_own(choice: str) -> None:
-    check_overrides([choice], CONF)
+SWEPT = "book/ch06_table/"
+
+
+@pytest.mark.parametrize("name", [name for name in group_options(CONF, "experiment") if not name.startswith(SWEPT)])
+def test_every_experiment_passes_the_checks_on_its_own(name: str) -> None:
+    check_overrides([f"experiment={name}"], CONF)
+
+
+def test_the_sweep_over_the_table_has_every_row() -> None:
+    """So that the next test checks each of them."""
+    assert f"experiment=glob({SWEPT}*)" in expand_sweep(["sweep=book_ch06_table"], CONF)
 
 
 @pytest.mark.parametrize("name", group_options(CONF, "sweep"))
@@ -178,7 +190,7 @@ def test_callbacks_and_loggers_build(tmp_path: Path) -> None:
     import lightning as L
     from lightning.pytorch.loggers import Logger
 
-    config = composed("callbacks=early_stopping", "task=sft")
+    config = copy.deepcopy(composed("callbacks=early_stopping", "task=sft"))
     assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping", "responses"}
     settings: Any = OmegaConf.to_container(config, resolve=True)
     fill_modes(settings)
@@ -282,26 +294,27 @@ def test_appendix_d_has_the_books_learning_rates(step: int, lr: float) -> None:
 # --- comments and help ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", FILES, ids=relative)
-def test_every_file_begins_with_what_it_is_and_the_command_that_uses_it(file: Path) -> None:
-    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
-    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    assert head, "no comment"
-    assert head[0].endswith((".", "?")), "the first line is a sentence: help shows it"
-    group, _, option = relative(file).removesuffix(".yaml").partition("/")
-    command = "python train.py" if group == "train" else f"python train.py .*{group}={option}"
-    implied = {"data": "data", "trainer": "trainer", "optimizer": "optimizer"}.get(group)  # the only option: its keys
-    callbacks = option == "default" and f"python train.py {group}"
-    patterns = [command, *([f"python train.py {implied}."] if implied else []), *([callbacks] if callbacks else [])]
-    assert any(re.search(pattern, line) for line in head for pattern in patterns), "no command"
+def test_every_file_begins_with_what_it_is_and_the_command_that_uses_it() -> None:
+    for file in FILES:
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+        head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+        assert head, f"{file}: no comment"
+        assert head[0].endswith((".", "?")), f"{file}: the first line is a sentence: help shows it"
+        group, _, option = relative(file).removesuffix(".yaml").partition("/")
+        patterns = ["python train.py" if group == "train" else f"python train.py .*{group}={option}"]
+        if group in ("data", "trainer", "optimizer"):  # the only option: its keys
+            patterns.append(f"python train.py {group}.")
+        if option == "default":
+            patterns.append(f"python train.py {group}")
+        assert any(re.search(pattern, line) for line in head for pattern in patterns), f"{file}: no command"
 
 
 @pytest.mark.parametrize("group", [group for group in GROUPS if group not in PRESETS])
 def test_every_key_has_a_sentence(group: str) -> None:
-    for option in group_options(CONF, group):
-        for setting in read_settings(CONF / group / f"{option}.yaml", group):
+    for name in group_files(CONF, group):
+        for setting in read_settings(CONF / group / f"{name}.yaml", group):
             if setting.value and not setting.path.endswith("_target_"):
-                assert setting.sentence.endswith("."), f"{option}: {setting.path} {setting.sentence!r}"
+                assert setting.sentence.endswith("."), f"{name}: {setting.path} {setting.sentence!r}"
 
 
 def test_help_lists_every_group_option_and_key_with_its_value() -> None:
@@ -327,6 +340,15 @@ def test_help_of_a_group_shows_the_keys_of_every_option() -> None:
     assert text is not None
     assert "scheduler=constant: The same learning rate at every step." in text
     assert "scheduler.warmup=0.1" in text
+
+
+def test_keys_that_options_share_are_shown_with_each_and_their_file_is_no_option() -> None:
+    text = help_text(["--help", "data"], CONF)
+    assert text is not None
+    assert text.count("  data.max_dropped=0.05 ") == 2
+    assert "data=_conversation" not in text
+    with pytest.raises(ValueError, match="data=_conversation: no such option"):
+        check_overrides(["data=_conversation"], CONF)
 
 
 def test_help_of_no_group_names_the_nearest() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import io
 import logging
@@ -12,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +40,9 @@ SETTINGS = [
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "callbacks.samples.prompts=['to be ']",
+    "callbacks.plots=null",  # drawing takes longer than training
 ]
+WITH_PLOTS = [word for word in SETTINGS if word != "callbacks.plots=null"]
 
 
 class Outcome(NamedTuple):
@@ -49,23 +53,82 @@ class Outcome(NamedTuple):
 
 def train_here(arguments: Sequence[str]) -> Outcome:
     """What `python train.py ARGUMENTS` does, in this process, which is then left as it was."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-
     from llm_lightning.cli.main import VERBS
     from llm_lightning.experiments.launch import main
+
+    def typed() -> None:
+        sys.argv[:] = ["train.py", *arguments]
+        main(ROOT / "train.py", VERBS)
+
+    return _here(typed)
+
+
+def fit_here(arguments: Sequence[str]) -> Outcome:
+    """The run that `python train.py ARGUMENTS` makes, without Hydra's part, which takes longer than a tiny run.
+
+    The files are composed once for each choice of groups; on a copy, the other settings are set as Hydra does. There
+    is no `train.log`.
+    """
+    from llm_lightning.experiments.errors import guarded
+    from llm_lightning.experiments.settings.checks import Checked
+    from llm_lightning.experiments.settings.overrides import parse_arguments
+    from llm_lightning.experiments.start import run_checked
+
+    config, run_dir = _composed(arguments)
+
+    def trained() -> None:
+        logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))
+        logging.getLogger().setLevel(logging.INFO)
+        run = functools.partial(run_checked, Checked(config, config), run_dir, parse_arguments(arguments), Path.cwd())
+        code, _ = guarded(run, log_dir=run_dir)
+        if code:
+            sys.exit(code)
+
+    return _here(trained)
+
+
+def _composed(arguments: Sequence[str]) -> tuple[Any, Path]:
+    """The configuration that Hydra would compose, and the run folder."""
+    from omegaconf import OmegaConf
+
+    from llm_lightning.experiments.settings.overrides import key_of, parsed
+
+    groups = {folder.name for folder in (ROOT / "conf").iterdir()}
+    chosen = tuple(word for word in arguments if word[0] in "+~" or word.partition("=")[0] in groups)
+    config = copy.deepcopy(_chosen(chosen))
+    folder = ""
+    for word in arguments:
+        if key_of(word) == "hydra.run.dir":
+            folder = parsed(word).value()
+        elif word not in chosen:
+            OmegaConf.update(config, key_of(word), parsed(word).value())
+    return config, Path(folder)
+
+
+@functools.cache
+def _chosen(groups: tuple[str, ...]) -> Any:
+    from llm_lightning.experiments.command_line import rewritten
+    from llm_lightning.experiments.settings.checks import checked
+
+    return checked(rewritten(list(groups), ROOT / "conf"), ROOT / "conf").config
+
+
+def _here(action: Callable[[], None]) -> Outcome:
+    """Call what ends as a process does; this one is then left as it was."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
 
     root, folder = logging.getLogger(), Path.cwd()
     handlers, level = root.handlers[:], root.level
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["train.py", *arguments])
+        patch.setattr(sys, "argv", ["train.py"])
         patch.setattr(logging, "raiseExceptions", True)
         patch.setattr(threading, "excepthook", threading.excepthook)
         for name in ("HYDRA_FULL_ERROR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
             patch.setenv(name, "0")
         try:
-            main(ROOT / "train.py", VERBS)
+            action()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

@@ -6,7 +6,6 @@ Everything that was dropped, cut or repeated is counted in `report()` and logged
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from llm_lightning.data.records.labelled import LabelledText, read_hugging_face,
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
 from llm_lightning.files.download import Pinned, check_name, file_of
+from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted, inline, visible
 from llm_lightning.tokenizers import Tokenizer
 
@@ -334,8 +334,7 @@ def _class_indices(records: Sequence[LabelledText], labels: Sequence[str]) -> li
     index = {label: number for number, label in enumerate(labels)}
     unknown = [record for record in records if record.label not in index]
     if unknown:
-        near = difflib.get_close_matches(unknown[0].label, labels, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(unknown[0].label, labels, "{!r}")
         raise ValueError(
             f"{unknown[0].place}: unknown label {unknown[0].label!r} "
             f"({counted(len(unknown), 'record')} with unknown labels); {hint}data.labels: {', '.join(labels)}"

@@ -58,8 +58,7 @@ class PreferenceBatch(NamedTuple):
     """B pairs as 2B sequences, each a prompt and an answer: chosen answers are 0 .. B-1, rejected ones B .. 2B-1.
 
     With `hidden = model.hidden_states(input_ids, Context.of(packing))`, row m of `hidden.flatten(0, 1)[wanted]`
-    predicts `labels[m]`, a token of sequence `branch[m]`. The M targets have the same order in both layouts: by
-    sequence and time.
+    predicts `labels[m]`, a token of sequence `branch[m]`. The M targets are ordered by sequence and time.
     """
 
     input_ids: Tensor

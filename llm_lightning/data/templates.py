@@ -12,7 +12,6 @@ ends with the end-of-text token.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llm_lightning.nearest import did_you_mean
 from llm_lightning.tokenizers import Tokenizer
 
 SLOTS = ("system", "instruction", "input", "response")
@@ -248,8 +248,7 @@ def _checked(name: str, parts: tuple[Part, ...]) -> tuple[Part, ...]:
 def _known_slot(name: str, slot: str) -> str:
     if slot in SLOTS:
         return slot
-    near = difflib.get_close_matches(slot, SLOTS, 1)
-    hint = f"did you mean {{{near[0]}}}? " if near else ""
+    hint = did_you_mean(slot, SLOTS, "{{{}}}")
     raise ValueError(
         f"template {name}: unknown placeholder {{{slot}}}; {hint}there are "
         f"{', '.join(f'{{{one}}}' for one in SLOTS)}, and {{{{ for the sign"
@@ -294,8 +293,7 @@ def choose_template(template: str) -> Template:
         return TEMPLATES[template]
     if "{" in template:
         return Template("data.template", template)
-    near = difflib.get_close_matches(template, TEMPLATES, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(template, TEMPLATES)
     raise ValueError(
         f"data.template={template!r} is unknown: {hint}use {', '.join(TEMPLATES)}, or a text with "
         "{instruction} and {response}"

@@ -83,10 +83,12 @@ def build_datamodule(settings: Settings, tokenizer: Any, path: Any, digest: str 
         OtherDataError: if the data module knows before reading that its data has another digest.
     """
     options = {key: value for key, value in settings["data"].items() if key != "preview"}
+    if "path" in options:
+        options["path"] = path
     if "packing" in options:
         options["share_prefix"] = may_share_prefix(settings["model"], settings.get("lora"))
     datamodule: BaseDataModule = build(
-        options | ({"path": path} if "path" in options else {}),
+        options,
         tokenizer=tokenizer,
         context_length=settings["model"]["context_length"],
         seed=settings["seed"],

@@ -28,6 +28,7 @@ from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import CheckpointError
 from llm_lightning.weights.load import LoadedModel, resolve
+from llm_lightning.weights.renamed import REMOVED
 
 TASKS: dict[str, type[TaskModule]] = {"sft": SFTModule, "dpo": DPOModule}
 """A class that a checkpoint names is never built."""
@@ -96,6 +97,8 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
     assert path is not None, "weights of others name no task"
     try:
         options = {key: value for key, value in header["config"]["task"].items() if key != "_target_"}
+        if "loss" in options:
+            options["loss"] = REMOVED.get(("task.loss", options["loss"]), options["loss"])
         stored = {} if "base" in header else checkpoints.load(path, mmap=True)
         state = stored.get("state_dict") or {f"model.{k}": v for k, v in loaded.model.state_dict().items()}
         if "reference" in options:

@@ -129,7 +129,7 @@ def _reason_of_value(key: str, value: Any, folder: Path, command: Mapping[str, A
         return "a value from elsewhere"
     if name in WITH_DIGEST:
         return None if _has_digest(name, text, folder, command) else "a path whose content was not recorded"
-    if name == "data.hf_dataset":
+    if name in ("data.hf_dataset", "task.reference"):
         return "a path" if _looks_like_a_path(text) or Path(text).exists() else None
     if is_setting or not isinstance(value, str):
         return None

@@ -10,7 +10,6 @@ Tensor letters: B pairs, M answer tokens, C width.
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from llm_lightning.losses import sequence_log_probs, token_kl, token_log_probs
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import adapters_off
+from llm_lightning.nearest import nearest
 from llm_lightning.weights.digests import weights_digest
 
 if TYPE_CHECKING:
@@ -294,9 +294,9 @@ def reference_of_before(setting: str, *, is_adapter: bool) -> str:
 
 
 def _refusal(setting: str) -> str:
-    near = difflib.get_close_matches(setting, REFERENCES, 1)
+    near = nearest(setting, REFERENCES)
     if setting == "adapter_clone":
         return "was removed: it equals adapter_off"
     if near or not any(mark in setting for mark in "/\\."):
-        return "is unknown" + (f": did you mean {near[0]}?" if near else "")
+        return "is unknown" + (f": did you mean {near}?" if near else "")
     return "was removed: a model that agrees with the policy at step 0, as it must, is what copy holds"

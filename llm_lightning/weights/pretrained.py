@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from llm_lightning.files.download import download, hub_file, sha256_of
+from llm_lightning.files.download import sha256_of
+from llm_lightning.files.hub import HubFile, fetch
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tokenizers import GPT2_VOCAB_BPE_SHA256
 from llm_lightning.weights.export_folder import NOTE, Stated, read_json
@@ -49,7 +50,6 @@ class Release:
     repository: str
     revision: str
     sha256: str | None
-    n_bytes: int | None
     config: GPTConfig
 
 
@@ -63,28 +63,24 @@ GPT2_WEIGHTS = {
         repository="openai-community/gpt2",
         revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
         sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-        n_bytes=548_105_171,
         config=_size(12, 12, 768),
     ),
     "gpt2-medium": Release(
         repository="openai-community/gpt2-medium",
         revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
         sha256=None,
-        n_bytes=None,
         config=_size(24, 16, 1024),
     ),
     "gpt2-large": Release(
         repository="openai-community/gpt2-large",
         revision="32b71b12589c2f8d625668d2335a01cac3249519",
         sha256=None,
-        n_bytes=None,
         config=_size(36, 20, 1280),
     ),
     "gpt2-xl": Release(
         repository="openai-community/gpt2-xl",
         revision="15ea56dee5df4983c59b2538573817e1667135e2",
         sha256="0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
-        n_bytes=None,
         config=_size(48, 25, 1600),
     ),
 }
@@ -114,14 +110,12 @@ def load_pretrained(name_or_path: str | Path) -> Pretrained:
     release = GPT2_WEIGHTS.get(str(name_or_path))
     if release is None:
         return _load_local(Path(name_or_path))
-    pinned = hub_file(
-        release.repository, release.revision, WEIGHTS, f"{name_or_path}.safetensors", release.sha256, release.n_bytes
-    )
-    path = download(pinned)
+    file = HubFile(release.repository, release.revision, WEIGHTS, release.sha256)
+    path, digest = fetch(file, f"{name_or_path}.safetensors")
     with _naming(path):
         state = _owned(from_hf(read_safetensors(path), release.config), release.config)
     source = f"{release.repository}@{release.revision}"
-    return Pretrained(release.config, state, {"name": "gpt2"}, _info(source, pinned.sha256, state))
+    return Pretrained(release.config, state, {"name": "gpt2"}, _info(source, digest, state))
 
 
 def _load_local(path: Path) -> Pretrained:

@@ -1,4 +1,4 @@
-"""Settings that have another name today than in headers and run folders of earlier versions."""
+"""Settings of earlier versions, in headers and run folders: keys with another name today, and removed values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Any
 
 RENAMED = {"data.max_lost": "data.max_dropped"}
 """GROUP.KEY of before -> of today."""
+
+REMOVED = {
+    ("task.reference", "adapter_clone"): "adapter_off",  # a copy of adapters that are 0 at the start
+    ("task.loss", "length_normalised"): "average",  # another name of the same loss
+}
+"""(key, value) of before -> the value of today that computes the same: a run is evaluated with it, but not resumed."""
 
 
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:

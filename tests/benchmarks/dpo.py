@@ -123,7 +123,7 @@ def prepare(folder: Path, batches: int) -> None:
     rows = [
         {
             "prompt": tokenizer.decode(sample.prompt_ids.tolist()),
-            "chosen": records[sample.sample_id].chosen,
+            "chosen": records[sample.sample_id].turns[-1].response,
             "rejected": records[sample.sample_id].rejected,
             "n_scored": len(sample.chosen_ids) + len(sample.rejected_ids),
         }

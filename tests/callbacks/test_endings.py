@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from tiny_run import SETTINGS, Outcome, assert_same, train_here, write_corpus
+from tiny_run import SETTINGS, Outcome, assert_same, fit_here, write_corpus
 
 from llm_lightning.callbacks.endings import stays_stopped
 from llm_lightning.files.metrics_csv import read_metrics
@@ -30,7 +30,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def run(words: list[str], folder: Path, *more: str) -> Outcome:
-    outcome = train_here([*words, *more, f"hydra.run.dir={folder}"])
+    outcome = fit_here([*words, *more, f"hydra.run.dir={folder}"])
     assert outcome.code == 0, outcome.err
     return outcome
 

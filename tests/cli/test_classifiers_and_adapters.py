@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import CONTEXT_LENGTH, SETTINGS, train_here, write_checkpoint, write_corpus
+from tiny_run import CONTEXT_LENGTH, SETTINGS, WITH_PLOTS, fit_here, write_checkpoint, write_corpus
 
 import llm_lightning
 from llm_lightning.cli.main import main as cli
@@ -33,7 +33,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     """A run whose last block was trained."""
-    return trained(tmp_path_factory.mktemp("plain") / "run", base)
+    settings = [word for word in WITH_PLOTS if "samples" not in word]
+    return run([*settings, "task=classification", f"init_from={base}"], tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def trained(folder: Path, base: Path, *more: str) -> Path:
 
 
 def run(arguments: list[str], folder: Path) -> Path:
-    outcome = train_here([*arguments, "optimizer.lr=1e-2", f"hydra.run.dir={folder}"])
+    outcome = fit_here([*arguments, "optimizer.lr=1e-2", f"hydra.run.dir={folder}"])
     assert outcome.code == 0, outcome.err
     return folder
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from judge_server import serving
-from tiny_run import SETTINGS, train_here
+from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.cli import compare as comparing
 from llm_lightning.cli import main as entry
@@ -35,11 +35,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of three runs, `base`, `tuned` and `preferring`."""
     folder = tmp_path_factory.mktemp("runs")
     settings = {"base": ["task=pretraining"], "tuned": ["task=sft", f"data.template='{TEMPLATE}'"]}
+    settings["tuned"] += ["callbacks.responses=null"]
     settings["preferring"] = ["task=dpo", f"data.template='{TEMPLATE}'"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_LIGHTNING_CACHE", str(folder / "cache"))
         for name, own in settings.items():
-            outcome = train_here([*SETTINGS, *own, "model.context_length=128", f"hydra.run.dir={folder / name}"])
+            outcome = fit_here([*SETTINGS, *own, "model.context_length=128", f"hydra.run.dir={folder / name}"])
             assert outcome.code == 0, outcome.err
     return folder
 

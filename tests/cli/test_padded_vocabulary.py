@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import SETTINGS, train_here, write_checkpoint, write_corpus
+from tiny_run import SETTINGS, fit_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.inference.generation import generate
@@ -74,15 +74,21 @@ def test_every_place_that_writes_text(tmp_path: Path, capsys: pytest.CaptureFixt
     corpus = write_corpus(tmp_path / "corpus.txt")
     pretrained = tmp_path / "pretrained"
     settings = [*SETTINGS, f"data.path={corpus}", f"model.vocab_size={ROWS}", "callbacks.samples.temperature=1"]
-    outcome = train_here([*settings, f"hydra.run.dir={pretrained}"])
+    outcome = fit_here([*settings, f"hydra.run.dir={pretrained}"])
     assert outcome.code == 0, outcome.err
     assert load_model(pretrained).gpt.config.vocab_size == ROWS
     # Tuned: samples and the answers of the test split.
     tuned = tmp_path / "tuned"
-    settings = [*SETTINGS[:-1], "task=sft", f"init_from={base}", "optimizer.lr=1e-6", "model.context_length=128"]
+    settings = [
+        *(word for word in SETTINGS if "prompts" not in word),
+        "task=sft",
+        f"init_from={base}",
+        "optimizer.lr=1e-6",
+        "model.context_length=128",
+    ]
     settings += ["callbacks.responses.max_new_tokens=4", "callbacks.samples.max_new_tokens=4"]
     settings += ["data.template='{instruction} {input} {response}'"]
-    outcome = train_here([*settings, f"hydra.run.dir={tuned}"])
+    outcome = fit_here([*settings, f"hydra.run.dir={tuned}"])
     assert outcome.code == 0, outcome.err
     assert len(json.loads((tuned / "responses.json").read_text())) > 10
     # The verbs.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import SETTINGS, train_here
+from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import progress_path
@@ -25,7 +25,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ["task=sft", "model.context_length=128", f"data.template='{TEMPLATE}'", f"hydra.run.dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_LIGHTNING_CACHE", str(folder.parent / "cache"))
-        outcome = train_here([*SETTINGS, *settings])
+        outcome = fit_here([*SETTINGS, *settings, "callbacks.responses.max_new_tokens=4"])
     assert outcome.code == 0, outcome.err
     assert "Next: llm-lightning judge" in outcome.out
     return folder
@@ -105,7 +105,7 @@ def preferring(tuned: Path) -> Path:
     settings = ["task=dpo", f"init_from={tuned}", "model.context_length=128", f"data.template='{TEMPLATE}'"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_LIGHTNING_CACHE", str(folder.parent / "cache"))
-        outcome = train_here([*SETTINGS, *settings, f"hydra.run.dir={folder}"])
+        outcome = fit_here([*SETTINGS, *settings, f"hydra.run.dir={folder}"])
     assert outcome.code == 0, outcome.err
     return folder
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RaggedDataModule
-from tiny_run import SETTINGS, finish, start, train_here
+from tiny_run import SETTINGS, finish, fit_here, start
 
 from llm_lightning.data.order import limited, spread_sample
 
@@ -65,7 +65,7 @@ def test_the_print_says_that_it_is_a_sample(tmp_path: Path) -> None:
     settings = [word for word in SETTINGS if "samples" not in word]
     limits = ["trainer.limit_val_batches=1", "+trainer.limit_test_batches=2", "trainer.max_steps=2"]
     words = [*settings, "task=classification", *limits, "callbacks.plots=null", f"hydra.run.dir={tmp_path / 'run'}"]
-    outcome = train_here(words)
+    outcome = fit_here(words)
     assert outcome.code == 0, outcome.err
     assert "Limited evaluation: a fixed sample, 8 of 46 val texts\n" in outcome.out
     closing = [line for line in outcome.out.splitlines() if line.startswith(("Best val/loss", "Test accuracy"))]
@@ -73,7 +73,7 @@ def test_the_print_says_that_it_is_a_sample(tmp_path: Path) -> None:
     assert closing[1].endswith(" (16 of 92 test texts, a fixed sample).")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert np.sum(summary["confusion"]["test"]) == 16
-    assert "\n".join(closing) in train_here(words).out  # finished, and said again
+    assert "\n".join(closing) in fit_here(words).out  # finished, and said again
 
 
 @pytest.mark.slow

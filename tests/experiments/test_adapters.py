@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import SETTINGS, start, train_here, write_checkpoint
+from tiny_run import SETTINGS, fit_here, start, write_checkpoint
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.models.classifier import Classifier
@@ -72,12 +72,12 @@ def stopped(words: list[str], step: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskModule, "on_train_batch_end", on_train_batch_end)
-        outcome = train_here(words)
+        outcome = fit_here(words)
     assert outcome.code == 128 + signal.SIGTERM, outcome.err
 
 
 def ended(words: list[str]) -> str:
-    outcome = train_here(words)
+    outcome = fit_here(words)
     assert outcome.code == 0, outcome.err
     return outcome.out
 

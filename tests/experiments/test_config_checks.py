@@ -262,11 +262,16 @@ def _exists(target: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("target", REFUSED, ids=repr)
-def test_a_foreign_target_is_refused_and_the_key_is_named(target: object) -> None:
-    with pytest.raises(ValueError, match=r"callbacks\.x\._target_") as error:
-        check_targets({"callbacks": {"x": {"_target_": target}}})
-    assert "\n" not in str(error.value).replace(repr(target), "")
+def test_a_foreign_target_is_refused_and_the_key_is_named() -> None:
+    wrong = []
+    for target in REFUSED:
+        try:
+            check_targets({"callbacks": {"x": {"_target_": target}}})
+            wrong.append(f"{target!r} is allowed")
+        except ValueError as error:
+            if "callbacks.x._target_" not in str(error) or "\n" in str(error).replace(repr(target), ""):
+                wrong.append(f"{target!r}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
 HIDDEN = [
@@ -278,12 +283,12 @@ HIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("config", HIDDEN, ids=str)
 @pytest.mark.parametrize("partial", [False, True])
-def test_a_target_is_found_wherever_it_hides(config: dict, partial: bool) -> None:
+def test_a_target_is_found_wherever_it_hides(partial: bool) -> None:
     payload = {"_target_": "os.system", "_args_": ["echo"], "_partial_": partial}
-    with pytest.raises(ValueError, match=r"_target_='os.system' is not allowed"):
-        check_targets(_replace(config, payload))
+    for config in HIDDEN:
+        with pytest.raises(ValueError, match=r"_target_='os.system' is not allowed"):
+            check_targets(_replace(config, payload))
 
 
 def _replace(node: object, payload: dict) -> object:

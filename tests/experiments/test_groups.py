@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from tiny_run import ROOT, SETTINGS, train_here, write_corpus
+from tiny_run import ROOT, WITH_PLOTS, train_here, write_corpus
 
 from llm_lightning.experiments.command_line import as_hydra_reads, continue_run, expand_sweep
 from llm_lightning.experiments.settings.checks import NOTHING_READS, SET_ELSEWHERE, check_overrides
@@ -177,7 +177,7 @@ def _chosen(groups: tuple[str, ...]) -> Any:
 
 def test_runs_without_logs_or_callbacks(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.txt")
-    settings = [word for word in SETTINGS if "prompts" not in word] + [f"data.path={corpus}"]
+    settings = [word for word in WITH_PLOTS if "prompts" not in word] + [f"data.path={corpus}"]
     bare = train_here([*settings, "logger=null", "callbacks=null", f"hydra.run.dir={tmp_path / 'bare'}"])
     assert bare.code == 0, bare.err
     names = {path.name for path in (tmp_path / "bare").iterdir()}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from tiny_run import SETTINGS, train_here, write_checkpoint
+from tiny_run import SETTINGS, fit_here, write_checkpoint
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.monitored import better_when
@@ -50,7 +50,7 @@ def test_the_name_of_a_metric_says_when_it_is_better() -> None:
 def test_the_best_and_the_end_follow_the_metric(tmp_path: Path) -> None:
     early = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"]
     words = [*CLASSIFY, *early, "monitor=val/accuracy", "optimizer.lr=2e-3", "data.eval_batches=0"]
-    outcome = train_here([*words, "trainer.max_steps=-1", "trainer.max_epochs=3", f"hydra.run.dir={tmp_path / 'run'}"])
+    outcome = fit_here([*words, "trainer.max_steps=-1", "trainer.max_epochs=3", f"hydra.run.dir={tmp_path / 'run'}"])
     assert outcome.code == 0, outcome.err
     curve = [value for _, value in read_metrics(tmp_path / "run" / "metrics.csv")["val/accuracy"]]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -164,7 +164,7 @@ def test_a_wrong_metric_is_refused_by_name() -> None:
 def test_a_metric_that_nothing_logs_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "announce", lambda *_: pytest.fail("training began"))
     early = ["callbacks=early_stopping", "callbacks.early_stopping.monitor=train/loss"]
-    outcome = train_here([*CLASSIFY, *early, f"hydra.run.dir={tmp_path / 'run'}"])
+    outcome = fit_here([*CLASSIFY, *early, f"hydra.run.dir={tmp_path / 'run'}"])
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "did you mean train/eval_loss?" in outcome.err
 
@@ -202,7 +202,7 @@ def test_each_task_logs_the_metrics_that_it_names(
         data = {"pretraining": ["data.path=text.txt"], "classification": []}.get(form, ["data.path=rows.json"])
         data = [word.replace("=", f"={tmp_path}/") for word in data]
         settings = [word for word in SETTINGS if "samples" not in word and "max_steps" not in word]
-        outcome = train_here(
+        outcome = fit_here(
             [*settings, *QUIET, *FORMS[form], *data, init, "trainer.max_steps=1", f"hydra.run.dir={tmp_path / form}"]
         )
         assert outcome.code == 0, outcome.err

@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_run import SETTINGS, Outcome, assert_same, finish, living, start, train_here, write_checkpoint, write_corpus
+from tiny_run import (
+    SETTINGS,
+    Outcome,
+    assert_same,
+    finish,
+    fit_here,
+    living,
+    start,
+    train_here,
+    write_checkpoint,
+    write_corpus,
+)
 
 from llm_lightning.cli import main as cli
 from llm_lightning.experiments import pipeline
@@ -23,7 +34,7 @@ from llm_lightning.weights import checkpoint as checkpoints
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = [word for word in SETTINGS if not word.startswith("model.context_length")]
-TINY += ["model.context_length=32", "callbacks.plots=null", "callbacks.samples.max_new_tokens=4"]
+TINY += ["model.context_length=32", "callbacks.samples.max_new_tokens=4"]
 
 
 def write_pipeline(folder: Path, name: str, stages: dict[str, list[str] | str]) -> list[str]:
@@ -38,7 +49,7 @@ def write_pipeline(folder: Path, name: str, stages: dict[str, list[str] | str]) 
 def stage_here(command: list[str], **options: Any) -> int:
     """What the process of a stage does, in this one: starting it takes longer than all that it does."""
     if "-m" not in command:
-        return train_here(command[2:]).code
+        return fit_here([word for word in command[2:] if not word.startswith("--config-dir")]).code
     with redirect_stdout(io.StringIO()) as out:
         code = cli.main(command[3:])
     options["stdout"].write(out.getvalue().encode())
@@ -187,7 +198,7 @@ def test_a_failing_stage_ends_the_chain(tmp_path: Path, words: list[str], capfd:
     assert outcome.code == 2
     assert outcome.err.splitlines() == [
         f"pipeline=failing: stage first ended with exit code 2 in {folder / 'first'}; "
-        "its words stand above, and the same command goes on there"
+        "see its output above; the same command continues there"
     ]
     assert str(missing) in capfd.readouterr().err
     assert not (folder / "second").exists()
@@ -199,7 +210,7 @@ def test_a_chain_in_use_is_refused(words: list[str], chain: Path) -> None:
     with FileLock(chain / ".lock"):
         outcome = train_here([*words, f"hydra.run.dir={chain}"])
     assert outcome.code == 2
-    assert "is going on in another process" in outcome.err
+    assert "is running in another process" in outcome.err
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"{'good' if index % 2 else 'bad'} {name}\t{index % 2}" for index, name in enumerate(names)]
     (folder / "texts.tsv").write_text("\n".join(["text\tlabel", *rows, ""]))
     more = ["data.template='{instruction}[{input}]:{response}'", "data.val_fraction=0.2"]
-    parents = ["init_from=outputs/pretraining/first", f"task.reference=outputs/pretraining/first/{LAST}"]
+    parents = ["init_from=outputs/pretraining/first"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in (
@@ -83,7 +83,6 @@ def test_a_moved_project_goes_on_and_is_evaluated(
         places = lineage(second)["places"]
         assert places["data.path"]["found"] == [str(moved / "pairs.json")]
         assert places["init_from"]["from_run"] == ["../../pretraining/first"]
-        assert places["task.reference"]["from_run"] == ["../../pretraining/first/checkpoints/last.ckpt"]
         go_on(first)
         monkeypatch.chdir(moved)  # the same command is typed where the project is now
         assert train_here([*QUIET, "run_name=first", "data.path=corpus.txt", "trainer.max_steps=4"]).code == 0
@@ -198,10 +197,10 @@ def test_other_first_weights_are_refused_and_the_same_ones_elsewhere_are_not(pro
     shutil.copy(project / "outputs" / "pretraining" / "first" / LAST, tmp_path / "same.ckpt")
     shutil.copy(project / "outputs" / "classification" / "third" / LAST, tmp_path / "other.ckpt")
     typed = [f"data.path={project / 'pairs.json'}", f"task.reference={tmp_path / 'same.ckpt'}"]
-    outcome = train_here([f"resume={run}", f"init_from={tmp_path / 'other.ckpt'}", *typed[:1], "trainer.max_steps=3"])
+    outcome = train_here([f"resume={run}", f"init_from={tmp_path / 'other.ckpt'}", *typed, "trainer.max_steps=3"])
     assert outcome.code == 2
     assert "init_from was 'outputs/pretraining/first' and is " in outcome.err
-    go_on(run, f"init_from={tmp_path / 'same.ckpt'}", *typed[:1])
+    go_on(run, f"init_from={tmp_path / 'same.ckpt'}", *typed)
     assert lineage(run)["places"]["init_from"]["from_run"] == ["../same.ckpt"]
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import ROOT, SETTINGS, Outcome, digests, train_here, write_checkpoint, write_corpus
+from tiny_run import ROOT, SETTINGS, Outcome, digests, fit_here, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.data.corpus import sources
@@ -152,17 +153,7 @@ def run_folder_is_a_file(folder: Path) -> list[str]:
 
 
 # (name, what is prepared and typed beside the tiny settings, what the one line says)
-CASES: list[tuple[str, Prepare, str]] = [
-    ("missing file", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check data\.path"),
-    ("empty file", data("empty.txt", ""), r"empty\.txt holds no text: it is empty; give a file or folder with text"),
-    ("invalid UTF-8", data("latin.txt", b"a\ncaf\xe9 au lait"), r"latin\.txt, line 2: byte 5 \(0xe9\) .*iconv"),
-    ("UTF-16", data("utf16.txt", "hello".encode("utf-16")), r"utf16\.txt, line 1: byte 0 .*not valid UTF-8"),
-    ("malformed line", data("x.jsonl", '{"text": "a"}\n{"text": \n'), r"1 bad record: .*x\.jsonl:2: not JSON"),
-    ("missing field", data("x.jsonl", '{"body": "a"}'), r"data\.text_field.*x\.jsonl:1: no field 'text'.*'body'"),
-    ("short corpus", data("short.txt", "hello"), r"not fill one window of 16 .*use more text, or lower model\.cont"),
-    ("unknown corpus", settings("data.path=null", "data.name=the_verdit"), r"did you mean the_verdict\?"),
-    ("long prompt", settings("callbacks.samples.prompts=['12345678901234567']"), r"prompts\[0\] has 17 tokens.*= 15;"),
-    ("long warmup", settings("scheduler.warmup=4"), r"warmup.*4.*4.*steps"),
+COMMAND_LINES: list[tuple[str, Prepare, str]] = [
     ("unknown key", settings("optimizer.lrr=1"), r"unknown key 'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),
     ("unknown key behind +", settings("+optimizer.lrr=1"), r"unknown key .*did you mean 'optimizer\.lr'\?"),
     ("unknown key behind ++", settings("++optimizer.lrr=1"), r"unknown key .*did you mean 'optimizer\.lr'\?"),
@@ -182,6 +173,23 @@ CASES: list[tuple[str, Prepare, str]] = [
         r"task\._target_='os\.system' is not allowed.*allow_targets",
     ),
     ("foreign target in a file", experiment("task:\n  _target_: builtins.eval"), r"builtins\.eval' is not allowed"),
+    ("tokenizer", settings("tokenizer=tiktoken", "tokenizer.name=cl100k"), r"cl100k.*cl100k_base"),
+    ("no such folder", settings("--config-dir=nowhere"), r"^error: --config-dir nowhere: no such folder"),
+    ("nothing to resume", lambda folder: [f"resume={folder}"], r"resume=.*: no run in that folder"),
+    ("unknown sweep", lambda _: ["sweep=nothing"], r"sweep=nothing: no such sweep; there are book_ch06_table"),
+    ("missing file, typed", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check data\.path"),
+]
+CASES: list[tuple[str, Prepare, str]] = [
+    ("missing file", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check data\.path"),
+    ("empty file", data("empty.txt", ""), r"empty\.txt holds no text: it is empty; give a file or folder with text"),
+    ("invalid UTF-8", data("latin.txt", b"a\ncaf\xe9 au lait"), r"latin\.txt, line 2: byte 5 \(0xe9\) .*iconv"),
+    ("UTF-16", data("utf16.txt", "hello".encode("utf-16")), r"utf16\.txt, line 1: byte 0 .*not valid UTF-8"),
+    ("malformed line", data("x.jsonl", '{"text": "a"}\n{"text": \n'), r"1 bad record: .*x\.jsonl:2: not JSON"),
+    ("missing field", data("x.jsonl", '{"body": "a"}'), r"data\.text_field.*x\.jsonl:1: no field 'text'.*'body'"),
+    ("short corpus", data("short.txt", "hello"), r"not fill one window of 16 .*use more text, or lower model\.cont"),
+    ("unknown corpus", settings("data.path=null", "data.name=the_verdit"), r"did you mean the_verdict\?"),
+    ("long prompt", settings("callbacks.samples.prompts=['12345678901234567']"), r"prompts\[0\] has 17 tokens.*= 15;"),
+    ("long warmup", settings("scheduler.warmup=4"), r"warmup.*4.*4.*steps"),
     ("no batch", settings("data.batch_size=0"), r"data\.batch_size=0 must be at least 1"),
     (
         "batch over corpus",
@@ -196,7 +204,6 @@ CASES: list[tuple[str, Prepare, str]] = [
         r"no end: set trainer\.max_epochs or trainer",
     ),
     ("precision", settings("trainer.precision=bf17"), r"bf17.*bf16-mixed"),
-    ("tokenizer", settings("tokenizer=tiktoken", "tokenizer.name=cl100k"), r"cl100k.*cl100k_base"),
     ("split", settings("data.split=half"), r"data\.split=half.*document"),
     ("fraction", settings("data.val_fraction=2"), r"val_fraction=2"),
     ("learning rate", settings("optimizer.lr=-1"), r"optimizer\.lr=-1"),
@@ -206,7 +213,6 @@ CASES: list[tuple[str, Prepare, str]] = [
     ("longer context", longer_context, r"model\.context_length=32 exceeds the 16 positions .*=16 or less"),
     ("pickled weights", pickled_weights, r"pytorch_model\.bin is not read.*save the model as safetensors"),
     ("damaged safetensors", damaged_safetensors, r"model\.safetensors is damaged .*; get it again"),
-    ("nothing to resume", lambda folder: [f"resume={folder}"], r"resume=.*: no run in that folder"),
     ("run folder is a file", run_folder_is_a_file, r"/file: File exists; choose another"),
 ]
 
@@ -253,7 +259,6 @@ CASES += [
      r"lora\.targets: lm_head\.weight is tied to token_embedding\.weight.*set model\.tied_head=false"),
     ("LoRA rank", lambda _: ["lora=default", "lora.rank=0"], r"lora\.rank=0 must be at least 1"),
     ("LoRA rank over a layer", lambda _: ["lora=default", "lora.rank=17"], r"lora\.rank=17 exceeds the 16 inputs"),
-    ("unknown sweep", lambda _: ["sweep=nothing"], r"sweep=nothing: no such sweep; there are book_ch06_table"),
 ]  # fmt: skip
 
 
@@ -345,19 +350,19 @@ for bad, text in DAMAGED.items():
 
 
 @pytest.fixture
-def refused(tmp_path: Path) -> Callable[[list[str], str], None]:
+def refused(tmp_path: Path) -> Callable[..., None]:
     """Type a command; it must end as bad input should."""
     folder = tmp_path / "work"
     base = [*SETTINGS, f"data.path={write_corpus(folder.with_suffix('.txt'))}", f"hydra.run.dir={folder / 'run'}"]
 
-    def check(arguments: list[str], message: str) -> None:
+    def check(arguments: list[str], message: str, run: Callable[[list[str]], Outcome] = train_here) -> None:
         before = digests(tmp_path)
         names = {word.partition("=")[0] for word in arguments}
         if "task=classification" in arguments:  # it has no samples of text
             names.add("callbacks.samples.prompts")
         kept = [word for word in base if word.partition("=")[0] not in names]
         typed = sorted(kept + arguments, key=lambda word: not word.startswith("--"))  # options stand first
-        assert_refused(train_here(typed), message)
+        assert_refused(run(typed), message)
         after = digests(tmp_path)
         assert {path: after.get(path) for path in before} == before
         assert not [path for path in after if path.name == "canary" or path.suffix == ".tmp"]
@@ -374,11 +379,28 @@ def assert_refused(outcome: Outcome, message: str, prefix: str = "error: ") -> N
     assert "Traceback" not in outcome.out
 
 
-@pytest.mark.parametrize(("prepare", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_bad_input_ends_in_one_line(tmp_path: Path, refused: Any, prepare: Prepare, message: str) -> None:
+@pytest.mark.parametrize(
+    ("run", "prepare", "message"),
+    [(train_here, *case[1:]) for case in COMMAND_LINES] + [(fit_here, *case[1:]) for case in CASES],
+    ids=[case[0] for case in COMMAND_LINES + CASES],
+)
+def test_bad_input_ends_in_one_line(tmp_path: Path, refused: Any, run: Any, prepare: Prepare, message: str) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
-    refused(prepare(folder), message)
+    refused(prepare(folder), message, run)
+
+
+ADAPTED = ["task=classification", "lora=default", "lora.rank=2", "trainer.max_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `ADAPTED` without a summary, as if it had been killed."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    settings = [word for word in SETTINGS if "samples" not in word]
+    assert fit_here([*settings, *ADAPTED, f"hydra.run.dir={folder}"]).code == 0
+    (folder / "summary.json").unlink()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -391,15 +413,11 @@ def test_bad_input_ends_in_one_line(tmp_path: Path, refused: Any, prepare: Prepa
         ("data.split_seed=7", r"cannot resume.*data\.split_seed.*123.*7"),
     ],
 )
-def test_what_may_not_change_on_resume(tmp_path: Path, refused: Any, changed: str, message: str) -> None:
-    folder = tmp_path / "work" / "run"
-    settings = [word for word in SETTINGS if "samples" not in word]
-    command = ["task=classification", "lora=default", "lora.rank=2", "trainer.max_steps=4", f"hydra.run.dir={folder}"]
-    assert train_here([*settings, *command]).code == 0
-    (folder / "summary.json").unlink()  # as if it had been killed
+def test_what_may_not_change_on_resume(tmp_path: Path, refused: Any, killed: Path, changed: str, message: str) -> None:
+    shutil.copytree(killed, tmp_path / "work" / "run")
     names = {changed.partition("=")[0]} | ({"lora.rank"} if changed == "lora=null" else set())
-    kept = [word for word in command if word.partition("=")[0] not in names]
-    refused([*kept, changed, "data.path=null"], message)
+    kept = [word for word in ADAPTED if word.partition("=")[0] not in names]
+    refused([*kept, changed, "data.path=null"], message, fit_here)
 
 
 def test_a_run_folder_in_use_names_the_process(tmp_path: Path, refused: Any) -> None:
@@ -447,7 +465,7 @@ def test_a_full_disk(tmp_path: Path, refused: Any, n_bytes: int) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
     try:
-        refused(["callbacks.plots=null"], r"File too large.*make room")
+        refused([], r"File too large.*make room")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -519,11 +537,9 @@ def test_tools_refuse_bad_input(
     ("command", "message"),
     [
         (["train.py", "optimizer.lrr=1"], r"^error: unknown key 'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),
-        (["train.py", "--config-dir=nowhere"], r"^error: --config-dir nowhere: no such folder"),
-        (["train.py", "resume=nowhere"], r"^error: resume=nowhere: no run in that folder"),
         (["-m", "llm_lightning.cli.main", "inspect", "nowhere.ckpt"], r"^llm-lightning inspect: no checkpoint at"),
     ],
-    ids=["unknown key", "no such folder", "nothing to resume", "missing checkpoint"],
+    ids=["unknown key", "missing checkpoint"],
 )
 def test_exit_codes_of_real_processes(tmp_path: Path, command: list[str], message: str) -> None:
     script = [str(ROOT / "train.py"), *command[1:]] if command[0] == "train.py" else command

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from judge_server import serving
-from tiny_run import SETTINGS, train_here, write_checkpoint
+from tiny_run import SETTINGS, fit_here, write_checkpoint
 
 from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard
 from llm_lightning.callbacks.samples import append_section
@@ -148,7 +148,7 @@ def test_training_without_room_in_the_cache_names_the_cache(tmp_path: Path, monk
     wrong = []
     for part, (words, n_bytes) in cases.items():
         with room_for(n_bytes):
-            outcome = train_here([*SETTINGS, *words, f"data.path={corpus}", f"hydra.run.dir={tmp_path / part}"])
+            outcome = fit_here([*SETTINGS, *words, f"data.path={corpus}", f"hydra.run.dir={tmp_path / part}"])
         found = problem(outcome.err, cache_dir() / part)
         wrong += [f"{part}: {found}"] if outcome.code != 2 or found else []
     assert not wrong, "\n".join(wrong)

@@ -20,7 +20,8 @@ from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = ["save"] * 3 + ["validation"] * 3 + ["training"] * 10 + ["any time"] * 4
+MANY = ["save"] * 3 + ["validation"] * 3 + ["training"] * 10 + ["any time"] * 4
+FEW = ["save", "validation", "training", "any time"]
 CLOCK_METRICS = {
     "train/tokens_per_second",
     "train/sequences_per_second",
@@ -28,7 +29,8 @@ CLOCK_METRICS = {
     "train/mfu",
     "train/peak_memory_gib",
 }  # what a clock or the allocator decides
-STEPS = 1200
+STEPS = {len(MANY): 1200, len(FEW): 600}
+"""Of a run, by how often it is killed."""
 SHARED = [
     "tokenizer=byte",
     "model.n_layer=2",
@@ -36,7 +38,6 @@ SHARED = [
     "model.n_head=2",
     "data.batch_size=4",
     "trainer.accumulate_grad_batches=3",
-    f"trainer.max_steps={STEPS}",
     "trainer.max_epochs=-1",
     "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
@@ -89,19 +90,20 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Ended]]:
+def ended(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Future[Ended]]:
     """All runs, two at a time: they wait for their processes to start most of the time."""
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
-        futures = {name: pool.submit(kill_many, tmp_path_factory.mktemp(name), name) for name in RUNS}
+        futures = {name: pool.submit(kill_often, tmp_path_factory.mktemp(name), name, request.param) for name in RUNS}
         wait(futures.values())
     return futures
 
 
-def kill_many(folder: Path, name: str) -> Ended:
+def kill_often(folder: Path, name: str, kills: list[str]) -> Ended:
     """Run once undisturbed; then start, kill, start ... until it has been killed as planned, and let it end."""
     whole, killed, marker = folder / "whole", folder / "killed", folder / "marker"
-    command = [*SHARED, *RUNS[name], f"+callbacks.marker.path={marker}"]
+    steps = f"trainer.max_steps={STEPS[len(kills)]}"
+    command = [*SHARED, *RUNS[name], steps, f"+callbacks.marker.path={marker}"]
     if name == "pretraining":
         corpus = folder / "corpus.txt"
         corpus.write_text("".join(random.Random(1).choices(["to be ", "or not ", "that is\n"], k=4000)))
@@ -112,7 +114,7 @@ def kill_many(folder: Path, name: str) -> Ended:
     assert start(command, whole).wait(timeout=600) == 0, whole.with_suffix(".log").read_text()[-2000:]
     moments = random.Random(2)
     after_first_step = 0
-    for kind in moments.sample(KILLS, len(KILLS)):
+    for kind in moments.sample(kills, len(kills)):
         marker.write_bytes(STARTING)
         process = start(command, killed)
         after_first_step += kill(process, kind, marker, moments)
@@ -120,12 +122,19 @@ def kill_many(folder: Path, name: str) -> Ended:
     return Ended(whole, killed, after_first_step)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ended", "n_kills"),
+    [
+        pytest.param(FEW, len(FEW), marks=pytest.mark.slow, id="few"),
+        pytest.param(MANY, len(MANY), marks=pytest.mark.soak, id="many"),
+    ],
+    indirect=["ended"],
+)
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_twenty_times(ended: dict[str, Future[Ended]], name: str) -> None:
+def test_a_killed_run_ends_as_one_that_was_not(ended: dict[str, Future[Ended]], name: str, n_kills: int) -> None:
     whole, killed, after_first_step = ended[name].result()
-    assert after_first_step >= 15
-    assert_same_end(whole, killed)
+    assert after_first_step >= 0.75 * n_kills
+    assert_same_end(whole, killed, STEPS[n_kills])
     assert (whole / "samples.md").is_file() == (name in ("pretraining", "sft", "dpo"))
     if name == "dpo":  # after all these processes the reference is still what they began with
         kept = checkpoints.load(killed / "checkpoints" / "last.ckpt")["state_dict"]
@@ -174,7 +183,7 @@ def wait_for(process: subprocess.Popen[bytes], condition: Any) -> None:
         time.sleep(0.0002)
 
 
-def assert_same_end(whole: Path, killed: Path, steps: int = STEPS) -> None:
+def assert_same_end(whole: Path, killed: Path, steps: int) -> None:
     one = checkpoints.load(whole / "checkpoints" / "last.ckpt")
     other = checkpoints.load(killed / "checkpoints" / "last.ckpt")
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "task_module", "global_step", "position"):

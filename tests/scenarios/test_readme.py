@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 from judge_server import serving
-from tiny_run import ROOT, SETTINGS, train_here, write_checkpoint, write_corpus
+from tiny_run import ROOT, SETTINGS, fit_here, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
+from llm_lightning.experiments import multirun
 from llm_lightning.experiments.command_line import expand_sweep
 from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.experiments.settings.yaml_files import group_options
 from llm_lightning.experiments.stages import plan
 
 README = (ROOT / "README.md").read_text()
@@ -37,7 +39,12 @@ def test_set_up_is_what_ci_runs(line: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and "--help" not in c])
 def test_settings_compose(command: str) -> None:
-    arguments = expand_sweep(shlex.split(command)[2:], ROOT / "conf")
+    arguments = shlex.split(command)[2:]
+    if len(arguments) == 1 and arguments[0].partition("=")[0] in ("experiment", "pipeline", "sweep"):
+        group, _, option = arguments[0].partition("=")  # test_configs checks them all
+        assert option in group_options(ROOT / "conf", group)
+        return
+    arguments = expand_sweep(arguments, ROOT / "conf")
     if any(word.startswith("pipeline=") for word in arguments):
         assert plan(arguments, ROOT / "conf")
         return
@@ -54,21 +61,26 @@ def test_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert outcome.code == 0, outcome.err
 
 
-def test_the_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_starts_every_job_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is run; starting the others takes longer than all that they do."""
     monkeypatch.chdir(tmp_path)
     [command] = [c for c in COMMANDS if c.startswith("python train.py -m ")]
     corpus = write_corpus(tmp_path / "corpus.txt", 60)
+    started: list[list[str]] = []
+    start, wait_for = multirun.start, multirun.wait_for
+    monkeypatch.setattr(multirun, "start", lambda words: started.append(words) or (len(started) == 1 and start(words)))
+    monkeypatch.setattr(multirun, "wait_for", lambda process: wait_for(process) if process else 0)
     outcome = train_here([*shlex.split(command)[2:], *SETTINGS, f"data.path={corpus}"])
     assert outcome.code == 0, outcome.err
     [folder] = (tmp_path / "outputs" / "pretraining").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "3", "multirun.yaml"}
-    settings = [yaml.safe_load((folder / f"{job}" / "config.yaml").read_text()) for job in range(4)]
-    assert [(one["optimizer"]["lr"], one["seed"]) for one in settings] == [
-        (1e-3, 1),
-        (1e-3, 2),
-        (2e-3, 1),
-        (2e-3, 2),
-    ]
+    settings = yaml.safe_load((folder / "0" / "config.yaml").read_text())
+    assert (settings["optimizer"]["lr"], settings["seed"]) == (1e-3, 1)
+    jobs = [("0.001", 1), ("0.001", 2), ("0.002", 1), ("0.002", 2)]
+    assert len(started) == len(jobs)
+    for number, ((lr, seed), words) in enumerate(zip(jobs, started, strict=True)):
+        own = Path("outputs", "pretraining", folder.name, str(number))
+        assert {f"optimizer.lr={lr}", f"seed={seed}"} <= set(words)
+        assert words[-1] in (f"hydra.run.dir='{own}'", f"hydra.run.dir='{own.absolute()}'")
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" in c])
@@ -93,7 +105,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("outputs/sft/first", [*SETTINGS, "task=sft", *TUNED]),
         ("polite", speak),
     ):
-        outcome = train_here([*arguments, f"hydra.run.dir={folder / name}"])
+        outcome = fit_here([*arguments, f"hydra.run.dir={folder / name}"])
         assert outcome.code == 0, outcome.err
     assert cli(["export", str(folder / "polite"), str(folder / "rude_from_peft"), "--format", "peft"]) == 0
     return folder

@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_run import SETTINGS, Outcome, digests, finish, living, start, train_here, write_checkpoint, write_corpus
+from tiny_run import (
+    SETTINGS,
+    WITH_PLOTS,
+    Outcome,
+    digests,
+    finish,
+    fit_here,
+    living,
+    start,
+    train_here,
+    write_checkpoint,
+    write_corpus,
+)
 
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
@@ -29,7 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, Outcome]:
     """One epoch of 10 steps."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    return folder, train_here(one_epoch(corpus, folder))
+    return folder, train_here(one_epoch(corpus, folder, base=WITH_PLOTS))
 
 
 @pytest.fixture
@@ -38,9 +50,9 @@ def run(first: tuple[Path, Outcome], tmp_path: Path) -> Path:
     return Path(shutil.copytree(first[0], tmp_path / "run"))
 
 
-def one_epoch(corpus: Path, folder: Path, *more: str) -> list[str]:
+def one_epoch(corpus: Path, folder: Path, *more: str, base: list[str] = SETTINGS) -> list[str]:
     """A command line; `more` wins."""
-    base = [*SETTINGS, "trainer.max_epochs=1", "trainer.max_steps=-1", f"data.path={corpus}", f"hydra.run.dir={folder}"]
+    base = [*base, "trainer.max_epochs=1", "trainer.max_steps=-1", f"data.path={corpus}", f"hydra.run.dir={folder}"]
     return list({word.partition("=")[0]: word for word in [*base, *more]}.values())
 
 
@@ -114,7 +126,7 @@ def test_the_same_command_again_says_that_the_run_is_finished(run: Path, corpus:
 
 def test_more_epochs_continue(run: Path, corpus: Path, tmp_path: Path) -> None:
     handlers = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
-    code, out, err = train_here(one_epoch(corpus, run, "trainer.max_epochs=2"))
+    code, out, err = fit_here(one_epoch(corpus, run, "trainer.max_epochs=2"))
     assert (code, err) == (0, "")
     assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert "Resuming from " in out
@@ -126,7 +138,7 @@ def test_more_epochs_continue(run: Path, corpus: Path, tmp_path: Path) -> None:
 
 def test_a_changed_setting_is_refused_by_name_old_and_new_value(run: Path, corpus: Path) -> None:
     before = digests(run)
-    code, _, err = train_here(one_epoch(corpus, run, "optimizer.lr=0.5", "trainer.max_epochs=2"))
+    code, _, err = fit_here(one_epoch(corpus, run, "optimizer.lr=0.5", "trainer.max_epochs=2"))
     assert code == 2
     assert err.startswith("error: cannot resume with other settings: optimizer.lr was 0.003 and is 0.5; ")
     assert err.count("\n") == 1
@@ -165,28 +177,28 @@ def test_resume_continues_a_run_from_any_folder(tmp_path: Path, corpus: Path, mo
 
 
 def test_preview_shows_windows_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    code, out, err = train_here(one_epoch(corpus, tmp_path / "run", "data.preview=true"))
+    code, out, err = fit_here(one_epoch(corpus, tmp_path / "run", "data.preview=true"))
     assert (code, err) == (0, "")
     text = corpus.read_text()
     assert out.startswith(f"--- window 0: 16 targets\n{text[:17]}\n--- window 1: 16 targets\n{text[16:33]}")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.log").write_text("of a run")
-    assert train_here(one_epoch(corpus, tmp_path / "run", "data.preview=true")).code == 0
+    assert fit_here(one_epoch(corpus, tmp_path / "run", "data.preview=true")).code == 0
     assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {"train.log": "of a run"}
 
 
 def test_a_run_without_checkpoints_advises_none_and_takes_an_old_traceback_away(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "traceback.txt").write_text("of the first try")
-    quick = ["trainer.max_steps=1", "callbacks.plots=null", "callbacks.checkpoints=null"]
-    code, out, err = train_here(one_epoch(corpus, tmp_path / "run", *quick))
+    quick = ["trainer.max_steps=1", "callbacks.checkpoints=null"]
+    code, out, err = fit_here(one_epoch(corpus, tmp_path / "run", *quick))
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith("Run folder: ")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["checkpoint"] is None
     assert not (tmp_path / "run" / "traceback.txt").exists()
     more = [f"init_from={write_checkpoint(tmp_path / 'given.ckpt')}", "lora=default", "lora.rank=2"]
-    code, out, err = train_here(one_epoch(corpus, tmp_path / "lora", *quick, *more))
+    code, out, err = fit_here(one_epoch(corpus, tmp_path / "lora", *quick, *more))
     assert (code, err.count("\n")) == (2, 1)
     assert "callbacks.checkpoints=null keeps nothing of the adapters that lora trains" in err
     assert "Batch: " not in out  # before training
@@ -197,7 +209,7 @@ def test_init_from_starts_at_the_given_weights(corpus: Path, tmp_path: Path) -> 
     given = write_checkpoint(tmp_path / "given.ckpt")
     more = ["scheduler=constant", "optimizer.lr=1e-12", "trainer.max_steps=1", "model.context_length=8"]
     more += [f"init_from={given}", "tokenizer=word", "model.n_layer=3"]
-    code, out, err = train_here(one_epoch(corpus, tmp_path / "run", *more))
+    code, out, err = fit_here(one_epoch(corpus, tmp_path / "run", *more))
     assert (code, err) == (0, "")
     assert "model.n_layer=3 is ignored: the weights of init_from have 1" in out
     assert "tokenizer=word is ignored" in out
@@ -211,7 +223,7 @@ def test_init_from_starts_at_the_given_weights(corpus: Path, tmp_path: Path) -> 
 
 
 def test_fast_dev_run_leaves_no_results(corpus: Path, tmp_path: Path) -> None:
-    code, _, err = train_here(one_epoch(corpus, tmp_path / "run", "debug=fast_dev_run"))
+    code, _, err = fit_here(one_epoch(corpus, tmp_path / "run", "debug=fast_dev_run"))
     assert (code, err) == (0, "")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -226,7 +238,6 @@ LONG = [
     "model.dropout=0.1",
     "trainer.accumulate_grad_batches=2",
     "callbacks.checkpoints.every_n_steps=10",
-    "callbacks.plots=null",
 ]
 
 
@@ -260,7 +271,7 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
     assert outcome.err == f"stopped by {signum.name}; saved {saved}; continue with resume={tmp_path / 'stopped'}\n"
     assert not (tmp_path / "stopped" / "summary.json").exists()
     for arguments in (command, long_run(corpus, tmp_path / "whole")):
-        assert train_here(arguments).code == 0
+        assert fit_here(arguments).code == 0
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
     assert steps(tmp_path / "stopped") == steps(tmp_path / "whole") == list(range(150))
 
@@ -268,17 +279,17 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
 def test_a_run_that_left_no_checkpoint_says_that_it_starts_again(corpus: Path, tmp_path: Path) -> None:
     words = one_epoch(corpus, tmp_path / "run", "callbacks.checkpoints=null", "trainer.max_epochs=-1")
     said = "Starting again from step 0: the earlier run in "
-    assert said not in train_here([*words, "trainer.max_steps=2"]).out
+    assert said not in fit_here([*words, "trainer.max_steps=2"]).out
     (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed
-    assert train_here([*words, "trainer.max_steps=2"]).out.count(said) == 1
-    assert said not in train_here([*words, "trainer.max_steps=2"]).out, "it is finished"
-    assert said in train_here([*words, "trainer.max_steps=3"]).out
+    assert fit_here([*words, "trainer.max_steps=2"]).out.count(said) == 1
+    assert said not in fit_here([*words, "trainer.max_steps=2"]).out, "it is finished"
+    assert said in fit_here([*words, "trainer.max_steps=3"]).out
 
 
 def test_adapters_on_a_frozen_bfloat16_model(corpus: Path, tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base.ckpt")
     command = one_epoch(corpus, tmp_path / "run", f"init_from={base}", "lora=default", "trainer.precision=bf16-mixed")
-    outcome = train_here(command)
+    outcome = fit_here(command)
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "run" / "samples.md").read_text().startswith("## step")
     losses = [loss for _, loss in read_metrics(tmp_path / "run" / "metrics.csv")["train/loss"]]
@@ -306,7 +317,7 @@ def test_two_processes_log_the_losses_of_one_with_the_double_batch(corpus: Path,
     ]
     outcome = finish(start(one_epoch(corpus, tmp_path / "two", *two, "trainer.max_epochs=2"), tmp_path))
     assert outcome.code == 0, outcome.err
-    assert train_here(one_epoch(corpus, tmp_path / "one", "trainer.max_epochs=2", "model.dropout=0")).code == 0
+    assert fit_here(one_epoch(corpus, tmp_path / "one", "trainer.max_epochs=2", "model.dropout=0")).code == 0
     curves = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two")]
     for name in ("train/loss", "val/loss", "train/eval_loss", "lr", "tokens_seen", "train/loss_epoch"):
         assert [step for step, _ in curves[0][name]] == [step for step, _ in curves[1][name]]
@@ -335,7 +346,7 @@ def test_started_workers_train_as_no_workers(corpus: Path, tmp_path: Path, monke
     command = one_epoch(corpus, tmp_path / "spawned", "trainer.max_epochs=2", "data.num_workers=1")
     outcome = finish(start(command, tmp_path))
     assert outcome.code == 0, outcome.err
-    assert train_here(one_epoch(corpus, tmp_path / "here", "trainer.max_epochs=2")).code == 0
+    assert fit_here(one_epoch(corpus, tmp_path / "here", "trainer.max_epochs=2")).code == 0
     assert_same_weights(tmp_path / "spawned", tmp_path / "here")
 
 

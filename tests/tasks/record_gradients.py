@@ -1,4 +1,5 @@
-"""Run by test_base.py and test_sft.py in a process of its own: train a tiny module, save every update's gradients.
+"""Train a tiny module and save every update's gradients: called by test_base.py and test_sft.py, or, as a script, with
+several processes.
 
 Arguments: a JSON object with trainer options, batch_size, dtype and out; `packed` (true or false) makes it instruction
 tuning, on answers alone.

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import SETTINGS, finish, start, write_checkpoint
+from tiny_run import WITH_PLOTS, finish, start, write_checkpoint
 
 from llm_lightning.files.metrics_csv import read_metrics
 
-CLASSIFY = [*(word for word in SETTINGS if "samples" not in word), "task=classification", "data.bucket=false"]
+CLASSIFY = [*(word for word in WITH_PLOTS if "samples" not in word), "task=classification", "data.bucket=false"]
 FORMS = {
     "last_block": [],
     "lora": ["lora=default"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import SETTINGS, assert_same, train_here, write_corpus
+from tiny_run import SETTINGS, assert_same, fit_here, write_corpus
 from torch import Tensor
 from torch.utils import deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,16 +30,23 @@ TINY = [
     *(word for word in SETTINGS if not word.startswith(("trainer.precision", "trainer.max_steps", "callbacks."))),
     "trainer.precision=bf16-mixed",
     "trainer.max_steps=2",
+    "trainer.limit_val_batches=2",
+    "+trainer.limit_test_batches=2",
+    "data.eval_batches=2",
     "model.context_length=64",
     "callbacks.plots=null",
 ]
+WRITTEN = ["callbacks.samples.max_new_tokens=9"]
+ANSWERS = [*WRITTEN, "callbacks.responses.max_records=9", "callbacks.responses.max_new_tokens=9"]
 RUNS = {
-    "pretraining": ["data.batch_size=3", "model.dropout=0.1"],
-    "sft": ["task=sft", "model.context_length=320", "data.batch_size=2"],
-    "lora": ["task=lora", "model.context_length=320", "data.batch_size=2", "lora.qkv=split", "lora.dropout=0.1"],
-    "dpo": ["task=dpo", "model.context_length=400", "data.batch_size=2", "task.reference=copy"],
+    "pretraining": ["data.batch_size=3", "model.dropout=0.1", *WRITTEN],
+    "sft": ["task=sft", "model.context_length=320", "data.batch_size=2", *ANSWERS],
+    "lora": [
+        "task=lora", "model.context_length=320", "data.batch_size=2", "lora.qkv=split", "lora.dropout=0.1", *ANSWERS,
+    ],
+    "dpo": ["task=dpo", "model.context_length=400", "data.batch_size=2", "task.reference=copy", *WRITTEN],
     "classification": ["task=classification", "data.batch_size=8", "task.trained_blocks=0"],
-}
+}  # fmt: skip
 
 
 class FiniteOperands(TorchDispatchMode):
@@ -89,10 +96,10 @@ def test_every_task_gives_the_same_bits_with_poisoned_memory(
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus.txt", 300)
     arguments = [*TINY, *RUNS[task], *([f"data.path={corpus}"] if task == "pretraining" else [])]
-    outcome = train_here([*arguments, f"hydra.run.dir={tmp_path / 'plain'}"])
+    outcome = fit_here([*arguments, f"hydra.run.dir={tmp_path / 'plain'}"])
     assert outcome.code == 0, outcome.err
     with poisoned_memory(monkeypatch):
-        outcome = train_here([*arguments, f"hydra.run.dir={tmp_path / 'poisoned'}"])
+        outcome = fit_here([*arguments, f"hydra.run.dir={tmp_path / 'poisoned'}"])
     assert outcome.code == 0, outcome.err
     plain, poisoned = (tmp_path / name / "checkpoints" / "last.ckpt" for name in ("plain", "poisoned"))
     for part in ("state_dict", "optimizer_states"):

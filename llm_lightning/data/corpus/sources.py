@@ -7,7 +7,6 @@ text is found before training, not during it.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import logging
@@ -22,6 +21,7 @@ from typing import Protocol
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
 from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, checked_text, json_lines
 from llm_lightning.files.download import Pinned, download
+from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
 
 log = logging.getLogger(__name__)
@@ -218,8 +218,7 @@ def open_source(
     if name in NAMED:
         return Source(name, [WholeFile(download(NAMED[name]))])
     known = [EMBEDDED, *NAMED]
-    near = difflib.get_close_matches(name or "", known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(name, known)
     raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(known)}, or data.path or data.hf_dataset")
 
 

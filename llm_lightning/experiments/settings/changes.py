@@ -1,4 +1,4 @@
-"""What may change when a run is resumed, and settings that have changed since an earlier version wrote them."""
+"""What may change when a run is resumed; keys and values that an earlier version had."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from llm_lightning.experiments.settings.nodes import leaves
-from llm_lightning.weights.renamed import RENAMED
+from llm_lightning.weights.renamed import REMOVED, RENAMED
 
 MAY_CHANGE = (
     "trainer.max_epochs",  # training on is what resuming is for; a schedule is stretched to the new length
@@ -31,14 +31,6 @@ MAY_CHANGE = (
     "run_name",
 )
 """Settings that may differ when a run is resumed, as patterns."""
-
-REMOVED = {
-    ("task.reference", "adapter_clone"): "set task.reference=adapter_off: adapters start at 0, so it is the same model",
-    ("task.loss", "length_normalised"): "set task.loss=average, which is the same loss",
-}
-"""(key, value) that no longer exists -> what to use instead."""
-REFERENCES = ("auto", "copy", "adapter_off", "cached")
-"""Values of task.reference; any other was the path of a model, which had to hold the weights of `copy`."""
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -73,17 +65,11 @@ def refuse_renamed(key: str) -> None:
 
 
 def refuse_removed(values: Mapping[str, Any]) -> None:
-    """Refuse a value that an earlier version had, naming what to use instead.
+    """Refuse a value that only an earlier version had, naming what to use instead.
 
     Args:
         values: dotted key -> value.
     """
-    for (key, value), instead in REMOVED.items():
+    for (key, value), today in REMOVED.items():
         if values.get(key) == value:
-            raise ValueError(f"{key}={value} no longer exists: {instead}, in a new run")
-    reference = values.get("task.reference")
-    if reference is not None and reference not in REFERENCES:
-        raise ValueError(
-            f"task.reference={reference} is not one of {', '.join(REFERENCES)}: a path is no longer taken, since it "
-            "had to hold the policy's own weights; set task.reference=copy, in a new run"
-        )
+            raise ValueError(f"{key}={value} was removed; in a new run set {key}={today}, which computes the same")

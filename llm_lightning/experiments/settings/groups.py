@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from llm_lightning.experiments.settings.yaml_files import group_options, package_of, read_defaults, read_settings
+from llm_lightning.experiments.settings.yaml_files import declared_by, group_options, read_defaults
 
 OPTIONAL = ("logger", "callbacks", "lora")
 """Groups with a file none.yaml."""
@@ -124,8 +124,7 @@ def option_with(key: str, folders: Iterable[Path], choices: Mapping[str, Any]) -
         groups = [path.name for path in folder.iterdir() if path.is_dir()]
         for group in sorted(set(groups) - set(PRESETS_LEFT_OUT)):
             for option in group_options(folder, group):
-                file = folder / group / f"{option}.yaml"
-                declares = key in {setting.path for setting in read_settings(file, package_of(file, group))}
+                declares = key in declared_by(folder, group, option)
                 if declares and choices.get(group) != option:
                     options.append(_named(folder, group, option))
     return min(options, default=(0, None))[1]

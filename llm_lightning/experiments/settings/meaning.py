@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm_lightning.experiments.settings.compose import config_dirs
 from llm_lightning.experiments.settings.nodes import leaves
 from llm_lightning.experiments.settings.overrides import parse_arguments
-from llm_lightning.experiments.settings.yaml_files import group_options, load, package_of
+from llm_lightning.experiments.settings.yaml_files import group_files, load, package_of
 
 Kind = Literal["text", "texts", "numbers", "anything"]
 """One text; a list of texts; a list of numbers; what is left to Hydra: numbers, switches, nodes, words beside them."""
@@ -161,8 +161,8 @@ def _declaring_files(folders: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
         if (folder / "train.yaml").is_file():
             yield folder / "train.yaml", ""
         for group in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in presets):
-            for option in group_options(folder, group):
-                file = folder / group / f"{option}.yaml"
+            for name in group_files(folder, group):
+                file = folder / group / f"{name}.yaml"
                 yield file, package_of(file, group)
 
 

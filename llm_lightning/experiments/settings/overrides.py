@@ -56,15 +56,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     Raises:
         ValueError: if there is no such option, or it would bypass the checks.
     """
-    from hydra._internal.utils import get_args_parser
-
-    parser = get_args_parser()
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message}; settings are written KEY=VALUE, and --help lists them")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    arguments = parser.parse_intermixed_args(list(argv))
+    arguments = _parse(argv)
     if arguments.experimental_rerun:
         raise ValueError("--experimental-rerun reads a pickle, which can run any code; type the command again instead")
     if arguments.config_path or arguments.config_name:
@@ -78,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options of a command line, each with its value, and its overrides."""
-    overrides = list(parse_arguments(argv).overrides)
+    overrides = list(_parse(argv).overrides)
     options: list[str] = []
     left = list(overrides)
     for word in argv:
@@ -87,3 +79,15 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             options.append(word)
     return options, overrides
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; settings are written KEY=VALUE, and --help lists them")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(list(argv))

@@ -62,6 +62,11 @@ def read_defaults(file: Path) -> list[tuple[str | None, str]]:
 
 def group_options(config_dir: Path, group: str) -> list[str]:
     """The options of a group, subfolders included: `book/ch05`."""
+    return [name for name in group_files(config_dir, group) if not name.startswith("_")]
+
+
+def group_files(config_dir: Path, group: str) -> list[str]:
+    """The files of a group: its options, and those beginning with `_` that options build on."""
     folder = config_dir / group
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
@@ -71,10 +76,18 @@ def declared_settings(config_dir: Path) -> frozenset[str]:
     """The dotted keys that the files of all groups declare, and train.yaml."""
     found = {setting.path for setting in read_settings(config_dir / "train.yaml", "")}
     for group in (path.name for path in config_dir.iterdir() if path.is_dir()):
-        for option in group_options(config_dir, group):
-            file = config_dir / group / f"{option}.yaml"
+        for name in group_files(config_dir, group):
+            file = config_dir / group / f"{name}.yaml"
             found |= {setting.path for setting in read_settings(file, package_of(file, group))}
     return frozenset(found)
+
+
+def declared_by(config_dir: Path, group: str, option: str) -> set[str]:
+    """The dotted keys that an option's file declares, and the `_` files that it builds on."""
+    file = config_dir / group / f"{option}.yaml"
+    own = {setting.path for setting in read_settings(file, package_of(file, group))}
+    shared = [base for other_group, base in read_defaults(file) if other_group is None and base.startswith("_")]
+    return own.union(*(declared_by(config_dir, group, base) for base in shared))
 
 
 def package_of(file: Path, group: str) -> str:
