@@ -104,13 +104,6 @@ class Tokenizer(ABC):
         """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
-    def byte_lengths(self) -> np.ndarray:
-        """Return (V,) int64: the bytes of text that each id stands for, 0 for the end of text."""
-        lengths = np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)], dtype=np.int64)
-        if self.eot_id is not None:
-            lengths[self.eot_id] = 0
-        return lengths
-
     def ids_without_token(self, n_rows: int) -> list[int]:
         """Return the ids below `n_rows` without a token, which a model must never generate.
 

@@ -252,14 +252,6 @@ def test_numpy_and_torch_ids_decode(own):
     assert own.decode(ids) == own.decode(torch.from_numpy(ids.astype(np.int64))) == own.decode(ids.tolist())
 
 
-def test_byte_lengths_count_the_text_and_not_the_end_of_it(lossless):
-    text = random_text(random.Random(3), 200)
-    lengths = lossless.byte_lengths()
-    assert lengths.shape == (lossless.vocab_size,)
-    assert lengths[lossless.encode_array(text)].sum() == len(text.encode())
-    assert lengths[lossless.eot_id] == 0
-
-
 # -- split_point ---------------------------------------------------------------------------------------------
 
 

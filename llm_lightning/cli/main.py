@@ -1,7 +1,7 @@
-"""`llm-lightning VERB ...`: what can be done with a trained model. Each verb is the file of that name beside this one.
+"""`llm-lightning VERB ...`: the uses of a trained model. Each verb is the file of that name beside this one.
 
-A verb's module imports nothing heavy at its top, so that help and mistyped options answer at once. It has
-`add_arguments(parser)` and `run(args)`.
+A verb has `add_arguments(parser)` and `run(args)`, and its module imports nothing heavy at its top: help and errors of
+options are instant.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import traceback
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.processes import end_with_parent
 from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import STANDARD_OUTPUT, guard_messages, inline, one_line, say, write_raw
-
-if TYPE_CHECKING:
-    pass
 
 VERBS = {
     "generate": "continue prompts",
@@ -48,7 +45,7 @@ _SAVE_MEMORY = "out of memory: give shorter or fewer texts at once, --dtype bflo
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(inline(message))  # may quote what a pattern of the shell found
+        super().error(inline(message))  # may quote the name of any file
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torchmetrics.functional import classification as measures
 
+from llm_lightning.metrics.classes import ConfusedPair
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+NAME_WIDTH = 40
 
 
 def confusion_figure(matrix: Tensor, labels: Sequence[str], stage: str) -> Figure:
@@ -44,3 +48,22 @@ def roc_figure(scores: Tensor, labels: Tensor, stage: str) -> Figure:
     axes.grid(alpha=0.3)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=stage)
     return figure
+
+
+def confused_figure(pairs: Sequence[ConfusedPair], stage: str) -> Figure:
+    """Bars: the number of texts of the first class predicted as the second."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.25 * max(len(pairs), 4)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(pairs))
+    axes.barh(places, [pair.texts for pair in pairs])
+    axes.set_yticks(places, [f"{_short(pair.true)} as {_short(pair.predicted)}" for pair in pairs])
+    axes.invert_yaxis()
+    axes.set(xlabel="texts", title=f"{stage}: most confused" if pairs else f"{stage}: none confused")
+    return figure
+
+
+def _short(name: str) -> str:
+    cut = name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 3]}..."
+    return cut.replace("$", r"\$")  # matplotlib would take it for mathematics

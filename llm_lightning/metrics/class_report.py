@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llm_lightning.metrics.class_figures import confusion_figure, roc_figure
+from llm_lightning.metrics.class_figures import confused_figure, confusion_figure, roc_figure
 from llm_lightning.metrics.classes import (
     MOST_SHOWN,
     auroc,
     auroc_of_many,
-    confused_figure,
     confusion,
     count_metrics,
     described_confusions,

@@ -8,23 +8,18 @@ Letters: N texts, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional import classification as measures
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MOST_SHOWN = 100
 """Up to this many classes the confusion matrix is counted; beyond, only the most confused pairs are shown."""
 PAIRS_SHOWN = 20
 AT_ONCE = 1 << 21
 """Scores sorted at once: 8 MiB of float32, held a few times over."""
-NAME_WIDTH = 40
-
 Columns = Callable[[Tensor], Tensor]
 """(B,) indices of classes -> the scores of all texts for each, (N, B)."""
 
@@ -165,22 +160,3 @@ def described_confusions(predicted: Tensor, labels: Tensor, names: Sequence[str]
     if len(names) > MOST_SHOWN:
         return "most_confused", [pair._asdict() for pair in most_confused(predicted, labels, names)]
     return "confusion", confusion(predicted, labels, len(names)).tolist()
-
-
-def confused_figure(pairs: Sequence[ConfusedPair], stage: str) -> Figure:
-    """Bars: the number of texts of the first class predicted as the second."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1.2 + 0.25 * max(len(pairs), 4)), layout="constrained")
-    axes = figure.add_subplot()
-    places = range(len(pairs))
-    axes.barh(places, [pair.texts for pair in pairs])
-    axes.set_yticks(places, [f"{_short(pair.true)} as {_short(pair.predicted)}" for pair in pairs])
-    axes.invert_yaxis()
-    axes.set(xlabel="texts", title=f"{stage}: most confused" if pairs else f"{stage}: none confused")
-    return figure
-
-
-def _short(name: str) -> str:
-    cut = name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 3]}..."
-    return cut.replace("$", r"\$")  # matplotlib would take it for mathematics

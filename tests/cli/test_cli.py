@@ -279,6 +279,28 @@ def test_interrupt_exits_with_130(run_folder: Path, monkeypatch: pytest.MonkeyPa
     assert main(["generate", str(run_folder), "a"]) == 130
 
 
+# -- the package -------------------------------------------------------------------------------------------------------
+
+
+def test_public_functions_are_described_and_typed() -> None:
+    functions = [getattr(llm_lightning, name) for name in llm_lightning.__all__]
+    for function in filter(inspect.isfunction, functions):
+        signature = inspect.signature(function)
+        assert function.__doc__, function
+        assert all(one.annotation is not one.empty for one in signature.parameters.values()), function
+        assert not any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()), function
+        assert signature.return_annotation is not signature.empty, function
+    promised = {"train", "load_model", "generate_text", "respond", "classify_text", "evaluate_text"}
+    assert promised <= set(llm_lightning.__all__)
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "llm_lightning", "generate"]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("usage: llm-lightning generate")
+
+
 # -- what is imported when ---------------------------------------------------------------------------------------------
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm_lightning.metrics.class_figures import confused_figure
 from llm_lightning.metrics.classes import (
     MOST_SHOWN,
     ConfusedPair,
     auroc,
     auroc_of_many,
-    confused_figure,
     confusion,
     count_metrics,
     described_confusions,

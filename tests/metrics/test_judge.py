@@ -327,7 +327,7 @@ def test_prompts_and_keys_go_nowhere_else(server: JudgeServer, monkeypatch: pyte
         for status in ("301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"):
             target = f"Location: {elsewhere.url}/chat/completions"
             server.script = lambda *_, sent=(status, target): sends(f"HTTP/1.1 {sent[0]}\r\n{sent[1]}\r\n\r\n")
-            with pytest.raises(ValueError, match=f"it redirects to {elsewhere.url}.*name it with --url"):
+            with pytest.raises(ValueError, match=f"it redirects to {elsewhere.url}.*name the new address with --url"):
                 one(server)
         assert elsewhere.requests == []
 

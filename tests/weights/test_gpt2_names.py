@@ -102,7 +102,7 @@ def test_sizes_inferred_from_shapes() -> None:
     assert infer_config({name: t for name, t in state.items() if name != "lm_head.weight"}).tied_head
     with pytest.raises(ValueError, match=r"n_embd=32 is not a multiple of 64.*config.json"):
         infer_config(to_hf(GPT(CONFIG).state_dict(), CONFIG))
-    with pytest.raises(ValueError, match="no GPT-2 weights"):
+    with pytest.raises(ValueError, match="not GPT-2 weights"):
         infer_config({"model.embed_tokens.weight": torch.zeros(2, 2)})
 
 

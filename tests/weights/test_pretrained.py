@@ -308,7 +308,7 @@ def test_what_is_not_there_or_not_safetensors_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="weight_map must name files of this folder"):
         load_pretrained(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "one.safetensors"}}')
-    with pytest.raises(FileNotFoundError, match=r"lists one.safetensors, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"lists one.safetensors, which does not exist"):
         load_pretrained(folder)
 
 
