@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RaggedDataModule
+from ragged import RaggedDataModule
 from tiny_run import SETTINGS, finish, fit_here, start
 
 from llm_lightning.data.order import limited, spread_sample

@@ -42,7 +42,7 @@ def test_a_run_is_summed_up_in_plain_values(tmp_path: Path, summary: dict[str, A
 
 
 def _training_rows() -> list[Any]:
-    from conftest import RaggedDataModule
+    from ragged import RaggedDataModule
 
     return RaggedDataModule(batch_size=1).train_samples.rows  # type: ignore[attr-defined]
 

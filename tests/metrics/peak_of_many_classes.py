@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import tiny_trainer
+from ragged import tiny_trainer
 
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import LabelledSample, collate_classification

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import TINY, RaggedDataModule, tiny_module, tiny_trainer
+from ragged import TINY, RaggedDataModule, tiny_module, tiny_trainer
 
 from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded
 from llm_lightning.models.gpt import GPT
