@@ -236,9 +236,11 @@ def test_data_keys_are_arguments_of_the_data_module(tmp_path: Path) -> None:
 )
 def test_a_shared_prefix_is_packed_once_unless_there_is_dropout(words: list[str], is_shared: bool) -> None:
     from llm_lightning.data.conversations import ConversationDataModule
-    from llm_lightning.experiments.run import build_datamodule
+    from llm_lightning.experiments.build import build_datamodule, choose_tokenizer
+    from llm_lightning.experiments.settings.nodes import plain
 
-    data = build_datamodule(composed(*words, "tokenizer=byte", "model.context_length=600"), None)
+    settings = plain(composed(*words, "tokenizer=byte", "model.context_length=600"))
+    data = build_datamodule(settings, choose_tokenizer(settings), settings["data"]["path"])
     assert isinstance(data, ConversationDataModule)
     assert data.share_prefix == is_shared
 

@@ -15,6 +15,7 @@ import yaml
 
 from llm_lightning.experiments import run_folder
 from llm_lightning.experiments.run_folder import RunFolderInUseError, open_run
+from llm_lightning.weights.checkpoint import Opened
 
 FORK = multiprocessing.get_context("fork")
 
@@ -38,7 +39,9 @@ def test_a_new_folder_is_fresh_and_says_who_owns_it(tmp_path: Path) -> None:
 def test_state_follows_checkpoint_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(
-        run_folder, "_newest_checkpoint", lambda path: (path / "checkpoints" / "step_00000010.ckpt", {"step": 10})
+        run_folder,
+        "_newest_checkpoint",
+        lambda path: Opened(path / "checkpoints" / "step_00000010.ckpt", {"step": 10}, (0, 0, 0)),
     )
     with open_run(tmp_path, {"max_steps": 11}) as run:
         assert run.state() == "resumable"
