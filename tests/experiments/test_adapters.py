@@ -37,7 +37,7 @@ FORMS = {
     ],
     **{
         f"dpo {kind}": ["task=dpo", f"task.reference={kind}", "callbacks.samples=null"]
-        for kind in ("copy", "adapter_off", "adapter_clone", "cached")
+        for kind in ("copy", "adapter_off", "cached")
     },
 }
 IDS = torch.arange(40).view(2, -1)
