@@ -280,8 +280,6 @@ def preference_loss(
 
 def check_preference_loss(kind: str, beta: float, label_smoothing: float = 0.0, gamma: float = 0.5) -> None:
     """Raise ValueError where `preference_loss` would, without tensors: before any data is read."""
-    if kind == "length_normalised":
-        raise ValueError("task.loss=length_normalised was removed: it is another name of average; use average")
     if kind not in PREFERENCE_LOSSES:
         hint = did_you_mean(kind, PREFERENCE_LOSSES)
         raise ValueError(f"preference loss {kind!r} is unknown: {hint}use {', '.join(PREFERENCE_LOSSES)}")

@@ -156,11 +156,10 @@ MEAN_REWARDS = ([0.25, -0.25, 0], [-0.5, 0.1, 0])
             ([0.5, -1, 0], [-0.5, 0.5, 0]),
         ),
         ("average", {}, [cost(0.75), cost(-0.35), math.log(2)], MEAN_REWARDS),
-        ("length_normalised", {}, [cost(0.75), cost(-0.35), math.log(2)], MEAN_REWARDS),
         ("ipo", {}, [0.25, 1.7**2, 1], MEAN_REWARDS),  # 1 / (2 beta) = 1
         ("simpo", {"gamma": 0.3}, [cost(1.2), cost(-0.55), cost(-0.55)], ([-0.5, -0.75, -0.5], [-2, -0.5, -0.25])),
     ],
-    ids=["sigmoid", "smoothed", "average", "length_normalised", "ipo", "simpo"],
+    ids=["sigmoid", "smoothed", "average", "ipo", "simpo"],
 )
 def test_three_pairs_by_hand(
     kind: str, options: dict[str, float], expected: list[float], rewards: tuple[list[float], list[float]]

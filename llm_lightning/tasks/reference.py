@@ -295,8 +295,6 @@ def reference_of_before(setting: str, *, is_adapter: bool) -> str:
 
 def _refusal(setting: str) -> str:
     near = nearest(setting, REFERENCES)
-    if setting == "adapter_clone":
-        return "was removed: it equals adapter_off"
     if near or not any(mark in setting for mark in "/\\."):
         return "is unknown" + (f": did you mean {near}?" if near else "")
     return "was removed: a model that agrees with the policy at step 0, as it must, is what copy holds"

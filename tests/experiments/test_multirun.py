@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_run import ROOT, SETTINGS, train_here, write_corpus
 
-from llm_lightning.experiments import launch
+from llm_lightning.experiments import multirun
 from llm_lightning.experiments.stages import plan
 
 EXPERIMENT = """# @package _global_
@@ -42,8 +42,8 @@ def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
     def start(command: list[str]) -> Any:
         commands.append(command[2:])
 
-    monkeypatch.setattr(launch, "start", start)
-    monkeypatch.setattr(launch, "wait_for", lambda _: 0)
+    monkeypatch.setattr(multirun, "start", start)
+    monkeypatch.setattr(multirun, "wait_for", lambda _: 0)
     assert train_here([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"]).code == 0
     assert len(commands) == 2
     # Had one not become a run but another multirun, its jobs would be among the commands.

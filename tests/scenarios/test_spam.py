@@ -10,7 +10,7 @@ import pytest
 from tiny_run import train_here
 
 from llm_lightning.data.classification import ClassificationDataModule
-from llm_lightning.tasks.classification import wilson_interval
+from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.tokenizers import build_tokenizer
 
 RECORDS = {"book": 5572, "grouped": 5574}

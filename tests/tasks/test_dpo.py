@@ -20,6 +20,7 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.dpo import DPOModule
+from llm_lightning.tasks.reference import AdapterOff, Copy
 from llm_lightning.terminal import visible
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
@@ -189,7 +190,8 @@ def test_the_next_job_of_a_sweep_runs_no_reference(
         raise RuntimeError("the reference was computed again")
 
     monkeypatch.setattr(FrozenCache, "_add", refused)
-    monkeypatch.setattr(DPOModule, "as_reference", refused)
+    monkeypatch.setattr(AdapterOff, "model", refused)
+    monkeypatch.setattr(Copy, "model", refused)
     second = run(tmp_path / "second", start, pairs, *cached, *other)
     assert losses(second) == pytest.approx(losses(expected), abs=1e-5)
     assert losses(second)[-1] != losses(first)[-1]
@@ -267,7 +269,7 @@ def test_kl_is_exact_where_the_reference_is_at_hand(way: str, runs: Runs, start:
     data = conversations_of(policy, instead="")
     total, count = 0.0, 0
     for index in range(len(data.eval_samples["val"])):
-        for one in data.sequences_of(data.eval_samples["val"][index]):
+        for one in data.eval_samples["val"][index].sequences:
             ids = torch.from_numpy(one.token_ids)[None]
             with torch.no_grad():
                 ours, theirs = (model.eval()(ids).double().log_softmax(-1) for model in (policy.gpt, reference))
@@ -302,10 +304,10 @@ def test_the_reference_is_frozen_and_never_trains() -> None:
 
 
 def test_auto_takes_what_is_cheapest_and_right() -> None:
-    assert module().reference_kind == "copy"
-    assert module(lora=LoRAConfig(rank=2)).reference_kind == "adapter_off"
+    assert module().ref.kind == "copy"
+    assert module(lora=LoRAConfig(rank=2)).ref.kind == "adapter_off"
     assert module(lora=LoRAConfig(rank=2)).reference is None
-    assert module(loss="simpo").reference_kind == "none"
+    assert module(loss="simpo").ref.kind == "none"
     assert module(loss="simpo").reference is None
 
 
