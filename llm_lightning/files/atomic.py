@@ -1,8 +1,10 @@
-"""Small files written all or nothing. Standard library only: entry points import it before anything heavy."""
+"""Write files whole or not at all, lock and hash them. Imports nothing heavy: entry points import it first."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -44,12 +48,56 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name != "nt":  # a folder cannot be opened there
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_folder(path.parent)
+
+
+def cache_dir() -> Path:
+    """Return the one folder for everything that can be fetched or computed again."""
+    return Path(os.environ.get("LLM_LIGHTNING_CACHE") or Path.home() / ".cache" / "llm_lightning").expanduser()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 18):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock of `target` (`<target>.lock`); a process that dies releases it."""
+    from filelock import FileLock, Timeout
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that is making %s", target)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def commit(finished: Path, target: Path) -> None:
+    """Rename a flushed file or folder into place, and flush the folder, so that the rename survives a power cut."""
+    finished.replace(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of a folder to disk."""
+    if os.name != "posix":  # Windows cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_figure(path: str | Path, figure: Figure) -> None:

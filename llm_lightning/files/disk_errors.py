@@ -29,6 +29,6 @@ def explain(error: OSError, *, elsewhere: str, again: str) -> str:
 
 
 def _is_in_cache(name: object) -> bool:
-    from llm_lightning.files.download import cache_dir
+    from llm_lightning.files.atomic import cache_dir
 
     return isinstance(name, str) and Path(name).absolute().is_relative_to(cache_dir().absolute())

@@ -18,16 +18,15 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of
 from llm_lightning.files.bounded_http import Pace, opener
 from llm_lightning.nearest import did_you_mean
 
@@ -64,11 +63,6 @@ class Pinned:
     """A file inside a zip archive; `sha256` is then its digest, whatever the archive's is."""
     member_bytes: int = 0
     """Its size; no more is unpacked."""
-
-
-def cache_dir() -> Path:
-    """The folder for everything that can be downloaded or computed again."""
-    return Path(os.environ.get("LLM_LIGHTNING_CACHE") or Path.home() / ".cache" / "llm_lightning").expanduser()
 
 
 def check_name(name: str | None, named: Collection[str]) -> None:
@@ -109,40 +103,19 @@ def download(pinned: Pinned, folder: Path | None = None) -> Path:
     return target
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def hub_file(
+    repository: str, revision: str, path: str, filename: str, sha256: str | None = None, n_bytes: int | None = None
+) -> Pinned:
+    """Pin one file of a Hugging Face repository; without `sha256`, to the digest the hub states for that revision.
 
-
-@contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold the lock of `target` (`<target>.lock`); a process that dies releases it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{target}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("waiting for another process that is writing %s", target)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def commit(finished: Path, target: Path) -> None:
-    """Rename a flushed file or folder into place, and make the rename itself durable."""
-    finished.replace(target)
-    if os.name == "posix":  # Windows has no way to flush a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    The endpoint is `$HF_ENDPOINT` or https://huggingface.co. A digest once stated is remembered in the cache, so
+    that later calls need no connection and a hub that changes its mind is noticed.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/{repository}/resolve/{revision}/{path}"
+    if sha256 is None:
+        sha256 = _remembered_digest(f"{repository}/{revision}/{path}", url)
+    return Pinned(url, sha256, n_bytes, filename)
 
 
 def _is_right(target: Path, pinned: Pinned) -> bool:

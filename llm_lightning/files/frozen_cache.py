@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_lightning.files.atomic import write_atomically
-from llm_lightning.files.download import cache_dir, commit, locked, sha256_of
+from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
 
 CODE_VERSION = 1
 """Raise it when the same weights and tokens would give other rows."""
