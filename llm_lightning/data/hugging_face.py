@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_lightning.data.reading import checked_text
-from llm_lightning.files.atomic import naming, write_atomically
-from llm_lightning.files.download import cache_dir, commit, locked, sha256_of
+from llm_lightning.files.atomic import cache_dir, commit, locked, naming, sha256_of, write_atomically
 
 
 class HubDataset(NamedTuple):

@@ -103,21 +103,6 @@ def download(pinned: Pinned, folder: Path | None = None) -> Path:
     return target
 
 
-def hub_file(
-    repository: str, revision: str, path: str, filename: str, sha256: str | None = None, n_bytes: int | None = None
-) -> Pinned:
-    """Pin one file of a Hugging Face repository; without `sha256`, to the digest the hub states for that revision.
-
-    The endpoint is `$HF_ENDPOINT` or https://huggingface.co. A digest once stated is remembered in the cache, so
-    that later calls need no connection and a hub that changes its mind is noticed.
-    """
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/{repository}/resolve/{revision}/{path}"
-    if sha256 is None:
-        sha256 = _remembered_digest(f"{repository}/{revision}/{path}", url)
-    return Pinned(url, sha256, n_bytes, filename)
-
-
 def _is_right(target: Path, pinned: Pinned) -> bool:
     if not target.exists():
         return False

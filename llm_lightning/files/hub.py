@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.files.atomic import write_atomically
-from llm_lightning.files.download import SHA256, DownloadError, cache_dir, commit, locked, sha256_of
+from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
+from llm_lightning.files.download import SHA256, DownloadError
 
 log = logging.getLogger(__name__)
 

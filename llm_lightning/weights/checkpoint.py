@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from llm_lightning.files.atomic import sync_folder
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tokenizers import Tokenizer
 from llm_lightning.weights.checks.archive import check_archive, check_state
@@ -58,7 +59,7 @@ def save(path: str | Path, state: dict[str, Any]) -> str:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         needed = sum(tensor.nbytes for tensor in _tensors(state))
         free = shutil.disk_usage(path.parent).free
@@ -260,7 +261,7 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     temporary.replace(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def describe(*, task: str, model_config: GPTConfig, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
@@ -318,16 +319,6 @@ def _digest(file: BinaryIO, length: int) -> str:
         digest.update(chunk)
         length -= len(chunk)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # a folder cannot be opened there
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

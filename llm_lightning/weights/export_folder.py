@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_lightning.files.download import commit, sha256_of
+from llm_lightning.files.atomic import commit, sha256_of
 
 REPORT = "export_report.json"
 """What was exported; its `sha256` names every other file of the folder."""

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from llm_lightning.files.download import sha256_of
+from llm_lightning.files.atomic import sha256_of
 from llm_lightning.files.hub import HubFile, fetch
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tokenizers import GPT2_VOCAB_BPE_SHA256

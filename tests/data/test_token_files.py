@@ -27,8 +27,7 @@ from llm_lightning.data.corpus import encoding
 from llm_lightning.data.corpus import token_files as module
 from llm_lightning.data.corpus.sources import InMemory, Source, open_source
 from llm_lightning.data.corpus.token_files import build_token_files
-from llm_lightning.files.atomic import write_atomically
-from llm_lightning.files.download import commit
+from llm_lightning.files.atomic import commit, write_atomically
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer
 
 WORDS = [

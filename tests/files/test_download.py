@@ -24,8 +24,9 @@ import pytest
 from judge_server import HUGE_WAYS, SLOW_WAYS, floods, sends
 
 from llm_lightning.files import download as module
+from llm_lightning.files.atomic import cache_dir
 from llm_lightning.files.bounded_http import HEADER_BYTES
-from llm_lightning.files.download import DownloadError, Pinned, cache_dir, download
+from llm_lightning.files.download import DownloadError, Pinned, download
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

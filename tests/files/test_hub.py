@@ -12,7 +12,8 @@ import huggingface_hub
 import pytest
 from hub_server import COMMIT, FakeHub, serving_hub
 
-from llm_lightning.files.download import DownloadError, cache_dir
+from llm_lightning.files.atomic import cache_dir
+from llm_lightning.files.download import DownloadError
 from llm_lightning.files.hub import HubFile, fetch
 
 CONTENT = random.Random(0).randbytes(300_000)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from judge_server import DROP, HUGE_WAYS, SLOW_WAYS, WAYS, WEB_PAGE, JudgeServer, records, scripted, sends, serving
 
-from llm_lightning.files.download import cache_dir
+from llm_lightning.files.atomic import cache_dir
 from llm_lightning.inference.judging import compare_responses, question, score_responses
 from llm_lightning.metrics.judge import client as judging
 from llm_lightning.metrics.judge.client import Judge, Verdict

@@ -19,8 +19,8 @@ from tiny_run import SETTINGS, fit_here, write_checkpoint
 from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard
 from llm_lightning.callbacks.samples import append_section
 from llm_lightning.cli.main import main as cli
+from llm_lightning.files.atomic import cache_dir
 from llm_lightning.files.disk_errors import explain
-from llm_lightning.files.download import cache_dir
 from llm_lightning.files.frozen_cache import FrozenCache
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig, apply_lora

@@ -25,8 +25,7 @@ from tqdm import tqdm
 from llm_lightning.data.corpus.encoding import before_last_space, encoded, in_batches, in_pieces
 from llm_lightning.data.corpus.sources import Source
 from llm_lightning.data.corpus.split import Split
-from llm_lightning.files.atomic import write_atomically
-from llm_lightning.files.download import cache_dir, commit, locked, sha256_of
+from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
 from llm_lightning.tokenizers import Tokenizer, from_description
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from llm_lightning.files.atomic import write_atomically
+from llm_lightning.files.atomic import cache_dir, write_atomically
 from llm_lightning.files.bounded_http import NoConnectionError, Reply, TooLongError, exchange
-from llm_lightning.files.download import cache_dir
 from llm_lightning.metrics.judge.replies import answer_of, message_of, parsed, shortened
 
 DEFAULT_URL = "http://localhost:11434/v1"
