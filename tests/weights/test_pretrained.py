@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from hub_server import COMMIT, FakeHub, serving_hub
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from llm_lightning.models.gpt import GPT, GPTConfig
@@ -61,7 +61,7 @@ def assert_same_weights(state: dict[str, torch.Tensor], model: GPT) -> None:
 def hub(model: GPT, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "client"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "client"))
     with serving_hub((folder / "model.safetensors").read_bytes()) as (handler, address):
         monkeypatch.setenv("HF_ENDPOINT", address)
         yield handler
