@@ -21,6 +21,7 @@ from llm_lightning.experiments.stages import plan
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`((?:python train\.py|llm-lightning)[^`]*)`", README)))
+TRAINING = [command for command in COMMANDS if command.startswith("python train.py")]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 SET_UP = [line for block in BLOCKS for line in block.splitlines() if line.startswith("pip install")]
 RUNS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python train.py")]
@@ -29,7 +30,7 @@ RUNS = [line for block in BLOCKS for line in block.splitlines() if line.startswi
 def test_the_readme_has_commands() -> None:
     assert len(COMMANDS) > 8
     assert len(RUNS) >= 2
-    assert SET_UP[:2] == ["pip install -e . && python train.py", 'pip install -e ".[dev]" && pytest']
+    assert SET_UP[:2] == ["pip install -e . && python train.py run_name=first", 'pip install -e ".[dev]" && pytest']
 
 
 @pytest.mark.parametrize("line", SET_UP)
@@ -37,7 +38,9 @@ def test_set_up_is_what_ci_runs(line: str) -> None:
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and "--help" not in c])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python") and "--help" not in c and "-sc" not in c]
+)
 def test_settings_compose(command: str) -> None:
     arguments = shlex.split(command)[2:]
     if len(arguments) == 1 and arguments[0].partition("=")[0] in ("experiment", "pipeline", "sweep"):
@@ -51,14 +54,37 @@ def test_settings_compose(command: str) -> None:
     assert check_overrides(arguments, ROOT / "conf").seed is not None
 
 
-def test_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quick_start_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answers = [{"instruction": f"{i} and 1?", "output": f"{i}"} for i in range(40)]
+    pairs = [{"instruction": f"{i} and 1?", "chosen": f"{i}", "rejected": "no"} for i in range(40)]
+    for name, rows in (("sft", answers), ("dpo", pairs)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    write_corpus(tmp_path / "pretraining.json", 300).rename(tmp_path / "pretraining.txt")
+    [quick] = [block for block in BLOCKS if "llm-lightning generate" in block]
+    for line in ["python train.py run_name=first", *quick.splitlines()]:
+        program, *arguments = shlex.split(line)
+        if program == "llm-lightning":
+            assert cli(arguments) in (0, None), line
+            continue
+        task = next((word[5:] for word in arguments if word.startswith("task=")), "pretraining")
+        data = f"data.path={tmp_path / task}.{'txt' if task == 'pretraining' else 'json'}"
+        samples = [word for word in SETTINGS if "samples" not in word and "context_length" not in word]
+        tiny = [*samples, "model.context_length=64", *([] if task == "pretraining" else TUNED[1:])]
+        outcome = fit_here([*arguments[1:], *tiny, data, f"hydra.run.dir=outputs/{task}/first"])
+        assert outcome.code == 0, f"{line}: {outcome.err}"
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_the_same_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     corpus = write_corpus(tmp_path / "corpus.txt", 60)
-    for line in RUNS:
-        arguments = shlex.split(line)[2:]
+    [block] = [block for block in BLOCKS if "trainer.max_epochs=2" in block]
+    for line in block.splitlines():
         tiny = [s for s in SETTINGS if "max_steps" not in s]
-        outcome = train_here([*tiny, f"data.path={corpus}", "hydra.run.dir=outputs/pretraining/first", *arguments])
+        outcome = train_here([*tiny, f"data.path={corpus}", *shlex.split(line)[2:]])
         assert outcome.code == 0, outcome.err
+    assert [folder.name for folder in (tmp_path / "outputs" / "pretraining").iterdir()] == ["longer"]
 
 
 def test_the_sweep_starts_every_job_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +168,23 @@ def test_tools(command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_every_tool_command_is_run() -> None:
-    others = [c for c in COMMANDS if c.startswith("llm-lightning") and c not in TOOLS]
+    others = [
+        c
+        for c in COMMANDS
+        if c.startswith("llm-lightning") and c not in TOOLS and "completion" not in c and "VERB" not in c
+    ]
     assert all(command == "llm-lightning" or len(command.split()) == 2 for command in others), (
         "mentioned by name, not as a command"
     )
+
+
+def test_completion_prints_a_script(capsys: pytest.CaptureFixture) -> None:
+    [hydras], [ours] = ([c for c in COMMANDS if word in c] for word in (" -sc ", " completion "))
+    outcome = train_here(shlex.split(hydras)[2:])
+    assert outcome.code == 0
+    assert cli(shlex.split(ours)[1:]) in (0, None)
+    for script in (outcome.out, capsys.readouterr().out):
+        assert "complete " in script
 
 
 def test_lines_of_python(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
