@@ -6,6 +6,7 @@ label of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ def causal_lm_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tenso
     keep = labels != IGNORE_INDEX
     loss: Tensor = _HeadLoss.apply(hidden[keep], head_weight, labels[keep])
     return loss
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a mean loss in nats: of the aggregated loss, never a mean of exps."""
+    return math.exp(min(mean_loss, 700))  # beyond, a float overflows
 
 
 def weights_of_classes(setting: Sequence[float] | str | None, counts: Sequence[int]) -> Tensor | None:

@@ -23,7 +23,7 @@ from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.tasks.dpo import DPOModule
-from llm_lightning.tasks.reference import reference_of_before
+from llm_lightning.tasks.reference import kind_of_earlier_version
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import CheckpointError
@@ -103,7 +103,7 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
         state = stored.get("state_dict") or {f"model.{k}": v for k, v in loaded.model.state_dict().items()}
         if "reference" in options:
             state = {name: tensor for name, tensor in state.items() if not name.endswith(".reference")}
-            options["reference"] = reference_of_before(options["reference"], is_adapter="base" in header)
+            options["reference"] = kind_of_earlier_version(options["reference"], is_adapter="base" in header)
         with torch.random.fork_rng(devices=[]):
             module = TASKS[header["task"]](
                 model=GPT(GPTConfig(**header["model"]), init="torch"),

@@ -1,7 +1,7 @@
-"""What attention needs beside its weights: the context of a forward pass, the key-value cache, packing, the kernels.
+"""Everything about attention but its weights: the context of a forward pass, key-value cache, packing, kernels.
 
-Tensor letters: B batch, T time (new positions), S time (all positions attended to), H heads, D head width, N packed
-tokens, M wanted tokens.
+Tensor letters: B batch, T time (new positions), S all positions attended to, or packed sequences, H heads, D head
+width, N packed tokens, M wanted tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row of the batch that is not in `rows`, (new B,) int64."""
+        """Keep only `rows` of the batch, (new B,) int64."""
         self.keys = [self._kept(key, rows) for key in self.keys]
         self.values = [self._kept(value, rows) for value in self.values]
 
@@ -61,7 +61,7 @@ class Packing(NamedTuple):
     """
 
     rows: Tensor
-    """(S, T) int64: which of the N tokens is at each place of each sequence. Behind its end: any token."""
+    """(S, T) int64: which of the N tokens is at each place of each sequence; arbitrary past its end."""
     places: Tensor
     """(N,) int64: at which of the S x T places, row by row, each token's result is read."""
     positions: Tensor
@@ -129,7 +129,7 @@ class Context(NamedTuple):
 
 
 CAUSAL = Context()
-"""Whole sequences, side by side, each position sees itself and what is before it."""
+"""Unpacked sequences from their start; each position attends to itself and earlier ones."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
@@ -143,7 +143,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     Returns:
         (B, H, T, D).
     """
-    # A single new position may see everything before it: no mask. Several new positions behind a filled cache
+    # A single new position may attend to everything before it: no mask. Several new positions behind a filled cache
     # need an explicit one, because SDPA's is_causal aligns the triangle to the top left corner.
     is_causal = mask is None and query.size(2) > 1
     by_hand = is_faster_by_hand(query)
@@ -157,7 +157,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 def attend_by_hand(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out; here, no mask means that every position sees every other one.
+    """`attend` written out; without a mask every position attends to every other one (it is not causal).
 
     Returns:
         (B, H, T, D) and the attention weights (B, H, T, S) before dropout.
@@ -179,5 +179,5 @@ def is_faster_by_hand(query: Tensor) -> bool:
 
 
 def causal_mask(new: int, total: int, device: torch.device | str) -> Tensor:
-    """Bool (new, total): the last `new` of `total` positions, each sees itself and what is before it."""
+    """Bool (new, total): the last `new` of `total` positions, each attends to itself and earlier ones."""
     return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)

@@ -1,4 +1,6 @@
-"""The GPT-2 architecture in plain PyTorch: config, attention, MLP, block, model. Read it top to bottom.
+"""The GPT-2 architecture in plain PyTorch: config, attention layer, MLP, block, model. Read it top to bottom.
+
+`attention.py` has the attention kernels, the key-value cache and packing.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-LayerNorm blocks, learned positions,
 tanh GELU, optionally a head tied to the token embedding.
@@ -66,9 +68,9 @@ class GPTConfig:
         return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout))
 
     def identity(self) -> dict[str, Any]:
-        """The part of the architecture that weights do not show, for the identity of stored results.
+        """Fields that the shapes of weights do not reveal, for the keys of stored results.
 
-        `n_head`, and every other field that is not GPT-2's: a new field changes no identity of before.
+        `n_head`, and every other field that differs from GPT-2's: a new field leaves existing keys unchanged.
         """
         shown = ("vocab_size", "context_length", "n_layer", "n_embd", "qkv_bias", "tied_head")
         dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout")  # stored results have none
@@ -86,7 +88,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer  # the place of its keys and values in a cache
+        self.layer = layer  # index into the key-value cache
         self.n_head = config.n_head
         self.dropout = config.attention_dropout
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
@@ -102,7 +104,7 @@ class CausalSelfAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
         dtype = query.dtype
         if context.wanted is not None and context.packing is None:
-            assert context.mask is not None, "which positions a single one may see does not follow from its place"
+            assert context.mask is not None, "wanted positions need a mask that says what each may attend to"
             query = query[torch.arange(len(x), device=x.device), :, context.wanted].unsqueeze(2)  # (B, H, 1, D)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
@@ -124,12 +126,13 @@ class MLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2.
+        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. To switch it per model,
+        # add a field to GPTConfig: checkpoints, keys of caches and the export then know of it.
         return self.residual_dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each behind a norm and beside a residual connection."""
+    """Attention, then the MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -238,12 +241,12 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the embedding, in which frozen weights are kept."""
+        """The type of the embedding, and of frozen weights."""
         return self.token_embedding.weight.dtype
 
     @property
     def trunk(self) -> GPT:
-        """The model itself, as `Classifier.trunk` is the GPT inside a classifier."""
+        """The model itself: `model.trunk` is a GPT, whether the model is a GPT or a `Classifier`."""
         return self
 
     def num_parameters(self) -> int:

@@ -25,7 +25,7 @@ class StepOutput(NamedTuple):
     n_items: int
     """Target tokens, sequences or pairs, known on the CPU."""
     metrics: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012
-    """name -> (sum, count), each over the items that this metric counts."""
+    """name -> (sum, count): detached () tensors, over the items that this metric counts."""
     outputs: dict[str, Tensor] = {}  # noqa: RUF012
     """Rows that metrics of a whole evaluation need, such as logits and labels: (items, ...) each."""
 

@@ -1,5 +1,10 @@
 """TaskModule: every Lightning hook, once. A task adds the loss of one batch.
 
+To add a task: write a subclass with `task`, `item` and `step_output` in a file beside this one, a data module
+(`data/base.py`) whose batches are named tuples with at least `n_targets` and `sample_ids`, and `conf/task/NAME.yaml`
+and `conf/data/NAME.yaml` that name the two classes. A batch of a process that ran out of samples is empty. A model
+with a head of its own needs an entry in `weights/load.py` and `weights/checks/tensors.py`, so that it can be loaded.
+
 Gradients are token-exact: an optimizer step uses the sum of the loss over all targets of its accumulation window on
 all processes, divided by their number. Lightning alone averages micro-batch means, which weighs a target in a short
 micro-batch more (its issue 20350). So a task returns a *sum*, Lightning accumulates sums, and the division happens
@@ -97,7 +102,7 @@ class TaskModule(L.LightningModule):
         return frozenset()
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of a whole evaluation, from the means and all of its `StepOutput.outputs`. Tasks may override.
+        """Metrics of a whole evaluation: `means` and what follows from all `StepOutput.outputs`. Tasks may override.
 
         `outputs_kept_apart` hold the rows of this process only; see `accounting.gather_rows`.
         """

@@ -27,9 +27,8 @@ class ClassificationModule(TaskModule):
         model: a GPT, whose trunk gets a fresh head; or a Classifier, which keeps its own.
         labels, class_counts: names of the classes, in the order of their indices, and training samples of each.
         pooling, causal: see `Classifier`.
-        pad_to, pad_id: the fixed length of all samples, if the data has one, and the id of padding.
-        trained_blocks: 0: the head alone; k: also the last k blocks and the final norm; `all`; `auto`: 1 with
-            init_from, else all. Adapters (`lora`) and the head are trained instead.
+        pad_to, pad_id: fixed length of all samples, if the data has one, and id of padding.
+        trained_blocks: below the head: 0, the last k with the final norm, `all`, or `auto`; not with adapters (`lora`).
         class_weights: one weight per class, or `balanced`: total / (classes x count).
         tune_threshold: with two classes, choose on validation data the probability from which the second is predicted.
         frozen_cache: keep the output of frozen blocks on disk.
@@ -61,10 +60,11 @@ class ClassificationModule(TaskModule):
         logits = self.frozen_blocks.logits(batch.input_ids, batch.lengths, is_sharded=self.is_sharded).float()  # (B, K)
         loss_sum = F.cross_entropy(logits, batch.labels, self.class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
         real = batch.labels != IGNORE_INDEX
-        logits, labels, predicted = logits[real], batch.labels[real], self.model.predict(logits)[real]
-        accuracy = ((predicted == labels).sum(), real.sum())
-        outputs = {"logits": logits, "predicted": predicted, "labels": labels}
-        return StepOutput(loss_sum, batch.n_targets, {"accuracy": accuracy}, outputs)
+        logits, labels = logits[real], batch.labels[real]
+        predicted = self.model.predict(logits)
+        metrics = {"accuracy": ((predicted == labels).sum(), real.sum())}
+        rows = {"logits": logits, "predicted": predicted, "labels": labels}
+        return StepOutput(loss_sum, batch.n_targets, metrics, rows)
 
     def metric_names(self) -> tuple[str, ...]:
         return ("loss", *CLASS_METRICS)

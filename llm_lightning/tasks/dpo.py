@@ -1,7 +1,7 @@
 """Direct Preference Optimization: make chosen answers likelier than rejected ones, measured against a reference.
 
-One forward pass of the policy over both answers of every pair, one without gradients of the reference, the summed
-log-probabilities of each answer, and one loss per pair (`losses.preference_loss`). `reference.py` holds the reference.
+The policy runs once over both answers of every pair, the reference once without gradients; the summed log-probabilities
+of the answers give one loss per pair (`losses.preference_loss`). `reference.py` holds the reference.
 
 Tensor letters: B pairs, M answer tokens, C width.
 """
@@ -26,7 +26,7 @@ class DPOModule(TaskModule):
     """Preference tuning of a policy against a frozen reference.
 
     Args:
-        model: the policy at its start, and so the reference.
+        model: the initial policy; the reference starts as the same model.
         loss, beta, label_smoothing, gamma: see `losses.preference_loss`; `simpo` needs no reference.
         reference: `copy`, `adapter_off`, `cached`, or `auto`: `adapter_off` if there are adapters, else `copy`.
         max_chosen_drop: nats by which the chosen answers may become less likely before a warning.
@@ -49,11 +49,13 @@ class DPOModule(TaskModule):
                 "model.dropout=0 and lora.dropout=0"
             )
         check_preference_loss(loss, beta, label_smoothing, gamma)
-        ref = build_reference(reference, model, has_adapters=lora is not None, needs_none=loss == "simpo")
+        ref = build_reference(reference, model, has_adapters=lora is not None, is_reference_free=loss == "simpo")
         super().__init__(model=model, **common)
         self.beta, self.max_chosen_drop = beta, max_chosen_drop
-        self.loss = partial(preference_loss, kind=loss, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
-        self.ref, self.reference = ref, ref.frozen  # the latter a submodule, which checkpoints contain
+        self.preference_loss = partial(
+            preference_loss, kind=loss, beta=beta, label_smoothing=label_smoothing, gamma=gamma
+        )
+        self.ref, self.reference = ref, ref.frozen  # a submodule, so that checkpoints contain it
 
     def step_output(self, batch: PreferenceBatch) -> StepOutput:
         n = batch.n_targets  # 0 on a process that ran out of pairs before the others: every tensor is empty
@@ -63,9 +65,9 @@ class DPOModule(TaskModule):
             reference, kl = self.ref.log_probs(batch), None
         else:
             reference, kl = self.ref.kl(batch, self.model, states)
-        of_pairs = [answers for pair in (policy, reference, batch.lengths) for answers in (pair[:n], pair[n:])]
-        result = self.loss(*of_pairs)
-        metrics, outputs = preference_sums(result, policy, reference, batch.lengths, kl)
+        lengths = batch.lengths  # first the chosen answers, then the rejected ones, as everywhere
+        result = self.preference_loss(policy[:n], policy[n:], reference[:n], reference[n:], lengths[:n], lengths[n:])
+        metrics, outputs = preference_sums(result, policy, reference, lengths, kl)
         return StepOutput(result.loss.sum(), n, metrics, outputs)
 
     def metric_names(self) -> tuple[str, ...]:

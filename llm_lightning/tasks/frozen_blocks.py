@@ -34,7 +34,9 @@ TOKENS_PER_BATCH = 1024
 
 
 class FrozenBlocks(L.Callback):
-    """Logits of a classifier whose lower blocks are frozen.
+    """Logits of a classifier whose lower blocks are frozen. A callback, to fill the cache before the first step.
+
+    `depth` is the number of frozen lower blocks: 0 where the lowest is trained, None where the whole trunk is frozen.
 
     Args:
         model: the classifier; which of its parameters are trained is decided before.
@@ -100,7 +102,7 @@ class FrozenBlocks(L.Callback):
             return
         datamodule: Any = module.datamodule
         samples = datamodule.all_samples()
-        # The single pad of a batch without texts, on a process that ran out of them before the others.
+        # The dummy sample that a process evaluates when it has run out of texts before the others.
         samples.append(LabelledSample(-1, np.array([self.pad_id]), IGNORE_INDEX))
 
         def compute(indices: list[int]) -> Tensor:

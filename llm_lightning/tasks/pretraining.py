@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from llm_lightning.data.batches import LMBatch
-from llm_lightning.losses import causal_lm_loss
+from llm_lightning.losses import causal_lm_loss, perplexity
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tasks.base import StepOutput, TaskModule
 
@@ -26,7 +26,6 @@ class PretrainingModule(TaskModule):
         return ("loss", "perplexity", "bits_per_byte")
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
-        # exp of the aggregated loss, never a mean of exps
-        metrics = {**means, "perplexity": math.exp(min(means["loss"], 700))}
+        bits = means["loss"] / math.log(2)
         bytes_per_token = self.datamodule.bytes_per_token(stage)  # type: ignore[attr-defined]
-        return metrics | {"bits_per_byte": means["loss"] / math.log(2) / bytes_per_token}
+        return means | {"perplexity": perplexity(means["loss"]), "bits_per_byte": bits / bytes_per_token}

@@ -38,7 +38,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 PAIRS_PER_BATCH = 8
 """Pairs whose reference log-probabilities are computed at once, before training."""
 STORED = "reference_log_probs"
-"""Key of a checkpoint."""
+"""Checkpoint key of cached log-probabilities."""
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,10 @@ def answer_log_probs(states: Tensor, head_weight: Tensor, batch: PreferenceBatch
 
 
 class Reference(L.Callback):
-    """Log-probabilities of the reference. The kinds differ in where they come from."""
+    """Log-probabilities of the reference. Subclasses differ in where they come from.
+
+    It is a callback to act before the first step, to check the first batch, and to read and write checkpoints.
+    """
 
     kind: str
     gives_kl = True
@@ -78,7 +81,7 @@ class Reference(L.Callback):
         """Called before the first batch."""
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Read from a checkpoint what the kind keeps there."""
+        """Restore the state of this kind from a checkpoint."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if pl_module.is_sharded:
@@ -111,7 +114,7 @@ class Reference(L.Callback):
 
     @torch.no_grad()
     def check_start(self, module: Any, batch: PreferenceBatch) -> None:
-        """Refuse a reference that differs from the policy at step 0, so that the sigmoid loss is not ln 2.
+        """Refuse a reference that differs from the policy at step 0: the sigmoid loss would not start at ln 2.
 
         Raises:
             ValueError: if a reward, beta times a log-ratio, is not 0.
@@ -173,7 +176,7 @@ class Copy(ModelReference):
 
 
 class AdapterOff(ModelReference):
-    """The policy without its adapters: no memory, and one more forward pass, as a copy."""
+    """The policy without its adapters: costs no memory; like a copy, one more forward pass per batch."""
 
     kind = "adapter_off"
 
@@ -216,7 +219,7 @@ class Cached(Reference):
                 "the run again"
             )
         policy, trainer = module.trunk, module.trainer
-        # Without adapters: they change nothing yet, and are drawn anew for every seed.
+        # Without adapters: at step 0 they have no effect, and they differ between seeds.
         weights = ((name, p.detach()) for name, p in sorted(module.model.named_parameters()) if "lora_" not in name)
         identity = {
             "task": module.task,
@@ -259,10 +262,10 @@ class NoReference(Reference):
         return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32)
 
     def check_start(self, module: Any, batch: PreferenceBatch) -> None:
-        """There is nothing to agree with."""
+        """There is no reference to compare with."""
 
 
-def build_reference(setting: str, policy: GPT, *, has_adapters: bool, needs_none: bool) -> Reference:
+def build_reference(setting: str, policy: GPT, *, has_adapters: bool, is_reference_free: bool) -> Reference:
     """The reference that `task.reference` names; `policy` has no adapters yet.
 
     Raises:
@@ -270,7 +273,7 @@ def build_reference(setting: str, policy: GPT, *, has_adapters: bool, needs_none
     """
     if setting not in (*REFERENCES, "auto"):
         raise ValueError(f"task.reference={setting!r} {_refusal(setting)}; use auto, {', '.join(REFERENCES)}")
-    if needs_none:
+    if is_reference_free:
         return NoReference()
     if setting == "auto":
         setting = "adapter_off" if has_adapters else "copy"
@@ -282,11 +285,11 @@ def build_reference(setting: str, policy: GPT, *, has_adapters: bool, needs_none
     return {"copy": lambda: Copy(policy), "adapter_off": lambda: AdapterOff(policy), "cached": Cached}[setting]()
 
 
-def reference_of_before(setting: str, *, is_adapter: bool) -> str:
-    """The kind that evaluates a checkpoint whose header names `setting`, which may be one that was removed.
+def kind_of_earlier_version(setting: str, *, is_adapter: bool) -> str:
+    """The kind of reference in a checkpoint whose header names `setting`.
 
-    `adapter_clone` held what the policy gives without its adapters; a path, a model that agreed with the policy. An
-    adapter alone holds no reference, which is its base.
+    Earlier versions also had `adapter_clone`, equal to the policy without its adapters, and paths of models that
+    agreed with the policy. An adapter alone holds no reference: its base is the reference.
     """
     if is_adapter or setting == "adapter_clone":
         return "adapter_off"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from llm_lightning.data.batches import LMBatch
-from llm_lightning.losses import causal_lm_loss
+from llm_lightning.losses import causal_lm_loss, perplexity
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tasks.base import StepOutput, TaskModule
@@ -29,5 +27,4 @@ class SFTModule(TaskModule):
         return ("loss", "perplexity")
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
-        # exp of the aggregated loss, never a mean of exps
-        return means | {"perplexity": math.exp(min(means["loss"], 700))}
+        return means | {"perplexity": perplexity(means["loss"])}
