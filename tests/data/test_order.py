@@ -87,6 +87,17 @@ class Bucketed(BaseDataModule):
         return ""
 
 
+@pytest.mark.parametrize("bucket", [False, True])
+def test_the_seed_of_a_data_module_decides_its_order(bucket: bool) -> None:
+    orders = []
+    for seed in (1, 1, 2):
+        data = Bucketed(batch_size=8, bucket=bucket, seed=seed)
+        data.build()
+        orders.append([data.expected_samples(0, batch) for batch in range(13)])
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
 def test_lengths_are_measured_once_and_only_for_an_order() -> None:
     data = Bucketed(batch_size=8, bucket=True)
     data.build()

@@ -197,6 +197,20 @@ def test_the_next_job_of_a_sweep_runs_no_reference(
     assert losses(second)[-1] != losses(first)[-1]
 
 
+def test_another_start_has_a_reference_of_its_own(
+    runs: Runs, start: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities stored for other weights would not agree with the policy at step 0."""
+    runs("cached")
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(runs.folder / "cache"))
+    saved = checkpoints.load(start)
+    saved["state_dict"]["model.final_norm.weight"] *= 1.5
+    checkpoints.save(tmp_path / "other.ckpt", saved)
+    assert losses(run(tmp_path / "run", tmp_path / "other.ckpt", pairs, *WAYS["cached"]))[0] == pytest.approx(
+        math.log(2), abs=1e-6
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["copy", "cached", "lora, adapters off"])
 def test_two_processes_log_what_one_does(way: str, start: Path, pairs: Path, tmp_path: Path) -> None:
