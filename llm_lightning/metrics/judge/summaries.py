@@ -58,7 +58,7 @@ class PairSummary(Mean):
     losses: int
     first_chosen: int
     decided: int
-    """answers other than a tie; `first_chosen` of them chose the response shown first, half if position has no effect"""
+    """answers other than a tie; `first_chosen` of them chose the first response, half if position has no effect"""
 
 
 def summarise_scores(verdicts: Sequence[Verdict], prompt: ScorePrompt = PROMPTS["book"]) -> ScoreSummary:
