@@ -227,9 +227,11 @@ def _products(rows: _Rows, block: np.ndarray, first: np.ndarray, second: np.ndar
         left, right = first[start : start + at_once], second[start : start + at_once]
         n = lengths[right]
         of_pair = np.repeat(np.arange(len(n)), n)
-        places = np.arange(len(of_pair)) + np.repeat(rows.starts[right] - np.cumsum(n) + n, n)
+        positions = np.arange(len(of_pair)) + np.repeat(rows.starts[right] - np.cumsum(n) + n, n)
         parts.append(
-            np.bincount(of_pair, rows.weights[places] * block[rows.columns[places], left[of_pair]], minlength=len(n))
+            np.bincount(
+                of_pair, rows.weights[positions] * block[rows.columns[positions], left[of_pair]], minlength=len(n)
+            )
         )
     return np.concatenate(parts)
 

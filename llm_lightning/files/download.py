@@ -1,6 +1,6 @@
 """Pinned downloads of web addresses: a file is complete and verified, or absent. `hub.py` does the same for the hub.
 
-The sha256 of every file is in our source, so servers, proxies and disks need no trust: a file gets its name only after
+The sha256 of every file is in our source, so no server, proxy or disk has to be trusted: a file gets its name only after
 its digest is verified. A failed download is kept as `<name>.part` and resumed. An existing file is verified without
 opening a connection.
 """
@@ -201,7 +201,7 @@ def _first_byte(response: http.client.HTTPResponse, held: int, part: Path) -> in
     stated = response.headers.get("Content-Range", "")
     if not stated.startswith(f"bytes {held}-"):
         part.unlink(missing_ok=True)
-        raise ConnectionError(f"asked for bytes from {held}, the server sends '{stated}'")
+        raise ConnectionError(f"requested bytes from {held}, the server sends '{stated}'")
     return held
 
 

@@ -145,8 +145,8 @@ class FrozenCache:
     def batch(self, keys: Sequence[bytes], length: int) -> Tensor:
         """The rows of several examples, padded with zeros: (B, length, width)."""
         padded = torch.zeros(len(keys), length, self.width, dtype=self.dtype)
-        for place, rows in zip(padded, map(self.rows, keys), strict=True):
-            place[: len(rows)] = rows
+        for example, rows in zip(padded, map(self.rows, keys), strict=True):
+            example[: len(rows)] = rows
         self._bytes_read += padded.nbytes
         if self._bytes_read > MOST_TOUCHED:
             self._release_pages()
@@ -249,7 +249,7 @@ class FrozenCache:
         assert rows.shape == (expected, self.width), f"{tuple(rows.shape)} rows for ({expected}, {self.width})"
         assert rows.dtype == self.dtype, f"{rows.dtype} rows for {self.dtype}"
         if not rows.isfinite().all():
-            raise ValueError(f"the frozen part gives values that are not finite for one of the examples {batch}")
+            raise ValueError(f"the frozen part computes values that are not finite for one of the examples {batch}")
         rows = rows.detach().cpu().contiguous()
         return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy().tobytes()
 

@@ -44,11 +44,11 @@ def candidates(place: Any, run_dir: Path | None) -> list[list[str]]:
 
 def existing(options: Iterable[Sequence[str]]) -> list[list[str]]:
     """The `options` whose paths all exist or are globs, without duplicates."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    unique: dict[tuple[str, ...], list[str]] = {}
     for paths in options:
         if paths and all(Path(path).expanduser().exists() or glob.has_magic(path) for path in paths):
-            found.setdefault(tuple(str(Path(path).expanduser().resolve()) for path in paths), list(paths))
-    return list(found.values())
+            unique.setdefault(tuple(str(Path(path).expanduser().resolve()) for path in paths), list(paths))
+    return list(unique.values())
 
 
 def run_dir_of(checkpoint: Path | None) -> Path | None:

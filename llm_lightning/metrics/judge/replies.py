@@ -16,7 +16,7 @@ _JSON_NAMES = {str: "text", float: "a number", bool: "a truth value", list: "a l
 def parsed(reply: Reply) -> Any:
     """The JSON of a reply; raises ValueError if it is not JSON."""
     if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise ValueError("it is compressed, which was not asked for")
+        raise ValueError("it is compressed, which was not requested")
     try:
         return json.loads(reply.body, parse_int=float)  # parsing a million digits as an int takes minutes
     except RecursionError:
@@ -65,5 +65,5 @@ def message_of(reply: Reply) -> str:
 
 
 def shortened(text: str) -> str:
-    words = " ".join(text[:LONGEST_MESSAGE].split())
-    return words if len(words) <= 200 else f"{words[:197]}..."
+    line = " ".join(text[:LONGEST_MESSAGE].split())
+    return line if len(line) <= 200 else f"{line[:197]}..."
