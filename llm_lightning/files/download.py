@@ -1,7 +1,7 @@
 """Pinned downloads of web addresses: a file is complete and verified, or absent. `hub.py` does the same for the hub.
 
-The sha256 of every file is in our source, so no server, proxy or disk has to be trusted: a file gets its name only after
-its digest is verified. A failed download is kept as `<name>.part` and resumed. An existing file is verified without
+The sha256 of every file is in our source, so no server, proxy or disk needs trust: a file gets its name only after its
+digest is verified. A failed download is kept as `<name>.part` and resumed. An existing file is verified without
 opening a connection.
 """
 
