@@ -217,7 +217,7 @@ def _cells(measures: dict[str, float] | None) -> str:
 
 def _histograms(tokens: Lengths, tokenizer: str) -> Figure:
     """One histogram per key, without empty values."""
-    from matplotlib.figure import Figure  # not pyplot, which needs a window system and has global state
+    from matplotlib.figure import Figure  # unlike pyplot: no window system, no global state
 
     figure = Figure(figsize=(7, 2.5 * len(tokens)), layout="constrained")
     for axes, (key, lengths) in zip(figure.subplots(len(tokens), squeeze=False)[:, 0], tokens.items(), strict=True):
