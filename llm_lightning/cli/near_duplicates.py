@@ -1,18 +1,18 @@
-"""Find near-duplicate texts in a file of instruction records, and write the file without them.
+"""Find near-duplicate texts in a file of instruction records, or write a copy of the file without them.
 
 llm-lightning near-duplicates instruction-data.json
 llm-lightning near-duplicates instruction-data.json --threshold 0.8 --keys instruction --show 100
 llm-lightning near-duplicates instruction-data.json --remove --keys prompt -o cleaned.json
 
-FILE is a JSON array of objects, or .jsonl with one object per line. Each key is examined by itself, without empty
-texts: `instruction`, `input`, `output` (of `messages`: the user's and the assistant's text), any other field, or
-`prompt`, instruction and input together. The similarity of two texts is the cosine of the TF-IDF weights of their
-single characters, pairs and triples, ignoring case and punctuation. Texts of one character are never near-duplicates.
+FILE is a JSON array of objects, or .jsonl with one object per line. Each key is compared separately, without empty
+texts: `instruction`, `input`, `output` (in `messages`: the user's and the assistant's text), any other field, or
+`prompt`, which is instruction and input together. The similarity of two texts is the cosine of the TF-IDF weights of
+their character 1- to 3-grams, ignoring case and punctuation. Texts of one character are never near-duplicates.
 
-In a group, each text is similar to another text of the group. --remove keeps the first record of each group: by the
-named keys, else by `input` and `output` as in the book, because one instruction can have many inputs.
-Look at the pairs first: short texts that differ only in the word that matters are similar by this measure.
-Records are counted from 1.
+Each text of a group is similar to another text of the group. --remove keeps the first record of each group, comparing
+the keys of --keys, or else `input` and `output` as in the book, because one instruction can have many inputs.
+Look at the pairs first: short texts that differ in a single decisive word are similar by this measure.
+Records are numbered from 1.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ WIDTH = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a .json or .jsonl file of records")
-    parser.add_argument("--keys", nargs="+", metavar="KEY", help=f"what is compared (default: {' '.join(KEYS)})")
+    parser.add_argument("--keys", nargs="+", metavar="KEY", help=f"keys to compare (default: {' '.join(KEYS)})")
     parser.add_argument("--threshold", type=float, default=0.9, help="least similarity, 0 to 1 (default: %(default)s)")
     parser.add_argument("--show", type=int, default=20, metavar="N", help="pairs shown per key (default: %(default)s)")
     parser.add_argument("--remove", action="store_true", help="write the file without the later records of each group")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="of --remove: .json, or .jsonl")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="for --remove: the .json or .jsonl file to write"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all groups")
 
 
@@ -53,16 +55,16 @@ def run(args: argparse.Namespace) -> None:
 
     records = read_json_records(args.file)
     keys = _present(args.file, records, args.keys)
-    found = {}
+    results = {}
     for key in keys:
         texts = [_text(record, key) for record in records]
-        found[key] = find_near_duplicates(texts, args.threshold, progress=True)
+        results[key] = find_near_duplicates(texts, args.threshold, progress=True)
         if not args.json:
-            say_lines(_lines(key, texts, found[key], args.show))
+            say_lines(_lines(key, texts, results[key], args.show))
     facts = {"file": str(args.file), "records": len(records), "threshold": args.threshold}
-    facts["keys"] = {key: _facts(one, args.show) for key, one in found.items()}
+    facts["keys"] = {key: _facts(one, args.show) for key, one in results.items()}
     if args.remove:
-        facts |= _remove(args.output, records, {key: found[key] for key in args.keys or REMOVED_BY if key in found})
+        facts |= _remove(args.output, records, {key: results[key] for key in args.keys or REMOVED_BY if key in results})
     if args.json:
         say_json(facts)
     elif args.remove:
@@ -82,7 +84,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
-    """The keys to examine: those that are asked for, or those of the usual ones that there are."""
+    """The keys to compare: the wanted ones, or the usual ones that occur."""
     from llm_lightning.data.records.json import has_text
 
     present = [key for key in wanted or KEYS if any(has_text(record, _sources(record, key)[0]) for record in records)]
@@ -106,35 +108,35 @@ def _sources(record: JsonRecord, key: str) -> tuple[str, ...]:
     return ("instruction", "input") if key == PROMPT and PROMPT not in record.record else (key,)
 
 
-def _lines(key: str, texts: Sequence[str], found: NearDuplicates, show: int) -> Iterator[str]:
+def _lines(key: str, texts: Sequence[str], duplicates: NearDuplicates, show: int) -> Iterator[str]:
     yield (
-        f"{key}: {sum(map(bool, texts)):,} texts; pairs: {found.n_pairs:,}; groups: {len(found.groups):,}; "
-        f"later ones of a group: {_n_later(found):,}"
+        f"{key}: {sum(map(bool, texts)):,} texts; pairs: {duplicates.n_pairs:,}; groups: {len(duplicates.groups):,}; "
+        f"later ones of a group: {_n_later(duplicates):,}"
     )
-    for pair in islice(found.pairs(), show):
+    for pair in islice(duplicates.pairs(), show):
         yield f"  {pair.similarity:.2f}  {pair.first + 1:>6}  {one_line(texts[pair.first], WIDTH)}"
         yield f"        {pair.second + 1:>6}  {one_line(texts[pair.second], WIDTH)}"
-    if found.n_pairs > show:
-        yield f"  more pairs: {found.n_pairs - show:,} (--show {found.n_pairs})"
+    if duplicates.n_pairs > show:
+        yield f"  more pairs: {duplicates.n_pairs - show:,} (--show {duplicates.n_pairs})"
 
 
-def _n_later(found: NearDuplicates) -> int:
-    return sum(len(group) - 1 for group in found.groups)
+def _n_later(duplicates: NearDuplicates) -> int:
+    return sum(len(group) - 1 for group in duplicates.groups)
 
 
-def _facts(found: NearDuplicates, show: int) -> dict[str, Any]:
-    pairs = [(first + 1, second + 1, similarity) for first, second, similarity in islice(found.pairs(), show)]
-    groups = [[index + 1 for index in group] for group in found.groups]
-    return {"n_pairs": found.n_pairs, "n_later": _n_later(found), "pairs": pairs, "groups": groups}
+def _facts(duplicates: NearDuplicates, show: int) -> dict[str, Any]:
+    pairs = [(first + 1, second + 1, similarity) for first, second, similarity in islice(duplicates.pairs(), show)]
+    groups = [[index + 1 for index in group] for group in duplicates.groups]
+    return {"n_pairs": duplicates.n_pairs, "n_later": _n_later(duplicates), "pairs": pairs, "groups": groups}
 
 
-def _remove(output: Path, records: Sequence[JsonRecord], found: dict[str, NearDuplicates]) -> dict[str, Any]:
-    """Write the records that remain; say how many those are."""
+def _remove(output: Path, records: Sequence[JsonRecord], results: dict[str, NearDuplicates]) -> dict[str, Any]:
+    """Write the remaining records; return their number and that of removed ones."""
     from llm_lightning.data.near_duplicates import keep_first
     from llm_lightning.data.reading import JSONL_SUFFIXES
     from llm_lightning.files.atomic import write_atomically
 
-    groups = chain.from_iterable(one.groups for one in found.values())
+    groups = chain.from_iterable(one.groups for one in results.values())
     kept = [records[index].record for index in keep_first(len(records), groups)]
     if output.suffix.lower() in JSONL_SUFFIXES:
         content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
@@ -142,4 +144,4 @@ def _remove(output: Path, records: Sequence[JsonRecord], found: dict[str, NearDu
         content = json.dumps(kept, ensure_ascii=False, indent=4) + "\n"
     write_atomically(output, content)
     removed = len(records) - len(kept)
-    return {"output": str(output), "kept": len(kept), "removed": removed, "removed_by": ", ".join(found) or "nothing"}
+    return {"output": str(output), "kept": len(kept), "removed": removed, "removed_by": ", ".join(results) or "nothing"}

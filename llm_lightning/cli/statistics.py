@@ -1,13 +1,13 @@
-"""Count and measure the records of a file, or a text: how many, how long, how many are repeated.
+"""Statistics of a file of records, or of a text: numbers, lengths, and repeated records.
 
 llm-lightning statistics instruction-data.json
 llm-lightning statistics chats.jsonl --tokenizer byte --json
 llm-lightning statistics instruction-data.json --plot lengths.png
 llm-lightning statistics the-verdict.txt
 
-In a .json or .jsonl file of records, the fields `instruction`, `input`, `output`, `chosen`, `rejected` and `text` are
-measured, where they exist, and the text of each role in `messages`. Any other file is one text. Empty values are left
-out of the lengths; a prompt is everything in a record before its answer.
+For a .json or .jsonl file of records, the lengths are those of the fields `instruction`, `input`, `output`, `chosen`,
+`rejected` and `text`, where they exist, and of the text of each role in `messages`. Any other file is one text. Lengths
+leave out empty values; a prompt is everything in a record before its answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT = ("system", "instruction", "input")
 MEASURES = ("min", "mean", "median", "p95", "max", "total")
 SHOWN = 5
 BARS = 50
-PIECE = 1 << 20  # characters of a text that are encoded at once
+PIECE = 1 << 20  # characters encoded at once
 
 Lengths = dict[str, list[int]]
 
@@ -98,7 +98,7 @@ def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | 
 
 
 def _token_lengths(records: Sequence[JsonRecord], keys: Sequence[str], tokenizer: Tokenizer) -> Lengths:
-    """Tokens of each record under each key."""
+    """Key -> number of tokens in each record."""
     from tqdm import tqdm
 
     from llm_lightning.data.records.json import text_of
@@ -109,20 +109,20 @@ def _token_lengths(records: Sequence[JsonRecord], keys: Sequence[str], tokenizer
 
 
 def describe_records(records: Sequence[JsonRecord], tokens: Lengths) -> dict[str, Any]:
-    """Return the statistics of records as plain values.
+    """The statistics of records, as plain values.
 
     Args:
-        tokens: how many each record has, for each key to measure.
+        tokens: for each key to measure, the number of tokens in each record.
     """
     from llm_lightning.data.records.json import text_of
 
     prompts = Counter(tuple(text_of(record, key) for key in PROMPT) for record in records)
     whole = Counter(json.dumps(record.record, sort_keys=True) for record in records)
     for record in records:
-        text_of(record, "output")  # raises for an answer that is not text, whether or not it is measured
+        text_of(record, "output")  # raises if an answer is not text, even if it is not measured
     totals = [sum(lengths) for lengths in zip(*tokens.values(), strict=True)]
     longest = sorted(range(len(records)), key=lambda index: -totals[index])[:SHOWN]
-    prompts.pop(("", "", ""), None)  # of records that have no prompts
+    prompts.pop(("", "", ""), None)  # from records without a prompt
     return {
         "records": len(records),
         "keys": {key: _describe_key([text_of(record, key) for record in records], tokens[key]) for key in tokens},
@@ -153,10 +153,10 @@ def _measures(lengths: Sequence[int]) -> dict[str, float] | None:
 
 
 def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the statistics of a text file as plain values.
+    """The statistics of a text file, as plain values.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is empty or not UTF-8.
     """
     from llm_lightning.data.reading import TextFile
@@ -180,7 +180,7 @@ def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _n_tokens(text: str, tokenizer: Tokenizer) -> int:
-    """Count in pieces that encode as the whole does: tokens of a whole large text would take many times its memory."""
+    """Count in pieces that encode as the whole text does; encoding it at once would take many times its memory."""
     n_tokens = start = 0
     while start < len(text):
         piece = text[start : start + PIECE]
@@ -216,8 +216,8 @@ def _cells(measures: dict[str, float] | None) -> str:
 
 
 def _histograms(tokens: Lengths, tokenizer: str) -> Figure:
-    """One histogram per key, empty values left out."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    """One histogram per key, without empty values."""
+    from matplotlib.figure import Figure  # unlike pyplot: no window system, no global state
 
     figure = Figure(figsize=(7, 2.5 * len(tokens)), layout="constrained")
     for axes, (key, lengths) in zip(figure.subplots(len(tokens), squeeze=False)[:, 0], tokens.items(), strict=True):

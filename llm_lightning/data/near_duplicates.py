@@ -1,10 +1,9 @@
-"""Near-duplicate texts by the book's measure: the cosine of TF-IDF weights of single characters, pairs and triples.
+"""Near-duplicate texts by the book's measure: cosine similarity of TF-IDF weights of character 1- to 3-grams.
 
-Texts are compared in lower case and without punctuation. Every two of them are compared, nothing is sampled or
-hashed: the weights are a sparse matrix whose product with itself is computed block by block. 52,000 texts of 64
-characters took half a minute and 0.6 GB on one CPU core, of 276 characters a minute and a half and 1.2 GB. Unlike the
-book's script: results name records by their place in the list that was given, empty texts counted, and texts that are
-equal are compared once.
+Texts are compared in lower case and without punctuation. All pairs are compared, without sampling or hashing: the
+weights are a sparse matrix, multiplied with itself block by block. On one CPU core, 52,000 texts of 64 characters took
+half a minute and 0.6 GB; texts of 276 characters took a minute and a half and 1.2 GB. Unlike the book's script, results
+give the index of a record in the given list, empty texts included, and equal texts are compared once.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ import torch
 from tqdm import tqdm
 
 MAX_PAIRS = 20_000_000
-"""Of different texts; more is a threshold for which everything is alike, and gigabytes."""
+"""Pairs of different texts; with more, the threshold is too low to be useful, and they take gigabytes."""
 BLOCK_ROWS = 128
 BLOCK_ELEMENTS = 1 << 25
-"""Numbers in a block, 256 MiB in float64: of very many texts, fewer rows at once."""
-AT_ONCE = 1 << 22  # weights that are multiplied in float64 at once
+"""Numbers in a block, 256 MiB in float64: with very many texts, a block has fewer rows."""
+AT_ONCE = 1 << 22  # weights multiplied in float64 at once
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
 _SPACES = re.compile(r"\s\s+")
 
 
 class Pair(NamedTuple):
-    """Two texts that are alike."""
+    """Two similar texts, by index."""
 
     first: int
     second: int
@@ -43,17 +42,17 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """What was found among texts."""
+    """Near-duplicates in a list of texts."""
 
     n_pairs: int
     groups: list[list[int]]
-    """Each text is like another one of its group, not like all of them. Ascending, and ordered by their first."""
+    """Each text is similar to another of its group, not to all. Ascending indices; groups sorted by their first."""
     _copies: list[list[int]] = field(repr=False)
-    """where each different text stands"""
+    """indices of each distinct text"""
     _links: _Links = field(repr=False)
 
     def pairs(self) -> Iterator[Pair]:
-        """Yield all pairs, made one by one: a text that stands 10,000 times is in 50 million of them."""
+        """Yield all pairs one by one: 10,000 copies of a text give 50 million."""
         starts = np.searchsorted(self._links.first, np.arange(len(self._copies) + 1))
         for text, copies in enumerate(self._copies):
             yield from (Pair(i, j, 1.0) for i, j in combinations(copies, 2))
@@ -63,7 +62,7 @@ class NearDuplicates:
 
 
 class _Links(NamedTuple):
-    """Different texts that are alike, (n,) each, ascending by `first` and `second`."""
+    """Pairs of similar distinct texts, (n,) each, sorted by `first`, then `second`."""
 
     first: np.ndarray
     second: np.ndarray
@@ -71,7 +70,7 @@ class _Links(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A sparse matrix: row r has `weights[starts[r]:starts[r + 1]]` in the columns of the same places."""
+    """A sparse (CSR) matrix: row r has `weights[starts[r]:starts[r + 1]]`, in the `columns` of the same slice."""
 
     starts: np.ndarray  # (n + 1,) int64
     columns: np.ndarray  # (nonzero,) int32
@@ -81,36 +80,36 @@ class _Rows(NamedTuple):
 
 
 def find_near_duplicates(texts: Sequence[str], threshold: float = 0.9, *, progress: bool = False) -> NearDuplicates:
-    """Find all texts whose similarity is `threshold` or more.
+    """Find all pairs of texts with a similarity of at least `threshold`.
 
-    Empty texts are left out, and so are those of a single character, as in the book: many an answer is "7" or "B".
+    Empty texts and, as in the book, texts of a single character are left out: many answers are "7" or "B".
 
     Args:
-        texts: records are named by their index here.
-        threshold: 0 to 1; at 1 texts are the same, but for case, punctuation, and an order that no triple shows.
+        texts: results refer to them by index.
+        threshold: above 0, at most 1; at 1, texts differ only in case, punctuation, or an order that no 3-gram shows.
         progress: show a bar on a terminal.
 
     Raises:
-        ValueError: if the threshold is no such number, or so low that there are more than `MAX_PAIRS` pairs.
+        ValueError: if the threshold is out of range, or so low that there are more than `MAX_PAIRS` pairs.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} must be above 0 and at most 1")
-    places: dict[str, list[int]] = {}
+    indices_of: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
         if text:
-            places.setdefault(_normalized(text), []).append(index)
-    rows = _tf_idf(list(places), np.array([len(indices) for indices in places.values()]))
-    is_long = np.array([len(text.strip()) > 1 for text in places], dtype=bool)
+            indices_of.setdefault(_normalized(text), []).append(index)
+    rows = _tf_idf(list(indices_of), np.array([len(indices) for indices in indices_of.values()]))
+    is_long = np.array([len(text.strip()) > 1 for text in indices_of], dtype=bool)
     links = _links(rows, is_long, threshold, progress=progress)
-    copies = [indices if long else indices[:1] for indices, long in zip(places.values(), is_long, strict=True)]
+    copies = [indices if long else indices[:1] for indices, long in zip(indices_of.values(), is_long, strict=True)]
     return NearDuplicates(_count(copies, links), _groups(copies, links), copies, links)
 
 
 def keep_first(n_texts: int, groups: Iterable[Sequence[int]]) -> list[int]:
-    """Return the indices that remain when of each group only the first that is still there is kept.
+    """Return the indices that remain after keeping, per group, only the first text not yet removed.
 
     Args:
-        groups: of one `NearDuplicates`, or of several one after the other.
+        groups: of one `NearDuplicates`, or of several in sequence.
     """
     removed: set[int] = set()
     for group in groups:
@@ -119,25 +118,25 @@ def keep_first(n_texts: int, groups: Iterable[Sequence[int]]) -> list[int]:
 
 
 def _normalized(text: str) -> str:
-    """As the book's script and then scikit-learn's analyzer do."""
+    """Normalise as the book's script, then scikit-learn's analyzer."""
     return _SPACES.sub(" ", _PUNCTUATION.sub("", text.lower()))
 
 
 def _grams(text: str) -> np.ndarray:
-    """One uint64 per single character, pair and triple: 21 bits each, 0 for none."""
+    """One uint64 per 1-, 2- and 3-gram: 21 bits per character, 0 for none."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64) + np.uint64(1)
     pairs = codes[:-1] | codes[1:] << np.uint64(21)
     return np.concatenate([codes, pairs, pairs[:-1] | codes[2:] << np.uint64(42)])
 
 
 def _tf_idf(texts: Sequence[str], n_copies: np.ndarray) -> _Rows:
-    """Counts times log((1 + documents) / (1 + documents with it)) + 1, rows scaled to length 1: scikit-learn's."""
+    """scikit-learn's TF-IDF: counts * (log((1 + texts) / (1 + texts with the gram)) + 1), rows scaled to length 1."""
     columns, weights, lengths, n_columns = _counted(texts)
     of_row = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)
     n_documents = np.bincount(columns, n_copies[of_row], n_columns)
     weights *= (np.log((1 + n_copies.sum()) / (1 + n_documents)) + 1)[columns]
     weights /= np.sqrt(np.bincount(of_row, weights**2, len(texts)))[of_row]
-    # What only one text has counts in its length, but in no product.
+    # A gram of only one text counts in the length of its row, but in no product.
     is_shared = (np.bincount(columns, minlength=n_columns) > 1)[columns]
     starts = np.concatenate([[0], np.cumsum(np.bincount(of_row[is_shared], minlength=len(texts)))])
     weights = weights[is_shared]
@@ -145,32 +144,32 @@ def _tf_idf(texts: Sequence[str], n_copies: np.ndarray) -> _Rows:
 
 
 def _counted(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Number of the gram and how often it stands there, for all texts one after the other; their lengths; all grams."""
+    """Per text, concatenated: column and count of each gram. Also grams per text, and the number of columns."""
     grams, counts = [], []
     for text in texts:
-        found, n_found = np.unique(_grams(text), return_counts=True)
-        grams.append(found)
-        counts.append(n_found.astype(np.float32))
-    lengths = np.array([len(found) for found in grams], dtype=np.int64)
+        distinct, n_occurrences = np.unique(_grams(text), return_counts=True)
+        grams.append(distinct)
+        counts.append(n_occurrences.astype(np.float32))
+    lengths = np.array([len(distinct) for distinct in grams], dtype=np.int64)
     columns, n_columns = _numbered(grams)
     return columns, np.concatenate([np.zeros(0), *counts]), lengths, n_columns
 
 
 def _numbered(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
-    """The grams of all rows in one array of int32, numbered from 0; and how many different ones there are."""
+    """The grams of all rows, concatenated, as int32 numbers from 0; and the number of distinct grams."""
     vocabulary = np.zeros(0, dtype=np.uint64)
-    for start in range(0, len(rows), 4096):  # one sort of all of them would need several times their memory
+    for start in range(0, len(rows), 4096):  # sorting all at once would need several times their memory
         vocabulary = np.union1d(vocabulary, np.concatenate(rows[start : start + 4096]))
     numbers = [np.searchsorted(vocabulary, row).astype(np.int32) for row in rows]
     return np.concatenate([np.zeros(0, dtype=np.int32), *numbers]), len(vocabulary)
 
 
 def _links(rows: _Rows, is_long: np.ndarray, threshold: float, *, progress: bool) -> _Links:
-    """Compare all rows: float32 finds the pairs and a few more, float64 says how alike they are."""
+    """Compare all rows: float32 selects candidates, float64 computes their similarity."""
     n = len(is_long)
     size = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(n, rows.n_columns, 1)))
     enough = threshold - 1e-9  # the product of a row with itself may be 0.9999999999999998
-    found = [_Links(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    parts = [_Links(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     with tqdm(total=n, desc="comparing", unit="text", leave=False, disable=None if progress else True) as bar:
         for start in range(0, n, size):
             block = _dense(rows, start, min(start + size, n))
@@ -179,20 +178,20 @@ def _links(rows: _Rows, is_long: np.ndarray, threshold: float, *, progress: bool
             first, second = first[is_pair], second[is_pair]
             similarity = _products(rows, block, first - start, second)
             near = similarity >= enough
-            found.append(_Links(first[near], second[near], np.minimum(similarity[near], 1.0)))
-            if sum(len(links.first) for links in found) > MAX_PAIRS:
+            parts.append(_Links(first[near], second[near], np.minimum(similarity[near], 1.0)))
+            if sum(len(links.first) for links in parts) > MAX_PAIRS:
                 raise ValueError(f"threshold={threshold} finds more than {MAX_PAIRS:,} pairs of texts; raise it")
             bar.update(block.shape[1])
-    return _Links(*map(np.concatenate, zip(*found, strict=True)))
+    return _Links(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _rounding(rows: _Rows) -> float:
-    """A bound on how far a product in float32 is off: n terms add up to 1 at most."""
+    """A bound on the error of a product in float32: its n terms add up to 1 at most."""
     return float(4 + np.diff(rows.starts).max()) * float(np.finfo(np.float32).eps)
 
 
 def _dense(rows: _Rows, start: int, stop: int) -> np.ndarray:
-    """(columns, stop - start) float64: some rows as columns."""
+    """(columns, stop - start) float64: rows `start` to `stop`, dense and transposed."""
     inside = slice(rows.starts[start], rows.starts[stop])
     block = np.zeros((rows.n_columns, stop - start))
     block[rows.columns[inside], np.repeat(np.arange(stop - start), np.diff(rows.starts[start : stop + 1]))] = (
@@ -202,10 +201,10 @@ def _dense(rows: _Rows, start: int, stop: int) -> np.ndarray:
 
 
 def _candidates(rows: _Rows, block: np.ndarray, start: int, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the block, and rows after each of them, whose product is `least` or more in float32."""
+    """Pairs of a row of the block and a later row whose product in float32 is at least `least`."""
     rest = slice(rows.starts[start], None)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse")  # CSR is called beta; the tests compare it with scikit-learn
+        warnings.filterwarnings("ignore", "Sparse")  # torch warns that CSR is in beta; tests compare with scikit-learn
         later = torch.sparse_csr_tensor(
             torch.from_numpy((rows.starts[start:] - rows.starts[start]).astype(np.int32)),
             torch.from_numpy(rows.columns[rest]),
@@ -220,7 +219,7 @@ def _candidates(rows: _Rows, block: np.ndarray, start: int, least: float) -> tup
 
 
 def _products(rows: _Rows, block: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(n,) float64: columns `first` of the block times rows `second`."""
+    """(n,) float64: products of columns `first` of the block and rows `second`."""
     lengths = np.diff(rows.starts)
     at_once = max(1, AT_ONCE // int(lengths.max(initial=1)))
     parts: list[np.ndarray] = [np.zeros(0)]
@@ -228,22 +227,24 @@ def _products(rows: _Rows, block: np.ndarray, first: np.ndarray, second: np.ndar
         left, right = first[start : start + at_once], second[start : start + at_once]
         n = lengths[right]
         of_pair = np.repeat(np.arange(len(n)), n)
-        places = np.arange(len(of_pair)) + np.repeat(rows.starts[right] - np.cumsum(n) + n, n)
+        positions = np.arange(len(of_pair)) + np.repeat(rows.starts[right] - np.cumsum(n) + n, n)
         parts.append(
-            np.bincount(of_pair, rows.weights[places] * block[rows.columns[places], left[of_pair]], minlength=len(n))
+            np.bincount(
+                of_pair, rows.weights[positions] * block[rows.columns[positions], left[of_pair]], minlength=len(n)
+            )
         )
     return np.concatenate(parts)
 
 
 def _count(copies: Sequence[Sequence[int]], links: _Links) -> int:
-    """Pairs of records."""
+    """The number of pairs of records."""
     n_copies = np.array([len(indices) for indices in copies], dtype=np.int64)
     between = n_copies[links.first] * n_copies[links.second]
     return int((n_copies * (n_copies - 1) // 2).sum() + between.sum())
 
 
 def _groups(copies: Sequence[Sequence[int]], links: _Links) -> list[list[int]]:
-    """Connected components of two records and more."""
+    """Connected components with at least two records."""
     parent = list(range(len(copies)))
 
     def root(text: int) -> int:

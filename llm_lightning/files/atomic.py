@@ -1,4 +1,4 @@
-"""Write files whole or not at all, lock and hash them. Imports nothing heavy: entry points import it first."""
+"""Write files completely or not at all; lock and hash them. Imports nothing heavy: entry points import it first."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let an OSError of the block name `path`: a failed write does not say of which file.
+    """Add `path` to an OSError of the block: a failed write does not name its file.
 
-    An error without an errno has words of its own and is left alone.
+    An error without an errno comes from our code and is raised unchanged.
     """
     try:
         yield
@@ -32,10 +32,10 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replace the file at `path`: whenever the process dies, the old content or the new one stands there, whole.
+    """Replace the file at `path`: whenever the process dies, the file has its old content or the new one, complete.
 
-    The temporary file stands beside the target, so the rename never crosses file systems, and is named
-    `.NAME.PID.tmp`, so the next owner of the folder can tell a stray one and sweep it.
+    The temporary file is beside the target, so the rename never crosses file systems. Its name is `.NAME.PID.tmp`, so
+    the next owner of the folder can recognise and remove a stray one.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -52,12 +52,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def cache_dir() -> Path:
-    """Return the one folder for everything that can be fetched or computed again."""
+    """Return the folder for everything that can be downloaded or computed again."""
     return Path(os.environ.get("LLM_LIGHTNING_CACHE") or Path.home() / ".cache" / "llm_lightning").expanduser()
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hex sha256 of a file, read in blocks."""
+    """Return the hex sha256 of a file; reads it in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 18):
@@ -84,7 +84,7 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def commit(finished: Path, target: Path) -> None:
-    """Rename a flushed file or folder into place, and flush the folder, so that the rename survives a power cut."""
+    """Rename a flushed file or folder into place, and flush the parent folder: the rename then survives a power cut."""
     finished.replace(target)
     sync_folder(target.parent)
 
@@ -101,7 +101,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_figure(path: str | Path, figure: Figure) -> None:
-    """Write a picture in the format of the file's suffix, PNG without one."""
+    """Write a figure in the format of the file's suffix; PNG if there is none."""
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix[1:] or "png", dpi=120)
     write_atomically(path, image.getvalue())

@@ -1,8 +1,8 @@
 """HTTP in bounded time and memory, whatever the server does. Standard library only.
 
-The time limits of sockets are for one read, so a server that sends a byte now and then holds its client for ever; and
-nothing limits how much is read. Here every byte of an answer, its headers included, passes through one reader, which
-counts bytes and time against what its `Allowance` leaves.
+A socket timeout limits one read, so a server that sends a byte now and then can hold its client forever, and nothing
+limits the size of a response. Here one reader receives every byte of a response, headers included, and checks time and
+size against an `Allowance`.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 MOST_BYTES = 4 << 20
-"""Of one answer of `exchange`: an answer of a language model has a thousandth of it."""
+"""Limit of a response body in `exchange`; a language model's answer has about a thousandth of it."""
 HEADER_BYTES = 1 << 17
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class NoConnectionError(ConnectionError):
-    """Nothing accepts connections at the address."""
+    """No server accepts connections at the address."""
 
 
 class TooLongError(ConnectionError):
-    """An answer has more bytes than are read."""
+    """A response exceeds its size limit."""
 
 
 class Allowance(Protocol):
-    """What an answer may still take."""
+    """The time and size that a response may still use."""
 
     def seconds(self) -> float:
-        """How long the next read may wait; raises TimeoutError if there is no time left."""
+        """Timeout of the next read; raises TimeoutError if no time is left."""
 
     def take(self, n_bytes: int) -> None:
-        """Count what a read has brought; raises OSError if it is too much."""
+        """Count the bytes of a read; raises OSError above the limit."""
 
 
 class Once:
-    """So many seconds from now, and so many bytes besides the headers."""
+    """A total time, counted from now, and a limit of bytes in addition to the headers."""
 
     def __init__(self, seconds: float, most_bytes: int) -> None:
         self._deadline, self._bytes = time.monotonic() + seconds, _Bytes(most_bytes)
@@ -59,7 +59,7 @@ class Once:
 
 
 class Pace:
-    """As long as so many bytes besides the headers take, of which at least `least_bytes` come in every `seconds`."""
+    """A minimum rate, `least_bytes` in every `seconds`, and a limit of bytes in addition to the headers."""
 
     def __init__(self, seconds: float, least_bytes: float, most_bytes: int) -> None:
         self._seconds, self._least, self._bytes = seconds, least_bytes, _Bytes(most_bytes)
@@ -68,27 +68,27 @@ class Pace:
     def seconds(self) -> float:
         left = self._end - time.monotonic()
         if left <= 0:
-            if self._found < self._least:
-                raise TimeoutError(f"timed out: {self._found:,} bytes in {self._seconds:g} seconds")
+            if self._received < self._least:
+                raise TimeoutError(f"timed out: {self._received:,} bytes in {self._seconds:g} seconds")
             self._begin()
             return self._seconds
         return left
 
     def take(self, n_bytes: int) -> None:
-        self._found += n_bytes
+        self._received += n_bytes
         self._bytes.take(n_bytes)
 
     def _begin(self) -> None:
-        self._end, self._found = time.monotonic() + self._seconds, 0
+        self._end, self._received = time.monotonic() + self._seconds, 0
 
 
 class _Bytes:
     def __init__(self, most: int) -> None:
-        self._most, self._found = most, 0
+        self._most, self._received = most, 0
 
     def take(self, n_bytes: int) -> None:
-        self._found += n_bytes
-        if self._found > self._most + HEADER_BYTES:
+        self._received += n_bytes
+        if self._received > self._most + HEADER_BYTES:
             raise _too_long(self._most)
 
 
@@ -97,7 +97,7 @@ def _too_long(most: int) -> TooLongError:
 
 
 class Reply(NamedTuple):
-    """A whole answer."""
+    """A complete response."""
 
     status: int
     reason: str
@@ -108,33 +108,33 @@ class Reply(NamedTuple):
 def exchange(
     url: str, *, seconds: float, connect_seconds: float, body: bytes | None = None, headers: Mapping[str, str] = {}
 ) -> Reply:
-    """Send one request, POST if there is a body, and read its whole answer; redirects are not followed.
+    """Send one request, POST if it has a body, and read the whole response; redirects are not followed.
 
-    Proxies are taken from the environment, except for this machine, which they cannot reach.
+    Proxies come from the environment, except for requests to this machine, which proxies cannot reach.
 
     Args:
-        seconds: for all of it, from connecting to the last byte; looking up the host's name is left to the system.
-        connect_seconds: of it, for connecting.
+        seconds: total time, from connecting to the last byte; the DNS lookup has the system's own limit.
+        connect_seconds: the part of it for connecting.
 
     Raises:
-        NoConnectionError: if nothing accepts connections there.
-        TimeoutError: if the answer is not whole in time.
-        TooLongError: if it has more than `MOST_BYTES`.
-        OSError, http.client.HTTPException: if the connection breaks, or what comes is not HTTP.
+        NoConnectionError: if no server accepts connections there.
+        TimeoutError: if the response is not complete in time.
+        TooLongError: if the body exceeds `MOST_BYTES`.
+        OSError, http.client.HTTPException: if the connection breaks, or the response is not HTTP.
     """
     allowance = Once(seconds, MOST_BYTES)
-    # Not compressed, for 4 MiB of gzip may be 4 GiB of text.
+    # Uncompressed: 4 MiB of gzip can hold 4 GiB of text.
     request = urllib.request.Request(url, data=body, headers={**headers, "Accept-Encoding": "identity"})
     direct = urlsplit(url).hostname in LOCAL_HOSTS
     opened = opener(allowance, [] if direct else [urllib.request.ProxyHandler()])
     try:
         with opened.open(request, timeout=min(connect_seconds, allowance.seconds())) as response:
-            found = response.read(MOST_BYTES + 1)
-            if len(found) > MOST_BYTES:
+            content = response.read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
                 raise _too_long(MOST_BYTES)
-            if response.length:  # read(n) does not mind an end that comes too early
-                raise IncompleteRead(found, response.length)
-            return Reply(response.status, response.reason, response.headers, found)
+            if response.length:  # read(n) accepts a response that ends too early
+                raise IncompleteRead(content, response.length)
+            return Reply(response.status, response.reason, response.headers, content)
     except urllib.error.URLError as error:
         if isinstance(error.reason, OSError):
             raise error.reason from None
@@ -142,7 +142,7 @@ def exchange(
 
 
 def opener(allowance: Allowance, handlers: list[urllib.request.BaseHandler]) -> urllib.request.OpenerDirector:
-    """An opener for http and https, with nothing else but `handlers`, whose answers keep to the allowance."""
+    """An opener for http and https with only these `handlers`; its responses stay within the allowance."""
     opened = urllib.request.OpenerDirector()
     for handler in (_HTTPHandler(allowance), _HTTPSHandler(allowance), *handlers):
         opened.add_handler(handler)
@@ -150,7 +150,7 @@ def opener(allowance: Allowance, handlers: list[urllib.request.BaseHandler]) -> 
 
 
 class _Reader(io.RawIOBase):
-    """The bytes of a socket, as long as the allowance lasts."""
+    """Reads a socket while the allowance lasts."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, allowance: Allowance) -> None:
         self._raw, self._sock, self._allowance = raw, sock, allowance
@@ -188,11 +188,11 @@ class _Connection(HTTPConnection):
         except OSError as error:
             raise NoConnectionError(str(error) or type(error).__name__) from error
         assert self.sock is not None
-        self.sock.settimeout(self._allowance.seconds())  # of sending: all of it, not each packet
+        self.sock.settimeout(self._allowance.seconds())  # limits sending as a whole, not each packet
 
 
 class _SecureConnection(_Connection, HTTPSConnection):
-    """`_Connection.connect` around that of https."""
+    """`_Connection.connect` wraps that of `HTTPSConnection`."""
 
 
 class _HTTPHandler(urllib.request.HTTPHandler):

@@ -1,4 +1,4 @@
-"""What a user reads when the disk is full, or a file may not be written."""
+"""Error messages for a full disk and for files that may not be written."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _REFUSED = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 def explain(error: OSError, *, elsewhere: str, again: str) -> str:
-    """The words of an error; one of the system's own, which names no remedy, is given one.
+    """The message of an error; the system's own errors name no remedy, so one is added.
 
     Args:
-        elsewhere: how another place is chosen for files that are not those of the cache.
-        again: what to do when there is room.
+        elsewhere: how to choose another place for files outside the cache.
+        again: what to do once there is room.
     """
-    if error.errno not in (*_FULL, *_REFUSED):  # ours have no errno
+    if error.errno not in (*_FULL, *_REFUSED):  # our own errors have no errno
         return str(error)
     if _is_in_cache(error.filename):
         there = "make room there" if error.errno in _FULL else "make it accessible"

@@ -1,8 +1,8 @@
-"""Pinned downloads of web addresses: a file is complete and verified, or absent. `hub.py` does the hub's.
+"""Pinned downloads of web addresses: a file is complete and verified, or absent. `hub.py` does the same for the hub.
 
-The sha256 of every file is in our source, so it does not matter what a server, a proxy or a broken disk sends: the
-file appears under its name only after its digest is right. A failed download is kept as `<name>.part` and resumed. A
-file that is already there is verified without opening a connection.
+The sha256 of every file is in our source, so no server, proxy or disk needs trust: a file gets its name only after its
+digest is verified. A failed download is kept as `<name>.part` and resumed. An existing file is verified without
+opening a connection.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles from there
-TIMEOUT = 30.0  # seconds without a byte, or below the least rate
-LEAST_RATE = 1000.0  # bytes per second: a server that sends a byte now and then must not hold us
-LARGEST = 16 << 30  # bytes of a file whose size is not pinned
+TIMEOUT = 30.0  # seconds without a byte, or below the minimum rate
+LEAST_RATE = 1000.0  # bytes per second: a server that sends a byte now and then must not hold the client
+LARGEST = 16 << 30  # bytes: the limit for a file whose size is not pinned
 BLOCK = 1 << 18
 SHA256 = "[0-9a-f]{64}"
 
-# Worth another attempt. Any other OSError (full disk, no permission) is not the network's and goes straight up.
+# Worth another attempt. Any other OSError (full disk, no permission) is not a network error and is raised at once.
 _NETWORK_ERRORS = (
     urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError
 )  # fmt: skip
@@ -52,17 +52,17 @@ class DownloadError(OSError):
 
 @dataclass(frozen=True)
 class Pinned:
-    """One file on the web, fixed by its sha256."""
+    """One file on the web, pinned by its sha256."""
 
     url: str
     sha256: str
     n_bytes: int | None
     filename: str
-    """Its name in our cache."""
+    """Its name in the cache."""
     member: str | None = None
-    """A file inside a zip archive; `sha256` is then its digest, whatever the archive's is."""
+    """A file inside a zip archive; `sha256` is then the digest of this file, not of the archive."""
     member_bytes: int = 0
-    """Its size; no more is unpacked."""
+    """Size of the member; no more is unpacked."""
 
 
 def check_name(name: str | None, named: Collection[str]) -> None:
@@ -78,9 +78,9 @@ def file_of(named: Path | Pinned) -> Path:
 
 
 def download(pinned: Pinned, folder: Path | None = None) -> Path:
-    """The path of the verified file, downloaded only if there is no verified copy.
+    """Return the path of the verified file; download it only if there is no verified copy.
 
-    Any number of processes may call it at once: one downloads, the others wait.
+    Several processes may call it at once: one downloads, the others wait.
 
     Raises:
         DownloadError: if no attempt delivered the pinned bytes.
@@ -97,7 +97,7 @@ def download(pinned: Pinned, folder: Path | None = None) -> Path:
                 part.unlink(missing_ok=True)
             except DownloadError:
                 raise
-            except OSError as error:  # the disk's, not the network's
+            except OSError as error:  # from the disk, not the network
                 reason = f"{part} cannot be written ({error.strerror or error}); make room there, or set "
                 raise _failure(pinned, part, f"{reason}LLM_LIGHTNING_CACHE to another folder") from error
     return target
@@ -113,7 +113,7 @@ def _is_right(target: Path, pinned: Pinned) -> bool:
 
 
 def _fetch(pinned: Pinned, part: Path) -> None:
-    """Complete `part` over several connections."""
+    """Download until `part` is complete and verified, over up to `ATTEMPTS` connections."""
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -124,7 +124,7 @@ def _fetch(pinned: Pinned, part: Path) -> None:
         except urllib.error.HTTPError as error:
             reason = f"the server answers {error.code} {' '.join(error.reason.split())[:100]}"
             error.close()
-            if error.code == 416:  # the range is behind the end: our part is not a beginning of the file
+            if error.code == 416:  # the range starts past the end: `part` is not the beginning of the file
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
                 break
@@ -136,7 +136,7 @@ def _fetch(pinned: Pinned, part: Path) -> None:
                 return
             reason = f"the {part.stat().st_size} bytes received have sha256 {actual}, expected {pinned.sha256}"
             part.unlink()
-            if not resuming:  # all of it came from this server: another attempt would deliver the same
+            if not resuming:  # all bytes came from this server: another attempt would deliver the same
                 break
     raise _failure(pinned, part, reason)
 
@@ -145,9 +145,9 @@ def _member_bytes(archive: Path, pinned: Pinned) -> bytes:
     assert pinned.member is not None
     try:
         with zipfile.ZipFile(archive) as opened, opened.open(pinned.member) as member:
-            return member.read(pinned.member_bytes + 1)  # never more, whatever the archive says
+            return member.read(pinned.member_bytes + 1)  # a limit, because the archive may state a wrong size
     except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
-        return repr(error).encode()  # has a wrong digest, too
+        return repr(error).encode()  # its digest is wrong, so the caller rejects it
 
 
 def _digest_of_member(archive: Path, pinned: Pinned) -> str:
@@ -155,7 +155,7 @@ def _digest_of_member(archive: Path, pinned: Pinned) -> str:
 
 
 def _unpacked(archive: Path, pinned: Pinned) -> Path:
-    """The member beside the archive, flushed."""
+    """Unpack the member beside the archive and flush it."""
     unpacked = archive.with_suffix(".tmp")
     with unpacked.open("wb") as file:
         file.write(_member_bytes(archive, pinned))
@@ -177,7 +177,7 @@ def _receive(pinned: Pinned, part: Path) -> None:
     if held and held == pinned.n_bytes:
         return
     most = LARGEST if pinned.n_bytes is None else pinned.n_bytes
-    if held > most:  # not a beginning of the file
+    if held > most:  # too long to be the beginning of the file
         part.unlink()
         held = 0
     headers = {"User-Agent": "llm-lightning", "Accept-Encoding": "identity"}
@@ -195,13 +195,13 @@ def _receive(pinned: Pinned, part: Path) -> None:
 
 
 def _first_byte(response: http.client.HTTPResponse, held: int, part: Path) -> int:
-    """The position in the file where the response starts: `held`, or 0 if the range was ignored."""
+    """Offset in the file at which the response starts: `held`, or 0 if the server ignored the range."""
     if response.status != 206:
         return 0
     stated = response.headers.get("Content-Range", "")
     if not stated.startswith(f"bytes {held}-"):
         part.unlink(missing_ok=True)
-        raise ConnectionError(f"asked for bytes from {held}, the server sends '{stated}'")
+        raise ConnectionError(f"requested bytes from {held}, the server sends '{stated}'")
     return held
 
 
@@ -215,7 +215,7 @@ def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int
             bar.update(len(block))
             received += len(block)
             if end is not None and received > end:
-                break  # too long: the digest will refuse it, and the disk is not filled
+                break  # too long: the digest will be wrong, and the disk must not fill up
         file.flush()
         os.fsync(file.fileno())
     if end is not None and received < end:
@@ -223,7 +223,7 @@ def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects only to https, or from http to http: never to a file, never down to plain text."""
+    """Follow redirects only to https, or from http to http: never to a file, never from https to http."""
 
     def redirect_request(
         self,
@@ -237,12 +237,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         allowed = {"https"} if req.type == "https" else {"http", "https"}
         if urlsplit(newurl).scheme not in allowed:
             raise DownloadError(f"cannot download {req.full_url}: it redirects to {newurl}, which is refused")
-        fp.close()  # or its page would be read whole, whatever its size
+        fp.close()  # otherwise the whole body would be read, of any size
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _open(request: urllib.request.Request, most_bytes: int) -> http.client.HTTPResponse:
-    """Open an http or https address; there are no handlers for other schemes."""
+    """Open an http or https address; other schemes have no handler."""
     if urlsplit(request.full_url).scheme not in ("http", "https"):
         raise DownloadError(f"cannot download {request.full_url}: only http and https addresses are fetched")
     handlers = [

@@ -1,10 +1,10 @@
-"""What frozen parts of a model compute, computed once and kept on disk.
+"""Outputs of frozen parts of a model, computed once and kept on disk.
 
-Where the lower blocks of a model are frozen and deterministic, they give the same rows for the same tokens in every
-epoch, restart and job of a sweep. A store belongs to one identity (weights, settings, number format); in it every
-example is found by the digest of its content. What is missing is computed under a lock and added as one more
-segment: a file of rows and an index, which appears last and is complete or absent. Nothing is ever changed in
-place, so any number of processes read while one adds. The folder can be deleted at any time.
+Frozen, deterministic lower blocks give the same rows for the same tokens in every epoch, restart and job of a sweep. A
+cache belongs to one identity (weights, settings, number format); the digest of an example's content is its key. Missing
+examples are computed under a lock and added as a new segment: a file of rows and an index, which is written last and is
+complete or absent. No file is ever modified, so any number of processes can read while one adds. The folder can be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tqdm import tqdm
 from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
 
 CODE_VERSION = 1
-"""Raise it when the same weights and tokens would give other rows."""
+"""Increase it whenever the same weights and tokens would give other rows."""
 
 MOST_TOUCHED = 1 << 22
-"""Bytes read before mapped pages are let go."""
+"""Bytes read before mapped pages are released."""
 
 _STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.bfloat16: np.uint16}
 
@@ -39,25 +39,25 @@ log = logging.getLogger(__name__)
 
 
 class FrozenCacheError(OSError):
-    """The store cannot be written; training can go on without it."""
+    """The cache cannot be written; training can go on without it."""
 
 
 class Segment(NamedTuple):
-    """Rows of some examples, one after the other in a memory-mapped file."""
+    """Rows of some examples, consecutive in a memory-mapped file."""
 
     rows: np.ndarray
-    """(n, width), bfloat16 as the bits of uint16."""
+    """(n, width); bfloat16 as its bits in uint16."""
     spans: dict[bytes, tuple[int, int]]
-    """key -> first row, and the one behind the last"""
+    """key -> (first row, last row + 1)"""
 
 
 class FrozenCache:
-    """Rows by content key.
+    """Rows of examples by content key.
 
     Args:
-        identity: plain values that decide what is computed: digest of the weights, cut, settings.
-        width: of a row.
-        dtype: of the rows: float16, bfloat16, float32 or float64.
+        identity: plain values that determine the rows: digest of the weights, frozen depth, settings.
+        width: values per row.
+        dtype: float16, bfloat16, float32 or float64.
         folder: default: `frozen` in the cache folder.
     """
 
@@ -70,19 +70,19 @@ class FrozenCache:
         key = hashlib.sha256(self._identity.encode()).hexdigest()[:32]
         self.folder = (folder or cache_dir() / "frozen") / key
         self._segments: dict[str, Segment] = {}
-        self._find: dict[bytes, Segment] = {}
-        self._touched = 0
+        self._segment_of: dict[bytes, Segment] = {}
+        self._bytes_read = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_segments": {}, "_find": {}}  # memory maps are opened anew in another process
+        return {**self.__dict__, "_segments": {}, "_segment_of": {}}  # another process opens its own memory maps
 
     def __len__(self) -> int:
         self._open()
-        return len(self._find)
+        return len(self._segment_of)
 
     def __contains__(self, key: bytes) -> bool:
         self._open()
-        return key in self._find
+        return key in self._segment_of
 
     @property
     def n_bytes(self) -> int:
@@ -99,19 +99,19 @@ class FrozenCache:
         rows_per_batch: int,
         description: str,
     ) -> int:
-        """Compute and keep what is missing of `keys`.
+        """Compute and store the rows of those `keys` that are missing.
 
-        Of several processes that miss something, one computes and the others wait and find it.
+        Of several processes, one computes and the others wait for its rows.
 
         Args:
-            keys: one per example; equal keys stand for equal rows.
+            keys: one per example; equal keys mean equal rows.
             n_rows: rows of each example.
-            compute: indices of examples -> their rows, one after the other: (sum of their n_rows, width).
-            rows_per_batch: rows of one call, the padding to its longest example included.
+            compute: indices of examples -> their concatenated rows, (sum of their n_rows, width).
+            rows_per_batch: most rows per call, padding to the longest example included.
             description: of the progress bar.
 
         Returns:
-            how many examples were computed.
+            the number of examples computed.
 
         Raises:
             FrozenCacheError: if the disk is too full or cannot be written.
@@ -135,36 +135,36 @@ class FrozenCache:
 
     def rows(self, key: bytes) -> Tensor:
         """The rows of one example, (n_rows, width)."""
-        segment = self._find.get(key)
+        segment = self._segment_of.get(key)
         if segment is None:
             self._open()
-            segment = self._find[key]
+            segment = self._segment_of[key]
         start, end = segment.spans[key]
         return self._tensor(segment.rows[start:end])
 
     def batch(self, keys: Sequence[bytes], length: int) -> Tensor:
-        """The rows of several examples, zeros behind the end of each: (B, length, width)."""
+        """The rows of several examples, padded with zeros: (B, length, width)."""
         padded = torch.zeros(len(keys), length, self.width, dtype=self.dtype)
-        for place, rows in zip(padded, map(self.rows, keys), strict=True):
-            place[: len(rows)] = rows
-        self._touched += padded.nbytes
-        if self._touched > MOST_TOUCHED:
+        for example, rows in zip(padded, map(self.rows, keys), strict=True):
+            example[: len(rows)] = rows
+        self._bytes_read += padded.nbytes
+        if self._bytes_read > MOST_TOUCHED:
             self._release_pages()
         return padded
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def _missing(self, keys: Sequence[bytes]) -> list[int]:
-        """Indices of the first of each key that is not here."""
+        """Indices of the missing examples, the first for each key."""
         self._open()
         first: dict[bytes, int] = {}
         for index, key in enumerate(keys):
-            if key not in self._find:
+            if key not in self._segment_of:
                 first.setdefault(key, index)
         return list(first.values())
 
     def _open(self) -> None:
-        """Take in segments that were added since; one that is damaged is set aside."""
+        """Open segments added since the last call; a damaged one is renamed."""
         if not self.folder.is_dir():
             return
         for index in sorted(self.folder.glob("*.json")):
@@ -177,11 +177,11 @@ class FrozenCache:
                 index.replace(index.with_suffix(".damaged"))
                 continue
             self._segments[index.stem] = segment
-            self._find |= dict.fromkeys(segment.spans, segment)
+            self._segment_of |= dict.fromkeys(segment.spans, segment)
 
     def _release_pages(self) -> None:
-        """Let the system count pages that were read as its cache, no longer as memory of this process."""
-        self._touched = 0
+        """Release pages that were read: the system then counts them as its cache, not as memory of this process."""
+        self._bytes_read = 0
         for segment in self._segments.values():
             mapped = getattr(segment.rows, "_mmap", None)
             if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -216,7 +216,7 @@ class FrozenCache:
         missing.sort(key=lambda index: (n_rows[index], keys[index]))  # shortest first, always in the same order
         total = sum(n_rows[index] for index in missing)
         self._check_space(total * self.width * self.dtype.itemsize)
-        for stray in [*self.folder.glob("*.tmp"), *self.folder.glob("*.rows")]:  # of a process that was killed
+        for stray in [*self.folder.glob("*.tmp"), *self.folder.glob("*.rows")]:  # left by a process that was killed
             if not stray.with_suffix(".json").exists():
                 stray.unlink()
         write_atomically(self.folder / "identity.json", self._identity + "\n")
@@ -249,7 +249,7 @@ class FrozenCache:
         assert rows.shape == (expected, self.width), f"{tuple(rows.shape)} rows for ({expected}, {self.width})"
         assert rows.dtype == self.dtype, f"{rows.dtype} rows for {self.dtype}"
         if not rows.isfinite().all():
-            raise ValueError(f"the frozen part gives values that are not finite for one of the examples {batch}")
+            raise ValueError(f"the frozen part computes values that are not finite for one of the examples {batch}")
         rows = rows.detach().cpu().contiguous()
         return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy().tobytes()
 
@@ -260,7 +260,7 @@ class FrozenCache:
 
 
 def _batches(indices: Sequence[int], n_rows: Sequence[int], rows_per_batch: int) -> Iterable[list[int]]:
-    """Consecutive indices, as many as fit into `rows_per_batch` padded rows; `n_rows` rises along them."""
+    """Batches of consecutive indices, at most `rows_per_batch` padded rows each; `n_rows` must be ascending."""
     batch: list[int] = []
     for index in indices:
         if batch and (len(batch) + 1) * n_rows[index] > rows_per_batch:

@@ -1,7 +1,7 @@
-"""Files of the Hugging Face hub, fetched by `huggingface_hub` and verified by us.
+"""Files of the Hugging Face hub: `huggingface_hub` downloads them, we verify them.
 
-`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and proxies work as everywhere; an interrupted download is resumed. The
-client trusts the ETag of a server, so we compare the sha256 of the bytes before a file gets its name in our cache.
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and proxies work as usual; an interrupted download is resumed. The client
+trusts the server's ETag, so we compare the sha256 of the bytes before a file gets its name in the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class HubFile(NamedTuple):
     """One file of a repository at a commit.
 
-    `sha256=None`: the digest that the hub states at the first download is remembered, and holds from then on.
+    `sha256=None`: the digest that the hub states at the first download is stored, and required from then on.
     """
 
     repository: str
@@ -39,9 +39,9 @@ class HubFile(NamedTuple):
 
 
 def fetch(file: HubFile, name: str) -> tuple[Path, str]:
-    """The verified file, called `name` in our cache, and its sha256. Only the file itself is requested.
+    """Return the verified file, `name` in the cache, and its sha256. No other file is requested.
 
-    A copy in the client's own cache is used if its sha256 is right.
+    A copy in the client's own cache is used if its sha256 matches.
 
     Raises:
         DownloadError: if it cannot be downloaded, or its bytes have another sha256.
@@ -52,21 +52,21 @@ def fetch(file: HubFile, name: str) -> tuple[Path, str]:
         return target, known
     with locked(target):
         digest = file.sha256 or _remembered(file) or _stated(file)
-        if target.exists():  # of another process, or damaged
+        if target.exists():  # from another process, or damaged
             if (actual := sha256_of(target)) == digest:
                 return target, digest
             log.warning("%s has sha256 %s, expected %s: downloading it again", target, actual, digest)
         copy = _in_client_cache(file)
         if copy is not None and sha256_of(copy) == digest:
             return copy, digest
-        _download(file, target, digest, force=copy is not None)  # else the client would copy its damaged file
+        _download(file, target, digest, force=copy is not None)  # without force the client would copy its damaged file
     return target, digest
 
 
 def _download(file: HubFile, target: Path, digest: str, *, force: bool) -> None:
     from huggingface_hub import hf_hub_download
 
-    folder = target.with_name(f"{target.name}.hub")  # keeps what has arrived, for the next attempt
+    folder = target.with_name(f"{target.name}.hub")  # keeps a partial download for the next attempt
     remedy = f"put a copy with sha256 {digest} at {target}"
     with _one_error(file, remedy), _without_xet():
         options: dict[str, Any] = {"local_dir": folder, "endpoint": _endpoint(), "force_download": force}
@@ -87,7 +87,7 @@ def _in_client_cache(file: HubFile) -> Path | None:
 
 
 def _remembered(file: HubFile) -> str | None:
-    """The digest that the hub stated before; None if there is none, or the record is damaged."""
+    """The digest stored at the first download; None if there is none, or the record is damaged."""
     try:
         kept = json.loads(_record(file).read_bytes())["sha256"]
     except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
@@ -96,7 +96,7 @@ def _remembered(file: HubFile) -> str | None:
 
 
 def _stated(file: HubFile) -> str:
-    """Ask the hub for the sha256 of a large file, its ETag, and remember it."""
+    """Request the sha256 of a large file, which is its ETag on the hub, and store it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(file.repository, file.path, revision=file.revision, endpoint=_endpoint())
@@ -120,7 +120,7 @@ def _endpoint() -> str | None:
 
 @contextmanager
 def _without_xet() -> Iterator[None]:
-    """Plain HTTP: the client's other way asks further services, which mirrors lack."""
+    """Download over plain HTTP: the client's other protocol (Xet) needs services that mirrors lack."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
@@ -132,7 +132,7 @@ def _without_xet() -> Iterator[None]:
 
 @contextmanager
 def _one_error(file: HubFile, remedy: str) -> Iterator[None]:
-    """Turn the exceptions of the client into one that names the file, the reason and the remedy."""
+    """Turn the client's exceptions into a DownloadError that names the file, the reason and the remedy."""
     from huggingface_hub import errors
 
     try:
@@ -152,6 +152,6 @@ def _one_error(file: HubFile, remedy: str) -> Iterator[None]:
         where = "make room there, or set LLM_LIGHTNING_CACHE to another folder"
         raise DownloadError(f"cannot download {file}: {error.strerror} ({error.filename}); {where}") from error
     except Exception as error:
-        if not type(error).__module__.startswith(("httpx", "requests")):  # the client's own client, of any version
+        if not type(error).__module__.startswith(("httpx", "requests")):  # the client's HTTP library
             raise
         raise DownloadError(f"cannot download {file}: {' '.join(str(error).split())[:200]}; {remedy}") from error

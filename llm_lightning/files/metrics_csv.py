@@ -1,6 +1,6 @@
-"""The rows of `metrics.csv`: reading them, whatever a killed process left, and writing them.
+"""Read and write the rows of `metrics.csv`. A file that a killed process left incomplete is readable, too.
 
-A row holds the cells that are not empty, by column, as text.
+A row maps columns to their non-empty cells, as text.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Covered(NamedTuple):
     last: int = -1
     """Step of the last row."""
     sha256: str = ""
-    """Chained: over the digest of the rows before the last one, and that row's cells."""
+    """Chained: hash of the digest before the last row and that row's cells."""
 
     def followed_by(self, rows: Iterable[Row]) -> Covered:
-        """The same with further rows."""
+        """This digest, extended by further rows."""
         n_rows, last, digest = self
         for row in rows:
             n_rows, last = n_rows + 1, int(row["step"])
@@ -40,7 +40,7 @@ class Covered(NamedTuple):
 
 
 def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a `metrics.csv`: for each metric its (step, value) pairs in order.
+    """The curves in a `metrics.csv`: metric -> (step, value) pairs in file order.
 
     Raises:
         ValueError: if a cell is not a number.
@@ -57,7 +57,7 @@ def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def parse(content: bytes) -> tuple[list[str], list[Row]]:
-    """Columns and rows of a metrics file; unfinished lines, without an end or with too few cells, are left out."""
+    """Columns and rows of a metrics file; unfinished lines (no newline, too few cells) are left out."""
     columns, *lines = _cells(content) or [[]]
     rows = [{name: cell for name, cell in zip(columns, cells, strict=True) if cell}
             for cells in lines if _is_row(cells, columns)]  # fmt: skip
@@ -65,13 +65,13 @@ def parse(content: bytes) -> tuple[list[str], list[Row]]:
 
 
 def unreadable(content: bytes) -> list[int]:
-    """Numbers of the lines that are not rows, without the last line, which a killed process may leave unfinished."""
+    """Numbers of the lines that are not rows, except the last line, which a killed process may leave unfinished."""
     columns, *lines = _cells(content) or [[]]
     return [number for number, cells in enumerate(lines[:-1], start=2) if not _is_row(cells, columns)]
 
 
 def _cells(content: bytes) -> list[list[str]]:
-    """The cells of each line; damage in one line, such as a stray quote, does not affect the next ones."""
+    """The cells of each line; a damaged line, such as one with a stray quote, does not affect the next."""
     whole = content[: content.rfind(b"\n") + 1].decode(errors="replace").replace("\0", "\ufffd")
     return [_split(line.rstrip("\r")) for line in whole.split("\n")[:-1]]
 
@@ -108,7 +108,7 @@ def lines_of(columns: list[str], rows: Iterable[Row]) -> bytes:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """One row per step, in the order of steps; later values win."""
+    """One row per step, sorted by step; later values win."""
     by_step: dict[int, Row] = {}
     for row in rows:
         by_step.setdefault(int(row["step"]), {}).update(row)

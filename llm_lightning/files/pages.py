@@ -1,4 +1,4 @@
-"""HTML pages from templates. Whatever is filled in is escaped."""
+"""HTML pages from templates. All values are escaped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a Jinja template; HTML in the values becomes text."""
+    """Render a Jinja template; HTML in the values is shown as text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -1,7 +1,7 @@
-"""Where the files are that a run was made from: its data, its first weights, its reference.
+"""Paths of a run's inputs: its data, its initial weights, its reference.
 
-A run keeps each place as it was typed, as it was found, and relative to the run folder. A project that was moved or
-copied takes its files along, so that the last is looked at first; what counts is the digest of what is there.
+A run records each path as it was typed, as an absolute path, and relative to the run folder. A project that was moved
+or copied takes its files along, so the relative path is tried first. The digest of the content decides.
 """
 
 from __future__ import annotations
@@ -12,84 +12,84 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-Found = TypeVar("Found")
+Built = TypeVar("Built")
 
 
 def place_of(typed: str | Sequence[str], found: Iterable[str], run_dir: str | Path, digest: str) -> dict[str, Any]:
-    """What a run keeps of one of its places, as plain values.
+    """The record of one input of a run, as plain values.
 
     Args:
         typed: the setting.
-        found: the absolute paths that it meant.
+        found: its absolute paths.
         run_dir: the run folder.
-        digest: of what was there.
+        digest: of the content.
     """
-    words = list(found)
+    paths = list(found)
     return {
         "typed": typed if isinstance(typed, str) else list(typed),
-        "found": words,
-        "from_run": _relative(words, Path(run_dir)),
+        "found": paths,
+        "from_run": _relative(paths, Path(run_dir)),
         "digest": digest,
     }
 
 
 def candidates(place: Any, run_dir: Path | None) -> list[list[str]]:
-    """Where to look for a recorded place, the likeliest first; nothing for what is no place."""
+    """Possible paths of a recorded input, the likeliest first; empty if `place` is not such a record."""
     place = place if isinstance(place, Mapping) else {}
     moved = _texts(place.get("from_run")) if run_dir is not None else []
-    # As text: the folders on the way may be links, and `..` means the folder that is written before it.
-    near = [os.path.normpath(Path(run_dir).absolute() / word) for word in moved]  # type: ignore[arg-type]
-    return [words for words in (near, _texts(place.get("found"))) if words]
+    # `..` is resolved as text, because folders on the way may be links: it means the folder written before it.
+    near = [os.path.normpath(Path(run_dir).absolute() / path) for path in moved]  # type: ignore[arg-type]
+    return [paths for paths in (near, _texts(place.get("found"))) if paths]
 
 
 def existing(options: Iterable[Sequence[str]]) -> list[list[str]]:
-    """Those of `options` of which every path, or folder of a glob, is there; each once."""
-    found: dict[tuple[str, ...], list[str]] = {}
-    for words in options:
-        if words and all(Path(word).expanduser().exists() or glob.has_magic(word) for word in words):
-            found.setdefault(tuple(str(Path(word).expanduser().resolve()) for word in words), list(words))
-    return list(found.values())
+    """The `options` whose paths all exist or are globs, without duplicates."""
+    unique: dict[tuple[str, ...], list[str]] = {}
+    for paths in options:
+        if paths and all(Path(path).expanduser().exists() or glob.has_magic(path) for path in paths):
+            unique.setdefault(tuple(str(Path(path).expanduser().resolve()) for path in paths), list(paths))
+    return list(unique.values())
 
 
 def run_dir_of(checkpoint: Path | None) -> Path | None:
-    """The run folder that a checkpoint lies in; None if it lies elsewhere."""
+    """The run folder that contains a checkpoint; None if it is elsewhere."""
     if checkpoint is None or checkpoint.absolute().parent.name != "checkpoints":
         return None
     return checkpoint.absolute().parents[1]
 
 
 def parent_names(header: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
-    """Where the first weights of a checkpoint's run may be now, the likeliest first; a name as it is."""
+    """Possible paths of a run's initial weights, the likeliest first; a model name is kept as it is."""
     lineage = header.get("lineage", {})
     run_dir, place = run_dir_of(checkpoint), lineage.get("places", {}).get("init_from")
     return names_of_parent(lineage.get("parent_name"), place, run_dir)
 
 
 def names_of_parent(name: str | None, place: Any, run_dir: Path | None) -> list[str]:
-    """The same, of a lineage whose run folder is known."""
-    names = [words[0] for words in existing(candidates(place, run_dir))]
+    """As `parent_names`, for a lineage whose run folder is known."""
+    names = [paths[0] for paths in existing(candidates(place, run_dir))]
     return list(dict.fromkeys([*names, *([name] if name else [])]))
 
 
 def read_data_again(
     header: Mapping[str, Any],
     checkpoint: Path | None,
-    build: Callable[[dict[str, Any]], Found],
-    digest_of: Callable[[Found], str],
-) -> Found:
-    """The data that a checkpoint's own settings name, from where it is now.
+    build: Callable[[dict[str, Any]], Built],
+    digest_of: Callable[[Built], str],
+) -> Built:
+    """Read the data that a checkpoint's settings name, from its present path.
 
     Args:
         header: of the checkpoint.
-        checkpoint: its file, if it is one.
-        build: reads what some settings of `data` name.
-        digest_of: of what was built.
+        checkpoint: its file, if there is one.
+        build: reads data by settings of `data`.
+        digest_of: computes the digest of built data.
 
     Returns:
-        what has the digest that the run wrote down; if nothing has, the first that could be read.
+        the data with the digest that the run recorded; if there is none, the first that could be read.
 
     Raises:
-        ValueError, OSError: as `build` does, if nothing can be read.
+        ValueError, OSError: the first error of `build`, if no data can be read.
     """
     settings, lineage = dict(header.get("config", {}).get("data") or {}), header.get("lineage", {})
     typed = settings.get("path")
@@ -97,35 +97,35 @@ def read_data_again(
     if typed is not None:
         place = lineage.get("places", {}).get("data.path")
         places = existing(candidates(place, run_dir_of(checkpoint)))
-        options = [settings | {"path": as_setting(typed, words)} for words in places] or options
-    found: list[Found] = []
+        options = [settings | {"path": as_setting(typed, paths)} for paths in places] or options
+    others: list[Built] = []
     first_error: Exception | None = None
     for option in options:
         try:
-            one = build(option)
-            if digest_of(one) == lineage.get("data"):
-                return one
+            data = build(option)
+            if digest_of(data) == lineage.get("data"):
+                return data
         except (ValueError, OSError) as error:
             first_error = first_error or error
             continue
-        found.append(one)
-    if not found:
+        others.append(data)
+    if not others:
         assert first_error is not None
         raise first_error
-    return found[0]
+    return others[0]
 
 
-def as_setting(typed: Any, words: Sequence[str]) -> str | list[str]:
-    """`words` as a setting of the kind of `typed`: one path stays one."""
-    return words[0] if len(words) == 1 and isinstance(typed, str) else list(words)
+def as_setting(typed: Any, paths: Sequence[str]) -> str | list[str]:
+    """`paths` as a setting of the same type as `typed`: a single path stays a string."""
+    return paths[0] if len(paths) == 1 and isinstance(typed, str) else list(paths)
 
 
-def _relative(words: Iterable[str], run_dir: Path) -> list[str]:
+def _relative(paths: Iterable[str], run_dir: Path) -> list[str]:
     try:
-        return [os.path.relpath(word, run_dir.absolute()) for word in words]
-    except ValueError:  # another drive of Windows
+        return [os.path.relpath(path, run_dir.absolute()) for path in paths]
+    except ValueError:  # on another drive of Windows
         return []
 
 
 def _texts(value: Any) -> list[str]:
-    return value if isinstance(value, list) and all(isinstance(word, str) for word in value) else []
+    return value if isinstance(value, list) and all(isinstance(path, str) for path in value) else []

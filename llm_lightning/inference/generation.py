@@ -1,7 +1,7 @@
-"""Text continuation with a KV cache: several prompts in one batch, greedy or sampled. Knows no tokenizer.
+"""Text continuation with a KV cache: several prompts in one batch, greedy or sampled. Works on token ids only.
 
-Prompts of different lengths are padded on the left, so that the next position of every row is the same slot of the
-cache; a mask hides the padding and each row counts its own positions. A row gives what its prompt gives alone.
+Prompts of different lengths are padded on the left, so that all rows write to the same cache slot in each step; a mask
+hides the padding, and each row counts its own positions. A row's result does not depend on the rest of the batch.
 
 Tensor letters: B batch (rows still running), T prompt length, S slots in use, V vocabulary, K candidates.
 """
@@ -23,18 +23,18 @@ from llm_lightning.models.attention import Context, causal_mask
 from llm_lightning.models.gpt import GPT
 
 PACKING_PAYS_FROM = 32
-"""Steps from which `packed_linears` is worth its preparation."""
+"""From this many steps on, `packed_linears` saves more time than it costs."""
 
 COMPACT_AT = 0.75
-"""Share of running rows at which the others leave the batch: they cost little beside the copy of the cache."""
+"""Share of running rows at which finished rows leave the batch; earlier, copying the cache costs more."""
 
 SHORTLIST = 1024
-"""Tokens that `top_p` looks at first: sorting all 50,257 takes a fifth of the time of a step."""
+"""The likeliest tokens, which `top_p` tries first: sorting all 50,257 takes a fifth of a step's time."""
 
 log = logging.getLogger(__name__)
 
 OnToken = Callable[[int, int], None]
-"""Called with (row, id) as each new token is known; a stop id is not reported."""
+"""Called with (row, id) for each new token, but not for a stop id."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Sampling:
     """How the next token is drawn. `temperature=0` is greedy: always the likeliest token.
 
     `top_k` keeps the k likeliest tokens; `top_p` then keeps the fewest of them whose probabilities sum to at
-    least top_p (nucleus sampling, Holtzman et al. 2020). With a `seed`, row i of a batch always draws the same
-    numbers, whatever else is in the batch.
+    least top_p (nucleus sampling, Holtzman et al. 2020). With a `seed`, row i of a batch draws the same random
+    numbers in any batch.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -79,15 +79,15 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt, all in one batch.
 
-    A row ends after `max_new_tokens`, before a stop id, or at the model's context limit (which is logged). The
-    last token may stand one past the context: it is never fed back. No global random state is touched, and the
-    model is left in the mode it was in.
+    A row ends after `max_new_tokens`, before a stop id, or at the model's context limit (logged as a warning). The
+    last token may be one past the context, because it is never fed back. Global random state and the model's mode
+    are left unchanged.
 
     Args:
         prompts: token ids, one sequence per row, at least one id each.
         temperature, top_k, top_p, seed: see `Sampling`.
         stop_ids: ids that end a row, such as the end of text.
-        never: ids that are never drawn, however likely: rows of the head that stand for no token (see
+        never: ids that are never drawn, such as rows of the head without a token (see
             `Tokenizer.ids_without_token`).
         on_token: see `OnToken`.
 
@@ -96,7 +96,7 @@ def generate(
 
     Raises:
         ValueError: if a prompt is empty, longer than the context or holds an unknown id, or a setting is out of
-            its range.
+            range.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 1:
@@ -119,11 +119,11 @@ def generate(
 
 
 def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Draw one id per row: the token at which the cumulative probability passes `uniform`.
+    """Draw one id per row by inverting the cumulative distribution at `uniform`.
 
     Args:
         logits: (B, V).
-        uniform: (B, 1) float32 in [0, 1); not read when greedy.
+        uniform: (B, 1) float32 in [0, 1); unused if greedy.
 
     Returns:
         (B,) int64.
@@ -131,7 +131,7 @@ def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     logits = logits.float()
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    # Largest score 0: however small the temperature, the division cannot overflow to +inf.
+    # The largest score is 0, so the division cannot overflow to +inf at any temperature.
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     probabilities = scores.softmax(dim=-1)
     if sampling.top_k is None and sampling.top_p is None:
@@ -141,17 +141,17 @@ def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _likeliest(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The probabilities that top_k and top_p leave over, in falling order, (B, K), and their ids."""
+    """The probabilities left by top_k and top_p, descending (B, K), and their ids."""
     vocab_size = probabilities.size(-1)
     kept, ids = probabilities.topk(min(sampling.top_k or SHORTLIST, vocab_size))
     if sampling.top_p is None:
         return kept, ids
     held = kept.sum(dim=-1, keepdim=True)
     if sampling.top_k is None:
-        if (held < sampling.top_p).any():  # too flat for a short list
+        if (held < sampling.top_p).any():  # the distribution is too flat for the short list
             kept, ids = probabilities.sort(dim=-1, descending=True)
         held = torch.ones_like(held)
-    before = kept.cumsum(dim=-1) - kept  # what the likelier tokens hold together
+    before = kept.cumsum(dim=-1) - kept  # total probability of the likelier tokens
     return kept.masked_fill(before >= sampling.top_p * held, 0.0), ids
 
 
@@ -170,17 +170,17 @@ def _decode(
     never: Tensor | None,
     on_token: OnToken | None,
 ) -> list[list[int]]:
-    """Feed the prompts, then one token per row and step; rows that have ended leave the batch in groups."""
+    """Feed the prompts, then one token per row and step; finished rows leave the batch in groups."""
     device = model.device
     new_ids: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which prompt each row of the batch continues
-    numbers = [random.Random(None if sampling.seed is None else f"{sampling.seed} {row}") for row in rows]
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
+    generators = [random.Random(None if sampling.seed is None else f"{sampling.seed} {row}") for row in rows]
     batch = _Batch(model, prompts, max(limits))
     logits = batch.prefill(prompts)
     ended: set[int] = set()
     while True:
-        # 24 random bits are exact in float32 and below 1 after any rounding.
-        uniform = torch.tensor([[numbers[row].getrandbits(24) / 2**24] for row in rows], device=device)
+        # 24 random bits are exact in float32, so the number stays below 1.
+        uniform = torch.tensor([[generators[row].getrandbits(24) / 2**24] for row in rows], device=device)
         if never is not None:
             logits = logits.masked_fill(never, -math.inf)
         chosen = next_ids(logits, uniform, sampling).tolist()
@@ -207,7 +207,7 @@ def _decode(
 
 
 def _mask(model: GPT, never: Collection[int]) -> Tensor | None:
-    """(V,) bool: True for the ids in `never`; None where there are none."""
+    """(V,) bool: True for the ids in `never`; None if there are none."""
     if not never:
         return None
     mask = torch.zeros(model.config.vocab_size, dtype=torch.bool)
@@ -216,13 +216,13 @@ def _mask(model: GPT, never: Collection[int]) -> Tensor | None:
 
 
 class _Batch:
-    """The running rows: their cache, and how many slots of padding stand before each."""
+    """The running rows: their cache, and the padding before each row in slots."""
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.model, device = model, model.device
         self.longest = max(len(prompt) for prompt in prompts)
-        capacity = self.longest + max_new_tokens - 1  # the last new token is not fed
-        # On a CPU, attention of one position over bf16 keys takes up to five times as long as over fp32 keys.
+        capacity = self.longest + max_new_tokens - 1  # the last new token is not fed back
+        # On a CPU, attention of one position is up to five times slower over bf16 keys than over fp32 keys.
         dtype = torch.promote_types(model.dtype, torch.float32) if device.type == "cpu" else model.dtype
         self.cache = model.new_cache(len(prompts), capacity, dtype)
         self.padding = torch.tensor([self.longest - len(prompt) for prompt in prompts], device=device)
@@ -237,7 +237,7 @@ class _Batch:
             return self._last_logits(input_ids, None, None)
         slots = self.slots[: self.longest]
         visible = (slots >= self.padding[:, None])[:, None, None]  # (B, 1, 1, T): not padding
-        # Padding sees itself: a row of the softmax with nothing to see would be NaN.
+        # Padding attends to itself: a softmax over nothing would be NaN.
         itself = torch.eye(self.longest, dtype=torch.bool, device=slots.device)
         mask = causal_mask(self.longest, self.longest, slots.device) & visible | itself
         return self._last_logits(input_ids, (slots - self.padding[:, None]).clamp(min=0), mask)
@@ -249,12 +249,12 @@ class _Batch:
         if not self.is_padded and slot < self.model.config.context_length:
             return self._last_logits(input_ids, None, None)
         visible = (self.slots[: slot + 1] >= self.padding[:, None])[:, None, None]  # (B, 1, 1, S)
-        # A row that has ended may run beyond the positions there are; what it gives is not read.
+        # A finished row may run past the last position; its logits are not used.
         positions = (slot - self.padding[:, None]).clamp(max=self.model.config.context_length - 1)
         return self._last_logits(input_ids, positions, visible)
 
     def keep(self, rows: list[int]) -> None:
-        """Drop every other row."""
+        """Keep only `rows` of the batch."""
         index = torch.tensor(rows, device=self.slots.device)
         self.cache.keep(index)
         self.padding = self.padding[index]
@@ -267,7 +267,7 @@ class _Batch:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off; on leaving, give every submodule back the mode it had."""
+    """Switch dropout off; on exit, restore the mode of every submodule."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -279,12 +279,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def packed_linears(model: nn.Module, steps: int) -> Iterator[None]:
-    """On a CPU, run the linear layers from copies of their weights in the blocked layout of its matrix kernels.
+    """On a CPU, run the linear layers with copies of their weights in the blocked layout of its matrix kernels.
 
-    Generation is bound by reading the weights, and the kernels read this layout at up to twice the speed. It costs a
-    second copy of the weights and about the time of 20 steps, so fewer than `PACKING_PAYS_FROM` steps leave it out.
+    Reading the weights limits the speed of generation, and the kernels read this layout up to twice as fast. It costs
+    a second copy of the weights and the time of about 20 steps, so it is skipped below `PACKING_PAYS_FROM` steps.
     """
-    linears = [module for module in model.modules() if type(module) is nn.Linear]  # not LoRA's or any other kind
+    linears = [module for module in model.modules() if type(module) is nn.Linear]  # no subclass, such as LoRA's
     packed = [linear for linear in linears if _can_pack(linear.weight)] if steps >= PACKING_PAYS_FROM else []
     for linear in packed:
         weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
@@ -293,11 +293,11 @@ def packed_linears(model: nn.Module, steps: int) -> Iterator[None]:
         yield
     finally:
         for linear in packed:
-            del linear.forward  # the class's own is behind it
+            del linear.forward  # uncovers the method of the class
 
 
 def _can_pack(weight: Tensor) -> bool:
-    """Whether this CPU has kernels for a plain (not sharded) weight of this type; autocast does not know them."""
+    """Whether this CPU has kernels for a plain (not sharded) weight of this dtype; autocast does not cover them."""
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if not torch.backends.mkldnn.is_available():

@@ -1,6 +1,6 @@
-"""The likeness of a response and its reference by exact match, ROUGE-L and chrF.
+"""Similarity of a response to its reference: exact match, ROUGE-L and chrF.
 
-These compare words and characters, and know nothing of meaning; they need no judge.
+They compare words and characters, not meaning, and need no judge.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from rapidfuzz.distance import LCSseq
 
 CHRF_ORDER = 6
-CHRF_BETA = 2  # recall counts twice as much as precision; both are the numbers of Popovic 2015 and of sacrebleu
+CHRF_BETA = 2  # recall counts twice as much as precision; order and beta as in Popovic 2015 and sacrebleu
 _WORD = re.compile(r"[^\W_]+")
 
 
 def exact_match(response: str, reference: str) -> bool:
-    """Say whether two texts are the same but for case, white space and one full stop at the end."""
+    """Whether two texts are equal, ignoring case, white space and one final full stop."""
     return _normalised(response) == _normalised(reference)
 
 
 def most_frequent_answer_score(references: Sequence[str]) -> tuple[str, float]:
-    """Find the reference that is given most often, and the exact match (0 to 1) of always saying it.
+    """The most frequent reference, and the exact match (0 to 1) of always giving it: a baseline for a model.
 
-    What a model has to beat: of equally frequent ones, the first.
+    Of equally frequent references, the first.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are no references.
     """
     if not references:
         raise ValueError("no references, so none is the most frequent; give at least one")
@@ -36,19 +36,19 @@ def most_frequent_answer_score(references: Sequence[str]) -> tuple[str, float]:
 
 
 def rouge_l(responses: Sequence[str], references: Sequence[str]) -> list[float]:
-    """Compute ROUGE-L of each record: F1 (0 to 1) of the longest common subsequence of words (Lin 2004).
+    """ROUGE-L of each record: F1 (0 to 1) of the longest common subsequence of words (Lin 2004).
 
-    Words are runs of letters and digits in lower case, not stemmed, as in Google's rouge_score and torchmetrics; those
-    know only a to z, here letters of every script are letters. Where a script has no spaces, chrF says more.
+    Words are runs of letters and digits in lower case, not stemmed, as in Google's rouge_score and torchmetrics, but
+    with letters of every script, not only a to z. For scripts without spaces, chrF is more informative.
     """
     return [_rouge_l(_words(one), _words(other)) for one, other in zip(responses, references, strict=True)]
 
 
 def chrf(responses: Sequence[str], references: Sequence[str]) -> list[float]:
-    """Compute chrF2 of each record (0 to 1): F2 of character 1- to 6-grams, white space left out (Popovic 2015).
+    """chrF2 of each record (0 to 1): F2 of character 1- to 6-grams without white space (Popovic 2015).
 
-    As sacrebleu computes it: only orders that both texts are long enough for count. torchmetrics counts all six, by
-    which "yes" for "yes" gets 0.5 instead of 1.
+    As in sacrebleu, only orders count for which both texts are long enough. torchmetrics counts all six and so gives
+    0.5 instead of 1 for "yes" and "yes".
     """
     return [_chrf(one, other) for one, other in zip(responses, references, strict=True)]
 
@@ -67,13 +67,13 @@ def _rouge_l(response: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def _chrf(response: str, reference: str) -> float:
-    said, wanted = "".join(response.split()), "".join(reference.split())
-    orders = range(1, min(CHRF_ORDER, len(said), len(wanted)) + 1)
+    produced, wanted = "".join(response.split()), "".join(reference.split())
+    orders = range(1, min(CHRF_ORDER, len(produced), len(wanted)) + 1)
     if not orders:
         return 0.0
-    matches = [(_ngrams(said, n) & _ngrams(wanted, n)).total() for n in orders]
-    # First the means over the orders, then one F of them: F of each order averaged would be another measure.
-    precision = sum(match / (len(said) - n + 1) for n, match in zip(orders, matches, strict=True)) / len(orders)
+    matches = [(_ngrams(produced, n) & _ngrams(wanted, n)).total() for n in orders]
+    # F of the means over the orders; the mean of F over the orders would be another measure.
+    precision = sum(match / (len(produced) - n + 1) for n, match in zip(orders, matches, strict=True)) / len(orders)
     recall = sum(match / (len(wanted) - n + 1) for n, match in zip(orders, matches, strict=True)) / len(orders)
     weight = CHRF_BETA**2
     return (1 + weight) * precision * recall / (weight * precision + recall) if matches[0] else 0.0

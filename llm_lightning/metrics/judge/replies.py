@@ -1,4 +1,4 @@
-"""Replies of a server: the text of a chat completion, or the error, on one line."""
+"""Replies of a server: the text of a chat completion, or an error on one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_lightning.files.bounded_http import Reply
 
-LONGEST_MESSAGE = 10_000  # characters of an error of a server that are looked at
+LONGEST_MESSAGE = 10_000  # characters of a server's error that are read
 _MISSING = object()
 _JSON_NAMES = {str: "text", float: "a number", bool: "a truth value", list: "a list", dict: "an object",
                type(None): "null"}  # fmt: skip
@@ -16,9 +16,9 @@ _JSON_NAMES = {str: "text", float: "a number", bool: "a truth value", list: "a l
 def parsed(reply: Reply) -> Any:
     """The JSON of a reply; raises ValueError if it is not JSON."""
     if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise ValueError("it is compressed, which was not asked for")
+        raise ValueError("it is compressed, which was not requested")
     try:
-        return json.loads(reply.body, parse_int=float)  # a number of a million digits takes minutes as an int
+        return json.loads(reply.body, parse_int=float)  # parsing a million digits as an int takes minutes
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError:
@@ -29,15 +29,15 @@ def answer_of(reply: Reply) -> str:
     """The text of the first choice; empty if the model refused or called a tool.
 
     Raises:
-        ValueError: naming what the reply has instead.
+        ValueError: if the reply has another form; names the wrong part.
     """
-    found: Any = parsed(reply)
+    item: Any = parsed(reply)
     for key, kind, wanted in (("choices", list, "a list"), (0, dict, "an object"), ("message", dict, "an object")):
-        found = _item(found, key)
-        if not isinstance(found, kind):
+        item = _item(item, key)
+        if not isinstance(item, kind):
             name = "choices[0]" if key == 0 else key
-            raise ValueError(f"{name} must be {wanted}, not {_JSON_NAMES.get(type(found), 'missing')}")
-    content = found.get("content")
+            raise ValueError(f"{name} must be {wanted}, not {_JSON_NAMES.get(type(item), 'missing')}")
+    content = item.get("content")
     if content is not None and not isinstance(content, str):
         raise ValueError(f"content must be text, not {_JSON_NAMES[type(content)]}")
     return content or ""
@@ -51,19 +51,19 @@ def _item(container: Any, key: str | int) -> Any:
 
 
 def message_of(reply: Reply) -> str:
-    """The server's own words, on one line."""
+    """The server's error message, on one line."""
     if 300 <= reply.status < 400 and reply.headers.get("Location"):
         return shortened(f"it redirects to {reply.headers['Location']}")
-    said: Any = reply.body.decode("utf-8", "replace")
+    message: Any = reply.body.decode("utf-8", "replace")
     try:
         body = parsed(reply)
         error = body.get("error", body) if isinstance(body, dict) else body
-        said = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
+        message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
     except ValueError:  # not JSON: an error page, perhaps
         pass
-    return shortened(str(said or reply.reason))
+    return shortened(str(message or reply.reason))
 
 
 def shortened(text: str) -> str:
-    words = " ".join(text[:LONGEST_MESSAGE].split())
-    return words if len(words) <= 200 else f"{words[:197]}..."
+    line = " ".join(text[:LONGEST_MESSAGE].split())
+    return line if len(line) <= 200 else f"{line[:197]}..."

@@ -13,14 +13,14 @@ from llm_lightning.metrics.judge.prompts import PROMPTS, TIE, ScorePrompt
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of two responses to one task."""
+    """The comparison of two responses to one task."""
 
     outcome: str
     """scored only if both orders are scored"""
     winner: str | None
-    """`A` or `B`, the same in both orders; else `tie`; None unless scored"""
+    """`A` or `B` if chosen in both orders, else `tie`; None unless scored"""
     orders: tuple[Verdict, Verdict]
-    """shown as (A, B) and as (B, A); a value names the place, not the response"""
+    """shown as (A, B) and as (B, A); a value names the position, not the response"""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Mean:
     """the 95% interval (Student's t) of the scored records"""
     low: float
     high: float
-    """The interval over all records: a missing value counts as the lowest possible at the lower end and as the highest
-    at the upper end; never inside the interval of the scored records."""
+    """The interval over all records: a missing value counts as the lowest possible one for `low` and the highest for
+    `high`; it always contains the interval of the scored records."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ScoreSummary(Mean):
 
 @dataclass(frozen=True)
 class PairSummary(Mean):
-    """Comparisons of two columns; the mean is the win rate of the first, where a tie is half a win."""
+    """Comparisons of two columns; the mean is the win rate of the first column, a tie counting half."""
 
     n: int
     outcomes: dict[str, int]
@@ -58,8 +58,7 @@ class PairSummary(Mean):
     losses: int
     first_chosen: int
     decided: int
-    """answers that were not a tie; `first_chosen` of them named the response shown first, half of them if position does
-    not matter"""
+    """answers other than a tie; `first_chosen` of them chose the first response, half if position has no effect"""
 
 
 def summarise_scores(verdicts: Sequence[Verdict], prompt: ScorePrompt = PROMPTS["book"]) -> ScoreSummary:
@@ -70,7 +69,7 @@ def summarise_scores(verdicts: Sequence[Verdict], prompt: ScorePrompt = PROMPTS[
 
 
 def summarise_pairs(comparisons: Sequence[Comparison]) -> PairSummary:
-    """Win rate of A, its interval, outcomes, and the effect of position."""
+    """Win rate of A with interval, outcomes, and effect of position."""
     winners = Counter(one.winner for one in comparisons)
     points = {"A": 1.0, TIE: 0.5, "B": 0.0}
     values = [points[one.winner] for one in comparisons if one.winner is not None]
