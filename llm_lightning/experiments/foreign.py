@@ -46,7 +46,7 @@ PLACE_NAMES = re.compile(r"(^|_)(dir|dirs|dirpath|path|paths|file|files|folder|r
 """Names of foreign classes' arguments that are places, whatever their value."""
 LISTED = 5
 """Maximum number of settings that a refusal lists."""
-REMEDY = "A run folder may be someone else's: type what you trust again beside resume=, or start a new run"
+REMEDY = "A run folder may be someone else's: type what you trust again with resume=, or start a new run"
 
 
 def continued(typed: Sequence[str], config_dir: Path) -> list[str]:

@@ -28,7 +28,7 @@ def fill_modes(settings: Settings) -> None:
     """
     monitor, mode = settings["monitor"], settings["monitor_mode"]
     if mode not in ("min", "max", None):
-        raise ValueError(f"monitor_mode={mode!r} must be min, max, or null: as the metric says")
+        raise ValueError(f"monitor_mode={mode!r} must be min, max, or null to infer it from the metric's name")
     if mode is None and monitor is not None:
         settings["monitor_mode"] = better_when(monitor)
     for _, node in _monitoring(settings):
@@ -69,7 +69,7 @@ def refuse_unknown(settings: Settings, module: TaskModule, datamodule: BaseDataM
         if node.get("check_on_train_epoch_end") and trainer["check_val_every_n_epoch"] not in (1, None):
             raise ValueError(
                 f"{key}.check_on_train_epoch_end=true looks after every epoch, but validation comes every "
-                f"trainer.check_val_every_n_epoch={trainer['check_val_every_n_epoch']}; leave the one out"
+                f"trainer.check_val_every_n_epoch={trainer['check_val_every_n_epoch']}; leave one of them out"
             )
         if metric != settings["monitor"]:
             mode = {**node, **missing_mode(settings, node)}.get("mode")

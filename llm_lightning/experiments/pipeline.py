@@ -160,7 +160,7 @@ def _results(folder: Path) -> dict[str, Any]:
     if summary.get("stopped_by") == "time":
         raise ValueError(f"{_shown(folder)} was stopped by trainer.max_time; the same command continues there")
     if not summary.get("finished") or summary.get("checkpoint") is None:
-        raise ValueError(f"{_shown(folder)} was left without a checkpoint: such a run is no stage of a pipeline")
+        raise ValueError(f"{_shown(folder)} has no checkpoint: a run in a pipeline must leave one")
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     kept = ("task", "steps", "monitor", "best_value", "metrics", "versions", "git")
     return {

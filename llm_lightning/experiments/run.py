@@ -177,7 +177,7 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
         )
     if trainer.check_val_every_n_epoch is None and batches % window:
         raise ValueError(
-            f"an epoch has {batches} batches, no multiple of trainer.accumulate_grad_batches={window}, so that "
+            f"an epoch has {batches} batches, not a multiple of trainer.accumulate_grad_batches={window}, so that "
             "validation counted across epochs would fall inside a window; set trainer.check_val_every_n_epoch=1"
         )
 

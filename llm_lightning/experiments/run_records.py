@@ -138,7 +138,7 @@ def _not_its_own(folder: Path) -> Iterator[str]:
             if stat.S_ISLNK(info.st_mode):
                 yield f"{shown} is a link to {path.readlink()}"
             elif not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
-                yield f"{shown} is no regular file"
+                yield f"{shown} is not a regular file"
             elif stat.S_ISREG(info.st_mode) and info.st_nlink > 1 and not _is_checkpoint(shown):
                 yield f"{shown} has another name elsewhere (a hard link)"
 

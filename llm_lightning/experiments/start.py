@@ -67,7 +67,7 @@ def train(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
     words = rewritten(words, CONF)
     configuration, arguments = checked(words, CONF), parse_arguments(words)
     if configuration.is_multirun:
-        raise ValueError("train() trains one run, and a file asks for a multirun (hydra.mode); use python train.py")
+        raise ValueError("train() trains one run, but a file sets a multirun (hydra.mode); use python train.py")
 
     def run(run_dir: Path) -> TrainedRun:
         refuse_links(run_dir)

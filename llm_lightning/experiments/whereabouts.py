@@ -158,7 +158,7 @@ def _existing_places(key: str, typed: Any, options: list[list[str]]) -> list[lis
     if not present:
         looked = ", ".join(dict.fromkeys(one_line(", ".join(paths), SHOWN) for paths in options if paths))
         raise FileNotFoundError(
-            f"{key}={typed} of the run is not there (looked for {looked}); put it back, or type {key}=PLACE beside "
+            f"{key}={typed} of the run is not there (looked for {looked}); put it back, or type {key}=PLACE with "
             "resume="
         )
     return present

@@ -24,7 +24,7 @@ INSTEAD = {
     "scheduler": "scheduler=constant keeps one learning rate",
     "optimizer": "optimizer=adamw is the default",
     "trainer": "trainer=default is the default",
-    "accelerator": "accelerator=auto takes the fastest device that is there",
+    "accelerator": "accelerator=auto takes the fastest available device",
     "model": "model=nano is the smallest",
     "tokenizer": "tokenizer=byte is one token per byte",
     "data": "the task brings its own",
