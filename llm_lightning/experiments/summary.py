@@ -51,7 +51,7 @@ def build_summary(
         run: its folder.
         trainer, module: after `fit`, and `test` where there is a test split.
         data: a description of the data (`BaseDataModule.report`).
-        seconds: training time over all known sessions of the run.
+        seconds: training time in seconds, over all known sessions of the run.
         stopped: what ended the run before its last step (`callbacks/endings.py`).
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints

@@ -1,8 +1,8 @@
 """Typed values by the kind that conf/ declares: text stays as typed, and one value for a list is a list of one.
 
-Hydra reads `data.path=1984` as a number and `run_name=2026_11_26` as 20261126. The default in conf/
-declares whether a setting is text, a list or anything else; if it is null, the tables below do. The command line is
-rewritten once, before Hydra and every record of it (command.json, the jobs of a multirun, the stages of a pipeline).
+Hydra reads `data.path=1984` as a number and `run_name=2026_11_26` as 20261126. The default in conf/ declares
+whether a setting is text, a list or anything else; if it is null, the tables below do. The command line is rewritten
+once, before Hydra and every record of it (command.json, the jobs of a multirun, the stages of a pipeline).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ UNDECLARED: dict[str, Kind] = {
     "trainer.precision": "anything",
     "trainer.strategy": "anything",
 }
-"""Kinds of the settings whose default in conf/ does not show it: null, none, or one of several kinds."""
+"""Kinds of the settings whose default in conf/ does not show it: null, missing, or a word besides numbers."""
 
 SEVERAL = ("data.path",)
 """Text settings that also accept a list."""
