@@ -1,7 +1,7 @@
-"""The weights under the adapters of a run, recognised by their digest, and `adapter.ckpt`, the adapter alone.
+"""The base weights of a run's adapters, identified by their digest, and `adapter.ckpt`, the adapter alone.
 
-An adapter belongs to the weights that it was trained on; its file names them by their digest, `lineage.base`. The
-digest is computed once, at the start of the run, and passed on from checkpoint to checkpoint.
+An adapter belongs to the weights it was trained on; its file records their digest as `lineage.base`. The digest is
+computed once, at the start of the run, and passed from checkpoint to checkpoint.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from llm_lightning.weights.load import LoadedModel, load_model, resolve
 
 ADAPTER = "adapter.ckpt"
 EXACT = ("32-true", "64-true", "16-mixed")
-"""Precisions in which a checkpoint holds the frozen weights unchanged; in others they are rounded."""
+"""Precisions whose checkpoints hold the frozen weights unchanged; others round them."""
 
 log = logging.getLogger(__name__)
 
 
 def adapter_lineage(model: GPT | Classifier, parent: LoadedModel) -> dict[str, Any]:
-    """The weights under the adapters of a run: their digest, and that of the file they came from."""
+    """Digests of the weights under a run's adapters, and of the file that they came from."""
     return {"base": base_digest(model), "base_of": parent.header["digest"]}
 
 
 def continued_lineage(run: RunFolder) -> dict[str, Any]:
-    """The lineage of a run that continues, with the base that its adapters really have.
+    """The lineage of a continued run, with the true base of its adapters.
 
-    Earlier versions took the run's own weights for the base whenever it continued, and did not write `base_of`: only
+    Earlier versions recorded the run's own weights as the base whenever it continued, and wrote no `base_of`: only
     then is the checkpoint loaded here.
     """
     header = run.header
@@ -53,7 +53,7 @@ def continued_lineage(run: RunFolder) -> dict[str, Any]:
 
 
 def _digest_of_parent(header: Mapping[str, Any]) -> str | None:
-    """The digest of the weights that the run began with; None, with a warning, if they are gone or changed."""
+    """The digest of the weights that the run started from; None, with a warning, if they are missing or changed."""
     lineage = header["lineage"]
     try:
         parent = load_model(lineage["parent_name"])
@@ -74,7 +74,7 @@ def refuse_lost_adapters(settings: dict[str, Any], module: TaskModule) -> None:
     """Refuse to train adapters that no checkpoint would keep.
 
     Raises:
-        ValueError: if `callbacks.checkpoints` is null beside adapters on given weights.
+        ValueError: if `callbacks.checkpoints` is null and adapters are trained on given weights.
     """
     kept = settings["callbacks"].get("checkpoints") is not None or settings["trainer"]["fast_dev_run"]
     if module.lora is not None and module.header["lineage"]["base"] is not None and not kept:
@@ -84,14 +84,14 @@ def refuse_lost_adapters(settings: dict[str, Any], module: TaskModule) -> None:
 
 
 def write_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:
-    """Write `adapter.ckpt`, the best adapter alone, if the run has adapters for known weights."""
+    """Write `adapter.ckpt`, the best adapter alone, if the base of the run's adapters is known."""
     source = resolve(run.path)
     if lineage["base"] is not None and source is not None:
         save_adapter(source, run.checkpoints / ADAPTER, lineage)
 
 
 def mend_adapter(run: RunFolder, lineage: Mapping[str, Any]) -> None:
-    """Write the adapter of a finished run again if an earlier version left one for other weights, or it is damaged."""
+    """Rewrite the adapter of a finished run if it is damaged, or an earlier version wrote it for other weights."""
     target = run.checkpoints / ADAPTER
     if lineage["base"] is None or not target.is_file() or not is_main_process():
         return

@@ -1,6 +1,6 @@
 """The parts of a run, built from its settings: data, tokenizer, model, task and Trainer.
 
-`settings` are nested dicts, every value resolved, as config.yaml and the checkpoints' headers hold them.
+`settings` are nested dicts with every value resolved, as in config.yaml and the checkpoints' headers.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ log = logging.getLogger(__name__)
 
 
 def build(node: Mapping[str, Any], **arguments: Any) -> Any:
-    """Hydra's `instantiate` of a resolved node, but with the error of the constructor itself, not Hydra's around it.
+    """Hydra's `instantiate` of a resolved node, but raising the constructor's own error, not Hydra's wrapper.
 
     Raises:
-        ValueError: also where a package is missing that a foreign class needs, or arguments do not suit it.
+        ValueError: also if a foreign class needs a missing package or rejects its arguments.
     """
     target = str(node.get("_target_"))
     try:
         return instantiate(_escaped(node), **arguments)
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, ImportError):  # a logger of a service
+        if isinstance(cause, ImportError):  # such as the logger of an online service
             raise ValueError(f"{target} needs a package that is not installed: {cause}") from cause
         is_foreign = target.startswith(("lightning.", "torchmetrics."))  # it checks few of its arguments
         if is_foreign and isinstance(cause, (TypeError, AttributeError, KeyError)):
@@ -63,7 +63,7 @@ def build(node: Mapping[str, Any], **arguments: Any) -> Any:
 
 
 def _escaped(value: Any) -> Any:
-    """A resolved value, in which `${` is text, as OmegaConf writes it."""
+    """A resolved value with every `${` escaped, because it is text."""
     if isinstance(value, Mapping):
         return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -76,11 +76,11 @@ def build_datamodule(settings: Settings, tokenizer: Any, path: Any, digest: str 
 
     Args:
         tokenizer: from `choose_tokenizer`.
-        path: where `data.path` is now.
-        digest: what the data must have.
+        path: the current value of `data.path`.
+        digest: the digest that the data must have.
 
     Raises:
-        OtherDataError: if the data module knows before reading that its data has another digest.
+        OtherDataError: if the data are known to have another digest before they are read.
     """
     options = {key: value for key, value in settings["data"].items() if key != "preview"}
     if "path" in options:
@@ -101,7 +101,7 @@ def build_datamodule(settings: Settings, tokenizer: Any, path: Any, digest: str 
 
 
 def choose_tokenizer(settings: Settings, run: RunFolder | None = None, parent: LoadedModel | None = None) -> Any:
-    """A tokenizer, or a function that trains one on texts. A checkpoint and given weights bring their own."""
+    """A tokenizer, or a function that trains one on texts; a checkpoint or given weights bring their own."""
     name, vocab_size = settings["tokenizer"]["name"], settings["tokenizer"].get("vocab_size")
     if run is not None and run.checkpoint is not None:
         return from_description(run.header["tokenizer"])
@@ -125,11 +125,11 @@ def build_module(
     parent: LoadedModel | None,
     continued: Mapping[str, Any] | None = None,
 ) -> TaskModule:
-    """The task's module around its model; its header is what checkpoints and summary say of the run.
+    """The task's module around its model; its header describes the run in checkpoints and the summary.
 
     Args:
-        parent: the first weights, of `init_from`.
-        continued: the header of the checkpoint that the run continues from, whose weights Lightning loads.
+        parent: the first weights, from `init_from`.
+        continued: the header of the checkpoint that the run continues from; Lightning loads its weights.
     """
     task: type[TaskModule] = get_class(settings["task"]["_target_"])
     options = {key: value for key, value in settings["task"].items() if key != "_target_"}
@@ -149,7 +149,7 @@ def build_module(
             "parent_name": lasting_name(settings["init_from"]) if parent else None,
             **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
         }
-    # Not through instantiate(): it would look for targets to build inside the header's copy of the settings.
+    # Not through instantiate(), which would build the targets in the header's copy of the settings.
     return task(
         model=model,
         tokenizer=datamodule.tokenizer,
@@ -168,9 +168,9 @@ def build_model(
     parent: LoadedModel | None,
     continued: Mapping[str, Any] | None = None,
 ) -> GPT:
-    """A GPT: a fresh one, or one with the weights of `parent`, adapters merged.
+    """A new GPT, or one with the weights of `parent`, adapters merged.
 
-    A run that `continued` a checkpoint gets one of the checkpoint's sizes.
+    With `continued`, the header of a checkpoint, the model has the checkpoint's sizes.
     """
     chosen = settings["model"]
     sizes = {field.name: chosen[field.name] for field in fields(GPTConfig) if field.name in chosen}

@@ -1,4 +1,4 @@
-"""The typed command line, rewritten to what Hydra is to read: `resume=`, `sweep=`, null groups, text like numbers."""
+"""Rewrite the typed command line for Hydra: `resume=`, `sweep=`, null groups, text that reads as a number."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from llm_lightning.experiments.foreign import continued
 from llm_lightning.experiments.settings.overrides import key_of
 
 ONE_RUN = "hydra.mode=RUN"
-"""Overrides an experiment file with `hydra.mode: MULTIRUN`, which would make a multirun of each of its jobs again."""
+"""Overrides `hydra.mode: MULTIRUN` in an experiment file, which would make each of its jobs a multirun, too."""
 
 
 def rewritten(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """The command line that Hydra is to read.
+    """The command line for Hydra.
 
     Raises:
         FileNotFoundError, ValueError: as the functions below.
     """
     words = continue_run(argv, config_dir)
     if any(key_of(word) == "resume" and word != "resume=null" for word in argv):
-        words.append(ONE_RUN)  # the run may be a job of a multirun that a file asks for
+        words.append(ONE_RUN)  # the run may be a job of a multirun that a file sets
     return as_hydra_reads(expand_sweep(words, config_dir), config_dir)
 
 
 def continue_run(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """Replace `resume=FOLDER` by the words that started FOLDER's run, as far as they are safe; the rest of `argv` wins.
+    """Replace `resume=FOLDER` by the safe words that started FOLDER's run; the rest of `argv` wins.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
@@ -36,7 +36,7 @@ def continue_run(argv: Sequence[str], config_dir: Path) -> list[str]:
 
 
 def as_hydra_reads(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """The words in Hydra's grammar: no group is null, and text that reads as a number is quoted.
+    """The words in Hydra's grammar: null groups replaced, text that reads as a number quoted.
 
     Raises:
         ValueError: if a group that every run needs is null.

@@ -38,7 +38,7 @@ def run_guarded(action: Callable[[], Any]) -> None:
 def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequence[str] = ()) -> tuple[int, Any]:
     """Call `action` and return (exit code, result); an exception becomes one line on stderr.
 
-    Exceptions in the packages `own`, or in those that `allow_targets` on the command line names, keep their traceback.
+    Exceptions in the packages `own`, by default those of `allow_targets` on the command line, keep their traceback.
     """
     try:
         return 0, action()
@@ -73,7 +73,7 @@ def _allowed() -> list[str]:
 
 
 def thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Print what a thread raised, but an OSError: TensorBoard raises it again in the main thread."""
+    """Print a thread's exception, except an OSError: TensorBoard raises that again in the main thread."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 
@@ -84,7 +84,7 @@ def _report(error: BaseException, log_dir: Path | None, *, is_own: bool = False)
     if is_own or os.environ.get(unforeseen.SHOW_TRACEBACK):
         say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     elif log_dir is not None:
-        with contextlib.suppress(OSError):  # the disk may be what is wrong
+        with contextlib.suppress(OSError):  # the disk may be the cause
             text = visible("".join(traceback.format_exception(error)))
             (log_dir / unforeseen.TRACEBACK).write_text(text, "utf-8")
     say(f"error: {one_line(_message(error))}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""A tuned model (task=sft, task=dpo) on the splits of its own data, measured as its run measured the test split.
+"""Evaluate a tuned model (task=sft, task=dpo) on the splits of its data, as its run evaluated the test split.
 
-The task is built again from the checkpoint, reference and all, and tested by a Trainer with the run's settings: the
-same batches through the same code give the numbers that the run printed.
+The task is rebuilt from the checkpoint, with its reference, and a Trainer with the run's settings tests it: the same
+batches through the same code give the numbers that the run printed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from llm_lightning.weights.load import LoadedModel, resolve
 from llm_lightning.weights.renamed import REMOVED
 
 TASKS: dict[str, type[TaskModule]] = {"sft": SFTModule, "dpo": DPOModule}
-"""A class that a checkpoint names is never built."""
+"""Tasks by name; a class that a checkpoint names is never built."""
 ANSWERED = {"max_records": 200, "max_new_tokens": 256, "batch_size": 32}
-"""How questions are answered where a run of task=sft did not do it itself."""
+"""Options for the answers if a run of task=sft generated none itself."""
 PRECISIONS = {torch.float32: "32-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
 
 
@@ -45,17 +45,17 @@ def evaluate_split(
     checkpoint: str | Path,
     dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Measure what the run of a checkpoint measures of its test split: loss, exact match, reward accuracy.
+    """Measure one split as the checkpoint's run measured its test split: loss, exact match, reward accuracy.
 
     Args:
         loaded: what `load_model(checkpoint)` returned.
         data: the data that the model was trained with, built.
         split: `train`, `val` or `test`.
-        dtype: of the weights; default: the precision of the run.
+        dtype: of the weights; default: the run's precision.
 
     Returns:
-        the metrics by their names in `summary.json`, without the split; and how many `records` or `pairs` they are of,
-        and how many `answers` were compared.
+        the metrics by their names in `summary.json`, without the split; the number of `records` or `pairs` measured;
+        and the number of `answers` compared.
 
     Raises:
         CheckpointError: if the checkpoint does not hold what its task needs.
@@ -65,7 +65,7 @@ def evaluate_split(
     samples: Any = {"train": data.train_samples, **data.eval_samples, **data.test_samples}[split]
     data.seed, data.num_workers, data.test_samples = int(config.get("seed") or 0), 0, {split: samples}
     data.share_prefix = may_share_prefix(loaded.header["model"], loaded.header.get("lora"))
-    data.choose_layout()  # by the batches of the run's seed, as in training
+    data.choose_layout()  # from the batches of the run's seed, as in training
     answers = _Answers(split, _answered_as(loaded.header))
     device = next(loaded.model.parameters()).device
     settings = config.get("trainer", {})
@@ -83,15 +83,15 @@ def evaluate_split(
             use_distributed_sampler=False,
         )
         trainer.test(module, datamodule=data, verbose=False)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    metrics = {name.removeprefix(f"{split}/"): value for name, value in found.items() if name.startswith(f"{split}/")}
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name.removeprefix(f"{split}/"): value for name, value in logged.items() if name.startswith(f"{split}/")}
     return {**metrics, **answers.counts, data.samples_are: len(samples)}
 
 
 def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
-    """The task module of a checkpoint, with what it was trained against.
+    """The task module of a checkpoint, with its reference.
 
-    An adapter alone holds no reference; that is what its base gives without it, as at the start of its run.
+    An adapter file holds no reference; its reference is the base without the adapter, as at the start of its run.
     """
     header, path = loaded.header, resolve(checkpoint)
     assert path is not None, "weights of others name no task"
@@ -117,7 +117,7 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
             module.ref.load(stored)
             own = module.state_dict()
             for name in [name for name in state if name.startswith("reference.")]:
-                state[name] = state[name][: len(own[name])]  # a reference of before may have had more positions
+                state[name] = state[name][: len(own[name])]  # earlier versions' references may have more positions
         module.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -129,7 +129,7 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
 
 
 def _answered_as(header: dict[str, Any]) -> dict[str, Any] | None:
-    """How the run answered the questions of its test split; None: not at all, and it is no run of task=sft."""
+    """The run's options for answering its test questions; None if it answered none and is not of task=sft."""
     own = (header.get("config", {}).get("callbacks") or {}).get("responses")
     if not own:
         return dict(ANSWERED) if header["task"] == "sft" else None
@@ -137,7 +137,7 @@ def _answered_as(header: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class _Answers(L.Callback):
-    """What `callbacks.responses` measures, without its file."""
+    """Measures what `callbacks.responses` does, but writes no file."""
 
     def __init__(self, split: str, options: dict[str, Any] | None) -> None:
         self.split, self.options = split, options
@@ -160,7 +160,7 @@ class _Answers(L.Callback):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning says of devices and loaders."""
+    """Silence Lightning's messages about devices and loaders."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -176,7 +176,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Leave the process's choice of algorithms, which a Trainer changes, as it was."""
+    """Restore the process's choice of algorithms, which a Trainer changes."""
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -1,11 +1,11 @@
 """`resume=FOLDER`: which recorded settings of a run folder are trusted, since it may be someone else's.
 
-`command.json` holds the command line that started the run. Only settings that can neither run code nor reach beyond
-the folder are taken from it. So are data and first weights elsewhere, if they have the recorded digest, which
-`whereabouts.py` compares. Everything else is refused by name until it is typed again beside `resume=`. The list names
-what is allowed, not what is known to be dangerous: Hydra has many ways to say the same.
+`command.json` holds the command line that started the run. Only settings that can neither run code nor reach outside
+the folder are reused, besides data and first weights elsewhere that have the recorded digest, which `whereabouts.py`
+compares. Every other setting is refused by name until it is typed again with `resume=`. The list names what is
+allowed, not what is known to be dangerous: Hydra has many ways to write the same.
 
-Imports nothing heavy: a refusal comes at once.
+Imports nothing heavy, so that refusals are immediate.
 """
 
 from __future__ import annotations
@@ -30,34 +30,33 @@ from llm_lightning.terminal import one_line
 from llm_lightning.weights.renamed import RENAMED
 
 NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
-"""First parts of settings that start other runs, or let code run."""
+"""Top-level keys of settings that start other runs or let code run."""
 WITH_DIGEST = ("data.path", "init_from")
-"""Settings that name files beyond the run folder, which are recognised by their digest."""
+"""Settings that name files outside the run folder, which are identified by their digest."""
 RELEASES = re.compile(r"null|None|gpt2-(small|medium|large|xl)")
-"""Values of init_from that name no file."""
+"""Values of init_from that are not files."""
 TARGETS = re.compile(
     r"llm_lightning(\.\w+)+|lightning\.Trainer|lightning\.pytorch\.(callbacks\.[A-Z]\w+"
     r"|strategies\.(SingleDevice|DDP|FSDP|ModelParallel)Strategy|loggers\.(CSV|TensorBoard)Logger"
     r"|profilers\.(Simple|Advanced|PyTorch)Profiler)",
     re.ASCII,
 )
-"""Classes that compute, or write only where their arguments say, which are checked; others may load files or contact a
-server."""
+"""Classes that compute, or write only where their checked arguments say; others may load files or call a server."""
 PLACE_NAMES = re.compile(r"(^|_)(dir|dirs|dirpath|path|paths|file|files|folder|root|uri|url|location|registry)$")
-"""Arguments of foreign classes that name a place, whatever their value."""
+"""Names of foreign classes' arguments that are places, whatever their value."""
 LISTED = 5
-"""Settings that a refusal lists."""
-REMEDY = "A run folder may be someone else's: type what you trust again beside resume=, or start a new run"
+"""Maximum number of settings that a refusal lists."""
+REMEDY = "A run folder may be someone else's: type what you trust again with resume=, or start a new run"
 
 
 def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
-    """The command line that continues the run of the last `resume=FOLDER` in `typed`; the other typed words win.
+    """The command line that continues the run of the last `resume=FOLDER` in `typed`; other typed words win.
 
     `resume=FOLDER` stays, for `whereabouts.py` and for the processes that Lightning starts.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
-        ValueError: if it is in no state to be continued, or its `command.json` asks for what must be typed.
+        ValueError: if the run cannot be continued, or its `command.json` has settings that must be typed again.
     """
     name = unquoted([word for word in typed if word.startswith("resume=")][-1].removeprefix("resume="))
     folder = Path(os.path.abspath(name))  # noqa: PTH100 (as Hydra reads hydra.run.dir: without `..`)
@@ -66,7 +65,7 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
         raise ValueError(f"resume= continues one run; leave {several[0]} out")
     command = read_command(folder, name)
     refuse_links(folder)
-    ours = ("resume", "hydra.run.dir")  # this folder, wherever it was before
+    ours = ("resume", "hydra.run.dir")  # the folder may have moved
     mine = [word for word in typed if key_of(word) not in ours]
     keys = {key_of(word) for word in mine} | {"hydra.run.dir"}
     recorded = [_translated(word) for word in command["overrides"]]
@@ -76,20 +75,20 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
         refused.insert(0, f"--config-dir={command['config_dir']} (files that can set anything)")
     if refused:
         more = f"; and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
-        asked = "; ".join(one_line(word, SHOWN) for word in refused[:LISTED])
-        raise ValueError(f"resume={name}: its {COMMAND} asks for {asked}{more}. {REMEDY}")
+        listed = "; ".join(one_line(word, SHOWN) for word in refused[:LISTED])
+        raise ValueError(f"resume={name}: its {COMMAND} asks for {listed}{more}. {REMEDY}")
     options, settings = split_options(mine)
     return [*options, *old, *settings, f"resume={quoted(folder)}", run_dir_override(folder)]
 
 
 def _translated(word: str) -> str:
-    """A recorded override by its key of today."""
+    """A recorded override with its current key."""
     key = key_of(word)
     return word.replace(key, RENAMED[key], 1) if key in RENAMED else word
 
 
 def recorded_value(command: Mapping[str, Any], key: str) -> Any:
-    """The value of a setting in the words of a `command.json`; None if they do not name it."""
+    """The value of a setting in the overrides of a `command.json`; None if it is not among them."""
     values = [parsed(word).value() for word in command["overrides"] if key_of(word) == key]
     return values[-1] if values else None
 
@@ -138,14 +137,14 @@ def _reason_of_value(key: str, value: Any, folder: Path, command: Mapping[str, A
 
 
 def _has_digest(key: str, text: str, folder: Path, command: Mapping[str, Any]) -> bool:
-    """Whether a digest was recorded for the file of this setting; the file is compared when it is read."""
+    """Whether a digest was recorded for this setting's file; it is compared when the file is read."""
     if key == "init_from" and RELEASES.fullmatch(text):
         return True
     places = command.get("places")
     place = places.get(key) if isinstance(places, dict) else None
     if isinstance(place, dict) and isinstance(place.get("digest"), str):
         return True
-    # Earlier versions kept the digest in checkpoints only, which hold all of the first weights that is needed.
+    # Earlier versions recorded the digest only in checkpoints; a run with one no longer reads the first weights.
     return any((folder / "checkpoints").glob("step_*.ckpt"))
 
 
@@ -160,7 +159,7 @@ def _is_inside(text: str, folder: Path) -> bool:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf below a value, keys that are no identifiers included."""
+    """(dotted key, value) of every leaf below a value, including keys that are not identifiers."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(f"{key}.{name}", inner)

@@ -18,11 +18,11 @@ from llm_lightning.terminal import guard_messages, say
 
 
 def main(script: Path, verbs: Collection[str] | None = None) -> None:
-    """Run the command line of `script`, whose configuration is the folder `conf` beside it.
+    """Run the command line of `script`, whose configuration is the folder `conf` next to it.
 
     Args:
         script: the file that was started.
-        verbs: of `llm-lightning`, which a pipeline may run; None: any.
+        verbs: the commands of `llm-lightning` that a pipeline may run; None: any.
     """
     end_with_parent()
     guard_messages()
@@ -64,7 +64,7 @@ def _complete(config_dir: Path) -> None:
 
 
 def _run(script: Path, config_dir: Path) -> None:
-    """One run in this process, or a multirun in processes of their own."""
+    """Run once in this process, or each run of a multirun in its own."""
     from llm_lightning.experiments.command_line import rewritten
     from llm_lightning.experiments.multirun import run_jobs
     from llm_lightning.experiments.settings.checks import checked
@@ -75,7 +75,7 @@ def _run(script: Path, config_dir: Path) -> None:
     words = rewritten(sys.argv[1:], config_dir)
     sys.argv = [str(script), *words]
     configuration, arguments = checked(words, config_dir), parse_arguments(words)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, to become one line here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises exceptions, which become one line here
     logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback,
     threading.excepthook = thread_failed  # nor must TensorBoard's
     shows = arguments.cfg or arguments.info or arguments.hydra_help or arguments.resolve

@@ -1,4 +1,4 @@
-"""Metrics that the settings name: which are better when large, and whether anything logs them; before training."""
+"""Checks of the monitored metrics before training: which direction is better, and whether anything logs them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llm_lightning.nearest import nearest
 from llm_lightning.tasks.base import TaskModule
 
 PROGRESS = ("loss", "val_loss")
-"""Logged for the progress bar, under names of its own."""
+"""Metrics of the progress bar, which has its own names."""
 
 
 def fill_modes(settings: Settings) -> None:
-    """Replace every `mode` that is null by `min` or `max`, by the name of its metric; null stays where that is unclear.
+    """Replace every null `mode` by `min` or `max`, inferred from the metric's name; unclear ones stay null.
 
     A callback that monitors the run's own metric follows `monitor_mode`.
 
@@ -28,7 +28,7 @@ def fill_modes(settings: Settings) -> None:
     """
     monitor, mode = settings["monitor"], settings["monitor_mode"]
     if mode not in ("min", "max", None):
-        raise ValueError(f"monitor_mode={mode!r} must be min, max, or null: as the metric says")
+        raise ValueError(f"monitor_mode={mode!r} must be min, max, or null to infer it from the metric's name")
     if mode is None and monitor is not None:
         settings["monitor_mode"] = better_when(monitor)
     for _, node in _monitoring(settings):
@@ -37,7 +37,7 @@ def fill_modes(settings: Settings) -> None:
 
 
 def missing_mode(settings: Settings, node: Mapping[str, Any]) -> dict[str, Any]:
-    """`mode` of a callback whose settings do not name one; Lightning's take `min` by default, whatever the metric."""
+    """`mode` for a callback whose settings omit it; Lightning's default is `min`, whatever the metric."""
     if node.get("monitor") is None or "mode" in node:
         return {}
     takes_mode = "mode" in inspect.signature(get_class(node["_target_"])).parameters
@@ -49,9 +49,9 @@ def _mode_of(settings: Settings, node: Mapping[str, Any]) -> str | None:
 
 
 def refuse_unknown(settings: Settings, module: TaskModule, datamodule: BaseDataModule) -> None:
-    """Refuse a monitored metric that nothing will log, or whose better direction is unknown.
+    """Refuse a monitored metric that nothing logs, or whose better direction is unknown.
 
-    Code that `allow_targets` lets in may log any metric.
+    Code that `allow_targets` admits may log any metric.
 
     Raises:
         ValueError: naming the setting, the nearest right name and all others.
@@ -69,7 +69,7 @@ def refuse_unknown(settings: Settings, module: TaskModule, datamodule: BaseDataM
         if node.get("check_on_train_epoch_end") and trainer["check_val_every_n_epoch"] not in (1, None):
             raise ValueError(
                 f"{key}.check_on_train_epoch_end=true looks after every epoch, but validation comes every "
-                f"trainer.check_val_every_n_epoch={trainer['check_val_every_n_epoch']}; leave the one out"
+                f"trainer.check_val_every_n_epoch={trainer['check_val_every_n_epoch']}; leave one of them out"
             )
         if metric != settings["monitor"]:
             mode = {**node, **missing_mode(settings, node)}.get("mode")
@@ -89,7 +89,7 @@ def _prefix(stage: str) -> str:
 
 
 def _monitoring(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The callbacks that monitor a metric, by their names."""
+    """(name, settings) of every callback that monitors a metric."""
     for name, node in settings["callbacks"].items():
         if node is not None and node.get("monitor") is not None:
             yield name, node

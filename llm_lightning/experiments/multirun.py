@@ -14,13 +14,13 @@ from llm_lightning.experiments.settings.overrides import key_of, run_dir_overrid
 
 
 def run_jobs(script: Path, options: Sequence[str], config_dir: Path) -> None:
-    """Hand `sys.argv` to Hydra, which runs the jobs of a multirun, or shows what `--cfg` and its like ask for.
+    """Let Hydra read `sys.argv` and run the jobs of a multirun, or print what `--cfg` and similar options show.
 
     A job that fails does not stop the others.
 
     Args:
-        script: what a job's process runs.
-        options: of the command line, for every job: `--config-dir`.
+        script: the script that each job's process runs.
+        options: command-line options for every job: `--config-dir`.
         config_dir: the folder of train.yaml.
 
     Raises:
@@ -39,7 +39,7 @@ def run_jobs(script: Path, options: Sequence[str], config_dir: Path) -> None:
 
 
 def _run_job(command: Sequence[str], failures: list[str]) -> float | None:
-    """Run one job in a fresh process: nothing (devices, seeds, process groups) leaks into the next."""
+    """Run one job in a fresh process, so that no devices, seeds or process groups leak into the next."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra_config = HydraConfig.get()
@@ -53,11 +53,11 @@ def _run_job(command: Sequence[str], failures: list[str]) -> float | None:
 
 
 def one_run(hydra_config: Any) -> list[str]:
-    """Words that make a command line one run, even if its files (`experiment=`) ask for many.
+    """Words that make a command line one run, even if its files (`experiment=`) set a multirun.
 
-    `hydra_config`: Hydra's part of the multirun that the run is a job of. Its callbacks have been called there.
+    `hydra_config`: Hydra's part of the multirun's config. The multirun has already called its callbacks.
     """
-    added = [key_of(word) for word in hydra_config.overrides.hydra if word.startswith("+")]  # and not in any file
+    added = [key_of(word) for word in hydra_config.overrides.hydra if word.startswith("+")]  # so in no file
     prefixes = [f"hydra.callbacks.{name}" for name in hydra_config.callbacks or ()]
     return [
         ONE_RUN,
@@ -66,5 +66,5 @@ def one_run(hydra_config: Any) -> list[str]:
 
 
 def is_of_one_run(word: str) -> bool:
-    """Whether `one_run` added the word: it is no setting of the run."""
+    """Whether `one_run` added the word, which then is not a setting of the run."""
     return word == ONE_RUN or word.startswith("~hydra.callbacks.")

@@ -1,8 +1,8 @@
-"""`pipeline=NAME`: run the stages one after the other, each from the results of earlier ones.
+"""`pipeline=NAME`: run the stages in order, each from the results of earlier ones.
 
-Every stage is a process with a run folder of its own, which ends, is killed and continues like any other run. Its
-`manifest.json` records what it was made from: the same command again runs only stages that are missing, unfinished, or
-made from something else than what is there now.
+Every stage is a process with its own run folder, which ends, is killed and continues like any other run. Its
+`manifest.json` records its inputs: the same command again runs only stages that are missing, unfinished, or made from
+inputs that have changed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from llm_lightning.files.atomic import write_atomically
 from llm_lightning.terminal import say
 
 MANIFEST = "manifest.json"
-"""In the folder of a stage: what it was made from, and its results."""
+"""File in a stage's folder: the stage's inputs and results."""
 MANIFEST_FACTS: Facts = {"finished": bool, "settings": str, "parents": dict}
 OUTPUT = "output.txt"
-"""In the folder of a command: what it printed."""
+"""File in a command's folder: what it printed."""
 
 
 class StageFailedError(Exception):
-    """A stage ended with an exit code other than 0, which is then the chain's."""
+    """A stage ended with a nonzero exit code, which the chain then exits with."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -47,11 +47,11 @@ def run_pipeline(argv: Sequence[str], script: Path, verbs: Collection[str] | Non
 
     Args:
         argv: the command line without the program.
-        script: what runs a stage; its configuration is the folder `conf` beside it.
-        verbs: of `llm-lightning`, which a stage may run; None: any.
+        script: the script that runs a stage; its configuration is the folder `conf` next to it.
+        verbs: the commands of `llm-lightning` that a stage may run; None: any.
 
     Raises:
-        ValueError: before anything is run, if a stage has a wrong setting; or if another process runs the chain.
+        ValueError: before any stage runs, if one has a wrong setting; or if another process runs the chain.
         StageFailedError: when a stage fails.
     """
     if not is_main_process() or os.environ.get("WORLD_SIZE", "1") != "1":
@@ -86,7 +86,7 @@ def _run_stage(chain: Chain, number: int, stage: Stage, script: Path) -> None:
         "parents": parents,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    if not before.get("finished") or stale:  # else the old one stays true until the run has accepted other settings
+    if not before.get("finished") or stale:  # else the old one holds until the run accepts the new settings
         _write_manifest(folder, manifest)
     code = _own_process(chain, stage, script)
     if code:
@@ -102,9 +102,9 @@ def _run_stage(chain: Chain, number: int, stage: Stage, script: Path) -> None:
 def _judge(
     before: Mapping[str, Any], stage: Stage, parents: Mapping[str, str | None], folder: Path
 ) -> tuple[bool, str | None]:
-    """Whether a stage is done; and if its results can be neither used nor continued, why.
+    """Whether a stage is done; and why its results can be neither used nor continued, or None.
 
-    Other settings are no such reason: the run itself continues with them, or refuses them.
+    Changed settings are no such reason: the run itself accepts or refuses them.
     """
     if not before:
         return False, None
@@ -147,7 +147,7 @@ def _exit_code(command: Sequence[str], **options: Any) -> int:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    """The manifest's entries on a finished run.
+    """The manifest entries for a finished run.
 
     Raises:
         ValueError: if it left no checkpoint for the next stage: `data.preview`, `debug=fast_dev_run`.
@@ -160,7 +160,7 @@ def _results(folder: Path) -> dict[str, Any]:
     if summary.get("stopped_by") == "time":
         raise ValueError(f"{_shown(folder)} was stopped by trainer.max_time; the same command continues there")
     if not summary.get("finished") or summary.get("checkpoint") is None:
-        raise ValueError(f"{_shown(folder)} was left without a checkpoint: such a run is no stage of a pipeline")
+        raise ValueError(f"{_shown(folder)} has no checkpoint: a run in a pipeline must leave one")
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     kept = ("task", "steps", "monitor", "best_value", "metrics", "versions", "git")
     return {
@@ -172,7 +172,7 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` with null for every absolute path: the same run has the same settings in any folder."""
+    """`value` with null for every absolute path, so that a run has the same settings in any folder."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -189,7 +189,7 @@ def _move_aside(folder: Path) -> Path:
     """Rename the folder to the first free `NAME.old-N`.
 
     Raises:
-        RunFolderInUseError: if its run is going on.
+        RunFolderInUseError: if a process is running in it.
     """
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -204,7 +204,7 @@ def _move_aside(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _owned_chain(folder: Path) -> Iterator[None]:
-    """Be the only process that runs the chain in `folder`."""
+    """Hold the lock of the chain in `folder`: only one process may run it."""
     folder.mkdir(parents=True, exist_ok=True)
     refuse_links(folder)
     lock = FileLock(folder / ".lock")

@@ -1,4 +1,4 @@
-"""Processes that a pipeline or a multirun starts: signals reach them, and none outlives the one that started it."""
+"""Child processes of a pipeline or a multirun: signals reach them, and none outlives its parent."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import Any
 from llm_lightning.signals import STOPPING, signal_at_death_of
 
 PARENT = "LLM_LIGHTNING_PARENT"
-"""The variable in which a process that is started here finds the pid of the one that started it."""
+"""Environment variable with the pid of the process that called `start`."""
 KEYBOARD_SECONDS = 5.0
-"""After a SIGINT, until a child that ends without being told is told: the terminal sends Ctrl-C to both."""
+"""Seconds from a SIGINT until SIGTERM to a child that is still there: the terminal sends Ctrl-C to both."""
 LATER_RANK_SECONDS = 30.0
-"""How long a later process of distributed training, which saves nothing, outlives the first one."""
+"""Seconds that a later rank of distributed training, which saves nothing, outlives the first."""
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process of this package, which `end_with_parent` lets end with this one; `options` are Popen's."""
+    """Start a process of this package, which `end_with_parent` ends with this one; `options` go to Popen."""
     environment = {**(options.pop("env", None) or os.environ), PARENT: str(os.getpid())}
     return subprocess.Popen(command, env=environment, **options)
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM when the process that started this one here is gone: then this one saves itself and ends.
+    """Send SIGTERM to this process when the one that called `start` is gone: this one then saves and ends.
 
-    A later process of distributed training, started by Lightning, ends by itself some time after the first one: it
-    may wait for it for ever.
+    A later rank of distributed training, started by Lightning, exits some time after the first, for which it may
+    otherwise wait forever.
     """
-    parent = os.environ.pop(PARENT, None)  # it is not the parent of what this process starts
+    parent = os.environ.pop(PARENT, None)  # children of this process have another parent
     if parent is not None and parent.isdigit():
         if not signal_at_death_of(int(parent), signal.SIGTERM):
             _when_gone(int(parent), lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -42,27 +42,27 @@ def end_with_parent() -> None:
 
 
 def wait_for(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of `process`, as a shell says it: 128 + N where signal N ended it.
+    """Wait for `process`; return its exit code as a shell does: 128 + N if signal N ended it.
 
-    A signal that tells this process to stop is handed on. The other one is given the time to save itself, then this
-    one ends, with 128 + N too. A signal that this process ignores stays ignored.
+    A stop signal to this process is forwarded. The child gets the time to save; then this process also exits with
+    128 + N. A signal that this process ignores stays ignored.
     """
     received: list[int] = []
 
     def hand_on(signum: int, _: Any) -> None:
         received.append(signum)
-        process.send_signal(signum)  # to wait for it in here would wait for ever: `wait` below holds a lock
+        process.send_signal(signum)  # waiting here would never end: `wait` below holds a lock
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     taken = [one for one in STOPPING if one != signal.SIGINT and signal.getsignal(one) is not signal.SIG_IGN]
     before = {signum: signal.signal(signum, hand_on) for signum in taken if in_main_thread}
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # a terminal sends it to both, `kill` to this one alone
+    except KeyboardInterrupt:  # a terminal sends it to both, `kill` only to this one
         try:
             process.wait(timeout=KEYBOARD_SECONDS)
         except subprocess.TimeoutExpired:
-            process.terminate()  # one that is saving itself already ignores it
+            process.terminate()  # a child that is already saving ignores it
             process.wait()
         raise
     finally:
@@ -75,7 +75,7 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
 
 def _when_gone(parent: int, action: Callable[[], None]) -> None:
     """Call `action` from a thread once the process `parent` has ended."""
-    if os.name == "nt":  # there a process keeps the number of a parent that has ended
+    if os.name == "nt":  # Windows keeps the pid of a parent that has ended
         return
 
     def watch() -> None:
@@ -87,5 +87,5 @@ def _when_gone(parent: int, action: Callable[[], None]) -> None:
 
 
 def _give_up() -> None:
-    time.sleep(LATER_RANK_SECONDS)  # what is to be said of a failure is said by then
+    time.sleep(LATER_RANK_SECONDS)  # by then any failure has been reported
     os._exit(1)

@@ -52,9 +52,9 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
         start: how this session of the run was started.
 
     Raises:
-        ValueError, OSError: for whatever is wrong with the settings, the data, a checkpoint or the disk.
+        ValueError, OSError: if the settings, the data, a checkpoint or the disk are at fault.
     """
-    settings["resume"] = None  # where the run lies now is no setting of it
+    settings["resume"] = None  # the run's location is not one of its settings
     trainer = settings["trainer"]
     trainer["precision"] = choose_precision(trainer["precision"], trainer["accelerator"])
     fill_modes(settings)
@@ -74,19 +74,19 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
             if is_main_process():
                 (run.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier session, which failed
             return best_value
-    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+    except MisconfigurationException as error:  # Lightning's error for conflicting settings
         raise ValueError(str(error)) from error
 
 
 def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None) -> float | None:
-    """Train, from the folder's newest checkpoint on if there is one, and leave a summary.
+    """Train, continuing from the folder's newest checkpoint if there is one, and write a summary.
 
     Args:
-        init_from: where the first weights are now.
+        init_from: the current place of the first weights.
     """
     started = time.monotonic()
     L.seed_everything(settings["seed"], workers=True, verbose=False)
-    is_new = run.checkpoint is None  # else the checkpoint has all it needs: the first weights may be gone
+    is_new = run.checkpoint is None  # else the checkpoint has everything: the first weights may be missing
     parent = load_model(init_from) if init_from and is_new else None
     continued = None if is_new else {**run.header, "lineage": continued_lineage(run)}
     tokenizer = choose_tokenizer(settings, run, parent)
@@ -94,7 +94,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     module = build_module(settings, datamodule, parent, continued)
     lineage = module.header["lineage"]
     lineage["places"] = whereabouts.places_of(settings, run, lineage, data_path, init_from)
-    del parent  # or its weights stay, beside those that are cast
+    del parent  # or its weights stay in memory, besides the cast ones
     if continued is not None:
         refuse_other_data(continued["lineage"]["data"], datamodule.data_digest)
     refuse_unknown(settings, module, datamodule)
@@ -126,7 +126,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
 
 
 def test_best(trainer: L.Trainer, module: TaskModule, datamodule: BaseDataModule, best: Path) -> None:
-    """Measure the test split with the weights of `best`, or with those of the end if no best ones were kept."""
+    """Measure the test split with the weights of `best`, or with the final ones if no best ones were kept."""
     trainer.strategy.barrier()  # until the first process has given the best checkpoint its name
     if best.is_file() and not module.is_sharded:
         module.load_trained(best)
@@ -143,7 +143,7 @@ def conclude(
     seconds: float,
     stopped: str | None,
 ) -> None:
-    """Write the summary and the adapter alone, close the logs, and say what was reached."""
+    """Write the summary and the adapter, close the logs, and log the results."""
     write_adapter(run, module.header["lineage"])
     summary = build_summary(run, trainer, module, data=module.datamodule.report(), seconds=seconds, stopped=stopped)
     write_summary(run.path, summary)
@@ -156,7 +156,7 @@ def conclude(
 
 
 def refuse_other_data(before: str, now: str) -> None:
-    """Refuse to continue on a text that has changed under its name."""
+    """Refuse to continue if the text has changed under its name."""
     if before != now:
         raise ValueError(
             f"cannot resume: the text of data.* changed since the run began (digest {before}, now {now}); "
@@ -177,13 +177,13 @@ def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
         )
     if trainer.check_val_every_n_epoch is None and batches % window:
         raise ValueError(
-            f"an epoch has {batches} batches, no multiple of trainer.accumulate_grad_batches={window}, so that "
+            f"an epoch has {batches} batches, not a multiple of trainer.accumulate_grad_batches={window}, so that "
             "validation counted across epochs would fall inside a window; set trainer.check_val_every_n_epoch=1"
         )
 
 
 def is_finished(run: RunFolder, trainer: L.Trainer, total: int) -> bool:
-    """Whether there is nothing to do: the last step was made, or what ended the run before it would do so again."""
+    """Whether nothing is left to do: all steps are done, or what stopped the run early would stop it again."""
     if run.state(total) != "finished":
         return False
     if run.previous_summary["steps"] >= total or run.checkpoint is None:
@@ -193,7 +193,7 @@ def is_finished(run: RunFolder, trainer: L.Trainer, total: int) -> bool:
 
 
 def say_finished(settings: Settings, run: RunFolder, start: Start) -> float | None:
-    """Say that there is nothing to do, and what was reached; leave every file as it is."""
+    """Print that the run is finished, and its results; change no file."""
     summary = run.previous_summary
     trainer = settings["trainer"]
     limits = f"trainer.max_epochs={trainer['max_epochs']} and trainer.max_steps={trainer['max_steps']}"
@@ -205,7 +205,7 @@ def say_finished(settings: Settings, run: RunFolder, start: Start) -> float | No
             patience = f"callbacks.early_stopping.patience={early['patience']}, or " if early else ""
             why = f"it was stopped early. To train on, raise {patience}the lower of {limits}."
         lines = closing_lines(summary, run.path, Path(start.folder))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of someone else's, or another version's
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # written by someone else or another version
         raise damaged_summary(run.path, f"it does not say what was reached: {error!r}") from error
     say(f"This run is finished: {why}")
     say_lines(lines)
@@ -213,7 +213,7 @@ def say_finished(settings: Settings, run: RunFolder, start: Start) -> float | No
 
 
 def _quieten() -> None:
-    """No advertisements, no list of absent accelerators, no advice that is meant for Lightning's authors."""
+    """Silence advertisements, the list of absent accelerators, and advice meant for Lightning's authors."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*LeafSpec.*", ".*sync_dist=True.*"):  # what we log is summed over all processes already
@@ -229,7 +229,7 @@ def preview(settings: Settings) -> None:
 
 
 def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFolder) -> None:
-    """Say what is about to happen, in a few lines."""
+    """Log the data, precision, model, batch and steps before training."""
     if not trainer.is_global_zero:
         return
     steps = total_steps(trainer, datamodule)

@@ -1,7 +1,7 @@
 """The run folder: which process owns it, and whether its run is new, can continue, or is finished.
 
 One process owns a run folder at a time. It holds an OS lock on `.lock`, which the system releases whenever the process
-ends, and names itself in `owner.json`. Imports neither torch nor lightning: a refusal comes at once.
+ends, and names itself in `owner.json`. Imports neither torch nor lightning, so that refusals are immediate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ State = Literal["fresh", "resumable", "finished"]
 
 # Data loading workers inherit the lock and outlive a killed owner by a few seconds.
 WORKERS_DIE_SECONDS = 15.0
-# Not every network file system passes locks between hosts, and a process of another host cannot be looked up. A run
+# Some network file systems do not share locks between hosts, and another host's processes cannot be looked up. A run
 # that writes nothing for this long counts as dead.
 SILENT_SECONDS = 600.0
 OWNER_FACTS: Facts = {"pid": int, "host": str, "process_start": (str, type(None)), "started": str}
@@ -69,9 +69,9 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def state(self, total_steps: int | None = None) -> State:
-        """Whether there is something to do; a finished run continues if `total_steps` are more than it planned."""
+        """The state of the run; a finished run is no longer finished if `total_steps` exceeds its plan."""
         finished = self.previous_summary.get("finished", False)
-        # Compared with what was planned, not with what was reached: a run that stopped early is finished too.
+        # Compared with the planned steps, not those reached: a run that stopped early is finished too.
         if finished and (total_steps is None or total_steps <= self.previous_summary["total_steps"]):
             return "finished"
         return "resumable" if self.checkpoint else "fresh"
@@ -87,8 +87,8 @@ class RunFolder:
 def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]:
     """Own the run folder at `run_dir`, creating it if needed, until the block ends.
 
-    `config` is written if there is no checkpoint yet. If there is one, the caller first makes sure that its run may
-    continue with `config`, and then calls `write_config`.
+    `config` is written if there is no checkpoint yet. Otherwise the caller first checks that the run may continue with
+    `config`, and then calls `write_config`.
 
     Raises:
         RunFolderInUseError: if a living process owns it; names the process.
@@ -110,7 +110,7 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
 
 @contextlib.contextmanager
 def leaving_nothing(path: Path) -> Iterator[None]:
-    """Leave the folder of a run as it is: log nothing there, and remove it if it is empty."""
+    """Leave a run folder unchanged: log nothing there, and remove it if it is empty."""
     root = logging.getLogger()
     files = [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]
     own = [handler for handler in files if path.absolute() in Path(handler.baseFilename).parents]
@@ -142,7 +142,7 @@ def _owned(path: Path) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, path: Path) -> None:
-    """Take the OS lock, waiting only for what a dead owner left behind."""
+    """Take the OS lock, waiting only for a dead owner's leftover workers."""
     deadline = time.monotonic() + WORKERS_DIE_SECONDS
     while True:
         try:
@@ -156,7 +156,7 @@ def _acquire(lock: FileLock, path: Path) -> None:
 
 
 def _refuse_if_alive(path: Path) -> None:
-    """Refuse an owner that lives although the lock was free: the file system does not pass locks between hosts."""
+    """Refuse if the owner is alive although the lock was free: the file system may not share locks between hosts."""
     owner = _read_owner(path)
     if _is_alive(owner):
         raise RunFolderInUseError(_in_use(path, owner))
@@ -184,7 +184,7 @@ def _newest_checkpoint(path: Path) -> Opened | None:
 
 
 def is_main_process() -> bool:
-    """Whether no launcher (torchrun, Lightning, SLURM) started this as one of its later processes."""
+    """Whether this is the first process of its launcher (torchrun, Lightning, SLURM), or has none."""
     ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "0") == "0" for name in ranks)
 
@@ -206,9 +206,9 @@ def _is_alive(owner: dict[str, Any]) -> bool:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a living process started, as the system writes it: with the pid, it identifies the process for good.
+    """When a living process started, as the system writes it; with the pid, it identifies the process uniquely.
 
-    None if there is no such process, or on Windows, which does not tell.
+    None if there is no such process, and always on Windows.
     """
     if Path("/proc/self/stat").exists():
         try:

@@ -1,6 +1,6 @@
-"""The JSON files of a run folder, which may be someone else's or damaged: read with the keys that they must have.
+"""Read the JSON files of a run folder, which may be someone else's or damaged, and check their required keys.
 
-Imports nothing heavy: a refusal comes at once.
+Imports nothing heavy, so that refusals are immediate.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 from llm_lightning.terminal import one_line
 
 COMMAND = "command.json"
-"""In a run folder: the command line that started the run, and the folder it was typed in."""
+"""File in a run folder: the command line that started the run, and the folder it was typed in."""
 SUMMARY = "summary.json"
-"""In a run folder: the results of a run that ended by itself."""
+"""File in a run folder: the results of a run that ended by itself."""
 Settings = dict[str, Any]
 """A checked configuration as nested dicts, every value resolved."""
 Facts = Mapping[str, type | tuple[type, ...]]
-"""The keys that a JSON object must have, and of which type."""
+"""The keys that a JSON object must have, and their types."""
 COMMAND_FACTS: Facts = {"folder": str, "config_dir": (str, type(None)), "overrides": list}
 SUMMARY_FACTS: Facts = {"finished": bool, "total_steps": int}
 SUMMARY_REMEDY = "delete it: the run then goes on from its newest checkpoint"
 SHOWN = 300
-"""Characters of a foreign text that a message shows."""
+"""Maximum number of characters of a foreign text in a message."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Start:
     resume: str | None = None
     """The run folder that `resume=` names."""
     notes: Sequence[str] = ()
-    """Lines to log before training: what was typed and has no effect."""
+    """Lines to log before training: typed settings without effect."""
 
     def record(self, places: Mapping[str, Any]) -> dict[str, Any]:
-        """`command.json`; `places`: where the data and the first weights are."""
+        """The content of `command.json`; `places` locates the data and the first weights."""
         overrides = list(self.overrides)
         return {"folder": self.folder, "config_dir": self.config_dir, "overrides": overrides, "places": places}
 
@@ -86,7 +86,7 @@ def read_command(folder: Path, typed: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if the folder holds no run.
-        ValueError: if what was typed is a file of a run, or `command.json` is damaged.
+        ValueError: if `typed` is a file of a run, or `command.json` is damaged.
     """
     if folder.is_file():
         run = folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent
@@ -105,14 +105,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def damaged_summary(folder: Path, reason: str) -> ValueError:
-    """The error for a `summary.json` that lacks what a reader of it needs."""
+    """The error for a `summary.json` without a value that its reader needs."""
     return _damaged(folder / SUMMARY, reason, SUMMARY_REMEDY)
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a run folder in which writing could change something outside: it holds files and folders of its own.
+    """Refuse a run folder if writing to it could change something outside: it must hold only its own files and folders.
 
-    Checkpoints may have several names, as `last.ckpt` is one of another's: they are replaced, never written into.
+    A checkpoint may have several names, such as `last.ckpt`: checkpoints are replaced, never changed in place.
 
     Raises:
         ValueError: naming the first link, device or pipe.
@@ -133,12 +133,12 @@ def _not_its_own(folder: Path) -> Iterator[str]:
             shown = path.relative_to(folder)
             try:
                 info = path.lstat()
-            except FileNotFoundError:  # of another process that writes here: the lock is still to come
+            except FileNotFoundError:  # another process writes here: the lock is not taken yet
                 continue
             if stat.S_ISLNK(info.st_mode):
                 yield f"{shown} is a link to {path.readlink()}"
             elif not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
-                yield f"{shown} is no regular file"
+                yield f"{shown} is not a regular file"
             elif stat.S_ISREG(info.st_mode) and info.st_nlink > 1 and not _is_checkpoint(shown):
                 yield f"{shown} has another name elsewhere (a hard link)"
 

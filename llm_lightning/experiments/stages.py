@@ -17,7 +17,7 @@ from llm_lightning.experiments.settings.yaml_files import group_options
 from llm_lightning.terminal import say
 
 ONE_STAGE_ONLY = ("task", "experiment", "init_from", "resume", "sweep")
-"""Settings that distinguish the stages: typed for all of them, they would make them equal."""
+"""Settings that distinguish the stages; typed for all, they would make the stages equal."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Stage:
 
     name: str
     words: tuple[str, ...]
-    """Overrides of the run, or words of the command; `{NAME}` stands for the folder of the stage NAME."""
+    """Overrides of the run, or words of the command; `{NAME}` is replaced by the folder of the stage NAME."""
     is_command: bool
     parents: tuple[str, ...]
     """Earlier stages that `words` names."""
     settings: str
-    """Digest of all settings, wherever they come from; folders of stages count by their names."""
+    """Digest of all settings, whatever their source, with stages' names instead of their folders."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What a command line with `pipeline=NAME` asks for."""
+    """The stages of a command line with `pipeline=NAME`."""
 
     name: str
     folder: Path
@@ -51,16 +51,16 @@ class Chain:
 def plan(argv: Sequence[str], config_dir: Path, verbs: Collection[str] | None = None) -> Chain:
     """Read the chain that `argv` names, and check every setting of every stage.
 
-    Settings beside `pipeline=` hold for every stage, `+STAGE.KEY=VALUE` for that stage alone; both win over the file.
-    `run_name` and `hydra.run.dir` name the folder of the chain.
+    Settings typed with `pipeline=` apply to every stage, `+STAGE.KEY=VALUE` to that stage only; both override the
+    file. `run_name` and `hydra.run.dir` set the folder of the chain.
 
     Args:
         argv: the command line without the program.
         config_dir: the folder of train.yaml.
-        verbs: of `llm-lightning`, which a stage may run; None: any.
+        verbs: the commands of `llm-lightning` that a stage may run; None: any.
 
     Raises:
-        ValueError: one line: what is wrong, in which stage.
+        ValueError: one line naming the stage and its error.
     """
     flags = [word for word in argv if word.startswith("-") and not word.startswith(("--config-dir", "-cd"))]
     if flags:
@@ -128,12 +128,12 @@ def _read_stages(name: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _stage_of(word: str, names: Sequence[str]) -> str | None:
-    """The stage that `+STAGE.KEY=VALUE` is meant for."""
+    """The stage of `+STAGE.KEY=VALUE`."""
     return next((name for name in names if word.startswith(f"+{name}.")), None)
 
 
 def _words(stage: Mapping[str, Any], typed: Sequence[str]) -> list[str]:
-    """The words of a stage; what was typed wins, the last of each setting."""
+    """The words of a stage; typed settings win, and the last one for each key."""
     if "command" in stage:
         return shlex.split(stage["command"])
     return list({key_of(word): word for word in [*stage["overrides"], *typed]}.values())

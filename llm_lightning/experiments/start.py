@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What `train` leaves."""
+    """The result of `train`."""
 
     folder: Path
     """The run folder; `load_model(folder)` loads the best checkpoint."""
@@ -47,10 +47,10 @@ def train(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
 
     Args:
         overrides: words of the command line: `["task=sft", "init_from=outputs/pretraining/first"]`.
-        config_dir: a folder with YAML files of yours, added to the project's `conf`.
+        config_dir: a folder with your own YAML files, added to the project's `conf`.
 
     Raises:
-        ValueError: for whatever is wrong with the settings, the data or a checkpoint, in one line.
+        ValueError: one line, if the settings, the data or a checkpoint are wrong.
         OSError: if a file is missing, or the disk is full.
 
     Example:
@@ -67,7 +67,7 @@ def train(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
     words = rewritten(words, CONF)
     configuration, arguments = checked(words, CONF), parse_arguments(words)
     if configuration.is_multirun:
-        raise ValueError("train() trains one run, and a file asks for a multirun (hydra.mode); use python train.py")
+        raise ValueError("train() trains one run, but a file sets a multirun (hydra.mode); use python train.py")
 
     def run(run_dir: Path) -> TrainedRun:
         refuse_links(run_dir)
@@ -119,7 +119,7 @@ def in_run_folder(full: DictConfig, action: Callable[[Path], Result]) -> Result:
     def job(_: DictConfig) -> None:
         try:
             results.append(action(Path(HydraConfig.get().runtime.output_dir)))
-        except Exception as error:  # kept from Hydra, which prints lines of its own
+        except Exception as error:  # raised again below; Hydra would print its own lines
             errors.append(error)
             raise
 

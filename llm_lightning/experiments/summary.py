@@ -51,8 +51,8 @@ def build_summary(
         run: its folder.
         trainer, module: after `fit`, and `test` where there is a test split.
         data: a description of the data (`BaseDataModule.report`).
-        seconds: of training, in all known sessions of the run.
-        stopped: what ended it before its last step (`callbacks/endings.py`).
+        seconds: training time in seconds, over all known sessions of the run.
+        stopped: what ended the run before its last step (`callbacks/endings.py`).
     """
     from llm_lightning.callbacks.checkpoints import Checkpoints
     from llm_lightning.callbacks.throughput import Throughput
@@ -63,7 +63,7 @@ def build_summary(
     checkpoint = next((str(path.relative_to(run.path)) for path in kept if path.is_file()), None)
     metrics = module.latest_metrics()
     return {
-        "finished": stopped != "time",  # the same command goes on
+        "finished": stopped != "time",  # the same command continues
         "stopped_by": stopped,
         "task": module.task,
         "ended": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -103,7 +103,7 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 def closing_lines(summary: dict[str, Any], run_dir: Path, typed_in: Path) -> list[str]:
-    """What the run reached, where it is (as seen from the folder `typed_in`), and what to type next."""
+    """The results of the run, its folder (relative to `typed_in` if inside it), and the next command."""
     metrics, folder = summary["metrics"], shown_from(typed_in, run_dir)
     items = f"{summary['item']}s"
     rate = summary[f"{items}_per_second"]
@@ -129,7 +129,7 @@ def closing_lines(summary: dict[str, Any], run_dir: Path, typed_in: Path) -> lis
     parent = next(iter(names_of_parent(lineage.get("parent_name"), place, run_dir)), None)
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
     command = NEXT.get(task, 'llm-lightning generate {} "The"').format(checkpoint, parent=shlex.quote(str(parent)))
-    if task == "sft" and (run_dir / RESPONSES).is_file():  # it has answered already
+    if task == "sft" and (run_dir / RESPONSES).is_file():  # the run has answered already
         command = f"llm-lightning judge {shlex.quote(str(folder / RESPONSES))} --lexical"
     return [*lines, f"Run folder: {folder}", f"Next: {command}"]
 
@@ -147,7 +147,7 @@ def _ended(summary: dict[str, Any]) -> str:
 
 
 def sampled_of(trainer: Any) -> dict[str, dict[str, Any]]:
-    """The splits that were measured in part: how many samples, of how many, and what they are called."""
+    """The splits measured only in part: samples measured, samples in all, and the name of a sample."""
     from llm_lightning.callbacks.responses import Responses
 
     sampled: dict[str, dict[str, Any]] = trainer.datamodule.sampled(trainer)
@@ -172,7 +172,7 @@ def sample_words(split: str, facts: dict[str, Any]) -> str:
 
 
 def _tested(metrics: dict[str, float], note: str, note_of_answers: str) -> list[str]:
-    """What the best checkpoint reached on the test split."""
+    """The best checkpoint's results on the test split."""
     lines = []
     if "test/accuracy" in metrics:
         more = ", ".join(
@@ -218,7 +218,7 @@ def duration(seconds: float) -> str:
 
 
 def device_name(device: Any) -> str:
-    """The model of the processor that a torch device stands for."""
+    """The processor model of a torch device."""
     if device.type == "cuda":
         import torch
 
@@ -258,6 +258,6 @@ def _version(package: str) -> str | None:
 
 
 def shown_from(folder: Path, path: Path) -> Path:
-    """`path` relative to `folder`, if it is below it: that is shorter to type."""
+    """`path`, relative to `folder` if it is inside: shorter to type."""
     path, folder = path.resolve(), folder.resolve()
     return path.relative_to(folder) if path.is_relative_to(folder) else path

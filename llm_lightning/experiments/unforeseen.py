@@ -1,7 +1,7 @@
-"""The net beneath every command: an exception that nobody foresaw ends in one line, and its traceback in a file.
+"""The last handler of every command: an unforeseen exception gives one line, and its traceback goes to a file.
 
-What is foreseen is a ValueError or an OSError. Whatever else arrives here is a fault of this program, and its line says
-where. Code that `allow_targets` lets in is its user's own: that keeps its traceback.
+Foreseen errors are ValueErrors and OSErrors. Any other exception is a fault of this program, and its line says where.
+Code that `allow_targets` admits is the user's: its exceptions keep their traceback.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from llm_lightning.files.atomic import write_atomically
 from llm_lightning.terminal import one_line, say, visible
 
 EXIT_CODE = 70
-"""EX_SOFTWARE of sysexits.h; nothing else here ends with it."""
+"""EX_SOFTWARE of sysexits.h; no other error exits with it."""
 SHOW_TRACEBACK = "LLM_LIGHTNING_TRACEBACK"
 TRACEBACK = "traceback.txt"
-"""In the run folder."""
+"""File in the run folder."""
 
 _PACKAGE = Path(__file__).parents[1]
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
@@ -31,13 +31,13 @@ def report(error: BaseException, *, prefix: str, file: Path) -> int:
     """Print one line on an unforeseen exception, write its traceback to `file`, and return the exit code.
 
     Args:
-        prefix: what the line begins with.
-        file: is overwritten; see `cache_file` for commands without a run folder.
+        prefix: the beginning of the line.
+        file: overwritten; commands without a run folder use `cache_file`.
     """
     if os.environ.get(SHOW_TRACEBACK):
         say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     written = f"the traceback could not be written to {file}"
-    with contextlib.suppress(OSError):  # the disk may be what is wrong
+    with contextlib.suppress(OSError):  # the disk may be the cause
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, visible("".join(traceback.format_exception(error))))
         written = f"the traceback is in {file}"
@@ -51,25 +51,25 @@ def report(error: BaseException, *, prefix: str, file: Path) -> int:
 
 
 def cache_file(command: str) -> Path:
-    """Where the traceback of a command goes that has no run folder; the next failure of that command replaces it."""
+    """The traceback file of a command without a run folder; the command's next failure replaces it."""
     from llm_lightning.files.download import cache_dir  # late: help must be instant
 
     return cache_dir() / "tracebacks" / f"{command}.txt"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or the device was too small: no fault of the program."""
+    """Whether the machine's or the device's memory was too small, which is no fault of the program."""
     return type(error).__name__ in _OUT_OF_MEMORY or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def passes_through(error: BaseException, packages: Sequence[str]) -> bool:
-    """Whether code of `packages` stands anywhere in the traceback, or in that of what caused it."""
+    """Whether the traceback of `error`, or of one of its causes, contains code of `packages`."""
     names = (str(frame.f_globals.get("__name__")) for one in _chain(error) for frame, _ in _frames(one))
     return any(f"{name}.".startswith(f"{package}.") for name in names for package in packages)
 
 
 def stop_writing() -> None:
-    """Let nothing more be written to a standard output whose reader has gone: `--help | head`."""
+    """Discard further standard output, whose reader has gone: `--help | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -87,7 +87,7 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of this package, else the innermost of all."""
+    """`FILE:LINE` of the innermost frame of this package, else of the innermost frame."""
     frames = [(Path(frame.f_code.co_filename), line) for frame, line in _frames(error)]
     ours = [(file.relative_to(_PACKAGE.parent), line) for file, line in frames if file.is_relative_to(_PACKAGE)]
     file, line = (ours or frames or [(Path("?"), 0)])[-1]

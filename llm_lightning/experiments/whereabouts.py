@@ -1,8 +1,8 @@
-"""Where the data and the first weights of a run that continues are now: they are recognised by their digest.
+"""Locate the data and the first weights of a resumed run by their digest.
 
-With `resume=FOLDER` the settings are the folder's. The places that they name are searched beside the folder, as the run
-saw them; then where they were; then from the current folder. Content with the recorded digest is used, and no other. A
-path that is typed again for the same run is taken as typed.
+`resume=FOLDER` uses the folder's settings. Each place that they name is searched relative to the run folder, as the run
+saw it; then at its old location; then from the current folder. Only content with the recorded digest is used. A path
+that is typed again for the same run is used as typed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 
 
 class OtherDataError(ValueError):
-    """The content of a place is not what the run was made from."""
+    """The content of a place is not the data of the run."""
 
 
 def read_data(
     settings: Settings, run: RunFolder, start: Start, build: Callable[[Any, str | None], Built]
 ) -> tuple[Built, Any]:
-    """The data of a run, and the value of `data.path` that names the place with the recorded digest.
+    """The data of a run, and the value of `data.path` for the place with the recorded digest.
 
     Args:
-        build: reads the data at a value of `data.path`; given a digest, it may raise OtherDataError before it is done.
+        build: reads the data at a value of `data.path`; given a digest, it may raise OtherDataError early.
 
     Raises:
-        ValueError, OSError: as `build` does; or if no place has what the run was made from, naming all.
+        ValueError, OSError: from `build`; or if no place has the run's data, naming every place.
     """
     typed = settings["data"].get("path")
     place, folder = _recorded(start, "data.path", typed)
@@ -48,31 +48,31 @@ def read_data(
         return build(typed, None), typed
     before = run.header["config"]["data"].get("path") if run.checkpoint else None  # earlier versions: absolute
     options = candidates(place, run.path)
-    options += [_words(typed, folder), _words(before, folder) if before else [], _words(typed, Path.cwd())]
+    options += [_absolute(typed, folder), _absolute(before, folder) if before else [], _absolute(typed, Path.cwd())]
     tried: list[str] = []
     first_error: Exception | None = None
-    for words in _there("data.path", typed, options):
-        path = as_setting(typed, words)
+    for paths in _existing_places("data.path", typed, options):
+        path = as_setting(typed, paths)
         try:
             built: Any = build(path, digest)
             if built.data_digest == digest:
-                _say("data.path", typed, words, options)
+                _say("data.path", typed, paths, options)
                 return built, path
         except OtherDataError:
             pass
         except (ValueError, OSError) as error:
             first_error = first_error or error
-        tried.append(", ".join(words))
+        tried.append(", ".join(paths))
     if first_error is not None and len(tried) == 1:
         raise first_error
     raise _nothing_fits("data.path", tried, digest)
 
 
 def find_weights(settings: Settings, run: RunFolder, start: Start) -> str | None:
-    """Where the first weights are now; as they were typed, if the run has a checkpoint and does not read them.
+    """The current place of the first weights; as typed if the run has a checkpoint, which makes them unnecessary.
 
     Raises:
-        ValueError, OSError: if no place has what the run was made from, naming all.
+        ValueError, OSError: if no place has the run's first weights, naming every place.
     """
     typed: str | None = settings["init_from"]
     if run.checkpoint or not typed:
@@ -83,18 +83,18 @@ def find_weights(settings: Settings, run: RunFolder, start: Start) -> str | None
         return typed
     options = [*candidates(place, run.path), [str(folder / typed)], [typed]]
     tried = []
-    for words in _there("init_from", typed, options):
-        if digest_at(words[0]) == digest:
-            _say("init_from", typed, words, options)
-            return words[0]
-        tried.append(words[0])
+    for paths in _existing_places("init_from", typed, options):
+        if digest_at(paths[0]) == digest:
+            _say("init_from", typed, paths, options)
+            return paths[0]
+        tried.append(paths[0])
     raise _nothing_fits("init_from", tried, digest)
 
 
 def refuse_other_parent(run: RunFolder, init_from: str | None) -> None:
-    """Refuse to continue a run from a checkpoint with `init_from` naming other weights than it began with.
+    """Refuse to continue from a checkpoint if `init_from` names other weights than the run started from.
 
-    A run that continues does not read them, so that they may be gone; but it must not say that it came from others.
+    A continued run does not read them, so they may be missing; but it must not record others as its parent.
     """
     before = run.header["config"].get("init_from")
     if init_from == before:
@@ -110,16 +110,16 @@ def refuse_other_parent(run: RunFolder, init_from: str | None) -> None:
 def places_of(
     settings: Settings, run: RunFolder, lineage: dict[str, Any], data_path: Any, init_from: str | None
 ) -> dict[str, Any]:
-    """What a run records of its places, in `command.json` and the header of its checkpoints.
+    """The places that a run records in `command.json` and in its checkpoints' headers.
 
     Args:
         settings: with the places as typed.
-        lineage: of the run, with the digests of its data and first weights.
-        data_path, init_from: the places that were used.
+        lineage: the run's, with the digests of its data and first weights.
+        data_path, init_from: the places actually used.
     """
     places = {}
     if typed := settings["data"].get("path"):
-        places["data.path"] = place_of(typed, _words(data_path, Path.cwd()), run.path, lineage["data"])
+        places["data.path"] = place_of(typed, _absolute(data_path, Path.cwd()), run.path, lineage["data"])
     if (typed := settings["init_from"]) and lineage["parent"]:
         kept = run.header["lineage"].get("places", {}).get("init_from") if run.checkpoint else None
         if kept and kept.get("typed") == typed:
@@ -130,12 +130,12 @@ def places_of(
 
 
 def lasting_name(init_from: str) -> str:
-    """The name of weights that means the same from any folder: an absolute path, or a release's name."""
+    """A name for weights that is valid in any folder: an absolute path, or a release's name."""
     return str(Path(init_from).absolute()) if Path(init_from).exists() else init_from
 
 
 def digest_at(name: str) -> str:
-    """The digest of the weights at a path or of a name."""
+    """The digest of the weights at a path, or of a release."""
     path = resolve(name)
     return checkpoints.verify(path) if path is not None else load_model(name).header["digest"]
 
@@ -153,20 +153,20 @@ def _recorded(start: Start, key: str, value: Any) -> tuple[dict[str, Any] | None
     return {} if is_recorded else None, Path(command["folder"])
 
 
-def _there(key: str, typed: Any, options: list[list[str]]) -> list[list[str]]:
-    there = existing(options)
-    if not there:
-        looked = ", ".join(dict.fromkeys(one_line(", ".join(words), SHOWN) for words in options if words))
+def _existing_places(key: str, typed: Any, options: list[list[str]]) -> list[list[str]]:
+    present = existing(options)
+    if not present:
+        looked = ", ".join(dict.fromkeys(one_line(", ".join(paths), SHOWN) for paths in options if paths))
         raise FileNotFoundError(
-            f"{key}={typed} of the run is not there (looked for {looked}); put it back, or type {key}=PLACE beside "
+            f"{key}={typed} of the run is not there (looked for {looked}); put it back, or type {key}=PLACE with "
             "resume="
         )
-    return there
+    return present
 
 
-def _say(key: str, typed: Any, words: list[str], options: list[list[str]]) -> None:
-    if existing(options[:1]) != existing([words]):
-        log.info("%s=%s is read from %s", key, one_line(typed, SHOWN), one_line(", ".join(words), SHOWN))
+def _say(key: str, typed: Any, paths: list[str], options: list[list[str]]) -> None:
+    if existing(options[:1]) != existing([paths]):
+        log.info("%s=%s is read from %s", key, one_line(typed, SHOWN), one_line(", ".join(paths), SHOWN))
 
 
 def _nothing_fits(key: str, tried: list[str], digest: str) -> ValueError:
@@ -176,7 +176,7 @@ def _nothing_fits(key: str, tried: list[str], digest: str) -> ValueError:
     )
 
 
-def _words(value: Any, folder: Path) -> list[str]:
+def _absolute(value: Any, folder: Path) -> list[str]:
     """Absolute paths, read from `folder`."""
-    paths = absolute_paths(value, folder)
-    return [paths] if isinstance(paths, str) else paths
+    absolute = absolute_paths(value, folder)
+    return [absolute] if isinstance(absolute, str) else absolute

@@ -81,7 +81,7 @@ def test_ones_own_settings_are_taken_over_and_those_of_an_attacker_by_none_but_t
     for number, word in enumerate(settings(tmp_path)):
         run = recorded(tmp_path / f"run{number}", "seed=3", word)
         message = refusal(run)
-        if message is None or word not in message or "type what you trust again beside resume=" not in message:
+        if message is None or word not in message or "type what you trust again with resume=" not in message:
             wrong.append(f"{word} is taken over, or not named: {message}")
         elif (message := refusal(run, word)) and "leave " not in message and word != "resume=/":
             wrong.append(f"{word} was typed again, and is refused: {message}")
@@ -97,7 +97,7 @@ def test_a_refusal_is_one_line_that_names_all_that_is_asked_for(tmp_path: Path) 
     assert outcome.err == (
         f"error: resume={run}: its command.json asks for --config-dir=mine (files that can set anything); "
         "hydra.verbose=true (a setting of Hydra's own); +logger.x._target_='a\\x1b[31m' (a class that is not ours). "
-        "A run folder may be someone else's: type what you trust again beside resume=, or start a new run\n"
+        "A run folder may be someone else's: type what you trust again with resume=, or start a new run\n"
     )
     (tmp_path / "mine").mkdir()
     typed = ["hydra.verbose=false", "+logger.x._target_=x", f"--config-dir={tmp_path / 'mine'}"]

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed; keys and values that an earlier version had."""
+"""Settings that may change when a run is resumed; keys and values of earlier versions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from llm_lightning.experiments.settings.nodes import leaves
 from llm_lightning.weights.renamed import REMOVED, RENAMED
 
 MAY_CHANGE = (
-    "trainer.max_epochs",  # training on is what resuming is for; a schedule is stretched to the new length
+    "trainer.max_epochs",  # a resumed run may train longer; its schedule is stretched to the new length
     "trainer.max_steps",
     "trainer.max_time",
     "callbacks.early_stopping*",
-    "trainer.enable_progress_bar",  # what is shown and logged, and who prepares the batches, changes no weight
+    "trainer.enable_progress_bar",  # display, logs and the processes that prepare batches change no weight
     "trainer.log_every_n_steps",
     "trainer.profiler",
     "data.num_workers",
@@ -24,7 +24,7 @@ MAY_CHANGE = (
     "callbacks.samples*",
     "callbacks.plots*",
     "callbacks.throughput*",
-    "data.path",  # where things are: the content is compared by its digest
+    "data.path",  # locations: the digests compare the content
     "init_from",
     "allow_targets",  # how the run is started, not what it computes
     "resume",
@@ -65,7 +65,7 @@ def refuse_renamed(key: str) -> None:
 
 
 def refuse_removed(values: Mapping[str, Any]) -> None:
-    """Refuse a value that only an earlier version had, naming what to use instead.
+    """Refuse a value that only earlier versions had, naming its replacement.
 
     Args:
         values: dotted key -> value.

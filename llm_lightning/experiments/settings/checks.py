@@ -1,8 +1,8 @@
-"""Checks between the command line and the run: every wrong setting ends in one line that names the right one.
+"""Check the command line before the run: every wrong setting gives one line that names the right one.
 
 Hydra accepts an unknown key silently behind a `+` and inside an experiment file, and instantiates nearly any callable
-that a `_target_` names. Here the keys that a group's own files declare, and the arguments of a node's target, are all
-there is; and a target must be a class of a few kinds, defined in a few packages.
+that a `_target_` names. Here a key must be declared by its group's own files, or be an argument of its node's target;
+and a target must be a class of a few kinds, defined in a few packages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llm_lightning.experiments.settings.targets import arguments_of, check_hydra
 from llm_lightning.experiments.settings.values import refuse_wrong_values
 
 OPEN_GROUPS = ("callbacks", "logger")
-"""Groups that take further members, under any name, as long as they have a `_target_`."""
+"""Groups that accept further members under any name, if they have a `_target_`."""
 
 SET_ELSEWHERE = {
     "trainer.callbacks": "callbacks",
@@ -57,7 +57,7 @@ SET_ELSEWHERE = {
     "task.model": "model",
     "task.tokenizer": "tokenizer",
 }
-"""Arguments that the run itself fills in, and the setting it takes them from."""
+"""Arguments that the run itself fills in, and the setting to use instead."""
 
 NOTHING_READS = {
     "trainer.enable_model_summary": "the run logs its size itself",
@@ -67,7 +67,7 @@ NOTHING_READS = {
     "trainer.reload_dataloaders_every_n_epochs": "the data stay the same for a whole run",
     "trainer.sync_batchnorm": "no model here has a batch norm",
 }
-"""Arguments of Lightning's Trainer without an effect here, and why."""
+"""Arguments of Lightning's Trainer that have no effect here, and why."""
 
 _SPECIAL_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
@@ -76,13 +76,13 @@ class Checked(NamedTuple):
     """A configuration that may run."""
 
     config: DictConfig
-    """Of the run; of a multirun, the first."""
+    """The configuration of the run, or of a multirun's first run."""
     full: DictConfig
-    """As Hydra composed it, its own part included."""
+    """The same as Hydra composed it, including Hydra's own part."""
 
     @property
     def is_multirun(self) -> bool:
-        """Whether a file makes it one: `hydra.mode: MULTIRUN` in an experiment's."""
+        """Whether a file sets a multirun: `hydra.mode: MULTIRUN` in an experiment."""
         return bool(self.full.hydra.mode == RunMode.MULTIRUN)
 
 
@@ -92,7 +92,7 @@ def check_overrides(argv: Sequence[str], config_dir: Path) -> DictConfig:
 
 
 def checked(argv: Sequence[str], config_dir: Path) -> Checked:
-    """Compose the configuration that a command line asks for and check it; of a multirun, every value.
+    """Compose and check the configuration of a command line; for a multirun, check every value.
 
     Args:
         argv: the command line without the program.
@@ -122,7 +122,7 @@ def unknown_keys(
     Args:
         config: nested dicts, interpolations as written.
         known: the dotted keys that the chosen files declare, with their values.
-        allow: packages that targets may come from beside `targets.PACKAGES`.
+        allow: packages that targets may come from, besides `targets.PACKAGES`.
     """
     for key, value in config.items():
         inner = f"{path}.{key}" if path else str(key)
@@ -164,7 +164,7 @@ def _values(override: Override, dirs: ConfigDirs) -> list[Override]:
         texts = list(override.sweep_string_iterator())
     if not texts:
         raise ValueError(f"'{override.input_line}' has no values")
-    words = [word_as_meant(f"{override.get_key_element()}={text}", dirs.folders) for text in texts]  # as the jobs will
+    words = [word_as_meant(f"{override.get_key_element()}={text}", dirs.folders) for text in texts]  # as in the jobs
     return [parsed(word) for word in words]
 
 
@@ -176,7 +176,7 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> Checked:
     wrong: ValueError | None = None
     try:
         full = dirs.compose(_text(override) for override in overrides)
-    except ValueError as error:  # Hydra names no near miss: let unknown keys in, and name them below
+    except ValueError as error:  # Hydra suggests no right key: accept unknown keys, and name them below
         full, wrong = dirs.compose(_forced(override, groups) for override in overrides), error
     allow = _allowed(overrides, dirs)
     choices = full.hydra.runtime.choices
@@ -226,7 +226,7 @@ def _check_override(override: Override, groups: Sequence[str], dirs: ConfigDirs)
 
 
 def _forced(override: Override, groups: Sequence[str]) -> str:
-    """`KEY=VALUE` and `+KEY=VALUE` as `++KEY=VALUE`, which Hydra takes whether or not there is such a key."""
+    """`KEY=VALUE` and `+KEY=VALUE` as `++KEY=VALUE`, which Hydra accepts whether or not the key exists."""
     if override.key_or_group in groups or override.is_delete() or override.is_hydra_override():
         return _text(override)
     return "++" + _text(override).lstrip("+")
@@ -238,7 +238,7 @@ def _text(override: Override) -> str:
 
 
 def _allowed(overrides: list[Override], dirs: ConfigDirs) -> Sequence[str]:
-    """`allow_targets` of the command line or the project's own train.yaml: no file of `--config-dir` has a say."""
+    """`allow_targets` of the command line or the project's own train.yaml: files of `--config-dir` are ignored."""
     typed = [override.value() for override in overrides if override.key_or_group == "allow_targets"]
     allow = typed[-1] if typed else yaml_files.load(dirs.folders[-1] / "train.yaml").get("allow_targets")
     return _listed(allow)
@@ -251,7 +251,7 @@ def _listed(packages: Any) -> list[str]:
 
 
 def _check_values(config: DictConfig, known: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    """Refuse what has no effect, a missing value, a value of the wrong kind, and a run name that is no folder name."""
+    """Refuse settings without effect, missing values, values of the wrong kind, and run names unfit for a folder."""
     values = dotted(plain(config))
     for key, value in values.items():
         if key in SET_ELSEWHERE:

@@ -22,17 +22,17 @@ from llm_lightning.experiments.settings.yaml_files import group_options, package
 from llm_lightning.nearest import nearest
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
-"""Groups whose files pick and set, but declare no key (a task declares its own node)."""
+"""Groups whose files choose and set, but declare no keys (a task declares only its own node)."""
 
 
 @dataclass(frozen=True)
 class ConfigDirs:
-    """Where YAML files are searched: the folder of `--config-dir`, if any, then the project's own."""
+    """The folders of YAML files: that of `--config-dir`, if any, then the project's own."""
 
     folders: tuple[Path, ...]
 
     def groups(self) -> list[str]:
-        """The folders: `model`, `optimizer` ..."""
+        """The names of their folders: `model`, `optimizer` ..."""
         return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()})
 
     def options(self, group: str) -> list[str]:
@@ -52,7 +52,7 @@ class ConfigDirs:
     def declared(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """Dotted key -> value as written, of train.yaml and the chosen files of all groups but presets.
 
-        Every key in it is one that something reads.
+        Something reads each of these keys.
         """
         keys = dotted(_without_hydra(yaml_files.load(self.folders[-1] / "train.yaml")))
         groups = set(self.groups()) - set(PRESETS)
@@ -91,7 +91,7 @@ class ConfigDirs:
             raise ValueError(self._explain(" ".join(str(error).split()))) from None
 
     def _explain(self, message: str) -> str:
-        """Hydra's words where they are clear; ours, with the nearest right name, where a name was wrong."""
+        """Hydra's message if it is clear; ours, with the nearest right name, if a name is wrong."""
         group = re.search(r"In '(.+?)': Could not override '([\w/]+).*No match in the defaults list", message)
         if group:
             return f"unknown group '{group[2]}' in {group[1]}.yaml; {hint(group[2], self.groups())}"
@@ -123,10 +123,10 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def register_resolvers() -> None:
-    """Teach OmegaConf `${run_folder:NAME}`, which conf/train.yaml uses, for one start.
+    """Register `${run_folder:NAME}`, which conf/train.yaml uses, for one start.
 
-    Without a name, a folder is called by date, time and eight random digits: runs started in the same second differ.
-    They are drawn here, once a start, so that Hydra and every launched process see the same folder.
+    Without a name, a folder is named by date, time and eight random digits: runs started in the same second differ.
+    They are drawn here, once per start, so that Hydra and every launched process see the same folder.
     """
     drawn = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(4)}"
     OmegaConf.register_new_resolver(

@@ -1,7 +1,7 @@
-"""Groups that are switched off, groups that every run needs, and the group that a setting belongs to.
+"""Groups that are switched off, groups that every run needs, and the group that declares a setting.
 
-`null` and `none` both switch off: an optional group (logger, callbacks, lora), or a preset chosen before. Every run
-needs each of the other groups, and the refusal names what to choose instead.
+`null` and `none` both switch off an optional group (logger, callbacks, lora) or an earlier preset. Every run needs all
+other groups, and a refusal names what to choose instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from llm_lightning.experiments.settings.yaml_files import declared_by, group_options, read_defaults
 
 OPTIONAL = ("logger", "callbacks", "lora")
-"""Groups with a file none.yaml."""
+"""Groups with a none.yaml."""
 
 PRESETS_LEFT_OUT = ("experiment", "pipeline", "sweep", "debug")
 """Groups that are null by default."""
@@ -24,7 +24,7 @@ INSTEAD = {
     "scheduler": "scheduler=constant keeps one learning rate",
     "optimizer": "optimizer=adamw is the default",
     "trainer": "trainer=default is the default",
-    "accelerator": "accelerator=auto takes the fastest device that is there",
+    "accelerator": "accelerator=auto takes the fastest available device",
     "model": "model=nano is the smallest",
     "tokenizer": "tokenizer=byte is one token per byte",
     "data": "the task brings its own",
@@ -58,7 +58,7 @@ def without_null_groups(argv: Sequence[str], config_dir: Path) -> list[str]:
 
 
 def refuse_missing(config: Mapping[str, Any], options: Mapping[str, Sequence[str]], where: str) -> None:
-    """Refuse a config in which a file has set a group to null that every run needs.
+    """Refuse a config in which a file sets a required group to null.
 
     Args:
         options: group -> its files.
@@ -76,9 +76,9 @@ def _needed(what: str, group: str, options: Sequence[str]) -> str:
 def switched_off(
     config: DictConfig, choices: Mapping[str, Any], typed: Collection[str], of_task: Mapping[str, Any]
 ) -> DictConfig:
-    """Remove what presets put into a group that is none; later files would switch it on again.
+    """Remove what presets add to a group that is none, which they would switch on again.
 
-    What the command line adds to such a group stays: `callbacks=none +callbacks.lr._target_=...`.
+    Members added on the command line stay: `callbacks=none +callbacks.lr._target_=...`.
 
     Args:
         choices: group -> chosen file.
@@ -110,7 +110,7 @@ def switched_off(
 
 
 def is_off(choices: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether any group is none that a preset may have put something into."""
+    """Whether any optional group, which a preset may have filled, is none."""
     return any(choices.get(group) in (None, "none", "[]") or config.get(group) is None for group in OPTIONAL)
 
 
@@ -131,7 +131,7 @@ def option_with(key: str, folders: Iterable[Path], choices: Mapping[str, Any]) -
 
 
 def _named(folder: Path, group: str, option: str) -> tuple[int, str]:
-    """Its rank, the best being 0, and the words to type. A kind of data comes with its task."""
+    """The option's rank (0 is best) and the word to type; data come with their task."""
     if group == "data":
         tasks = [task for task in group_options(folder, "task") if _brings(folder, task, option)]
         return (0, f"task={tasks[0]}") if tasks else (2, f"data={option}")

@@ -1,4 +1,4 @@
-"""`python train.py --help`: every group, option and key, with the sentences beside them in conf/."""
+"""`python train.py --help`: every group, option and key, with its sentence in conf/."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_lightning.nearest import nearest
 
 
 def help_text(argv: Sequence[str], config_dir: Path) -> str | None:
-    """The help that `argv` asks for; None where it asks for none.
+    """The help that `argv` requests; None if it requests none.
 
     Raises:
         ValueError: if `--help GROUP` names no group.
@@ -63,7 +63,7 @@ def _group_help(config_dir: Path, group: str) -> Iterator[str]:
 
 def _option_help(config_dir: Path, group: str, option: str) -> Iterator[str]:
     yield f"\n{group}={option}: {read_headline(config_dir / group / f'{option}.yaml')}"
-    if group != "pipeline":  # its stages are no settings
+    if group != "pipeline":  # its stages are not settings
         yield from _rows(_option_settings(config_dir, group, option))
 
 

@@ -1,4 +1,4 @@
-"""Settings without effect beside others: the run logs one line for each that was typed.
+"""Settings that other settings make ineffective: the run logs one line for each typed one.
 
 Settings that never have an effect are refused instead (`checks.SET_ELSEWHERE` and `NOTHING_READS`).
 """
@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     """Settings that nothing reads while something else holds."""
 
     keys: tuple[str, ...]
-    """Patterns."""
+    """Patterns of keys."""
     holds: Callable[[Values], Any]
     because: str
 
@@ -46,7 +46,7 @@ def _one_batch(values: Values) -> Any:
 
 
 def _path_wins(values: Values) -> bool:
-    return values.get("data.path") is not None and values.get("data.name") != "sms_spam"  # of that, a local copy
+    return values.get("data.path") is not None and values.get("data.name") != "sms_spam"  # there it names a local copy
 
 
 RULES = (
@@ -103,10 +103,10 @@ RULES = (
 
 
 def ignored_settings(config: Mapping[str, Any], raw: Mapping[str, Any], typed: Iterable[str]) -> Iterator[str]:
-    """One line for each typed setting without effect in this run, and for what a switched-off group costs.
+    """One line for each typed setting without effect in this run, and for the cost of a switched-off group.
 
     Args:
-        config: of the run, resolved.
+        config: the run's, resolved.
         raw: the same, interpolations as written.
         typed: the words of the command line.
     """

@@ -1,8 +1,8 @@
-"""What a typed value means: text stays as it was typed, and one value where a list is meant is a list of one.
+"""Typed values by the kind that conf/ declares: text stays as typed, and one value for a list is a list of one.
 
-Hydra reads `data.path=1984` as a number and `run_name=2026_11_26` as 20261126. Whether a setting is text, a list or
-anything else is declared by its default in conf/; where that is null, by the tables below. The command line is
-rewritten once, before Hydra and every record of it (command.json, the jobs of a multirun, the stages of a pipeline).
+Hydra reads `data.path=1984` as a number and `run_name=2026_11_26` as 20261126. The default in conf/ declares
+whether a setting is text, a list or anything else; if it is null, the tables below do. The command line is rewritten
+once, before Hydra and every record of it (command.json, the jobs of a multirun, the stages of a pipeline).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llm_lightning.experiments.settings.overrides import parse_arguments
 from llm_lightning.experiments.settings.yaml_files import group_files, load, package_of
 
 Kind = Literal["text", "texts", "numbers", "anything"]
-"""One text; a list of texts; a list of numbers; what is left to Hydra: numbers, switches, nodes, words beside them."""
+"""One text; a list of texts; a list of numbers; or left to Hydra: numbers, switches, nodes, words mixed with these."""
 
 UNDECLARED: dict[str, Kind] = {
     "run_name": "text",
@@ -51,7 +51,7 @@ UNDECLARED: dict[str, Kind] = {
     "hydra.sweep.dir": "text",
     "hydra.sweep.subdir": "text",
     "hydra.job.name": "text",
-    # Words that are a number or a switch as well.
+    # Settings that are a word, or else a number or a switch.
     "data.pad_to": "anything",
     "data.packing": "anything",
     "optimizer.fused": "anything",
@@ -61,21 +61,21 @@ UNDECLARED: dict[str, Kind] = {
     "trainer.precision": "anything",
     "trainer.strategy": "anything",
 }
-"""Kinds of the settings whose default in conf/ does not tell: null, no default, or a word beside numbers."""
+"""Kinds of the settings whose default in conf/ does not show it: null, missing, or a word besides numbers."""
 
 SEVERAL = ("data.path",)
-"""Texts of which a list may be given, too."""
+"""Text settings that also accept a list."""
 
 _NUMBER_OR_SWITCH = re.compile(r"[+-]?(\d[\d_]*)?\.?[\d_]*(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
 _SWEEP = re.compile(r"(choice|shuffle|sort|tag)\((.*)\)", re.DOTALL)
 
 
 def as_meant(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """Quote what is text and reads as a number, and put one value where a list is meant into a list.
+    """Quote text that reads as a number, and wrap a single value of a list setting in a list.
 
     Args:
-        argv: the command line without the program, or settings alone.
-        config_dir: the folder of train.yaml; `--config-dir` in `argv` adds its own.
+        argv: the command line without the program, or overrides alone.
+        config_dir: the folder of train.yaml; `--config-dir` in `argv` adds another.
     """
     arguments = parse_arguments(argv)
     folders = config_dirs(arguments.config_dir, config_dir).folders
@@ -83,7 +83,7 @@ def as_meant(argv: Sequence[str], config_dir: Path) -> list[str]:
 
 
 def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = False) -> str:
-    """One word of `as_meant`; several values are left alone where they are not a multirun, which is refused later."""
+    """`as_meant` for one word; several values outside a multirun stay as typed, and are refused later."""
     key, equals, value = word.partition("=")
     kind = _kind_of_word(key.lstrip("+"), folders)
     if not equals or kind == "anything" or key.startswith(("~", "-")) or (len(_split(value)) > 1 and not is_multirun):
@@ -105,14 +105,14 @@ def declared_kinds(folders: tuple[Path, ...]) -> dict[str, Kind]:
 def settle(
     config: DictConfig, values: Mapping[str, Any], folders: tuple[Path, ...], where: Callable[[str], str]
 ) -> None:
-    """Make one value where a list is meant a list, in place; refuse values of another kind than is declared.
+    """Wrap single values of list settings in a list, in place; refuse values that are not of the declared kind.
 
-    What comes here is what stands in YAML files, and what an interpolation or a `{...}` on the command line gives.
+    The values come from YAML files, interpolations, and `{...}` on the command line.
 
     Args:
-        config: of one run.
-        values: dotted key -> value in it, resolved.
-        folders: where YAML files are looked for.
+        config: the config of one run.
+        values: dotted key -> resolved value in it.
+        folders: the folders of YAML files.
         where: key -> " in FILE" where a file sets it, else "".
 
     Raises:
@@ -155,9 +155,9 @@ def _refuse_other_kind(key: str, kind: Kind, value: Any, where: Callable[[str], 
 
 
 def _declaring_files(folders: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
-    """Every file whose keys are settings, and the dotted place of its content."""
+    """(file, dotted package of its content) of every file whose keys are settings."""
     presets = ("experiment", "pipeline", "sweep", "debug")
-    for folder in reversed(folders):  # the project's own word goes first
+    for folder in reversed(folders):  # the project's own defaults win
         if (folder / "train.yaml").is_file():
             yield folder / "train.yaml", ""
         for group in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in presets):
@@ -189,7 +189,7 @@ def _kind_of_word(key: str, folders: tuple[Path, ...]) -> Kind:
 
 
 def _swept(value: str, kind: Kind) -> str:
-    """A value, or each value of a sweep, as it is meant."""
+    """A value, or each value of a sweep, rewritten for its kind."""
     call = _SWEEP.fullmatch(value.strip())
     if call:
         arguments = [one if re.match(r"\s*\w+\s*=", one) else _swept(one, kind) for one in _split(call[2])]
@@ -203,19 +203,19 @@ def _swept(value: str, kind: Kind) -> str:
 
 
 def _spelt_out(value: str) -> str:
-    """`range(1,3)` of texts: `'1','2'`."""
+    """`range(1,3)` as texts: `'1','2'`."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         sweep: Any = OverridesParser.create().parse_override(f"key={value}").value()
-    except HydraException:  # said where all words are read
+    except HydraException:  # reported where all words are parsed
         return value
     return ",".join(f"'{number}'" for number in sweep.range())
 
 
 def _text(value: str) -> str:
-    """Quoted where Hydra would read a number or a switch; of a list, each of its values. Null stays null."""
+    """The text, quoted if Hydra would read a number or a switch; each item of a list likewise. Null stays null."""
     stripped = value.strip()
     if stripped.startswith("[") and stripped.endswith("]"):
         return f"[{','.join(_text(part) for part in _split(stripped[1:-1]))}]" if stripped[1:-1].strip() else stripped
@@ -228,12 +228,12 @@ def _list(value: str, kind: Kind) -> str:
     if stripped.startswith("[") or is_other or stripped.lower() == "null":
         return _text(value) if kind == "texts" else value
     if kind == "texts" and not re.search(r"""['"\\$]""", stripped):
-        return f"['{stripped}']"  # quoted, because Hydra takes fewer characters in a list than outside of one
+        return f"['{stripped}']"  # quoted, because Hydra accepts fewer characters in a list than outside one
     return f"[{_text(stripped) if kind == 'texts' else stripped}]"
 
 
 def _split(value: str) -> list[str]:
-    """The parts between commas that stand outside of quotes and brackets."""
+    """The parts between commas outside quotes and brackets."""
     parts, depth, quote, start, position = [], 0, "", 0, 0
     while position < len(value):
         character = value[position]

@@ -1,4 +1,4 @@
-"""Words of the command line, as Hydra reads them: options, and overrides (`KEY=VALUE`, `+KEY=VALUE`, `~KEY`)."""
+"""Words of the command line in Hydra's grammar: options, and overrides (`KEY=VALUE`, `+KEY=VALUE`, `~KEY`)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parsed(word: str) -> Any:
 
 
 def parse_arguments(argv: Sequence[str]) -> Namespace:
-    """Hydra's options in a command line without its program, and the overrides: `.overrides`, `.config_dir` ...
+    """Hydra's options and the overrides of a command line without its program: `.overrides`, `.config_dir` ...
 
     Options and overrides may come in any order.
 

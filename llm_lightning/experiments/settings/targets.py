@@ -1,6 +1,6 @@
 """Which classes a `_target_` may name: those of a few kinds, defined in a few packages.
 
-Hydra instantiates nearly any callable. What counts here is the object itself, not its name:
+Hydra instantiates nearly any callable. These checks look at the object itself, not its name:
 `torch.serialization.os.system` is defined in `posix`.
 """
 
@@ -29,7 +29,7 @@ def check_targets(config: Any, allow: Sequence[str] = (), *, path: str = "") -> 
 
     Args:
         config: a resolved config: plain dicts and lists, or a DictConfig.
-        allow: packages beside `PACKAGES`, whose classes and functions are all allowed.
+        allow: packages besides `PACKAGES`, whose classes and functions are all allowed.
 
     Raises:
         ValueError: naming the key and how to allow one's own package.
@@ -65,7 +65,7 @@ def resolve_target(key: str, target: Any, allow: Sequence[str] = ()) -> Any:
 
 
 def arguments_of(path: str, target: Any, allow: Sequence[str]) -> list[str] | None:
-    """The arguments that the target of the node at `path` takes; None: any.
+    """The arguments that the target of the node at `path` accepts; None: any.
 
     A class of ours passes its `**kwargs` to its base class; Lightning's pass them on to unknown functions.
     """
@@ -112,7 +112,7 @@ def _locate(key: str, target: Any, packages: Sequence[str]) -> Any:
         try:
             named = getattr(named, name) if hasattr(named, name) else importlib.import_module(".".join(names[:end]))
         except Exception as error:  # whatever the module raises while it is imported
-            cause = None if _inside(target, PACKAGES) else error  # its owner wants to see where
+            cause = None if _inside(target, PACKAGES) else error  # the traceback shows its owner where
             raise ValueError(f"{key}={target!r} cannot be imported: {error}") from cause
     if isinstance(named, ModuleType) or not _inside(getattr(named, "__module__", None), packages):
         raise ValueError(refusal)
@@ -125,7 +125,7 @@ def _inside(name: Any, packages: Iterable[str]) -> bool:
 
 @functools.cache
 def _kinds() -> tuple[type, ...]:
-    """What a config may build, beside our own dataclasses."""
+    """The classes that a config may build, besides our own dataclasses."""
     import lightning as L
     import torchmetrics
     from lightning.pytorch.accelerators import Accelerator

@@ -1,7 +1,7 @@
-"""Values that a setting cannot have: another kind than its default's, null where one is needed, numbers out of range.
+"""Refuse values that a setting cannot have: the wrong kind, null where a value is needed, numbers out of range.
 
-What a class can say better itself (`optimizer.lr must be positive`) it says itself; here is what Lightning, Python or a
-loop of ours would say in words of theirs, or not at all.
+A class with a clear error of its own (`optimizer.lr must be positive`) checks itself. These are values for which
+Lightning, Python or one of our loops would give an obscure error, or none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from llm_lightning.experiments.settings.meaning import UNDECLARED
 
 WORDS_ALLOWED = ("trainer.devices", "trainer.deterministic", "trainer.fast_dev_run")
-"""Settings that are a number or a switch by default and may also be something else: `auto`, `warn`, a number."""
+"""Settings with a number or a switch as default that also accept another kind: `auto`, `warn`, a number."""
 
 NUMBERS: dict[str, int | float] = {
     "data.max_length": 128,
@@ -25,7 +25,7 @@ NUMBERS: dict[str, int | float] = {
     "trainer.limit_val_batches": 0.1,
     "trainer.limit_test_batches": 0.1,
 }
-"""Settings that are null by default and else a number: an example, an integer where only whole numbers make sense."""
+"""Settings that are null by default, else a number: an example, an integer if only whole numbers make sense."""
 
 LEAST: dict[str, tuple[float, str]] = {
     "trainer.log_every_n_steps": (1, "logger=none switches the logs off"),
@@ -37,7 +37,7 @@ LEAST: dict[str, tuple[float, str]] = {
     "model.context_length": (1, "it is the longest input in tokens"),
     "seed": (0, "any whole number up to 2**32 - 1 will do"),
 }
-"""The least value of a setting, and what a smaller one may have meant."""
+"""The minimum of a setting, and advice for a smaller value."""
 
 POSITIVE = ("trainer.val_check_interval",)
 
@@ -54,14 +54,14 @@ MAY_BE_NULL = (
     "callbacks.checkpoints.every_n_*",
     "callbacks.samples.top_k",
 )
-"""Settings that null switches off or leaves open, as patterns; every other one needs a value."""
+"""Patterns of settings that null switches off or leaves open; every other setting needs a value."""
 
 
 def refuse_wrong_values(config: Mapping[str, Any], known: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    """Refuse another kind of value than the default's, null where a value is needed, and numbers out of range.
+    """Refuse values of another kind than the default, null where a value is needed, and numbers out of range.
 
     Args:
-        config: dotted key -> value of a run.
+        config: dotted key -> value in a run.
         known: dotted key -> default, interpolations followed.
         where: key -> " in FILE" where a file sets it, else "".
 

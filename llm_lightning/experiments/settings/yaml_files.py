@@ -1,6 +1,6 @@
 """The YAML files of conf/: their keys, sentences, defaults lists and contents.
 
-Read as text as far as possible: nothing heavy is imported at the top, so that help is instant.
+Files are read as text where possible: nothing heavy is imported at the top, so that help is instant.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Setting:
 def read_settings(file: Path, prefix: str) -> list[Setting]:
     """Every key that a YAML file sets, in its order; `prefix` is where Hydra puts the file's content.
 
-    A sentence stands at the end of the key's line, or in the comment lines directly above it.
+    A sentence is at the end of the key's line, or in the comment lines directly above it.
     """
     settings: list[Setting] = []
     parents: list[tuple[int, str]] = []
@@ -49,15 +49,15 @@ def read_settings(file: Path, prefix: str) -> list[Setting]:
 
 
 def read_headline(file: Path) -> str:
-    """What a YAML file is: the first line of its head comment."""
+    """The headline of a YAML file: the first line of its head comment."""
     lines = (line for line in file.read_text("utf-8").splitlines() if not _PACKAGE_LINE.match(line))
     return next(lines, "").lstrip("# ")
 
 
 def read_defaults(file: Path) -> list[tuple[str | None, str]]:
     """The (group, option) pairs of a file's defaults list; group None: a file of the same group."""
-    found = (_DEFAULT_LINE.match(line) for line in file.read_text("utf-8").splitlines())
-    return [(match["group"], match["option"]) for match in found if match and match["option"] != "_self_"]
+    matches = (_DEFAULT_LINE.match(line) for line in file.read_text("utf-8").splitlines())
+    return [(match["group"], match["option"]) for match in matches if match and match["option"] != "_self_"]
 
 
 def group_options(config_dir: Path, group: str) -> list[str]:
@@ -74,12 +74,12 @@ def group_files(config_dir: Path, group: str) -> list[str]:
 @functools.cache
 def declared_settings(config_dir: Path) -> frozenset[str]:
     """The dotted keys that the files of all groups declare, and train.yaml."""
-    found = {setting.path for setting in read_settings(config_dir / "train.yaml", "")}
+    keys = {setting.path for setting in read_settings(config_dir / "train.yaml", "")}
     for group in (path.name for path in config_dir.iterdir() if path.is_dir()):
         for name in group_files(config_dir, group):
             file = config_dir / group / f"{name}.yaml"
-            found |= {setting.path for setting in read_settings(file, package_of(file, group))}
-    return frozenset(found)
+            keys |= {setting.path for setting in read_settings(file, package_of(file, group))}
+    return frozenset(keys)
 
 
 def declared_by(config_dir: Path, group: str, option: str) -> set[str]:
@@ -91,7 +91,7 @@ def declared_by(config_dir: Path, group: str, option: str) -> set[str]:
 
 
 def package_of(file: Path, group: str) -> str:
-    """Where Hydra puts the content of a group's file: the group, unless its first line says another place."""
+    """Where Hydra puts the content of a group's file: the group, unless its first line names another package."""
     package = _PACKAGE_LINE.match(file.read_text("utf-8"))
     return package[1].replace("_global_", "") if package else group
 
