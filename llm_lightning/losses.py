@@ -219,7 +219,7 @@ class PreferenceLoss(NamedTuple):
     loss: Tensor
     """(B,)"""
     chosen_reward: Tensor
-    """(B,) beta x (policy - reference), of the quantity that the loss uses. Without gradient."""
+    """(B,) beta x (policy - reference), of the quantity that the loss uses (`simpo`: beta x policy). No gradient."""
     rejected_reward: Tensor
     """(B,) the same for the rejected answer."""
 

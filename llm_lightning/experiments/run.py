@@ -60,9 +60,9 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
     fill_modes(settings)
     _quieten()
     try:
-        if settings["data"]["preview"] and start.resume:
+        if settings["data"].get("preview") and start.resume:
             raise ValueError("data.preview=true shows the data of a new run; leave resume= or data.preview out")
-        if settings["data"]["preview"]:
+        if settings["data"].get("preview"):
             with leaving_nothing(run_dir):
                 preview(settings)
             return None

@@ -1,8 +1,8 @@
 """A GPT trunk with a linear head that reads one vector per sequence.
 
-Ids are embedded and pass through the blocks, of which the last one computes only the position that the head reads;
-then come the final norm and the head. The lower blocks can be run separately (`run_lower`, then `finish`), so that
-frozen blocks are computed once.
+Ids are embedded and pass through the blocks, of which the last one computes only the position that the head reads
+(with a mean: all); then come the final norm and the head. The lower blocks can be run separately (`run_lower`, then
+`finish`), so that frozen blocks are computed once.
 
 Tensor letters: B batch, T time, C width, K classes.
 """

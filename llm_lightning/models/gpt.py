@@ -126,8 +126,8 @@ class MLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. To switch it per model,
-        # add a field to GPTConfig: checkpoints, keys of caches and the export then know of it.
+        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. As a
+        # setting it would be a field of GPTConfig and a key of conf/model, and weights/gpt2_names.py must export it.
         return self.residual_dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
 
 

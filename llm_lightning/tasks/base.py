@@ -1,9 +1,17 @@
 """TaskModule: every Lightning hook, once. A task adds the loss of one batch.
 
-To add a task: write a subclass with `task`, `item` and `step_output` in a file beside this one, a data module
-(`data/base.py`) whose batches are named tuples with at least `n_targets` and `sample_ids`, and `conf/task/NAME.yaml`
-and `conf/data/NAME.yaml` that name the two classes. A batch of a process that ran out of samples is empty. A model
-with a head of its own needs an entry in `weights/load.py` and `weights/checks/tensors.py`, so that it can be loaded.
+To add a task, copy `sft.py` and what belongs to it:
+
+- a subclass with `task`, `item` and `step_output` beside this file; `metric_names` and `eval_metrics` if it has metrics
+  of its own, `options_from` for constructor arguments that come from the data;
+- a data module (`data/base.py`) whose constructor takes `tokenizer` (or a function that trains one), `context_length`,
+  `seed` and the keys of its YAML, and whose `build` sets `tokenizer`, `train_samples`, `eval_samples` and
+  `data_digest`. Its batches are named tuples with `n_targets` and `sample_ids`; the batch of a process that ran out of
+  samples has `n_targets` 0, and its loss must be 0 and differentiable;
+- `conf/task/NAME.yaml`, which picks `/data` and sets `monitor` (and `callbacks.samples: null` if it generates no
+  text), and `conf/data/NAME.yaml`, with a sentence for every key;
+- its name in `weights/checks/header.py`, so that its checkpoints are checked; for a model with a head of its own also
+  `described_model` in `weights/load.py` and its tensors in `weights/checks/tensors.py`.
 
 Gradients are token-exact: an optimizer step uses the sum of the loss over all targets of its accumulation window on
 all processes, divided by their number. Lightning alone averages micro-batch means, which weighs a target in a short

@@ -1,7 +1,8 @@
 """Direct Preference Optimization: make chosen answers likelier than rejected ones, measured against a reference.
 
-The policy runs once over both answers of every pair, the reference once without gradients; the summed log-probabilities
-of the answers give one loss per pair (`losses.preference_loss`). `reference.py` holds the reference.
+The policy runs once over both answers of every pair, and so does the reference, without gradients, unless its
+log-probabilities are stored; the summed log-probabilities of the answers give one loss per pair
+(`losses.preference_loss`). `reference.py` holds the reference.
 
 Tensor letters: B pairs, M answer tokens, C width.
 """

@@ -161,7 +161,7 @@ class Copy(ModelReference):
     kind = "copy"
 
     def __init__(self, policy: GPT) -> None:
-        self.frozen: GPT = copy.deepcopy(policy).requires_grad_(False)
+        self.frozen: GPT = copy.deepcopy(policy).requires_grad_(False).eval()
 
     @contextmanager
     def model(self) -> Iterator[GPT]:

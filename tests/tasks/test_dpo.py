@@ -310,8 +310,10 @@ def test_both_answer_the_prompts_of_the_validation_data(start: Path, pairs: Path
 
 
 def test_the_reference_is_frozen_and_never_trains() -> None:
-    made = module().train()
+    made = module()
     assert made.reference is not None
+    assert not made.reference.training, "from the start, whether or not train() is called"
+    made.train()
     assert not made.reference.training
     assert not any(parameter.requires_grad for parameter in made.reference.parameters())
     assert made.reference.token_embedding.weight is not made.model.token_embedding.weight
