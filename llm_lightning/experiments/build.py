@@ -123,12 +123,14 @@ def build_module(
     settings: Settings,
     datamodule: BaseDataModule,
     parent: LoadedModel | None,
+    init_from: str | None,
     continued: Mapping[str, Any] | None = None,
 ) -> TaskModule:
     """The task's module around its model; its header describes the run in checkpoints and the summary.
 
     Args:
-        parent: the first weights, from `init_from`.
+        parent: the first weights.
+        init_from: their current place; the settings have it as it was typed.
         continued: the header of the checkpoint that the run continues from; Lightning loads its weights.
     """
     task: type[TaskModule] = get_class(settings["task"]["_target_"])
@@ -146,7 +148,7 @@ def build_module(
         lineage = {
             "data": datamodule.data_digest,
             "parent": parent.header["digest"] if parent else None,
-            "parent_name": lasting_name(settings["init_from"]) if parent else None,
+            "parent_name": lasting_name(init_from) if parent and init_from else None,
             **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
         }
     # Not through instantiate(), which would build the targets in the header's copy of the settings.

@@ -91,7 +91,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     continued = None if is_new else {**run.header, "lineage": continued_lineage(run)}
     tokenizer = choose_tokenizer(settings, run, parent)
     datamodule, data_path = whereabouts.read_data(settings, run, start, partial(build_datamodule, settings, tokenizer))
-    module = build_module(settings, datamodule, parent, continued)
+    module = build_module(settings, datamodule, parent, init_from, continued)
     lineage = module.header["lineage"]
     lineage["places"] = whereabouts.places_of(settings, run, lineage, data_path, init_from)
     del parent  # or its weights stay in memory, besides the cast ones

@@ -196,7 +196,7 @@ def test_other_first_weights_are_refused_and_the_same_ones_elsewhere_are_not(pro
     run = shutil.copytree(project / "outputs" / "dpo" / "second", tmp_path / "run")
     shutil.copy(project / "outputs" / "pretraining" / "first" / LAST, tmp_path / "same.ckpt")
     shutil.copy(project / "outputs" / "classification" / "third" / LAST, tmp_path / "other.ckpt")
-    typed = [f"data.path={project / 'pairs.json'}", f"task.reference={tmp_path / 'same.ckpt'}"]
+    typed = [f"data.path={project / 'pairs.json'}"]
     outcome = train_here([f"resume={run}", f"init_from={tmp_path / 'other.ckpt'}", *typed, "trainer.max_steps=3"])
     assert outcome.code == 2
     assert "init_from was 'outputs/pretraining/first' and is " in outcome.err
