@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,16 +88,6 @@ class Ended(NamedTuple):
     after_first_step: int
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Future[Ended]]:
-    """All runs, two at a time: they wait for their processes to start most of the time."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
-        futures = {name: pool.submit(kill_often, tmp_path_factory.mktemp(name), name, request.param) for name in RUNS}
-        wait(futures.values())
-    return futures
-
-
 def kill_often(folder: Path, name: str, kills: list[str]) -> Ended:
     """Run once undisturbed; then start, kill, start ... until it has been killed as planned, and let it end."""
     whole, killed, marker = folder / "whole", folder / "killed", folder / "marker"
@@ -123,18 +112,20 @@ def kill_often(folder: Path, name: str, kills: list[str]) -> Ended:
 
 
 @pytest.mark.parametrize(
-    ("ended", "n_kills"),
+    "kills",
     [
-        pytest.param(FEW, len(FEW), marks=pytest.mark.slow, id="few"),
-        pytest.param(MANY, len(MANY), marks=pytest.mark.soak, id="many"),
+        pytest.param(FEW, marks=pytest.mark.slow, id="few"),
+        pytest.param(MANY, marks=pytest.mark.soak, id="many"),
     ],
-    indirect=["ended"],
 )
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_ends_as_one_that_was_not(ended: dict[str, Future[Ended]], name: str, n_kills: int) -> None:
-    whole, killed, after_first_step = ended[name].result()
-    assert after_first_step >= 0.75 * n_kills
-    assert_same_end(whole, killed, STEPS[n_kills])
+def test_a_killed_run_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kills: list[str]
+) -> None:
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    whole, killed, after_first_step = kill_often(tmp_path, name, kills)
+    assert after_first_step >= 0.75 * len(kills)
+    assert_same_end(whole, killed, STEPS[len(kills)])
     assert (whole / "samples.md").is_file() == (name in ("pretraining", "sft", "dpo"))
     if name == "dpo":  # after all these processes the reference is still what they began with
         kept = checkpoints.load(killed / "checkpoints" / "last.ckpt")["state_dict"]
