@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from forked import Forked
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers import build_tokenizer
@@ -169,7 +170,7 @@ def living(group: int) -> list[int]:
     return found
 
 
-def finish(process: subprocess.Popen[str]) -> Outcome:
+def finish(process: subprocess.Popen[str] | Forked) -> Outcome:
     """Wait for the end of a process."""
     out, err = process.communicate(timeout=300)
     return Outcome(process.returncode, out, err)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import Forked
 from tiny_run import (
     SETTINGS,
     Outcome,
@@ -189,7 +191,13 @@ def test_other_settings_are_refused_and_leave_everything(words: list[str], chain
 # --- how it stops --------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_stage_ends_the_chain(tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_stage_ends_the_chain(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked = [sys.executable, str(CONF.parent / "train.py")]
+    monkeypatch.setattr(
+        pipeline, "_exit_code", lambda words: words[:2] == forked and Forked(words[2:], tmp_path, pipes=False).wait()
+    )
     missing = tmp_path / "missing.txt"
     stages = {"first": [f"data.path={missing}"], "second": ["init_from={first}"]}
     folder = tmp_path / "chain"

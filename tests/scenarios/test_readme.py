@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import Forked
 from judge_server import serving
 from tiny_run import ROOT, SETTINGS, fit_here, train_here, write_checkpoint, write_corpus
 
@@ -93,9 +95,14 @@ def test_the_sweep_starts_every_job_in_a_folder_of_its_own(tmp_path: Path, monke
     [command] = [c for c in COMMANDS if c.startswith("python train.py -m ")]
     corpus = write_corpus(tmp_path / "corpus.txt", 60)
     started: list[list[str]] = []
-    start, wait_for = multirun.start, multirun.wait_for
-    monkeypatch.setattr(multirun, "start", lambda words: started.append(words) or (len(started) == 1 and start(words)))
-    monkeypatch.setattr(multirun, "wait_for", lambda process: wait_for(process) if process else 0)
+
+    def start(command: list[str]) -> Forked | None:
+        started.append(command)
+        assert command[:2] == [sys.executable, str(ROOT / "train.py")]
+        return Forked(command[2:], tmp_path, pipes=False) if len(started) == 1 else None
+
+    monkeypatch.setattr(multirun, "start", start)
+    monkeypatch.setattr(multirun, "wait_for", lambda process: process.wait() if process else 0)
     outcome = train_here([*shlex.split(command)[2:], *SETTINGS, f"data.path={corpus}"])
     assert outcome.code == 0, outcome.err
     [folder] = (tmp_path / "outputs" / "pretraining").iterdir()

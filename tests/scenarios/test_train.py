@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import Forked
 from tiny_run import (
     SETTINGS,
     WITH_PLOTS,
@@ -260,7 +261,7 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
     corpus: Path, tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
     command = long_run(corpus, tmp_path / "stopped")
-    process = start([*command, "data.num_workers=2"], tmp_path, start_new_session=True)
+    process = Forked([*command, "data.num_workers=2"], tmp_path, start_new_session=True)
     wait_for_a_checkpoint(process, tmp_path / "stopped")
     os.killpg(process.pid, signum)  # as a terminal does, and many a scheduler: the loader processes get it, too
     outcome = finish(process)

@@ -1,22 +1,13 @@
-"""Train a tiny module and save every update's gradients: called by test_base.py and test_sft.py, or, as a script, with
-several processes.
-
-Arguments: a JSON object with trainer options, batch_size, dtype and out; `packed` (true or false) makes it instruction
-tuning, on answers alone.
-"""
+"""Train a tiny module and save every update's gradients, for test_base.py and test_sft.py."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ragged import TINY, RaggedDataModule, tiny_module, tiny_trainer
 
 from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded
@@ -79,7 +70,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def train(options: dict[str, Any]) -> None:
-    """Train as `options` say, which are those above."""
+    """Train with the trainer's options, `batch_size`, `dtype` and `out`; `packed` makes it SFT, on answers alone."""
     dtype = getattr(torch, options.pop("dtype"))
     packed, batches = options.pop("packed", None), {"batch_size": options.pop("batch_size"), "seed": 3}
     make = tiny_module if packed is None else tiny_sft_module
@@ -92,8 +83,3 @@ def train(options: dict[str, Any]) -> None:
         options["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
     trainer = tiny_trainer(recorder.out.parent, [recorder], max_epochs=1, **options)
     trainer.fit(module, datamodule=data)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(json.loads(sys.argv[1]))

@@ -447,7 +447,6 @@ def test_same_gradients_however_the_batch_is_cut_and_laid_out(tmp_path: Path) ->
     assert_same_gradients(whole["updates"][0], gradients(module.model), 1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_two_processes_are_one(tmp_path: Path, packed: bool) -> None:
     """(batch 8) = (2 processes, batch 2, accumulate 2); at the end of the epoch one of them is out of samples."""

@@ -1,0 +1,92 @@
+"""A run in a fork of the test process, which has imported what takes far longer than a tiny run.
+
+It is `python train.py ARGUMENTS` from `main` on: signals, handlers, folder and standard streams are those of a process
+that a shell has started. What comes before, and the processes that such a run starts, are real in other tests.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Forked:
+    """What the tests use of `subprocess.Popen`. Without `stdout` and `stderr`, they are those of this process."""
+
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, *, pipes: bool = True, start_new_session: bool = False
+    ) -> None:
+        kept = [tempfile.TemporaryFile("w+") if pipes else None for _ in range(2)]  # noqa: SIM115 (communicate closes)
+        self._files = kept
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_run, args=(list(arguments), folder, kept, start_new_session)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"still running after {timeout} s"
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        written = []
+        for file in self._files:
+            assert file is not None
+            file.seek(0)
+            written.append(file.read())
+            file.close()
+        return written[0], written[1]
+
+
+def _run(arguments: list[str], folder: Path, files: list[IO[str] | None], start_new_session: bool) -> None:
+    if start_new_session:
+        os.setsid()
+    for signum in STOPPING:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    for file, standard in zip(files, (1, 2), strict=True):
+        if file is not None:
+            os.dup2(file.fileno(), standard)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(standard), "w", buffering=1) for standard in (1, 2))
+    root = logging.getLogger()
+    root.handlers[:] = []
+    root.setLevel(logging.WARNING)
+    os.chdir(folder)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that it starts
+    sys.argv[:] = [str(ROOT / "train.py"), *arguments]
+
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+    from llm_lightning.cli.main import VERBS
+    from llm_lightning.experiments.launch import main
+
+    main(ROOT / "train.py", VERBS)
