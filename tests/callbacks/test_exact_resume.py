@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from ragged import RaggedDataModule, tiny_module, tiny_trainer
 from tiny_run import assert_same
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
@@ -42,12 +43,35 @@ class Seen(L.Callback):
         self.samples[(trainer.current_epoch, batch_idx)] = batch.sample_ids
 
 
+Whole = tuple[Path, Seen, dict[str, Any]]
+
+
 def final_state(folder: Path) -> dict[str, Any]:
     state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "task_module")}
 
 
-@pytest.mark.parametrize("val", [{}, {"val_check_interval": 4}])
+def run(folder: Path, val: dict[str, Any], *extra: L.Callback) -> Seen:
+    """22 samples, batch 2, accumulation 2: 11 micro-batches and 6 updates an epoch, the last window is partial."""
+    seen = Seen()
+    L.seed_everything(7, verbose=False)
+    callbacks = [Checkpoints(every_n_steps=2), seen, *extra]
+    trainer = tiny_trainer(folder, callbacks, accumulate_grad_batches=2, **val)
+    path = checkpoints.newest_valid(folder / "checkpoints")
+    data = RaggedDataModule(batch_size=2, seed=5)
+    trainer.fit(tiny_module(dropout=0.3), datamodule=data, ckpt_path=path, weights_only=True)
+    return seen
+
+
+@pytest.fixture(scope="module", params=[{}, {"val_check_interval": 4}], ids=["val0", "val1"])
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, Seen, dict[str, Any]]:
+    """A run that is not killed: its folder, what it saw, and its options."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, request.param), request.param
+
+
 @pytest.mark.parametrize(
     ("step", "hook"),
     [
@@ -63,31 +87,13 @@ def final_state(folder: Path) -> dict[str, Any]:
         (12, "on_train_epoch_end"),
     ],
 )
-def test_killed_run_equals_uninterrupted_one(
-    tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any, step: int, hook: str, val: dict[str, Any]
-) -> None:
-    """22 samples, batch 2, accumulation 2: 11 micro-batches and 6 updates an epoch, the last window is partial."""
-    options = {"accumulate_grad_batches": 2, **val}
-
-    def run(folder: Path, *extra: L.Callback) -> Seen:
-        seen = Seen()
-        L.seed_everything(7, verbose=False)
-        trainer = make_trainer(folder, [Checkpoints(every_n_steps=2), seen, *extra], **options)
-        path = checkpoints.newest_valid(folder / "checkpoints")
-        data = make_data(batch_size=2, seed=5)
-        trainer.fit(make_module(dropout=0.3), datamodule=data, ckpt_path=path, weights_only=True)
-        return seen
-
-    whole = run(tmp_path / "whole")
-    killed = KillAt(step, hook)
-    try:
-        first = run(tmp_path / "killed", killed)
-    except Killed:
-        first = None
-    assert first is None, "the run was not killed"
-    rest = run(tmp_path / "killed")
-    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
-    assert rest.samples.items() <= whole.samples.items()
+def test_killed_run_equals_uninterrupted_one(tmp_path: Path, whole: Whole, step: int, hook: str) -> None:
+    folder, seen, val = whole
+    with pytest.raises(Killed):
+        run(tmp_path, val, KillAt(step, hook))
+    rest = run(tmp_path, val)
+    assert_same(final_state(folder), final_state(tmp_path))
+    assert rest.samples.items() <= seen.samples.items()
 
 
 def test_stopped_by_max_steps_inside_an_epoch_and_extended(
