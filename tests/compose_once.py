@@ -1,7 +1,7 @@
 """Hydra reads the files of conf/ anew for every command line; while the tests run in a process, each file once.
 
 What is typed is still applied by Hydra, one word after the other. Processes that the tests start are not touched, nor
-are command lines with files of their own (`--config-dir`), which may change from one to the next.
+are the files of `--config-dir`, which may change from one command line to the next.
 """
 
 from __future__ import annotations
@@ -22,22 +22,16 @@ def compose_once(patch: pytest.MonkeyPatch) -> None:
     Hydra changes what it gets, so it gets a copy; unpickling copies six times faster than `copy.deepcopy` does.
     """
     from hydra._internal import config_loader_impl as loader
-    from hydra._internal.config_repository import ConfigRepository
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
     from hydra._internal.defaults_list import DefaultsList, Overrides
 
-    files: dict[str, bytes] = {}
+    read_each_once(patch, FileConfigSource)
+    read_each_once(patch, ImportlibResourcesConfigSource)
     lists: dict[Any, DefaultsList] = {}
     unions: dict[str, bytes] = {}
     create_list = loader.create_defaults_list
     unite = loader.ConfigLoaderImpl._compose_config_from_defaults_list
-    load_file = ConfigRepository.load_config
-
-    def loaded(self: Any, config_path: str) -> Any:
-        if not are_ours(self):
-            return load_file(self, config_path)
-        if config_path not in files:
-            files[config_path] = pickle.dumps(load_file(self, config_path))
-        return pickle.loads(files[config_path])
 
     def defaults_list(repo: Any, config_name: Any, overrides_list: Any, **options: Any) -> DefaultsList:
         if not are_ours(repo):
@@ -60,11 +54,29 @@ def compose_once(patch: pytest.MonkeyPatch) -> None:
             unions[key] = pickle.dumps(unite(self, defaults, repo))
         return pickle.loads(unions[key])
 
-    patch.setattr(ConfigRepository, "load_config", loaded)
     patch.setattr(loader, "create_defaults_list", defaults_list)
     patch.setattr(loader.ConfigLoaderImpl, "_compose_config_from_defaults_list", united)
 
 
+def read_each_once(patch: pytest.MonkeyPatch, kind: Any) -> None:
+    files: dict[tuple[str, str], bytes] = {}
+    load = kind.load_config
+
+    def loaded(self: Any, config_path: str) -> Any:
+        if not is_ours(self):
+            return load(self, config_path)
+        key = (self.path, config_path)
+        if key not in files:
+            files[key] = pickle.dumps(load(self, config_path))
+        return pickle.loads(files[key])
+
+    patch.setattr(kind, "load_config", loaded)
+
+
 def are_ours(repo: Any) -> bool:
-    """Whether all files are of this project or of Hydra."""
-    return all(source.scheme() != "file" or Path(source.path) == CONF for source in repo.get_sources())
+    return all(is_ours(source) for source in repo.get_sources())
+
+
+def is_ours(source: Any) -> bool:
+    """Whether its files are of this project or of Hydra."""
+    return source.scheme() != "file" or Path(source.path) == CONF
