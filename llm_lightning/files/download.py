@@ -36,7 +36,6 @@ ATTEMPTS = 5
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles from there
 TIMEOUT = 30.0  # seconds without a byte, or below the minimum rate
 LEAST_RATE = 1000.0  # bytes per second: a server that sends a byte now and then must not hold the client
-LARGEST = 16 << 30  # bytes: the limit for a file whose size is not pinned
 BLOCK = 1 << 18
 SHA256 = "[0-9a-f]{64}"
 
@@ -52,11 +51,11 @@ class DownloadError(OSError):
 
 @dataclass(frozen=True)
 class Pinned:
-    """One file on the web, pinned by its sha256."""
+    """One file on the web, pinned by its sha256 and size."""
 
     url: str
     sha256: str
-    n_bytes: int | None
+    n_bytes: int
     filename: str
     """Its name in the cache."""
     member: str | None = None
@@ -176,22 +175,20 @@ def _receive(pinned: Pinned, part: Path) -> None:
     held = part.stat().st_size if part.exists() else 0
     if held and held == pinned.n_bytes:
         return
-    most = LARGEST if pinned.n_bytes is None else pinned.n_bytes
-    if held > most:  # too long to be the beginning of the file
+    if held > pinned.n_bytes:  # too long to be the beginning of the file
         part.unlink()
         held = 0
     headers = {"User-Agent": "llm-lightning", "Accept-Encoding": "identity"}
     if held:
         headers["Range"] = f"bytes={held}-"
-    with _open(urllib.request.Request(pinned.url, headers=headers), most) as response:
+    with _open(urllib.request.Request(pinned.url, headers=headers), pinned.n_bytes) as response:
         start = _first_byte(response, held, part)
         length = response.headers.get("Content-Length", "")
-        end = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-        if end is not None and (end > LARGEST if pinned.n_bytes is None else end != pinned.n_bytes):
+        end = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else pinned.n_bytes
+        if end != pinned.n_bytes:
             kind = response.headers.get_content_type()
-            expected = f"at most {LARGEST}" if pinned.n_bytes is None else pinned.n_bytes
-            raise _failure(pinned, part, f"the server offers {end} bytes of {kind}, expected {expected}")
-        _append(response, part, start, end if end is not None else pinned.n_bytes)
+            raise _failure(pinned, part, f"the server offers {end} bytes of {kind}, expected {pinned.n_bytes}")
+        _append(response, part, start, end)
 
 
 def _first_byte(response: http.client.HTTPResponse, held: int, part: Path) -> int:
@@ -205,7 +202,7 @@ def _first_byte(response: http.client.HTTPResponse, held: int, part: Path) -> in
     return held
 
 
-def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int | None) -> None:
+def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int) -> None:
     bar = tqdm(desc=part.stem, initial=start, total=end, unit="B", unit_scale=True, disable=None)
     with part.open("r+b" if start else "wb") as file, bar:
         file.seek(start)
@@ -214,11 +211,11 @@ def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int
             file.write(block)
             bar.update(len(block))
             received += len(block)
-            if end is not None and received > end:
+            if received > end:
                 break  # too long: the digest will be wrong, and the disk must not fill up
         file.flush()
         os.fsync(file.fileno())
-    if end is not None and received < end:
+    if received < end:
         raise ConnectionError(f"the connection ended after {received} of {end} bytes")
 
 
