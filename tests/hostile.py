@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tiny_run import SETTINGS
 
-BENIGN = [word for word in SETTINGS if "prompts" not in word]
+BENIGN = [word for word in SETTINGS if "samples." not in word]
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.remove", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
 RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.putenv")

@@ -41,6 +41,7 @@ SETTINGS = [
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "callbacks.samples.prompts=['to be ']",
+    "callbacks.samples.max_new_tokens=8",
     "callbacks.plots=null",  # drawing takes longer than training
 ]
 WITH_PLOTS = [word for word in SETTINGS if word != "callbacks.plots=null"]

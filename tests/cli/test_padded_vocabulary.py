@@ -80,7 +80,7 @@ def test_every_place_that_writes_text(tmp_path: Path, capsys: pytest.CaptureFixt
     # Tuned: samples and the answers of the test split.
     tuned = tmp_path / "tuned"
     settings = [
-        *(word for word in SETTINGS if "prompts" not in word),
+        *(word for word in SETTINGS if "samples." not in word),
         "task=sft",
         f"init_from={base}",
         "optimizer.lr=1e-6",

@@ -177,7 +177,7 @@ def _chosen(groups: tuple[str, ...]) -> Any:
 
 def test_runs_without_logs_or_callbacks(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.txt")
-    settings = [word for word in WITH_PLOTS if "prompts" not in word] + [f"data.path={corpus}"]
+    settings = [word for word in WITH_PLOTS if "samples." not in word] + [f"data.path={corpus}"]
     bare = train_here([*settings, "logger=null", "callbacks=null", f"hydra.run.dir={tmp_path / 'bare'}"])
     assert bare.code == 0, bare.err
     names = {path.name for path in (tmp_path / "bare").iterdir()}

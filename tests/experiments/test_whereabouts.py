@@ -21,7 +21,7 @@ from llm_lightning.files.places import candidates, existing, place_of
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import load_model
 
-BASE = [word for word in SETTINGS if "prompts" not in word and "max_steps" not in word]
+BASE = [word for word in SETTINGS if "samples." not in word and "max_steps" not in word]
 QUIET = [*BASE, "trainer.max_steps=2", "callbacks.samples=null", "callbacks.plots=null", "logger=csv"]
 LAST = Path("checkpoints", "last.ckpt")
 

@@ -100,7 +100,7 @@ def settings_of(folder: Path, start: Path, pairs: Path) -> list[str]:
         "optimizer.lr=1e-3", "scheduler=constant", "trainer.val_check_interval=null", "callbacks.samples=null",
         f"hydra.run.dir={folder}",
     ]  # fmt: skip
-    kept = [word for word in settings if "samples.prompts" not in word]
+    kept = [word for word in settings if "samples." not in word]
     return list({word.partition("=")[0]: word for word in kept}.values())  # later settings win
 
 
