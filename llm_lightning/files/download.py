@@ -36,6 +36,7 @@ ATTEMPTS = 5
 FIRST_DELAY = 1.0  # seconds before the second attempt; doubles from there
 TIMEOUT = 30.0  # seconds without a byte, or below the minimum rate
 LEAST_RATE = 1000.0  # bytes per second: a server that sends a byte now and then must not hold the client
+LARGEST = 16 << 30  # bytes: the limit for a file whose size is not pinned
 BLOCK = 1 << 18
 SHA256 = "[0-9a-f]{64}"
 
@@ -51,11 +52,11 @@ class DownloadError(OSError):
 
 @dataclass(frozen=True)
 class Pinned:
-    """One file on the web, pinned by its sha256 and size."""
+    """One file on the web, pinned by its sha256."""
 
     url: str
     sha256: str
-    n_bytes: int
+    n_bytes: int | None
     filename: str
     """Its name in the cache."""
     member: str | None = None
@@ -175,20 +176,22 @@ def _receive(pinned: Pinned, part: Path) -> None:
     held = part.stat().st_size if part.exists() else 0
     if held and held == pinned.n_bytes:
         return
-    if held > pinned.n_bytes:  # too long to be the beginning of the file
+    most = LARGEST if pinned.n_bytes is None else pinned.n_bytes
+    if held > most:  # too long to be the beginning of the file
         part.unlink()
         held = 0
     headers = {"User-Agent": "llm-lightning", "Accept-Encoding": "identity"}
     if held:
         headers["Range"] = f"bytes={held}-"
-    with _open(urllib.request.Request(pinned.url, headers=headers), pinned.n_bytes) as response:
+    with _open(urllib.request.Request(pinned.url, headers=headers), most) as response:
         start = _first_byte(response, held, part)
         length = response.headers.get("Content-Length", "")
-        end = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else pinned.n_bytes
-        if end != pinned.n_bytes:
+        end = start + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        if end is not None and (end > LARGEST if pinned.n_bytes is None else end != pinned.n_bytes):
             kind = response.headers.get_content_type()
-            raise _failure(pinned, part, f"the server offers {end} bytes of {kind}, expected {pinned.n_bytes}")
-        _append(response, part, start, end)
+            expected = f"at most {LARGEST}" if pinned.n_bytes is None else pinned.n_bytes
+            raise _failure(pinned, part, f"the server offers {end} bytes of {kind}, expected {expected}")
+        _append(response, part, start, end if end is not None else pinned.n_bytes)
 
 
 def _first_byte(response: http.client.HTTPResponse, held: int, part: Path) -> int:
@@ -202,7 +205,7 @@ def _first_byte(response: http.client.HTTPResponse, held: int, part: Path) -> in
     return held
 
 
-def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int) -> None:
+def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int | None) -> None:
     bar = tqdm(desc=part.stem, initial=start, total=end, unit="B", unit_scale=True, disable=None)
     with part.open("r+b" if start else "wb") as file, bar:
         file.seek(start)
@@ -211,11 +214,11 @@ def _append(response: http.client.HTTPResponse, part: Path, start: int, end: int
             file.write(block)
             bar.update(len(block))
             received += len(block)
-            if received > end:
+            if end is not None and received > end:
                 break  # too long: the digest will be wrong, and the disk must not fill up
         file.flush()
         os.fsync(file.fileno())
-    if received < end:
+    if end is not None and received < end:
         raise ConnectionError(f"the connection ended after {received} of {end} bytes")
 
 

@@ -119,8 +119,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Handler.requests.clear()
 
 
-def pinned(url: str) -> Pinned:
-    return Pinned(url, SHA256, len(CONTENT), "file.bin")
+def pinned(url: str, n_bytes: int | None = len(CONTENT)) -> Pinned:
+    return Pinned(url, SHA256, n_bytes, "file.bin")
 
 
 @pytest.mark.parametrize("kind", ["good", "to-good", "busy", "cut", "slow"])
@@ -151,9 +151,10 @@ def test_a_cut_connection_is_resumed_where_it_ended(server: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "part", [CONTENT[:-1] + b"?", CONTENT + b"more", bytes(200_000)], ids=["flipped", "long", "foreign"]
 )
-def test_a_damaged_part_is_repaired(server: str, tmp_path: Path, part: bytes) -> None:
+@pytest.mark.parametrize("n_bytes", [len(CONTENT), None])
+def test_a_damaged_part_is_repaired(server: str, tmp_path: Path, part: bytes, n_bytes: int | None) -> None:
     (tmp_path / "file.bin.part").write_bytes(part)
-    assert download(pinned(f"{server}/416"), tmp_path).read_bytes() == CONTENT
+    assert download(pinned(f"{server}/416", n_bytes), tmp_path).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -179,26 +180,29 @@ def test_no_server_holds_or_fills_us(server: str, tmp_path: Path, monkeypatch: p
     # 0.3 refused a server that answers, once, where other work kept both cores busy.
     monkeypatch.setattr(module, "TIMEOUT", 1.0)
     monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(module, "LARGEST", 1 << 20)
 
-    def brought(name: str) -> str:
-        folder = tmp_path / name
+    def brought(way: tuple[str, int | None]) -> str:
+        name, n_bytes = way
+        folder = tmp_path / f"{name} {n_bytes}"
         try:
-            found = "brought" if download(pinned(f"{server}/{quote(name)}"), folder).is_file() else "no file"
+            found = "brought" if download(pinned(f"{server}/{quote(name)}", n_bytes), folder).is_file() else "no file"
         except DownloadError as error:
             found = f"two lines: {error}" if "\n" in str(error) else "refused"
         held = sum(file.stat().st_size for file in folder.iterdir())
-        return found if held <= len(CONTENT) + HEADER_BYTES + module.BLOCK else f"{held} bytes on disk"
+        return found if held <= (1 << 20) + HEADER_BYTES + module.BLOCK else f"{held} bytes on disk"
 
+    ways = [*((name, None) for name in WAYS), *((name, len(CONTENT)) for name in HUGE_WAYS)]
     started = time.monotonic()
     tracemalloc.start()
     try:
         with ThreadPoolExecutor(16) as pool:
-            found = dict(zip(WAYS, pool.map(brought, WAYS), strict=True))
+            found = dict(zip(ways, pool.map(brought, ways), strict=True))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
         ended.set()
-    wrong = {way: one for way, one in found.items() if one != ("brought" if way in GOOD_WAYS else "refused")}
+    wrong = {way: one for way, one in found.items() if one != ("brought" if way[0] in GOOD_WAYS else "refused")}
     assert not wrong
     assert peak < 40 << 20
     assert time.monotonic() - started < 60
@@ -209,6 +213,11 @@ def test_the_error_tells_where_to_put_a_copy(server: str, tmp_path: Path) -> Non
         download(pinned(f"{server}/404"), tmp_path)
     (tmp_path / "file.bin").write_bytes(CONTENT)
     assert download(pinned(f"{server}/404"), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_page_of_unknown_length_is_refused_by_its_digest(server: str, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="the 25 bytes received have sha256"):
+        download(pinned(f"{server}/html", n_bytes=None), tmp_path)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x"])
