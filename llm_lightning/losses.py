@@ -23,7 +23,7 @@ IGNORE_INDEX = -100
 CHUNK_POSITIONS = 1024
 """Positions whose logits exist at once: 100 MB in bfloat16 with GPT-2's vocabulary, however large the batch."""
 
-BLOCK_TOKENS = 16384
+HEAD_BLOCK = 16384
 """Rows of the head whose gradient is computed at once: a CPU then takes a sixth less time than for all together."""
 
 
@@ -93,7 +93,7 @@ class _HeadLoss(torch.autograd.Function):
             if hidden_grad is not None:
                 hidden_grad[chunk] = logits @ matrix
             if weight_grad is not None:
-                for block, columns in zip(weight_grad.split(BLOCK_TOKENS), logits.split(BLOCK_TOKENS, 1), strict=True):
+                for block, columns in zip(weight_grad.split(HEAD_BLOCK), logits.split(HEAD_BLOCK, 1), strict=True):
                     part = (columns.T @ inputs)[: len(block)]
                     block.copy_(part) if start == 0 else block.add_(part)
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -213,7 +213,7 @@ PER_TOKEN = ("average", "ipo", "simpo")
 """Losses of the mean over the tokens of an answer; `sigmoid` takes the sum."""
 
 
-class PreferenceLoss(NamedTuple):
+class PreferenceResult(NamedTuple):
     """Loss and rewards of each pair."""
 
     loss: Tensor
@@ -236,7 +236,7 @@ def preference_loss(
     beta: float,
     label_smoothing: float = 0.0,
     gamma: float = 0.5,
-) -> PreferenceLoss:
+) -> PreferenceResult:
     """Make the chosen answers likelier than the rejected ones, relative to the reference.
 
     With s(y) = log policy(y) - log reference(y), summed over the tokens of answer y, of which there are |y|:
@@ -281,7 +281,7 @@ def preference_loss(
         loss = -(1 - label_smoothing) * F.logsigmoid(logits)
         if label_smoothing:
             loss = loss - label_smoothing * F.logsigmoid(-logits)
-    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+    return PreferenceResult(loss, beta * chosen.detach(), beta * rejected.detach())
 
 
 def check_preference_loss(kind: str, beta: float, label_smoothing: float = 0.0, gamma: float = 0.5) -> None:

@@ -137,7 +137,7 @@ def cost(x: float) -> float:
     return math.log(1 + math.exp(-x))
 
 
-def by_hand(kind: str, **options: float) -> losses.PreferenceLoss:
+def by_hand(kind: str, **options: float) -> losses.PreferenceResult:
     sums = (CHOSEN, REJECTED, REFERENCE_CHOSEN, REFERENCE_REJECTED)
     return preference_loss(*sums, N_CHOSEN, N_REJECTED, kind=kind, **{"beta": BETA, **options})
 

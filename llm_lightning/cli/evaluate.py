@@ -13,6 +13,7 @@ without overlap, as in training; a smaller --stride gives each token more contex
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from llm_lightning.terminal import aligned, inline, one_line, say, say_json, say
 if TYPE_CHECKING:
     from llm_lightning.inference.evaluate import Evaluation
     from llm_lightning.weights.load import LoadedModel
+
+log = logging.getLogger(__name__)
 
 WIDTH = 40  # of the name of a class
 INSTEAD = "use --text FILE"
@@ -75,6 +78,9 @@ def _evaluated(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
     from llm_lightning.data.of_checkpoint import tokens_of
     from llm_lightning.inference.evaluate import evaluate_texts, evaluate_tokens
 
+    task = loaded.header.get("task", "pretraining")
+    if task != "pretraining" and not args.json:
+        log.warning("the loss of plain text, which is not that of task=%s", task)
     if args.split:
         file = tokens_of(loaded, args.split, instead=INSTEAD)
         return evaluate_tokens(loaded.gpt, [file.tokens], file.n_bytes, stride=args.stride, progress=True)

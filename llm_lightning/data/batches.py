@@ -122,8 +122,8 @@ def shared_prefix(examples: Sequence[Example]) -> int:
 
 def _wanted(labels: Tensor) -> Tensor:
     """The positions that have a target, filled up with others to a multiple of `WIDTHS`."""
-    wanted, others = (labels != IGNORE_INDEX).nonzero()[:, 0], (labels == IGNORE_INDEX).nonzero()[:, 0]
-    return torch.cat([wanted, others[: rounded(max(len(wanted), 1)) - len(wanted)]])
+    targets, others = (labels != IGNORE_INDEX).nonzero()[:, 0], (labels == IGNORE_INDEX).nonzero()[:, 0]
+    return torch.cat([targets, others[: rounded(max(len(targets), 1)) - len(targets)]])
 
 
 def _lm_batch(input_ids: Tensor, labels: Tensor, examples: Sequence[Example], packing: Packing | None) -> LMBatch:

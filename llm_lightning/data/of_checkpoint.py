@@ -40,6 +40,8 @@ def conversations_of(loaded: LoadedModel, *, instead: str, texts_only: bool = Fa
         ValueError: if the checkpoint names no such data, or the data has changed since.
     """
     task = loaded.header.get("task")
+    if task not in CONVERSATIONS and "template" in settings_of(loaded):
+        raise ValueError(f"only the data of task=sft and task=dpo is read again, not that of task={task}; {instead}")
     if task not in CONVERSATIONS or "template" not in settings_of(loaded):
         raise ValueError(f"this model was not trained on questions and answers (task=sft, task=dpo); {instead}")
     data: ConversationDataModule[Any] = _module(loaded, CONVERSATIONS[task], instead, texts_only)
@@ -57,6 +59,9 @@ def labelled_texts_of(loaded: LoadedModel, split: str, *, instead: str) -> list[
 def tokens_of(loaded: LoadedModel, split: str, *, instead: str) -> TokenFile:
     """The `train` or `val` part of the text that a GPT was pretrained on; see `conversations_of`."""
     settings = settings_of(loaded)
+    task = loaded.header.get("task")
+    if task != "pretraining" and settings and not set(SPLIT_SETTINGS) <= settings.keys():
+        raise ValueError(f"the data of task={task} cannot be read again from a checkpoint; {instead}")
     if split == "test":
         raise ValueError(f"pretraining data has no test split; use --split val, or {instead}")
     if not set(SPLIT_SETTINGS) <= settings.keys():

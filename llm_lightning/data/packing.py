@@ -25,8 +25,8 @@ class Laid(NamedTuple):
     places: Tensor
     positions: Tensor
 
-    def packing(self, wanted: Tensor) -> Packing:
-        return Packing(self.rows, self.places, self.positions, wanted)
+    def packing(self, output_positions: Tensor) -> Packing:
+        return Packing(self.rows, self.places, self.positions, output_positions)
 
 
 def laid_out(sequences: Sequence[np.ndarray], shares: Sequence[tuple[int, int]], pad_id: int) -> Laid:

@@ -57,15 +57,16 @@ class PairSample(NamedTuple):
 class PreferenceBatch(NamedTuple):
     """B pairs as 2B sequences, each a prompt and an answer: chosen answers are 0 .. B-1, rejected ones B .. 2B-1.
 
-    With `hidden = model.hidden_states(input_ids, Context.of(packing))`, row m of `hidden.flatten(0, 1)[wanted]`
-    predicts `labels[m]`, a token of sequence `branch[m]`. The M targets are ordered by sequence and time.
+    With `hidden = model.hidden_states(input_ids, Context.of(packing))`, row m of
+    `hidden.flatten(0, 1)[output_positions]` predicts `labels[m]`, a token of sequence `branch[m]`. The M targets are
+    ordered by sequence and time.
     """
 
     input_ids: Tensor
     """(2B, T), or (1, N) with `packing`, int64."""
     labels: Tensor
-    """(M,) int64: one per entry of `wanted`, since two different tokens may follow one token that answers share."""
-    wanted: Tensor
+    """(M,) int64: one per entry of `output_positions`; two different tokens may follow one that answers share."""
+    output_positions: Tensor
     """(M,) int64."""
     branch: Tensor
     """(M,) int64."""
@@ -85,8 +86,8 @@ def collate_padded_pairs(samples: Sequence[PairSample], *, pad_id: int, context_
     """One row per sequence, see `collate_padded`. Without samples: one row of pads, and no pair."""
     sequences = _sequences(samples)
     rows = collate_padded(sequences, pad_id=pad_id, context_length=context_length)
-    wanted = (rows.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-    return _preference_batch(samples, sequences, rows.input_ids, wanted, None)
+    output_positions = (rows.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    return _preference_batch(samples, sequences, rows.input_ids, output_positions, None)
 
 
 def collate_packed_pairs(samples: Sequence[PairSample], *, pad_id: int, share_prefix: bool = True) -> PreferenceBatch:
@@ -104,9 +105,9 @@ def collate_packed_pairs(samples: Sequence[PairSample], *, pad_id: int, share_pr
     targets = [
         laid.rows[row][torch.from_numpy(one.label_mask.nonzero()[0])] for row, one in zip(rows, sequences, strict=True)
     ]
-    wanted = torch.cat([*targets, torch.zeros(0, dtype=torch.int64)])
-    filled = torch.cat([wanted, wanted.new_zeros(rounded(max(len(wanted), 1)) - len(wanted))])
-    return _preference_batch(samples, sequences, laid.input_ids, torch.arange(len(wanted)), laid.packing(filled))
+    positions = torch.cat([*targets, torch.zeros(0, dtype=torch.int64)])
+    filled = torch.cat([positions, positions.new_zeros(rounded(max(len(positions), 1)) - len(positions))])
+    return _preference_batch(samples, sequences, laid.input_ids, torch.arange(len(positions)), laid.packing(filled))
 
 
 def packed_pairs_length(samples: Sequence[PairSample], *, share_prefix: bool = True) -> int:
@@ -141,7 +142,7 @@ def _preference_batch(
     samples: Sequence[PairSample],
     sequences: Sequence[Example],
     input_ids: Tensor,
-    wanted: Tensor,
+    output_positions: Tensor,
     packing: Packing | None,
 ) -> PreferenceBatch:
     targets = [labels[labels != IGNORE_INDEX] for _, labels in map(shifted, sequences)]
@@ -149,7 +150,7 @@ def _preference_batch(
     return PreferenceBatch(
         input_ids,
         torch.cat([*targets, torch.zeros(0, dtype=torch.int64)]),
-        wanted,
+        output_positions,
         torch.arange(len(sequences)).repeat_interleave(lengths),
         lengths,
         len(samples),

@@ -114,7 +114,7 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
                 **options,
             )
         if isinstance(module, DPOModule):
-            module.ref.load(stored)
+            module.reference_provider.load(stored)
             own = module.state_dict()
             for name in [name for name in state if name.startswith("reference.")]:
                 state[name] = state[name][: len(own[name])]  # earlier versions' references may have more positions

@@ -35,7 +35,7 @@ from llm_lightning.experiments.run_records import COMMAND, Settings, Start, dama
 from llm_lightning.experiments.settings.changes import refuse_changes
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
 from llm_lightning.files.atomic import write_atomically
-from llm_lightning.tasks.base import TaskModule, batches_per_epoch, total_steps
+from llm_lightning.tasks.base import TaskModule, batches_per_epoch, planned_steps
 from llm_lightning.terminal import say, say_lines
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import load_model
@@ -101,7 +101,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_lost_adapters(settings, module)
     trainer = build_trainer(settings, run)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
-    if is_finished(run, trainer, total_steps(trainer, datamodule)):
+    if is_finished(run, trainer, planned_steps(trainer, datamodule)):
         mend_adapter(run, lineage)
         return say_finished(settings, run, start)
     if is_main_process():
@@ -232,7 +232,7 @@ def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFo
     """Log the data, precision, model, batch and steps before training."""
     if not trainer.is_global_zero:
         return
-    steps = total_steps(trainer, datamodule)
+    steps = planned_steps(trainer, datamodule)
     accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
     effective = datamodule.batch_size * accumulate * world
     log.info("Data: %s", datamodule.describe())

@@ -3,8 +3,8 @@
 Frozen, deterministic lower blocks give the same rows for the same tokens in every epoch, restart and job of a sweep. A
 cache belongs to one identity (weights, settings, number format); the digest of an example's content is its key. Missing
 examples are computed under a lock and added as a new segment: a file of rows and an index, which is written last and is
-complete or absent. No file is ever modified, so any number of processes can read while one adds. The folder can be
-deleted at any time.
+complete or absent. The index names the code that computed the rows: rows of other code are computed again. No file is
+ever modified, so any number of processes can read while one adds. The folder can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
 
 CODE_VERSION = 1
-"""Increase it whenever the same weights and tokens would give other rows."""
+"""Of the identity; never changed so far, because each segment has the digest of the code that computed it."""
 
 MOST_TOUCHED = 1 << 22
 """Bytes read before mapped pages are released."""
@@ -58,18 +58,19 @@ class FrozenCache:
         identity: plain values that determine the rows: digest of the weights, frozen depth, settings.
         width: values per row.
         dtype: float16, bfloat16, float32 or float64.
+        code: digest of the code that computes the rows (`weights.digests.code_digest`).
         folder: default: `frozen` in the cache folder.
     """
 
     def __init__(
-        self, identity: Mapping[str, Any], *, width: int, dtype: torch.dtype, folder: Path | None = None
+        self, identity: Mapping[str, Any], *, width: int, dtype: torch.dtype, code: str, folder: Path | None = None
     ) -> None:
-        self.width, self.dtype = width, dtype
+        self.width, self.dtype, self.code = width, dtype, code
         facts = {**identity, "width": width, "dtype": str(dtype), "code": CODE_VERSION, "torch": torch.__version__}
         self._identity = json.dumps(facts, sort_keys=True, default=str, indent=1)
         key = hashlib.sha256(self._identity.encode()).hexdigest()[:32]
         self.folder = (folder or cache_dir() / "frozen") / key
-        self._segments: dict[str, Segment] = {}
+        self._segments: dict[str, Segment | None] = {}  # None: of other code
         self._segment_of: dict[bytes, Segment] = {}
         self._bytes_read = 0
 
@@ -88,7 +89,7 @@ class FrozenCache:
     def n_bytes(self) -> int:
         """Size of all rows on disk."""
         self._open()
-        return sum(segment.rows.nbytes for segment in self._segments.values())
+        return sum(segment.rows.nbytes for segment in self._segments.values() if segment is not None)
 
     def ensure(
         self,
@@ -177,18 +178,23 @@ class FrozenCache:
                 index.replace(index.with_suffix(".damaged"))
                 continue
             self._segments[index.stem] = segment
-            self._segment_of |= dict.fromkeys(segment.spans, segment)
+            if segment is None:
+                log.info("%s was computed by another version of the code: its rows are computed again", index)
+            else:
+                self._segment_of |= dict.fromkeys(segment.spans, segment)
 
     def _release_pages(self) -> None:
         """Release pages that were read: the system then counts them as its cache, not as memory of this process."""
         self._bytes_read = 0
-        for segment in self._segments.values():
+        for segment in filter(None, self._segments.values()):
             mapped = getattr(segment.rows, "_mmap", None)
             if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def _read(self, index: Path) -> Segment:
+    def _read(self, index: Path) -> Segment | None:
         facts, data = json.loads(index.read_text()), index.with_suffix(".rows")
+        if "code" in facts and facts["code"] != self.code:  # earlier versions did not write it down
+            return None
         actual = sha256_of(data)
         if actual != facts["sha256"]:
             raise ValueError(f"its digest is {actual}, written was {facts['sha256']}")
@@ -236,6 +242,7 @@ class FrozenCache:
         finally:
             temporary.unlink(missing_ok=True)
         facts = {
+            "code": self.code,
             "sha256": digest.hexdigest(),
             "n_rows": [n_rows[index] for index in missing],
             "keys": [keys[index].hex() for index in missing],

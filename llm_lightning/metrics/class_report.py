@@ -51,7 +51,7 @@ class ClassReport:
         """split -> (N,) `labels` and `predicted`; with two classes also (N, 2) `logits`"""
 
     @property
-    def kept_apart(self) -> frozenset[str]:
+    def local_outputs(self) -> frozenset[str]:
         """Logits of many classes stay on their process and are gathered a few classes at a time."""
         return frozenset({"logits"} if len(self.labels) > MOST_SHOWN else ())
 
@@ -77,7 +77,7 @@ class ClassReport:
         accuracy = (predicted == labels).double().mean().item()
         values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
         values |= count_metrics(predicted, labels, len(self.labels))
-        if self.kept_apart:
+        if self.local_outputs:
             columns = softmax_columns(logits)
             area = auroc_of_many(lambda block: gather(columns(block)), labels, len(self.labels))
         else:

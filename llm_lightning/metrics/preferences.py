@@ -10,17 +10,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llm_lightning.losses import PreferenceLoss
+from llm_lightning.losses import PreferenceResult
 from llm_lightning.metrics.intervals import wilson_interval
 
-PAIR_METRICS = (
+PREFERENCE_METRICS = (
     "reward_accuracy", "reward_margin", "reward_accuracy_low", "reward_accuracy_high", "chosen_reward",
     "rejected_reward", "chosen_log_prob", "rejected_log_prob", "chosen_log_ratio", "log_ratio_per_token",
 )  # fmt: skip
 
 
 def preference_sums(
-    result: PreferenceLoss, policy: Tensor, reference: Tensor, lengths: Tensor, kl: Tensor | None
+    result: PreferenceResult, policy: Tensor, reference: Tensor, lengths: Tensor, kl: Tensor | None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Metrics of one batch as name -> (sum, count), over its pairs or over the tokens of its answers; and rows.
 

@@ -1,7 +1,7 @@
 """Everything about attention but its weights: the context of a forward pass, key-value cache, packing, kernels.
 
 Tensor letters: B batch, T time (new positions), S all positions attended to, or packed sequences, H heads, D head
-width, N packed tokens, M wanted tokens.
+width, N packed tokens, M output_positions tokens.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ class Packing(NamedTuple):
     """(N,) int64: at which of the S x T places, row by row, each token's result is read."""
     positions: Tensor
     """(N,) int64: the position of each token in its sequence, from 0."""
-    wanted: Tensor
-    """(M,) int64: the tokens whose hidden states are wanted."""
+    output_positions: Tensor
+    """(M,) int64: the tokens whose hidden states are output_positions."""
 
     def spread(self, x: Tensor) -> Tensor:
         """(1, N, C) -> (S, T, C): each sequence in a row of its own."""
         rows: Tensor = _SpreadRows.apply(x[0], self.rows.flatten())
         return rows.unflatten(0, self.rows.shape)
 
-    def gather(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """(S, T, C) -> (1, N, C), or of the `wanted` tokens alone (1, M, C): the inverse of `spread`."""
-        places = self.places if wanted is None else self.places[wanted]
+    def gather(self, x: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """(S, T, C) -> (1, N, C), or of the `output_positions` tokens alone (1, M, C): the inverse of `spread`."""
+        places = self.places if output_positions is None else self.places[output_positions]
         return x.flatten(0, 1).index_select(0, places).unsqueeze(0)
 
 
@@ -108,7 +108,7 @@ class Context(NamedTuple):
     """Keys and values of earlier positions; extended in place."""
     packing: Packing | None = None
     """The (1, N) ids are several sequences end to end."""
-    wanted: Tensor | None = None
+    output_positions: Tensor | None = None
     """The only positions that the last block computes: (B,), one of each row, with a mask (B, 1, 1, T); or (M,) of
     packed tokens. None: all."""
 
@@ -117,15 +117,15 @@ class Context(NamedTuple):
         """The context of a batch that may be packed."""
         if packing is None:
             return CAUSAL
-        return cls(positions=packing.positions, packing=packing, wanted=packing.wanted)
+        return cls(positions=packing.positions, packing=packing, output_positions=packing.output_positions)
 
     def select(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> the wanted positions: all, (B, 1, C), or with packing (1, M, C)."""
-        if self.wanted is None:
+        """(B, T, C) -> the output_positions positions: all, (B, 1, C), or with packing (1, M, C)."""
+        if self.output_positions is None:
             return x
         if self.packing is not None:
-            return x.index_select(1, self.wanted)
-        return x[torch.arange(len(x), device=x.device), self.wanted].unsqueeze(1)
+            return x.index_select(1, self.output_positions)
+        return x[torch.arange(len(x), device=x.device), self.output_positions].unsqueeze(1)
 
 
 CAUSAL = Context()
@@ -146,15 +146,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     # A single new position may attend to everything before it: no mask. Several new positions behind a filled cache
     # need an explicit one, because SDPA's is_causal aligns the triangle to the top left corner.
     is_causal = mask is None and query.size(2) > 1
-    by_hand = is_faster_by_hand(query)
-    if is_causal and (by_hand or key.size(2) > query.size(2)):
+    explicit = explicit_is_faster(query)
+    if is_causal and (explicit or key.size(2) > query.size(2)):
         mask, is_causal = causal_mask(query.size(2), key.size(2), query.device), False
-    if by_hand:
-        return attend_by_hand(query, key, value, mask, dropout)[0]
+    if explicit:
+        return attend_explicitly(query, key, value, mask, dropout)[0]
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
 
 
-def attend_by_hand(
+def attend_explicitly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`attend` written out; without a mask every position attends to every other one (it is not causal).
@@ -170,8 +170,8 @@ def attend_by_hand(
     return F.dropout(weights, dropout) @ value if dropout else weights @ value, weights
 
 
-def is_faster_by_hand(query: Tensor) -> bool:
-    """Whether `attend_by_hand` beats SDPA: in bf16 on a CPU it takes half of the time at T=256, a quarter at T=128.
+def explicit_is_faster(query: Tensor) -> bool:
+    """Whether `attend_explicitly` beats SDPA: in bf16 on a CPU it takes half of the time at T=256, a quarter at T=128.
 
     Beyond 512 positions the gain is small, and the weights that are kept for the backward pass grow with T squared.
     """

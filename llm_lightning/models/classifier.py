@@ -85,10 +85,10 @@ class Classifier(nn.Module):
             hidden = trunk.final_norm(trunk.run_blocks(x, Context(mask), start))
             is_real = (time < ends[:, None]).unsqueeze(-1).to(hidden.dtype)
             return (hidden * is_real).sum(1) / ends[:, None]
-        wanted = torch.zeros_like(ends) if self.pooling == "first" else ends - 1
+        output_positions = torch.zeros_like(ends) if self.pooling == "first" else ends - 1
         x = trunk.run_blocks(x, Context(mask), start, trunk.config.n_layer - 1)
-        visible = time <= wanted[:, None] if self.causal else time < ends[:, None]  # (B, T)
-        last = Context(visible[:, None, None], wanted=wanted)
+        visible = time <= output_positions[:, None] if self.causal else time < ends[:, None]  # (B, T)
+        last = Context(visible[:, None, None], output_positions=output_positions)
         return trunk.final_norm(trunk.blocks[-1](x, last)).squeeze(1)
 
     def predict(self, logits: Tensor) -> Tensor:

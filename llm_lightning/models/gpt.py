@@ -24,10 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from llm_lightning.models.attention import CAUSAL, Context, KVCache, attend
 from llm_lightning.models.lora import effective_weight
 
+FREE_FIELDS = ("context_length", "embedding_dropout", "attention_dropout", "residual_dropout")
+"""Fields of `GPTConfig` that a run may choose for given weights; every other one comes with them."""
+
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. Every field is stored in every checkpoint.
+    """The architecture. Every field is stored in every checkpoint, and required when one is loaded.
 
     Raises:
         ValueError: if a value is of another type, a size is not positive, `n_embd` is not a multiple of `n_head`, a
@@ -67,10 +70,10 @@ class GPTConfig:
     def has_dropout(self) -> bool:
         return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout))
 
-    def identity(self) -> dict[str, Any]:
-        """Fields that the shapes of weights do not reveal, for the keys of stored results.
+    def cache_key_fields(self) -> dict[str, Any]:
+        """Fields that change outputs but not the shapes of weights: a part of the key of stored results.
 
-        `n_head`, and every other field that differs from GPT-2's: a new field leaves existing keys unchanged.
+        A field is left out where it has GPT-2's value (but `n_head`), so that a new one leaves existing keys unchanged.
         """
         shown = ("vocab_size", "context_length", "n_layer", "n_embd", "qkv_bias", "tied_head")
         dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout")  # stored results have none
@@ -96,23 +99,24 @@ class CausalSelfAttention(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, context: Context = CAUSAL) -> Tensor:
-        """(B, T, C) -> (B, T, C), or as many positions as `context.wanted` names."""
+        """(B, T, C) -> (B, T, C), or as many positions as `context.output_positions` names."""
         qkv = self.qkv_proj(x)
         if context.packing is not None:
             qkv = context.packing.spread(qkv)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
         dtype = query.dtype
-        if context.wanted is not None and context.packing is None:
-            assert context.mask is not None, "wanted positions need a mask that says what each may attend to"
-            query = query[torch.arange(len(x), device=x.device), :, context.wanted].unsqueeze(2)  # (B, H, 1, D)
+        if context.output_positions is not None and context.packing is None:
+            assert context.mask is not None, "output positions need a mask that says what each may attend to"
+            query = query[torch.arange(len(x), device=x.device), :, context.output_positions]
+            query = query.unsqueeze(2)  # (B, H, 1, D)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
             query = query.to(key.dtype)  # a cache may be kept in a wider type than the weights
         mixed = attend(query, key, value, context.mask, self.dropout if self.training else 0.0).to(dtype)
         mixed = mixed.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         if context.packing is not None:
-            mixed = context.packing.gather(mixed, context.wanted)
+            mixed = context.packing.gather(mixed, context.output_positions)
         return self.residual_dropout(self.out_proj(mixed))
 
 
@@ -126,8 +130,9 @@ class MLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. As a
-        # setting it would be a field of GPTConfig and a key of conf/model, and weights/gpt2_names.py must export it.
+        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. As a setting it would be
+        # a field of GPTConfig and a key of conf/model; weights/gpt2_names.py must export it, and checkpoints of before
+        # have no such field. tests/models/test_gpt.py compares with transformers.
         return self.residual_dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
 
 
@@ -142,7 +147,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context = CAUSAL) -> Tensor:
-        """(B, T, C) -> (B, T, C); where `context.wanted` names positions, only keys and values are computed for all."""
+        """(B, T, C) -> (B, T, C), or the `context.output_positions`: then only keys and values are computed for all."""
         x = context.select(x) + self.attn(self.attn_norm(x), context)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -180,7 +185,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden_states(input_ids, context))
 
     def hidden_states(self, input_ids: Tensor, context: Context = CAUSAL) -> Tensor:
-        """The trunk: final-norm output (B, T, C), or of the positions that `context.wanted` names.
+        """The trunk: final-norm output (B, T, C), or of the positions that `context.output_positions` names.
 
         Raises:
             ValueError: if the sequence does not fit into `context_length`.
@@ -211,10 +216,10 @@ class GPT(nn.Module):
         return self.embedding_dropout(x.to(self.final_norm.weight.dtype))
 
     def run_blocks(self, x: Tensor, context: Context = CAUSAL, start: int = 0, stop: int | None = None) -> Tensor:
-        """Blocks `start`..`stop` - 1 (default: all) in turn: (B, T, C) -> (B, T, C), or the wanted positions."""
+        """Blocks `start`..`stop` - 1 (default: all) in turn: (B, T, C) -> (B, T, C), or the output positions."""
         for layer in range(start, self.config.n_layer if stop is None else stop):
             is_last = layer == self.config.n_layer - 1
-            arguments = (x, context if is_last else context._replace(wanted=None))
+            arguments = (x, context if is_last else context._replace(output_positions=None))
             if self.activation_checkpointing and self.training and context.cache is None:
                 x = checkpoint(self.blocks[layer], *arguments, use_reentrant=False)
             else:

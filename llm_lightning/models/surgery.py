@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
 from llm_lightning.models.classifier import Classifier
-from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.gpt import FREE_FIELDS, GPT, GPTConfig
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,14 @@ def config_for(own: GPTConfig, wanted: GPTConfig, *, keep_head: bool = True) -> 
         )
     if wanted.context_length < own.context_length:
         log.info("model.context_length=%d cuts the %d of the weights", wanted.context_length, own.context_length)
-    kept = ["vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "layer_norm_eps"]
+    kept = [field.name for field in fields(own) if field.name not in (*FREE_FIELDS, "tied_head")]
     if _is_untied(own, wanted, keep_head):
         log.info("model.tied_head=false: the head starts as a copy of the token embedding")
     elif keep_head:
         kept.append("tied_head")
-    for name in kept[1:]:
+    for name in kept:
+        if name == "vocab_size":  # the tokenizer comes with the weights
+            continue
         ours, theirs = getattr(own, name), getattr(wanted, name)
         if ours != theirs:
             log.info("model.%s=%s is ignored: the weights of init_from have %s", name, theirs, ours)

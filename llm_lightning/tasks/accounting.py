@@ -1,4 +1,4 @@
-"""Sums and counts of a window, an epoch or an evaluation: exact means over items, whatever the batches and processes.
+"""Sums and counts of an update, an epoch or an evaluation: exact means over items, whatever the batches and processes.
 
 A metric of one batch is a pair (sum, count). Pairs are added up in float64, over all processes, and divided once.
 """
@@ -23,7 +23,10 @@ class StepOutput(NamedTuple):
     loss_sum: Tensor
     """() summed over `n_items` items."""
     n_items: int
-    """Target tokens, sequences or pairs, known on the CPU."""
+    """Target tokens, sequences or pairs that the loss is divided by: a Python int, so that nothing waits for a GPU.
+
+    A weighted loss is divided by their number, too, not by the sum of the weights.
+    """
     metrics: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012
     """name -> (sum, count): detached () tensors, over the items that this metric counts."""
     outputs: dict[str, Tensor] = {}  # noqa: RUF012
@@ -52,11 +55,11 @@ class Sums:
         return {name: pair.tolist() for name, pair in sums.items()}
 
 
-def means(totals: Totals) -> dict[str, float]:
+def averages(totals: Totals) -> dict[str, float]:
     return {name: total / max(number, 1) for name, (total, number) in totals.items()}
 
 
-class Window:
+class Accumulation:
     """The micro-batches whose gradients make up one optimizer update."""
 
     def __init__(self) -> None:
@@ -78,7 +81,7 @@ class Window:
         return ", ".join(f"batch {index} (samples {', '.join(map(str, ids))})" for index, ids in self._samples)
 
 
-class Evaluation:
+class EvaluationSums:
     """One evaluation of one split.
 
     Args:
@@ -94,10 +97,10 @@ class Evaluation:
         for name, values in output.outputs.items():
             self._outputs[name].append(values.detach())
 
-    def outputs(self, trainer: L.Trainer, kept_apart: frozenset[str]) -> dict[str, Tensor]:
-        """The rows of all batches and processes; of the names `kept_apart`, those of this process."""
+    def outputs(self, trainer: L.Trainer, local: frozenset[str]) -> dict[str, Tensor]:
+        """The rows of all batches and processes; for the names in `local`, only those of this process."""
         return {
-            name: rows.all() if name in kept_apart else gather_rows(trainer, rows.all())
+            name: rows.all() if name in local else gather_rows(trainer, rows.all())
             for name, rows in self._outputs.items()
         }
 

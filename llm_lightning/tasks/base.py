@@ -1,17 +1,27 @@
-"""TaskModule: every Lightning hook, once. A task adds the loss of one batch.
+"""TaskModule implements every Lightning hook once; a task adds the loss of one batch.
 
-To add a task, copy `sft.py` and what belongs to it:
+To add a task, copy `pretraining.py` (text) or `sft.py` (records):
 
-- a subclass with `task`, `item` and `step_output` beside this file; `metric_names` and `eval_metrics` if it has metrics
-  of its own, `options_from` for constructor arguments that come from the data;
+- a subclass with `task`, `item` and `step_output`; `metric_names` and `eval_metrics` if it has metrics of its own,
+  `options_from` for constructor arguments that come from the data. `losses.token_log_probs` gives the loss per token;
+- `task/NAME.yaml`, as in `conf/`, which picks `/data` and sets `_target_` and `monitor` (and `callbacks.samples: null`
+  if it generates no text).
+
+It may be outside this project: `python train.py --config-dir=FOLDER task=NAME allow_targets=[MODULE]`, with
+`FOLDER/task/NAME.yaml` and the module installed or on PYTHONPATH.
+
+Only for other data or another model:
+
 - a data module (`data/base.py`) whose constructor takes `tokenizer` (or a function that trains one), `context_length`,
-  `seed` and the keys of its YAML, and whose `build` sets `tokenizer`, `train_samples`, `eval_samples` and
-  `data_digest`. Its batches are named tuples with `n_targets` and `sample_ids`; the batch of a process that ran out of
-  samples has `n_targets` 0, and its loss must be 0 and differentiable;
-- `conf/task/NAME.yaml`, which picks `/data` and sets `monitor` (and `callbacks.samples: null` if it generates no
-  text), and `conf/data/NAME.yaml`, with a sentence for every key;
-- its name in `weights/checks/header.py`, so that its checkpoints are checked; for a model with a head of its own also
-  `described_model` in `weights/load.py` and its tensors in `weights/checks/tensors.py`.
+  `seed` and the keys of its YAML (`data/NAME.yaml`, with a sentence for every key). Its batches are named tuples with
+  `n_targets` and `sample_ids`; the batch of a process that ran out of samples has `n_targets` 0, and its loss must be 0
+  and differentiable;
+- for a model with a head of its own, its name in `weights/checks/header.py`, `described_model` in `weights/load.py`
+  and its tensors in `weights/checks/tensors.py`;
+- for `evaluate --split`, `respond` and `compare` on its data: `data/of_checkpoint.py` and `experiments/evaluation.py`.
+
+A metric of gradients: a callback's `on_train_batch_end` is too late, they are freed; in `on_before_optimizer_step` they
+are still sums over all targets of the update, before the division and the clipping (see the next paragraph).
 
 Gradients are token-exact: an optimizer step uses the sum of the loss over all targets of its accumulation window on
 all processes, divided by their number. Lightning alone averages micro-batch means, which weighs a target in a short
@@ -24,7 +34,6 @@ Steps are numbered from 0: row s of the logs belongs to update s, and a checkpoi
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +51,7 @@ from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
 from llm_lightning.models.sharding import shard
 from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
-from llm_lightning.tasks.accounting import Evaluation, StepOutput, Totals, Window, means
+from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
 from llm_lightning.tasks.memory import disable_malloc_trim, freeze_in_bfloat16, leave_fresh_memory_unfilled, trim_malloc
 from llm_lightning.tokenizers import Tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
@@ -68,7 +77,7 @@ class TaskModule(L.LightningModule):
 
     task: str
     item: str
-    """The unit of the loss: token, sequence, pair."""
+    """The unit of the loss, a noun of your choice (token, sequence, pair); its count is logged as `{item}s_seen`."""
     uses_lm_head: bool = True
     """Whether the language-model head is run."""
 
@@ -82,6 +91,10 @@ class TaskModule(L.LightningModule):
         lora: LoRAConfig | None = None,
         header: dict[str, Any] | None = None,
     ) -> None:
+        missing = [name for name in ("task", "item") if not hasattr(type(self), name)]
+        missing += ["step_output"] if type(self).step_output is TaskModule.step_output else []
+        if missing:
+            raise ValueError(f"the task class {type(self).__name__} does not define {', '.join(missing)}")
         super().__init__()
         self.model, self.tokenizer, self.lora = model, tokenizer, lora
         if lora is not None:
@@ -94,25 +107,25 @@ class TaskModule(L.LightningModule):
         self.total_steps = 0
         self.is_sharded = False
         self._must_stop = False
-        self._window = Window()
+        self._window = Accumulation()
         self._step_means: dict[str, float] = {}
         self._earlier_metrics: dict[str, float] = {}
         self._epoch_sums: Totals = {}
-        self._evaluations: dict[str, Evaluation] = {}
+        self._evaluations: dict[str, EvaluationSums] = {}
 
-    @abstractmethod
     def step_output(self, batch: Any) -> StepOutput:
-        """Loss and metrics of `batch`. The one method that every task writes."""
+        """Loss and metrics of `batch`. Required, as are `task` and `item`."""
+        raise NotImplementedError
 
     @property
-    def outputs_kept_apart(self) -> frozenset[str]:
+    def local_outputs(self) -> frozenset[str]:
         """The `StepOutput.outputs` that are too large to be gathered from all processes. Tasks may override."""
         return frozenset()
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of a whole evaluation: `means` and what follows from all `StepOutput.outputs`. Tasks may override.
 
-        `outputs_kept_apart` hold the rows of this process only; see `accounting.gather_rows`.
+        `local_outputs` hold the rows of this process only; see `accounting.gather_rows`.
         """
         return means
 
@@ -139,7 +152,7 @@ class TaskModule(L.LightningModule):
         return {"lora": asdict(self.lora)} if self.lora is not None else {}
 
     def figures(self) -> dict[str, Figure]:
-        """name -> a picture of the last evaluations. Tasks may override."""
+        """Figures of the latest evaluations, by name. Tasks may override."""
         return {}
 
     def results(self) -> dict[str, Any]:
@@ -170,7 +183,7 @@ class TaskModule(L.LightningModule):
         self._check_finite(loss_sum, norm)
         self.items_seen += int(count)
         self.last_gradient_norm, self.last_lr = norm, optimizer.param_groups[0]["lr"]
-        self._step_means = means(totals)
+        self._step_means = averages(totals)
         for name, (total, number) in totals.items():
             epoch = self._epoch_sums.setdefault(name, [0.0, 0.0])
             epoch[0] += total
@@ -188,7 +201,7 @@ class TaskModule(L.LightningModule):
         for parameter in self.parameters():
             parameter.grad = None
         if self.global_step == self.trainer.max_steps:
-            self.trainer.should_stop = True  # inside an epoch, too, the last update is then followed by a validation
+            self.trainer.should_stop = True  # inside an epoch, too: a validation then follows the last update
         step = self.global_step - 1
         self.log("loss", self._step_means["loss"], prog_bar=True, logger=False)
         is_last = self.global_step == self.total_steps
@@ -206,17 +219,17 @@ class TaskModule(L.LightningModule):
         self.datamodule.set_epoch(self.current_epoch)
 
     def on_train_epoch_end(self) -> None:
-        self.log_row({f"train/{name}_epoch": mean for name, mean in means(self._epoch_sums).items()})
+        self.log_row({f"train/{name}_epoch": mean for name, mean in averages(self._epoch_sums).items()})
 
     def log_row(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Send metrics to every logger under a step; default: the last update's."""
+        """Send metrics to every logger under a step; default: the last update's, from `on_train_batch_end` on."""
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.global_step - 1 if step is None else step)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        trim_malloc()  # gaps that varying batch widths have left
+        trim_malloc()  # batches of different widths have fragmented the memory
         self._begin_evaluation(self.datamodule.eval_samples)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -238,22 +251,22 @@ class TaskModule(L.LightningModule):
     def _begin_evaluation(self, stages: Mapping[str, Any]) -> None:
         size = self.datamodule.batch_size
         batches = {stage: -(-len(samples) // (size * self.trainer.world_size)) for stage, samples in stages.items()}
-        self._evaluations = {stage: Evaluation(n * size) for stage, n in batches.items()}
+        self._evaluations = {stage: EvaluationSums(n * size) for stage, n in batches.items()}
 
-    def _evaluation(self, dataloader_idx: int) -> Evaluation:
+    def _evaluation(self, dataloader_idx: int) -> EvaluationSums:
         return list(self._evaluations.values())[dataloader_idx]
 
     def _end_evaluation(self, step: int) -> None:
         for stage in list(self._evaluations):
             evaluation = self._evaluations.pop(stage)
-            averages = means(evaluation.sums.totals(self.trainer))
-            outputs = evaluation.outputs(self.trainer, self.outputs_kept_apart)
+            means = averages(evaluation.sums.totals(self.trainer))
+            outputs = evaluation.outputs(self.trainer, self.local_outputs)
             prefix = "train/eval_" if stage == "train_eval" else f"{stage}/"
-            values = self.eval_metrics(stage, averages, outputs)
+            values = self.eval_metrics(stage, means, outputs)
             metrics = {f"{prefix}{name}": value for name, value in values.items()}
             self.log_dict(metrics, logger=False)
             if stage == "val":
-                self.log("val_loss", averages["loss"], prog_bar=True, logger=False)
+                self.log("val_loss", means["loss"], prog_bar=True, logger=False)
             if not self.trainer.sanity_checking:
                 self.log_row(metrics, step)
 
@@ -268,7 +281,7 @@ class TaskModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
         # restored (Lightning's issue 20550).
-        self.total_steps = total_steps(self.trainer, self.datamodule)
+        self.total_steps = planned_steps(self.trainer, self.datamodule)
         self.schedule.warmup_steps(self.total_steps)  # refuses a warmup that does not fit
         optimizer = self.optimizer_config.build(self.model.named_parameters(), fused=self._fused())
         peak = self.optimizer_config.lr
@@ -322,7 +335,7 @@ class TaskModule(L.LightningModule):
         self.items_seen, self._epoch_sums = state["items_seen"], state["epoch_sums"]
 
     def load_trained(self, path: Path) -> None:
-        """Load the trained weights of a checkpoint of this run; the frozen ones are there already, and not read."""
+        """Load the trained weights of a checkpoint of this run; the frozen ones have not changed and are not read."""
         trim_malloc()
         frozen = {
             name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
@@ -381,7 +394,7 @@ def batches_per_epoch(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     return limited(datamodule.batches_per_epoch(trainer.world_size), trainer.limit_train_batches)
 
 
-def total_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
+def planned_steps(trainer: L.Trainer, datamodule: BaseDataModule) -> int:
     """Optimizer updates of the whole run, from the data module's sizes and the trainer's limits."""
     per_epoch = math.ceil(batches_per_epoch(trainer, datamodule) / trainer.accumulate_grad_batches)
     steps = per_epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf

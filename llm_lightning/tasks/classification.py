@@ -73,8 +73,8 @@ class ClassificationModule(TaskModule):
         return means | self.report.metrics(stage, outputs, gather=lambda rows: gather_rows(self.trainer, rows))
 
     @property
-    def outputs_kept_apart(self) -> frozenset[str]:
-        return self.report.kept_apart
+    def local_outputs(self) -> frozenset[str]:
+        return self.report.local_outputs
 
     @classmethod
     def options_from(cls, datamodule: Any) -> dict[str, Any]:

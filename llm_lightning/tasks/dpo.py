@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_lightning.data.pairs import PreferenceBatch
 from llm_lightning.losses import check_preference_loss, preference_loss
-from llm_lightning.metrics.preferences import PAIR_METRICS, preference_metrics, preference_sums
+from llm_lightning.metrics.preferences import PREFERENCE_METRICS, preference_metrics, preference_sums
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tasks.base import StepOutput, TaskModule
 from llm_lightning.tasks.reference import Reference, answer_log_probs, answer_states, build_reference
@@ -50,34 +50,35 @@ class DPOModule(TaskModule):
                 "model.dropout=0 and lora.dropout=0"
             )
         check_preference_loss(loss, beta, label_smoothing, gamma)
-        ref = build_reference(reference, model, has_adapters=lora is not None, is_reference_free=loss == "simpo")
+        provider = build_reference(reference, model, has_adapters=lora is not None, is_reference_free=loss == "simpo")
         super().__init__(model=model, **common)
         self.beta, self.max_chosen_drop = beta, max_chosen_drop
         self.preference_loss = partial(
             preference_loss, kind=loss, beta=beta, label_smoothing=label_smoothing, gamma=gamma
         )
-        self.ref, self.reference = ref, ref.frozen  # a submodule, so that checkpoints contain it
+        self.reference_provider = provider
+        self.reference = provider.frozen  # its own weights, if it has any: a submodule, so that checkpoints have them
 
     def step_output(self, batch: PreferenceBatch) -> StepOutput:
         n = batch.n_targets  # 0 on a process that ran out of pairs before the others: every tensor is empty
         states = answer_states(self.model, batch)  # (M, C)
         policy = answer_log_probs(states, self.model.head_weight(), batch)  # (2B,)
         if torch.is_grad_enabled():
-            reference, kl = self.ref.log_probs(batch), None
-        else:
-            reference, kl = self.ref.kl(batch, self.model, states)
+            reference, kl = self.reference_provider.log_probs(batch), None
+        else:  # the KL divergence is a metric of evaluations
+            reference, kl = self.reference_provider.log_probs_and_kl(batch, self.model, states)
         lengths = batch.lengths  # first the chosen answers, then the rejected ones, as everywhere
         result = self.preference_loss(policy[:n], policy[n:], reference[:n], reference[n:], lengths[:n], lengths[n:])
         metrics, outputs = preference_sums(result, policy, reference, lengths, kl)
         return StepOutput(result.loss.sum(), n, metrics, outputs)
 
     def metric_names(self) -> tuple[str, ...]:
-        kl = ("kl_per_token",) if self.ref.gives_kl else ()
-        return ("loss", *PAIR_METRICS, *kl, "margin_length_correlation")
+        kl = ("kl_per_token",) if self.reference_provider.gives_kl else ()
+        return ("loss", *PREFERENCE_METRICS, *kl, "margin_length_correlation")
 
     def eval_metrics(self, stage: str, means: dict[str, float], outputs: dict[str, Tensor]) -> dict[str, float]:
         if stage == "val":
-            self.ref.warn_of_drop(means["chosen_log_ratio"], self.max_chosen_drop)
+            self.reference_provider.warn_of_drop(means["chosen_log_ratio"], self.max_chosen_drop)
         return means | preference_metrics(means, outputs["margin"], outputs["longer_by"])
 
     def train(self, mode: bool = True) -> DPOModule:
@@ -87,7 +88,7 @@ class DPOModule(TaskModule):
         return self
 
     def configure_callbacks(self) -> list[Reference]:
-        return [self.ref]
+        return [self.reference_provider]
 
     def results(self) -> dict[str, Any]:
-        return {"reference": self.ref.kind}
+        return {"reference": self.reference_provider.kind}

@@ -22,7 +22,7 @@ from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.classifier import Classifier, frozen_depth
 from llm_lightning.tasks.memory import trim_malloc
-from llm_lightning.weights.digests import weights_digest
+from llm_lightning.weights.digests import code_digest, weights_digest
 
 if TYPE_CHECKING:
     from llm_lightning.tasks.base import TaskModule
@@ -114,7 +114,8 @@ class FrozenBlocks(L.Callback):
             return torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]).cpu()
 
         trunk = self.model.trunk
-        store = FrozenCache(self._identity(module), width=trunk.config.n_embd, dtype=trunk.dtype)
+        identity, code = self._identity(module), code_digest("models")
+        store = FrozenCache(identity, width=trunk.config.n_embd, dtype=trunk.dtype, code=code)
         training = self.model.training
         self.model.eval()
         try:
@@ -139,7 +140,7 @@ class FrozenBlocks(L.Callback):
             "task": module.task,
             "weights": weights_digest(frozen),
             "blocks": self.depth,
-            **self.model.trunk.config.identity(),
+            **self.model.trunk.config.cache_key_fields(),
             "pooling": self.model.pooling if self.depth is None or self.model.reads_pads else None,
             "causal": self.model.causal,
             "pad_to": self.pad_to if self.model.reads_pads else None,

@@ -27,7 +27,7 @@ from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import adapters_off
 from llm_lightning.nearest import nearest
-from llm_lightning.weights.digests import weights_digest
+from llm_lightning.weights.digests import code_digest, weights_digest
 
 if TYPE_CHECKING:
     from llm_lightning.tasks.base import TaskModule
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 def answer_states(model: GPT, batch: PreferenceBatch) -> Tensor:
     """(M, C): trunk output at the positions that predict a token of an answer."""
     hidden = model.hidden_states(batch.input_ids, Context.of(batch.packing))
-    return hidden.flatten(0, 1).index_select(0, batch.wanted)
+    return hidden.flatten(0, 1).index_select(0, batch.output_positions)
 
 
 def answer_log_probs(states: Tensor, head_weight: Tensor, batch: PreferenceBatch) -> Tensor:
@@ -57,14 +57,15 @@ def answer_log_probs(states: Tensor, head_weight: Tensor, batch: PreferenceBatch
 class Reference(L.Callback):
     """Log-probabilities of the reference. Subclasses differ in where they come from.
 
-    It is a callback to act before the first step, to check the first batch, and to read and write checkpoints.
+    It is a Lightning callback, so that it can act before the first step, check the first batch, and read and write
+    checkpoints.
     """
 
     kind: str
     gives_kl = True
     """Whether the KL divergence of the policy can be computed; it needs the whole distribution."""
     frozen: GPT | None = None
-    """A model of its own, which the task registers as its submodule `reference`."""
+    """The reference's own weights, if it has any; the task registers them as its submodule `reference`."""
     _must_check = False
     _has_warned = False
 
@@ -73,7 +74,9 @@ class Reference(L.Callback):
         """(2B,) as `answer_log_probs`."""
         raise NotImplementedError
 
-    def kl(self, batch: PreferenceBatch, policy: GPT, policy_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def log_probs_and_kl(
+        self, batch: PreferenceBatch, policy: GPT, policy_states: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """`log_probs`, and KL(policy || reference) of each token, (M,), or None where `gives_kl` is False."""
         return self.log_probs(batch), None
 
@@ -139,7 +142,7 @@ class ModelReference(Reference):
     @contextmanager
     def model(self) -> Iterator[GPT]:
         raise NotImplementedError
-        yield
+        yield  # makes it a generator
 
     @torch.no_grad()
     def log_probs(self, batch: PreferenceBatch) -> Tensor:
@@ -147,7 +150,9 @@ class ModelReference(Reference):
             return answer_log_probs(answer_states(model, batch), model.head_weight(), batch)
 
     @torch.no_grad()
-    def kl(self, batch: PreferenceBatch, policy: GPT, policy_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def log_probs_and_kl(
+        self, batch: PreferenceBatch, policy: GPT, policy_states: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         policy_weight = policy.head_weight()
         with self.model() as model:
             states, weight = answer_states(model, batch), model.head_weight()
@@ -169,7 +174,8 @@ class Copy(ModelReference):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.precision == "bf16-mixed":
-            # As autocast would cast them at every step; embeddings and norms stay, so that step 0 agrees to the bit.
+            # Cast once what autocast would cast at every step; embeddings and norms stay as they are, so that step 0
+            # agrees to the bit.
             for layer in self.frozen.blocks.modules():
                 if isinstance(layer, nn.Linear):
                     layer.to(torch.bfloat16)
@@ -210,8 +216,8 @@ class Cached(Reference):
         """
         datamodule: Any = module.datamodule
         samples = list({sample.key: sample for sample in datamodule.all_samples()}.values())
-        wanted = [sample.key for sample in samples]
-        if all(key in self._known for key in wanted):
+        needed = [sample.key for sample in samples]
+        if all(key in self._known for key in needed):
             return
         if module.global_step > 0:
             raise ValueError(
@@ -224,11 +230,11 @@ class Cached(Reference):
         identity = {
             "task": module.task,
             "weights": weights_digest(weights),
-            **policy.config.identity(),
+            **policy.config.cache_key_fields(),
             "precision": trainer.precision,
             "device": module.device.type,
         }
-        store = FrozenCache(identity, width=2, dtype=torch.float32)
+        store = FrozenCache(identity, width=2, dtype=torch.float32, code=code_digest("models", "losses.py"))
 
         def compute(indices: list[int]) -> Tensor:
             batch = datamodule.collate([samples[index] for index in indices])
@@ -237,11 +243,11 @@ class Cached(Reference):
                 log_probs = answer_log_probs(answer_states(policy, batch), policy.head_weight(), batch)
                 return log_probs.float().unflatten(0, (2, -1)).T.contiguous().cpu()
 
-        keys = [bytes.fromhex(key) for key in wanted]
+        keys = [bytes.fromhex(key) for key in needed]
         store.ensure(
             keys, [1] * len(keys), compute, rows_per_batch=PAIRS_PER_BATCH, description="reference log-probabilities"
         )
-        self._known = {key: store.rows(bytes.fromhex(key))[0] for key in wanted}
+        self._known = {key: store.rows(bytes.fromhex(key))[0] for key in needed}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._known:
@@ -300,4 +306,4 @@ def _refusal(setting: str) -> str:
     near = nearest(setting, REFERENCES)
     if near or not any(mark in setting for mark in "/\\."):
         return "is unknown" + (f": did you mean {near}?" if near else "")
-    return "was removed: a model that agrees with the policy at step 0, as it must, is what copy holds"
+    return "is no longer accepted: the reference must equal the initial policy, which is what copy holds"

@@ -18,9 +18,10 @@ class SFTModule(TaskModule):
     model: GPT
 
     def step_output(self, batch: LMBatch) -> StepOutput:
-        context = Context.of(batch.packing)
-        hidden = self.model.hidden_states(batch.input_ids, context)  # (B, T, C), or packed (1, M, C)
-        labels = batch.labels if context.wanted is None else batch.labels.index_select(1, context.wanted)
+        hidden = self.model.hidden_states(batch.input_ids, Context.of(batch.packing))  # (B, T, C), or packed (1, M, C)
+        labels = batch.labels
+        if batch.packing is not None:
+            labels = labels.index_select(1, batch.packing.output_positions)
         return StepOutput(causal_lm_loss(hidden, self.model.head_weight(), labels), batch.n_targets)
 
     def metric_names(self) -> tuple[str, ...]:

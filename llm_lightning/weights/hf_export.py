@@ -233,7 +233,10 @@ def _read_back(folder: Path, weights: Mapping[str, Tensor], config: GPTConfig, t
     expected, loaded = from_hf(weights, config), load_pretrained(folder)
     same = all(torch.equal(loaded.state[name], expected[name]) for name in expected)
     if not same or loaded.config != config or loaded.tokenizer != tokenizer.describe():
-        raise OSError(f"{folder} reads back differently from what was written; check the disk")
+        raise OSError(
+            f"{folder} reads back differently from what was written: the format cannot hold this model, or the disk is "
+            "faulty"
+        )
     try:
         difference, largest = _compare_with_transformers(folder, loaded)
     except ImportError:  # transformers is optional

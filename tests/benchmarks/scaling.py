@@ -671,7 +671,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
     keys, runs = [index.to_bytes(32, "big") for index in range(n)], iter(range(99))
 
     def use() -> None:
-        store = FrozenCache({"x": next(runs)}, width=4, dtype=torch.float32, folder=folder)
+        store = FrozenCache({"x": next(runs)}, width=4, dtype=torch.float32, code="", folder=folder)
         store.ensure(keys, [1] * n, lambda rows: torch.zeros(len(rows), 4), rows_per_batch=64, description="x")
         store.batch(keys, 1)
 

@@ -385,7 +385,7 @@ BATCHES = {
 def of_batch(model: GPT, batch: PreferenceBatch) -> Tensor:
     """(2B,) summed log-probabilities."""
     hidden = model.hidden_states(batch.input_ids, Context.of(batch.packing))
-    picked = hidden.flatten(0, 1).index_select(0, batch.wanted)
+    picked = hidden.flatten(0, 1).index_select(0, batch.output_positions)
     log_probs = token_log_probs(picked, model.head_weight(), batch.labels)
     return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))
 
@@ -443,7 +443,7 @@ def test_all_layouts_give_what_each_sequence_gives_by_itself(
             assert torch.equal(getattr(batch, field), getattr(batches["padded"], field)), field
         assert (batch.n_targets, batch.sample_ids) == (len(samples), tuple(range(len(samples))))
         assert batch.keys == tuple(sample.key for sample in samples)
-        assert len(batch.labels) == len(batch.branch) == len(batch.wanted) == batch.lengths.sum()
+        assert len(batch.labels) == len(batch.branch) == len(batch.output_positions) == batch.lengths.sum()
         assert torch.equal(batch.branch.bincount(), batch.lengths)
 
 
@@ -460,7 +460,7 @@ def test_packed_pairs_hold_what_is_shared_once() -> None:
     assert (batch.n_targets, batch.sample_ids) == (2, (5, 8))
     packing = batch.packing
     assert packing is not None
-    assert packing.wanted.tolist() == [2, 3, 4, 5, 2, 3, 5, 6], "3 is wanted twice, and so is 4 with two labels"
+    assert packing.output_positions.tolist() == [2, 3, 4, 5, 2, 3, 5, 6], "3 and 4 twice, 4 with two labels"
     assert packing.positions.tolist() == [0, 1, 2, 3, 4, 2, 3, 0]
     assert [row[:n].tolist() for row, n in zip(packing.rows, (5, 4, 3, 4), strict=True)] == [
         [0, 1, 2, 3, 4],
@@ -735,7 +735,7 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path, monkeypatch: Any,
     module = DPOModule(
         model=policy, tokenizer=GPT2, optimizer=AdamWConfig(lr=1e-3), scheduler=ConstantConfig(), beta=0.3
     )
-    module.reference = module.ref.frozen = reference
+    module.reference = module.reference_provider.frozen = reference
     found = module.step_output(batch).metrics
     for ours, theirs in {  # TRL: of sums, whatever the loss
         "chosen_reward": "rewards/chosen",

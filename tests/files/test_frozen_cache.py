@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from llm_lightning.files import frozen_cache
 from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
-from llm_lightning.weights.digests import weights_digest
+from llm_lightning.weights import digests as module_of_digests
+from llm_lightning.weights.digests import code_digest, weights_digest
 
 LENGTHS = [3, 1, 5, 2, 4]
 KEYS = [bytes([n]) * 32 for n in LENGTHS]
@@ -39,8 +41,8 @@ class Counting:
         return torch.cat([rows_of(index, self.dtype) for index in indices])
 
 
-def store(folder: Path, dtype: torch.dtype = torch.float32, **identity: Any) -> FrozenCache:
-    return FrozenCache({"weights": "w", **identity}, width=4, dtype=dtype, folder=folder)
+def store(folder: Path, dtype: torch.dtype = torch.float32, code: str = "now", **identity: Any) -> FrozenCache:
+    return FrozenCache({"weights": "w", **identity}, width=4, dtype=dtype, code=code, folder=folder)
 
 
 def fill(cache: FrozenCache, compute: Any, chosen: list[int] | None = None, rows_per_batch: int = 6) -> int:
@@ -97,6 +99,18 @@ def test_equal_keys_are_computed_once(tmp_path: Path) -> None:
 def test_another_identity_is_another_store(tmp_path: Path, change: dict[str, Any]) -> None:
     fill(store(tmp_path), Counting())
     assert len(store(tmp_path, **change)) == 0
+
+
+def test_rows_of_other_code_are_computed_again_and_those_of_before_are_read(tmp_path: Path) -> None:
+    assert fill(store(tmp_path, code="old"), Counting()) == 5
+    assert fill(store(tmp_path, code="old"), Counting()) == 0
+    assert fill(store(tmp_path, code="new"), Counting()) == 5
+    assert fill(store(tmp_path, code="new"), Counting()) == fill(store(tmp_path, code="old"), Counting()) == 0
+    for index in store(tmp_path).folder.glob("*.json"):  # as an earlier version wrote it
+        facts = json.loads(index.read_text())
+        facts.pop("code", None)
+        index.write_text(json.dumps(facts))
+    assert fill(store(tmp_path, code="newer"), Counting()) == 0
 
 
 def test_code_version_and_type_are_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,3 +235,19 @@ def test_a_digest_depends_on_every_name_type_shape_and_value() -> None:
     digests = [weights_digest(state.items()) for state in (base, *others)]
     assert len(set(digests)) == 5
     assert digests[0] == weights_digest({"a": torch.zeros(2, 2).t(), "b": torch.ones(1)}.items())
+
+
+def test_code_is_known_by_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(module_of_digests.__file__).parents[1]
+    shutil.copytree(package / "models", tmp_path / "models")
+    monkeypatch.setattr(module_of_digests, "__file__", str(tmp_path / "weights" / "digests.py"))
+    core, found = tmp_path / "models" / "gpt.py", [code_digest("models")]
+    for old, new in (
+        ("class MLP", "# a comment\n\n\nclass MLP"),
+        ("Two linear layers", "Two dense layers"),
+        ('F.gelu(self.up_proj(x), approximate="tanh")', "F.silu(self.up_proj(x))"),
+    ):
+        assert old in core.read_text()
+        core.write_text(core.read_text().replace(old, new))
+        found.append(code_digest.__wrapped__("models"))
+    assert found[0] == found[1] == found[2] != found[3]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm_lightning.models.attention import Context, attend, attend_by_hand, causal_mask
+from llm_lightning.models.attention import Context, attend, attend_explicitly, causal_mask
 from llm_lightning.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_embd=32)
@@ -95,7 +95,7 @@ def test_mlp_uses_the_tanh_gelu() -> None:
 def test_attention_by_hand_equals_the_fast_one(masked: bool) -> None:
     query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
     mask = torch.eye(9, dtype=torch.bool) | (torch.rand(9, 9) < 0.4) if masked else causal_mask(9, 9, "cpu")
-    mixed, weights = attend_by_hand(query, key, value, mask)
+    mixed, weights = attend_explicitly(query, key, value, mask)
     assert_same(mixed, attend(query, key, value, mask if masked else None))
     assert_same(weights.sum(-1), torch.ones(2, 4, 9, dtype=torch.float64))
     assert not weights[..., ~mask].any()
@@ -218,8 +218,8 @@ def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
 
 
 def test_the_identity_of_gpt2_is_its_heads_and_of_others_all_that_differs() -> None:
-    assert replace(CONFIG, n_head=8, tied_head=False).identity() == {"n_head": 8}
-    assert replace(CONFIG, layer_norm_eps=1e-6).identity() == {"n_head": CONFIG.n_head, "layer_norm_eps": 1e-6}
+    assert replace(CONFIG, n_head=8, tied_head=False).cache_key_fields() == {"n_head": 8}
+    assert replace(CONFIG, layer_norm_eps=1e-6).cache_key_fields() == {"n_head": CONFIG.n_head, "layer_norm_eps": 1e-6}
 
 
 def test_an_unknown_init_is_refused() -> None:

@@ -452,7 +452,7 @@ def server() -> Iterator[str]:
 
 
 def test_a_download_with_the_wrong_digest(refused: Any, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned = Pinned(f"{server}/the-verdict.txt", "0" * 64, 6, "the-verdict.txt")
+    pinned = Pinned(f"{server}/the-verdict.txt", "0" * 64, None, "the-verdict.txt")
     monkeypatch.setitem(sources.NAMED, "the_verdict", pinned)
     message = r"cannot download .*: the 6 bytes received have sha256 \w{64}, expected 0{64}; .*put a copy"
     refused(["data.path=null", "data.name=the_verdict"], message)

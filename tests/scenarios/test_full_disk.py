@@ -116,7 +116,7 @@ def test_every_log_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = GPTConfig(vocab_size=257, context_length=16, n_layer=1, n_head=2, n_embd=16)
     model, lora = GPT(config), LoRAConfig(rank=2)
     apply_lora(model, lora)
-    store = FrozenCache({}, width=64, dtype=torch.float32)
+    store = FrozenCache({}, width=64, dtype=torch.float32, code="")
 
     def fill_store() -> None:
         store.ensure([b"a"], [100], lambda _: torch.zeros(100, 64), rows_per_batch=100, description="rows")

@@ -234,6 +234,6 @@ def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list
 
 @torch.no_grad()
 def answer_log_probs(loaded: LoadedModel, batch: PreferenceBatch) -> torch.Tensor:
-    hidden = loaded.gpt.hidden_states(batch.input_ids, Context.of(batch.packing)).flatten(0, 1)[batch.wanted]
+    hidden = loaded.gpt.hidden_states(batch.input_ids, Context.of(batch.packing)).flatten(0, 1)[batch.output_positions]
     log_probs = token_log_probs(hidden, loaded.gpt.head_weight(), batch.labels)
     return sequence_log_probs(log_probs, batch.branch, len(batch.lengths))

@@ -320,10 +320,10 @@ def test_the_reference_is_frozen_and_never_trains() -> None:
 
 
 def test_auto_takes_what_is_cheapest_and_right() -> None:
-    assert module().ref.kind == "copy"
-    assert module(lora=LoRAConfig(rank=2)).ref.kind == "adapter_off"
+    assert module().reference_provider.kind == "copy"
+    assert module(lora=LoRAConfig(rank=2)).reference_provider.kind == "adapter_off"
     assert module(lora=LoRAConfig(rank=2)).reference is None
-    assert module(loss="simpo").ref.kind == "none"
+    assert module(loss="simpo").reference_provider.kind == "none"
     assert module(loss="simpo").reference is None
 
 

@@ -361,7 +361,7 @@ def test_a_batch_without_samples_costs_nothing(packed: bool) -> None:
 
 def all_states(model: GPT, batch: LMBatch) -> Tensor:
     """(N, C): also of the tokens that no loss reads."""
-    everything = batch.packing._replace(wanted=torch.arange(batch.input_ids.size(1)))
+    everything = batch.packing._replace(output_positions=torch.arange(batch.input_ids.size(1)))
     return model.hidden_states(batch.input_ids, Context.of(everything))[0]
 
 

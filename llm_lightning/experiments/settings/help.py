@@ -17,64 +17,91 @@ from llm_lightning.nearest import nearest
 
 
 def help_text(argv: Sequence[str], config_dir: Path) -> str | None:
-    """The help that `argv` requests; None if it requests none.
+    """The help that `argv` requests, with the files of its `--config-dir`; None if it requests none.
 
     Raises:
-        ValueError: if `--help GROUP` names no group.
+        ValueError: if `--help GROUP` names no group, or `--config-dir` no folder.
     """
     if not {"-h", "--help"} & set(argv):
         return None
-    words = [word for word in argv if not word.startswith("-")]
-    return "\n".join(_group_help(config_dir, words[0]) if words else _full_help(config_dir)) + "\n"
+    words, given = [], []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--config-dir":
+            given.append(next(rest, ""))
+        elif word.startswith("--config-dir="):
+            given.append(word.partition("=")[2])
+        elif not word.startswith("-"):
+            words.append(word)
+    files = _Files([Path(folder) for folder in given] + [config_dir])
+    return "\n".join(_group_help(files, words[0]) if words else _full_help(files)) + "\n"
 
 
-def _full_help(config_dir: Path) -> Iterator[str]:
-    main = config_dir / "train.yaml"
-    defaults = [(group, option) for group, option in read_defaults(main) if group]
+class _Files:
+    """The YAML files of several folders, the project's last. (`ConfigDirs` would import Hydra; help is instant.)"""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(f"--config-dir {folder}: no such folder")
+        self.folders = folders
+        self.main = folders[-1] / "train.yaml"
+
+    def options(self, group: str) -> list[str]:
+        return sorted({option for folder in self.folders for option in group_options(folder, group)})
+
+    def file_of(self, group: str, option: str) -> Path:
+        """The file of an option; the project's own wins, as in a run."""
+        files = [folder / group / f"{option}.yaml" for folder in reversed(self.folders)]
+        return next((file for file in files if file.is_file()), files[0])
+
+
+def _full_help(files: _Files) -> Iterator[str]:
+    defaults = [(group, option) for group, option in read_defaults(files.main) if group]
     yield "python train.py [GROUP=OPTION ...] [KEY=VALUE ...]"
     yield "python train.py --help GROUP      the keys of every option of that group"
     yield "python train.py -m KEY=A,B,C      one run for each value"
     yield "\nGroups (* is the default)"
     for group, default in defaults:
-        options = group_options(config_dir, group)
-        yield f"  {group:<12} " + "  ".join(f"*{name}" if name == default else name for name in options)
+        shown = (f"*{name}" if name == default else name for name in files.options(group))
+        yield f"  {group:<12} " + "  ".join(shown)
     titles = {"task": "Tasks", "experiment": "Experiments", "pipeline": "Pipelines"}
     for group, title in {**titles, "sweep": "Sweeps", "debug": "Debugging"}.items():
         yield f"\n{title}"
-        for name in group_options(config_dir, group):
+        for name in files.options(group):
             choice = f"{group}={name}"
-            yield f"  {choice:<46} {read_headline(config_dir / group / f'{name}.yaml')}"
+            yield f"  {choice:<46} {read_headline(files.file_of(group, name))}"
     yield "\nSettings of every run"
-    yield from _rows(read_settings(main, ""))
+    yield from _rows(read_settings(files.main, ""))
     for group, default in defaults:
         if default != "null" and group != "task":
-            yield from _option_help(config_dir, group, default)
+            yield from _option_help(files, group, default)
 
 
-def _group_help(config_dir: Path, group: str) -> Iterator[str]:
-    groups = [name for name, _ in read_defaults(config_dir / "train.yaml") if name]
+def _group_help(files: _Files, group: str) -> Iterator[str]:
+    groups = [name for name, _ in read_defaults(files.main) if name]
     if group not in groups:
         near = nearest(group, groups)
         hint = f"did you mean '{near}'?" if near else f"groups are {', '.join(groups)}"
         raise ValueError(f"--help {group}: no such group; {hint}")
-    for option in group_options(config_dir, group):
-        yield from _option_help(config_dir, group, option)
+    for option in files.options(group):
+        yield from _option_help(files, group, option)
 
 
-def _option_help(config_dir: Path, group: str, option: str) -> Iterator[str]:
-    yield f"\n{group}={option}: {read_headline(config_dir / group / f'{option}.yaml')}"
+def _option_help(files: _Files, group: str, option: str) -> Iterator[str]:
+    yield f"\n{group}={option}: {read_headline(files.file_of(group, option))}"
     if group != "pipeline":  # its stages are not settings
-        yield from _rows(_option_settings(config_dir, group, option))
+        yield from _rows(_option_settings(files, group, option))
 
 
-def _option_settings(config_dir: Path, group: str, option: str) -> list[Setting]:
+def _option_settings(files: _Files, group: str, option: str) -> list[Setting]:
     """The option's keys, and those of the files of its group that it builds on; its own win."""
-    file = config_dir / group / f"{option}.yaml"
+    file = files.file_of(group, option)
     prefix = "" if group == "sweep" else package_of(file, group)  # its keys are those of the command line
     merged: dict[str, Setting] = {}
     for other_group, base in read_defaults(file):
         if other_group is None:
-            merged |= {setting.path: setting for setting in _option_settings(config_dir, group, base)}
+            merged |= {setting.path: setting for setting in _option_settings(files, group, base)}
     return list((merged | {setting.path: setting for setting in read_settings(file, prefix)}).values())
 
 

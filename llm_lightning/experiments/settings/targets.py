@@ -113,7 +113,8 @@ def _locate(key: str, target: Any, packages: Sequence[str]) -> Any:
             named = getattr(named, name) if hasattr(named, name) else importlib.import_module(".".join(names[:end]))
         except Exception as error:  # whatever the module raises while it is imported
             cause = None if _inside(target, PACKAGES) else error  # the traceback shows its owner where
-            raise ValueError(f"{key}={target!r} cannot be imported: {error}") from cause
+            hint = "; install the package, or put its folder on PYTHONPATH" if isinstance(error, ImportError) else ""
+            raise ValueError(f"{key}={target!r} cannot be imported: {error}{hint}") from cause
     if isinstance(named, ModuleType) or not _inside(getattr(named, "__module__", None), packages):
         raise ValueError(refusal)
     return named

@@ -49,9 +49,10 @@ def read_settings(file: Path, prefix: str) -> list[Setting]:
 
 
 def read_headline(file: Path) -> str:
-    """The headline of a YAML file: the first line of its head comment."""
+    """The headline of a YAML file: the first line of its head comment; "" if it has none."""
     lines = (line for line in file.read_text("utf-8").splitlines() if not _PACKAGE_LINE.match(line))
-    return next(lines, "").lstrip("# ")
+    first = next(lines, "")
+    return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def read_defaults(file: Path) -> list[tuple[str | None, str]]:

@@ -12,7 +12,7 @@ from reprlib import repr as short
 from typing import Any
 
 from llm_lightning.models.classifier import POOLINGS
-from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.models.gpt import FREE_FIELDS, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.weights.checks.kinds import (
     COUNT,
@@ -82,7 +82,7 @@ def check_header(header: Mapping[str, Any]) -> None:
 def check_base(header: Mapping[str, Any], base: GPTConfig) -> None:
     """Refuse an adapter for another model than its base."""
     config = config_of(header)
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "qkv_bias", "layer_norm_eps"):
+    for name in (field.name for field in fields(config) if field.name not in (*FREE_FIELDS, "tied_head")):
         if getattr(config, name) != getattr(base, name):
             raise ValueError(
                 f"{HEADER}.model.{name}={getattr(config, name)}, but the weights under the adapter have "
