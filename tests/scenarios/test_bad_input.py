@@ -342,7 +342,7 @@ CASES += [
      r"task\.reference=adapter_off needs adapters, .*add lora=default, or use copy or cached"),
     ("unknown reference", pairs("task.reference=cashed"), r"'cashed' is unknown: did you mean cached\?"),
     ("missing reference", pairs("task.reference=outputs/sft/nothing"),
-     r"'outputs/sft/nothing' was removed: .*use auto, copy"),
+     r"'outputs/sft/nothing' is no longer accepted: .*use auto, copy"),
     ("dropout beside a reference", pairs("model.dropout=0.1"), r"set model\.dropout=0 and lora\.dropout=0"),
 ]  # fmt: skip
 for bad, text in DAMAGED.items():
