@@ -59,10 +59,10 @@ class ClassificationModule(TaskModule):
     def step_output(self, batch: ClassificationBatch) -> StepOutput:
         logits = self.frozen_blocks.logits(batch.input_ids, batch.lengths, is_sharded=self.is_sharded).float()  # (B, K)
         loss_sum = F.cross_entropy(logits, batch.labels, self.class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
-        real = batch.labels != IGNORE_INDEX
-        logits, labels = logits[real], batch.labels[real]
+        has_label = batch.labels != IGNORE_INDEX
+        logits, labels = logits[has_label], batch.labels[has_label]
         predicted = self.model.predict(logits)
-        metrics = {"accuracy": ((predicted == labels).sum(), real.sum())}
+        metrics = {"accuracy": ((predicted == labels).sum(), has_label.sum())}
         rows = {"logits": logits, "predicted": predicted, "labels": labels}
         return StepOutput(loss_sum, batch.n_targets, metrics, rows)
 
