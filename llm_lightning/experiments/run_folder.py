@@ -80,7 +80,9 @@ class RunFolder:
         """Write `config.yaml`, every value resolved."""
         import yaml
 
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the first is ten times faster, where it is built
+        text = yaml.dump(config, Dumper=dumper, sort_keys=False, allow_unicode=True)
+        write_atomically(self.path / "config.yaml", text)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import load_model
 
 LN2 = math.log(2)
-STEPS = 20
+STEPS = 12
 Curves = dict[str, list[tuple[int, float]]]
 TEMPLATE = "data.template='{instruction} {input} {response}'"
 
@@ -57,7 +57,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, start: Path, pairs: Path, *arguments: str) -> Curves:
-    """The curves of a run of 20 steps in fp32."""
+    """The curves of a run of 12 steps in fp32."""
     outcome = fit_here(command(folder, start, pairs, *arguments))
     assert outcome.code == 0, outcome.err
     return read_metrics(folder / "metrics.csv")
@@ -97,7 +97,7 @@ def settings_of(folder: Path, start: Path, pairs: Path) -> list[str]:
     settings = [
         *SETTINGS, "task=dpo", f"init_from={start}", f"data.path={pairs}", TEMPLATE, "model.context_length=64",
         "model.n_layer=2", f"trainer.max_steps={STEPS}", "trainer.max_epochs=-1", "data.batch_size=4",
-        "optimizer.lr=1e-3", "scheduler=constant", "trainer.val_check_interval=null", "callbacks.samples=null",
+        "optimizer.lr=2e-3", "scheduler=constant", "trainer.val_check_interval=null", "callbacks.samples=null",
         f"hydra.run.dir={folder}",
     ]  # fmt: skip
     kept = [word for word in settings if "samples." not in word]

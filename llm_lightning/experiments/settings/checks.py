@@ -203,8 +203,9 @@ def _check_job(overrides: list[Override], dirs: ConfigDirs) -> Checked:
         raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
     refuse_missing(config, {group: dirs.options(group) for group in groups}, _preset_of(choices))
     settle(config, dotted(plain(config)), dirs.folders, where)
-    _check_values(config, known, where)
-    check_targets(config, allow)
+    resolved = plain(config)
+    _check_values(resolved, known, where)
+    check_targets(resolved, allow)
     check_hydra_targets(plain(full.hydra, resolve=False))
     return Checked(config, full)
 
@@ -250,9 +251,9 @@ def _listed(packages: Any) -> list[str]:
     return [str(package) for package in packages]
 
 
-def _check_values(config: DictConfig, known: Mapping[str, Any], where: Callable[[str], str]) -> None:
+def _check_values(config: Mapping[str, Any], known: Mapping[str, Any], where: Callable[[str], str]) -> None:
     """Refuse settings without effect, missing values, values of the wrong kind, and run names unfit for a folder."""
-    values = dotted(plain(config))
+    values = dotted(config)
     for key, value in values.items():
         if key in SET_ELSEWHERE:
             raise ValueError(f"{key} would have no effect; set {SET_ELSEWHERE[key]} instead")
@@ -264,11 +265,12 @@ def _check_values(config: DictConfig, known: Mapping[str, Any], where: Callable[
             raise ValueError(f"{key} has no default: add {key}=VALUE")
     refuse_removed(values)
     refuse_wrong_values(values, {key: _followed(default, known) for key, default in known.items()}, where)
-    strategy = str(config.trainer.get("strategy"))
+    strategy = str(values.get("trainer.strategy"))
     if strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise ValueError(f"trainer.strategy={strategy} trains in processes that return nothing; use ddp")
-    if config.run_name is not None and not re.fullmatch(r"\w[\w.-]*", str(config.run_name)):
-        raise ValueError(f"run_name={config.run_name!r} names a folder: use letters, digits, dot, dash and underscore")
+    run_name = values["run_name"]
+    if run_name is not None and not re.fullmatch(r"\w[\w.-]*", str(run_name)):
+        raise ValueError(f"run_name={run_name!r} names a folder: use letters, digits, dot, dash and underscore")
 
 
 def _followed(default: Any, known: Mapping[str, Any]) -> Any:

@@ -35,8 +35,8 @@ def check_archive(path: Path) -> None:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(pickles) != 1:
                 raise ValueError("it is not an archive of PyTorch")
-            with archive.open(pickles[0]) as file:
-                names = {str(argument) for opcode, argument, _ in pickletools.genops(file) if opcode.name == "GLOBAL"}
+            calls = pickletools.genops(archive.read(pickles[0]))
+            names = {str(argument) for opcode, argument, _ in calls if opcode.name == "GLOBAL"}
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise ValueError(f"its archive is damaged: {error}") from error
     if wrong := sorted(name for name in names if _ALLOCATES.fullmatch(name)):
