@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import SETTINGS, fit_here, start, write_checkpoint
+from forked import Forked
+from tiny_run import SETTINGS, fit_here, write_checkpoint
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.models.classifier import Classifier
@@ -140,7 +141,7 @@ def test_the_adapter_of_every_task_and_reference(tmp_path: Path, form: str) -> N
 @pytest.mark.slow
 def test_the_adapter_of_a_run_that_was_killed(tmp_path: Path) -> None:
     words = command(tmp_path / "p", "dpo copy", 60, "trainer.max_epochs=-1")
-    process = start(words, tmp_path)
+    process = Forked(words, tmp_path)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "p" / "run" / "checkpoints").glob("step_*.ckpt")):
         assert process.poll() is None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 from hostile import BENIGN, Outside, build, folders, settings, watch
 from tiny_run import ROOT, digests, finish, start, train_here, write_corpus
 
@@ -312,7 +313,7 @@ def test_hostile_folders_in_processes_of_their_own(outside: Outside, tmp_path: P
     wrong = []
     for hostile in list(folders(tmp_path / "runs", outside, 200))[::17]:
         before = digests(hostile.run) if "a pipe" not in hostile.why else {}
-        outcome = finish(start([f"resume={hostile.run}", "trainer.max_steps=2"], tmp_path))
+        outcome = finish(Forked([f"resume={hostile.run}", "trainer.max_steps=2"], tmp_path))
         same = not before or digests(hostile.run) == before
         if outcome.code != 2 or outcome.err.count("\n") != 1 or not same:
             wrong.append(f"{hostile.why}: {outcome.code} {outcome.err}")

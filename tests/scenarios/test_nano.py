@@ -86,7 +86,9 @@ def stated(pattern: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of the README's main command."""
+    """The run folder of the README's main command; LLM_LIGHTNING_FIRST_RUN may name one that has been made."""
+    if made := os.environ.get("LLM_LIGHTNING_FIRST_RUN"):
+        return Path(made)
     folder = tmp_path_factory.mktemp("nano")
     run(folder, [])
     return folder / "run"
@@ -103,7 +105,7 @@ def run(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_main_command_reaches_the_stated_loss(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_command_reaches_the_stated_loss(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = json.loads((nano / "summary.json").read_text())
     expected, tolerance = stated(r"validation loss of (\d\.\d+) ± (\d\.\d+) nats")
     if sys.version_info[:2] != (3, 11):
@@ -115,7 +117,7 @@ def test_main_command_reaches_the_stated_loss(nano: Path, monkeypatch: pytest.Mo
     settings = loaded.header["config"]["data"]
     options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
     context_length = loaded.model.config.context_length
-    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(nano.parent / "cache"))
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
     module = PretrainingDataModule(tokenizer=loaded.tokenizer, context_length=context_length, **options)
     module.build()
     assert module.val_file is not None
