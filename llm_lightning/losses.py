@@ -1,7 +1,7 @@
 """Losses: pure functions of tensors. Labels arrive already shifted (see `data/batches.py`); none is shifted here.
 
-Tensor letters: B batch, T time, C width, V vocabulary, N positions that have a target, M the same where each has a
-label of its own.
+Tensor letters: B batch, T time, C width, V vocabulary, N positions that have a target, M labels (a position that
+predicts two different tokens counts twice).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _HeadLoss(torch.autograd.Function):
             chunk = slice(start, start + CHUNK_POSITIONS)
             inputs = hidden[chunk].to(dtype)
             logits = inputs @ matrix.T
-            loss += _loss_to_gradient(logits[:, : len(weight)], labels[chunk])  # the padding stays zero
+            loss += _loss_to_gradient(logits[:, : len(weight)], labels[chunk])  # columns beyond it stay zero
             if hidden_grad is not None:
                 hidden_grad[chunk] = logits @ matrix
             if weight_grad is not None:
@@ -204,7 +204,7 @@ def token_kl(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, refe
 
 
 def sequence_log_probs(log_probs: Tensor, branch: Tensor, n_sequences: int) -> Tensor:
-    """Sum the (M,) log-probabilities of tokens by the sequence `branch` (M,) they belong to: (n_sequences,)."""
+    """Sum the (M,) log-probabilities of tokens; token m belongs to sequence `branch[m]`: (n_sequences,)."""
     return log_probs.new_zeros(n_sequences).index_add(0, branch, log_probs)
 
 

@@ -49,10 +49,10 @@ class AdamWConfig:
         """AdamW over the trainable parameters; its state holds every parameter's name."""
         trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
         decayed = [pair for pair in trainable if self.decay == "all" or pair[1].dim() >= 2]
-        kept = [pair for pair in trainable if not (self.decay == "all" or pair[1].dim() >= 2)]
+        undecayed = [pair for pair in trainable if not (self.decay == "all" or pair[1].dim() >= 2)]
         groups = [
             {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, self.weight_decay), (kept, 0.0))
+            for group, decay in ((decayed, self.weight_decay), (undecayed, 0.0))
             if group
         ]
         if not groups:
@@ -114,7 +114,7 @@ ScheduleConfig = WarmupCosineConfig | ConstantConfig
 
 @torch.no_grad()
 def scale_and_clip_gradients(parameters: Iterable[nn.Parameter], scale: float, max_norm: float | None) -> float:
-    """Multiply every gradient by `scale`, then clip the global norm to `max_norm`, in one pass over the memory.
+    """Multiply every gradient by `scale`, then clip the global norm to `max_norm`, in one multiplication.
 
     Returns:
         the norm after scaling and before clipping; inf or nan where a gradient is not finite.

@@ -82,7 +82,9 @@ class ExactResume(L.Callback):
     ) -> None:
         # Here, not earlier: set-up may draw from the generators before.
         if self._position is not None:
-            expected = trainer.datamodule.expected_samples(*self._position)  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            samples = [data.train_samples[index] for index in data.expected_samples(*self._position)]
+            expected = data.collate(samples).sample_ids
             assert batch.sample_ids == expected, f"resumed at samples {batch.sample_ids}, expected {expected}"
             self._position = None
         if self._rng is not None:

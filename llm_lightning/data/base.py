@@ -148,7 +148,7 @@ class BaseDataModule(L.LightningDataModule):
         self._resume_at = (epoch, batches_done)
 
     def expected_samples(self, epoch: int, batch: int) -> tuple[int, ...]:
-        """The sample ids of batch number `batch` of this process in `epoch`, computed afresh."""
+        """The indices in `train_samples` of batch number `batch` of this process in `epoch`, computed afresh."""
         order = self._train_batches()
         order.resume(epoch, batch)
         return tuple(next(iter(order)))

@@ -65,7 +65,7 @@ class LMBatch(NamedTuple):
     n_targets: int
     """Known on the CPU, so that counting never waits for the device."""
     sample_ids: tuple[int, ...]
-    """For error messages."""
+    """Name the samples in error messages, and are compared on resume: for records, their index in the split."""
     packing: Packing | None = None
     """Where the one row of `input_ids` holds several sequences end to end."""
 
@@ -143,7 +143,7 @@ class ClassificationBatch(NamedTuple):
     n_targets: int
     """Labelled rows; known on the CPU."""
     sample_ids: tuple[int, ...]
-    """For error messages."""
+    """Name the samples in error messages, and are compared on resume: for records, their index in the split."""
 
 
 class LabelledSample(NamedTuple):

@@ -75,7 +75,7 @@ class PreferenceBatch(NamedTuple):
     n_targets: int
     """Number of pairs; known on the CPU."""
     sample_ids: tuple[int, ...]
-    """For error messages."""
+    """Name the samples in error messages, and are compared on resume: for records, their index in the split."""
     keys: tuple[str, ...]
     """`PairSample.key` of each pair, under which results are cached."""
     packing: Packing | None = None

@@ -1,7 +1,7 @@
 """Everything about attention but its weights: the context of a forward pass, key-value cache, packing, kernels.
 
-Tensor letters: B batch, T time (new positions), S all positions attended to, or packed sequences, H heads, D head
-width, N packed tokens, M output_positions tokens.
+Tensor letters: B batch, T time (new positions), S all positions attended to, H heads, D head width; of packed rows
+N tokens, G sequences, M tokens whose hidden states are returned.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ class KVCache:
 class Packing(NamedTuple):
     """Sequences laid end to end in one row of N tokens, without padding between them.
 
-    Linear layers and norms process the N tokens; attention gives every sequence a row of its own, S rows of T places.
+    Linear layers and norms process the N tokens; attention gives every sequence a row of its own, G rows of T places.
     No sequence sees another one, the result equals that of padded rows, and no mask is needed. A prefix that several
     sequences share is stored once among the N tokens and indexed by several rows.
     """
 
     rows: Tensor
-    """(S, T) int64: which of the N tokens is at each place of each sequence; arbitrary past its end."""
+    """(G, T) int64: which of the N tokens is at each place of each sequence; places past its end are ignored."""
     places: Tensor
-    """(N,) int64: at which of the S x T places, row by row, each token's result is read."""
+    """(N,) int64: the flat index into the (G, T) places at which each token's result is read back."""
     positions: Tensor
     """(N,) int64: the position of each token in its sequence, from 0."""
     output_positions: Tensor
-    """(M,) int64: the tokens whose hidden states are output_positions."""
+    """(M,) int64: the tokens whose hidden states are returned."""
 
     def spread(self, x: Tensor) -> Tensor:
-        """(1, N, C) -> (S, T, C): each sequence in a row of its own."""
+        """(1, N, C) -> (G, T, C): each sequence in a row of its own."""
         rows: Tensor = _SpreadRows.apply(x[0], self.rows.flatten())
         return rows.unflatten(0, self.rows.shape)
 
     def gather(self, x: Tensor, output_positions: Tensor | None = None) -> Tensor:
-        """(S, T, C) -> (1, N, C), or of the `output_positions` tokens alone (1, M, C): the inverse of `spread`."""
+        """(G, T, C) -> (1, N, C), or of the tokens at `output_positions` alone (1, M, C): the inverse of `spread`."""
         places = self.places if output_positions is None else self.places[output_positions]
         return x.flatten(0, 1).index_select(0, places).unsqueeze(0)
 
@@ -109,8 +109,8 @@ class Context(NamedTuple):
     packing: Packing | None = None
     """The (1, N) ids are several sequences end to end."""
     output_positions: Tensor | None = None
-    """The only positions that the last block computes: (B,), one of each row, with a mask (B, 1, 1, T); or (M,) of
-    packed tokens. None: all."""
+    """The positions whose hidden states are returned: (B,), one of each row, with a mask (B, 1, 1, T); or (M,) of
+    packed tokens. None: all. The last block computes its MLP for these alone."""
 
     @classmethod
     def of(cls, packing: Packing | None) -> Context:
@@ -120,7 +120,7 @@ class Context(NamedTuple):
         return cls(positions=packing.positions, packing=packing, output_positions=packing.output_positions)
 
     def select(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> the output_positions positions: all, (B, 1, C), or with packing (1, M, C)."""
+        """(B, T, C) -> x at the output positions: all of it, (B, 1, C), or with packing (1, M, C)."""
         if self.output_positions is None:
             return x
         if self.packing is not None:

@@ -130,9 +130,10 @@ class MLP(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. As a setting it would be
-        # a field of GPTConfig and a key of conf/model; weights/gpt2_names.py must export it, and checkpoints of before
-        # have no such field. tests/models/test_gpt.py compares with transformers.
+        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. Editing this line changes
+        # what existing checkpoints compute, unnoticed; stored results of frozen parts are computed again. A setting
+        # would be a field of GPTConfig, a key of every conf/model file, both directions of weights/gpt2_names.py, and a
+        # default for existing headers in weights/checks/header.py (`config_of`).
         return self.residual_dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
 
 
@@ -147,7 +148,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context = CAUSAL) -> Tensor:
-        """(B, T, C) -> (B, T, C), or the `context.output_positions`: then only keys and values are computed for all."""
+        """(B, T, C) -> (B, T, C), or the rows at `context.output_positions`; `qkv_proj` runs for all positions."""
         x = context.select(x) + self.attn(self.attn_norm(x), context)
         return x + self.mlp(self.mlp_norm(x))
 

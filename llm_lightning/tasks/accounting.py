@@ -28,7 +28,8 @@ class StepOutput(NamedTuple):
     A weighted loss is divided by their number, too, not by the sum of the weights.
     """
     metrics: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012
-    """name -> (sum, count): detached () tensors, over the items that this metric counts."""
+    """name -> (sum, count): detached () tensors on the loss's device, over the items that this metric counts. `loss` is
+    taken."""
     outputs: dict[str, Tensor] = {}  # noqa: RUF012
     """Rows that metrics of a whole evaluation need, such as logits and labels: (items, ...) each."""
 
@@ -42,6 +43,8 @@ class Sums:
     def add(self, output: StepOutput) -> None:
         loss = output.loss_sum.detach()
         count = torch.tensor(float(output.n_items), device=loss.device)
+        if "loss" in output.metrics:
+            raise ValueError("a metric of StepOutput is called loss, which is the loss itself; give it another name")
         for name, (total, number) in {"loss": (loss, count), **output.metrics}.items():
             self._pairs[name].append(torch.stack([total.float(), number.float()]))
 
@@ -56,7 +59,7 @@ class Sums:
 
 
 def averages(totals: Totals) -> dict[str, float]:
-    return {name: total / max(number, 1) for name, (total, number) in totals.items()}
+    return {name: total / (number or 1) for name, (total, number) in totals.items()}
 
 
 class Accumulation:

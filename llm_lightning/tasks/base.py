@@ -4,11 +4,15 @@ To add a task, copy `pretraining.py` (text) or `sft.py` (records):
 
 - a subclass with `task`, `item` and `step_output`; `metric_names` and `eval_metrics` if it has metrics of its own,
   `options_from` for constructor arguments that come from the data. `losses.token_log_probs` gives the loss per token;
-- `task/NAME.yaml`, as in `conf/`, which picks `/data` and sets `_target_` and `monitor` (and `callbacks.samples: null`
-  if it generates no text).
+- `task/NAME.yaml`, as in `conf/`, which picks `/data` and sets `_target_`, `monitor` and `monitor_mode` (and
+  `callbacks.samples: null` if it generates no text). Other keys below `task:` are arguments of the constructor, which
+  passes the rest on: `def __init__(self, *, gamma: float, **common)`.
 
-It may be outside this project: `python train.py --config-dir=FOLDER task=NAME allow_targets=[MODULE]`, with
-`FOLDER/task/NAME.yaml` and the module installed or on PYTHONPATH.
+It may be outside this project: `python train.py --config-dir=FOLDER task=NAME 'allow_targets=[MODULE]'`, with
+`FOLDER/task/NAME.yaml` and the module installed or on PYTHONPATH. `tests/scenarios/test_own_task.py` is a whole one.
+
+Records may be packed, several in a row: hand `Context.of(batch.packing)` to the model, as `sft.py` does, or set
+`data.packing=false`; else tokens of one record attend to those of another.
 
 Only for other data or another model:
 
@@ -16,12 +20,13 @@ Only for other data or another model:
   `seed` and the keys of its YAML (`data/NAME.yaml`, with a sentence for every key). Its batches are named tuples with
   `n_targets` and `sample_ids`; the batch of a process that ran out of samples has `n_targets` 0, and its loss must be 0
   and differentiable;
-- for a model with a head of its own, its name in `weights/checks/header.py`, `described_model` in `weights/load.py`
-  and its tensors in `weights/checks/tensors.py`;
-- for `evaluate --split`, `respond` and `compare` on its data: `data/of_checkpoint.py` and `experiments/evaluation.py`.
+- `TASKS` in `weights/checks/header.py`: its checkpoints' weights are then checked as those of the tasks here; for a
+  model with a head of its own also `described_model` in `weights/load.py` and `weights/checks/tensors.py`;
+- for `evaluate --split`, `respond` and `compare` on its data: `CONVERSATIONS` in `data/of_checkpoint.py` and `TASKS` in
+  `experiments/evaluation.py`.
 
-A metric of gradients: a callback's `on_train_batch_end` is too late, they are freed; in `on_before_optimizer_step` they
-are still sums over all targets of the update, before the division and the clipping (see the next paragraph).
+A metric of gradients: override `configure_gradient_clipping`. Before it, and in `on_before_optimizer_step`, gradients
+are sums over the targets of the update (averaged over processes); `on_train_batch_end` is too late, they are freed.
 
 Gradients are token-exact: an optimizer step uses the sum of the loss over all targets of its accumulation window on
 all processes, divided by their number. Lightning alone averages micro-batch means, which weighs a target in a short
@@ -245,7 +250,7 @@ class TaskModule(L.LightningModule):
         self._evaluation(dataloader_idx).add(self.step_output(batch))
 
     def on_test_epoch_end(self) -> None:
-        # A row of its own behind the last update: a run that is trained on drops it, and tests again.
+        # Test metrics get a row one step after the last update; a run that is extended drops it and tests again.
         self._end_evaluation(step=self.global_step)
 
     def _begin_evaluation(self, stages: Mapping[str, Any]) -> None:
@@ -326,7 +331,7 @@ class TaskModule(L.LightningModule):
         checkpoint["task_module"] = {"items_seen": self.items_seen, "epoch_sums": self._epoch_sums}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn != "fit":  # the best weights are tested, the run's own counts stand
+        if self.trainer.state.fn != "fit":  # for the test of the best weights, keep the counts of this run
             return
         if self.strict_loading and not self.is_sharded:
             checkpoints.check_fits(str(self.trainer.ckpt_path), checkpoint, self, self.model)

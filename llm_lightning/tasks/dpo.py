@@ -27,7 +27,7 @@ class DPOModule(TaskModule):
     """Preference tuning of a policy against a frozen reference.
 
     Args:
-        model: the initial policy; the reference starts as the same model.
+        model: the initial policy; the reference is the same model, frozen.
         loss, beta, label_smoothing, gamma: see `losses.preference_loss`; `simpo` needs no reference.
         reference: `copy`, `adapter_off`, `cached`, or `auto`: `adapter_off` if there are adapters, else `copy`.
         max_chosen_drop: nats by which the chosen answers may become less likely before a warning.
@@ -60,7 +60,7 @@ class DPOModule(TaskModule):
         self.reference = provider.frozen  # its own weights, if it has any: a submodule, so that checkpoints have them
 
     def step_output(self, batch: PreferenceBatch) -> StepOutput:
-        n = batch.n_targets  # 0 on a process that ran out of pairs before the others: every tensor is empty
+        n = batch.n_targets  # 0 on a process that ran out of pairs before the others: every tensor below is empty
         states = answer_states(self.model, batch)  # (M, C)
         policy = answer_log_probs(states, self.model.head_weight(), batch)  # (2B,)
         if torch.is_grad_enabled():

@@ -62,7 +62,7 @@ class Reference(L.Callback):
     """
 
     kind: str
-    gives_kl = True
+    gives_kl = False
     """Whether the KL divergence of the policy can be computed; it needs the whole distribution."""
     frozen: GPT | None = None
     """The reference's own weights, if it has any; the task registers them as its submodule `reference`."""
@@ -139,6 +139,8 @@ class Reference(L.Callback):
 class ModelReference(Reference):
     """A reference that is a model: `model()` yields it."""
 
+    gives_kl = True
+
     @contextmanager
     def model(self) -> Iterator[GPT]:
         raise NotImplementedError
@@ -198,7 +200,7 @@ class AdapterOff(ModelReference):
 class Cached(Reference):
     """Log-probabilities of all pairs, computed before training and kept on disk and in each checkpoint."""
 
-    kind, gives_kl = "cached", False
+    kind = "cached"
 
     def __init__(self) -> None:
         self._known: dict[str, Tensor] = {}
@@ -262,7 +264,7 @@ class Cached(Reference):
 class NoReference(Reference):
     """For losses that do not look at a reference: its log-probabilities are 0."""
 
-    kind, gives_kl = "none", False
+    kind = "none"
 
     def log_probs(self, batch: PreferenceBatch) -> Tensor:
         return batch.lengths.new_zeros(batch.lengths.shape, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ragged import RaggedDataModule, tiny_module, tiny_trainer
-from tiny_run import assert_same
+from tiny_run import SETTINGS, assert_same, fit_here
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.exact_resume import rng_state, set_rng_state
@@ -94,6 +95,32 @@ def test_killed_run_equals_uninterrupted_one(tmp_path: Path, whole: Whole, step:
     rest = run(tmp_path, val)
     assert_same(final_state(folder), final_state(tmp_path))
     assert rest.samples.items() <= seen.samples.items()
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_run_goes_on_behind_records_that_were_dropped(tmp_path: Path, task: str) -> None:
+    """Every third record is too long: the ids of samples, which are those of records, are not their indices."""
+    rows = [
+        {
+            "instruction": f"Say {i}",
+            "output": "yes",
+            "chosen": "yes",
+            "rejected": "no",
+            "input": "x" * 99 * (i % 3 == 0),
+        }
+        for i in range(60)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [*(word for word in SETTINGS if "samples." not in word), f"task={task}", f"data.path={tmp_path}/rows.json"]
+    words += ["data.template='{instruction} {input}: {response}'", "data.too_long=drop", "data.max_dropped=0.5"]
+    words += ["callbacks.samples=null", "model.context_length=48", f"hydra.run.dir={tmp_path / 'run'}"]
+    if task == "sft":
+        words.append("callbacks.responses=null")
+    for steps in (2, 5):
+        outcome = fit_here([*words, f"trainer.max_steps={steps}"])
+        assert outcome.code == 0, outcome.err
+    assert "dropped" in outcome.out
+    assert "Resuming from" in outcome.out
 
 
 def test_stopped_by_max_steps_inside_an_epoch_and_extended(

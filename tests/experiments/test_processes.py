@@ -40,10 +40,11 @@ sys.exit(128 + got[0])
 """
 PARENT = """
 import signal, sys
+for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # whatever has started the tests may ignore them
+    signal.signal(signum, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "ignored" in sys.argv[2]:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-else:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever shell has started the tests
 from llm_lightning.experiments import processes
 processes.KEYBOARD_SECONDS = 0.5
 try:
