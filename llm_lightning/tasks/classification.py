@@ -28,8 +28,7 @@ class ClassificationModule(TaskModule):
         labels, class_counts: names of the classes, in the order of their indices, and training samples of each.
         pooling, causal: see `Classifier`.
         pad_to, pad_id: fixed length of all samples, if the data has one, and id of padding.
-        trained_blocks: how many of the last blocks to train besides the head, and the final norm with them: 0, k,
-            `all`, or `auto`: 1 with given weights, else all. With adapters (`lora`) only `auto`.
+        trained_blocks: last blocks trained besides the head: 0, k, `all`, or `auto`: 1 with given weights, else all.
         class_weights: one weight per class, or `balanced`: total / (classes x count).
         tune_threshold: with two classes, choose on validation data the probability from which the second is predicted.
         frozen_cache: keep the output of frozen blocks on disk.
