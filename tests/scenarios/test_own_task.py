@@ -27,7 +27,7 @@ class Later(TaskModule):
         hidden = self.model.hidden_states(batch.input_ids)
         losses = -token_log_probs(hidden[keep], self.model.head_weight(), batch.labels[keep])
         weights = torch.arange(1.0, keep.size(1) + 1).expand_as(keep)[keep]
-        count = torch.tensor(float(batch.n_targets))
+        count = losses.new_tensor(float(batch.n_targets))
         return StepOutput((losses * weights).sum(), batch.n_targets, {"plain": (losses.detach().sum(), count)})
 
     def metric_names(self):
