@@ -27,14 +27,20 @@ from llm_lightning.weights.gpt2_names import config_to_hf, module_from_hf, modul
 from llm_lightning.weights.load import load_model
 from llm_lightning.weights.peft_format import export_peft, import_peft
 
-peft = pytest.importorskip("peft", reason="needs the dev extra: peft")
-transformers = pytest.importorskip("transformers", reason="needs the dev extra: transformers")
-
 CONFIG = GPTConfig(vocab_size=97, context_length=24, n_layer=2, n_head=4, n_embd=32)
 IDS = torch.arange(2 * 24).remainder(97).view(2, 24)
 FORMS = [
     LoRAConfig(rank=4, alpha=6.0, qkv=qkv, scaling=s) for qkv in ("fused", "split") for s in ("standard", "rslora")
 ]
+
+
+def peft() -> Any:
+    """Imported late: it takes a second, and each process that runs tests reads this file."""
+    return pytest.importorskip("peft", reason="needs the dev extra: peft")
+
+
+def transformers() -> Any:
+    return pytest.importorskip("transformers", reason="needs the dev extra: transformers")
 
 
 @torch.no_grad()
@@ -46,8 +52,8 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 def huggingface(ours: GPT) -> Any:
-    settings = transformers.GPT2Config(**config_to_hf(CONFIG, eot_id=None))
-    theirs = transformers.GPT2LMHeadModel._from_config(settings, attn_implementation="eager").eval()
+    settings = transformers().GPT2Config(**config_to_hf(CONFIG, eot_id=None))
+    theirs = transformers().GPT2LMHeadModel._from_config(settings, attn_implementation="eager").eval()
     theirs.load_state_dict(to_hf(ours.state_dict(), CONFIG), strict=False)
     return theirs
 
@@ -71,7 +77,7 @@ def test_out_to_peft(tmp_path: Path, config: LoRAConfig) -> None:
     ours, base = adapted(config)
     plain = base(IDS).logits
     export_peft(ours, config, tmp_path / "adapter", base_name="gpt2")
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    theirs = peft().PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
     logits, mine = theirs(IDS).logits, ours(IDS)
     assert (logits - plain).abs().max() > 0.1, "the adapter does something"
     torch.testing.assert_close(mine, logits, rtol=0, atol=1e-5)
@@ -102,10 +108,10 @@ def test_out_to_peft(tmp_path: Path, config: LoRAConfig) -> None:
 def test_in_from_peft(tmp_path: Path, rslora: bool) -> None:
     ours = GPT(CONFIG)
     randomize(ours, 1)
-    settings = peft.LoraConfig(
+    settings = peft().LoraConfig(
         r=3, lora_alpha=5, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True, use_rslora=rslora
     )
-    theirs = peft.get_peft_model(huggingface(ours), settings).eval()
+    theirs = peft().get_peft_model(huggingface(ours), settings).eval()
     generator = torch.Generator().manual_seed(3)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
