@@ -39,8 +39,13 @@ def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text("utf-8"))
 
 
-def imported_modules(file: Path) -> Iterator[str]:
+@cache
+def imported_modules(file: Path) -> list[str]:
     """Every module that is imported, also inside functions; `from package import module` names the module."""
+    return list(_imported_modules(file))
+
+
+def _imported_modules(file: Path) -> Iterator[str]:
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
