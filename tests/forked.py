@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).resolve().parents[1]
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from tiny_run import ROOT
+
+from llm_lightning.signals import STOPPING
 
 
 class Forked:

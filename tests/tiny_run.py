@@ -17,15 +17,17 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
-from forked import Forked
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
+
+if TYPE_CHECKING:
+    from forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT_LENGTH = 16

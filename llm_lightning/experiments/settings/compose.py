@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm_lightning.experiments.settings import yaml_files
 from llm_lightning.experiments.settings.nodes import dotted
-from llm_lightning.experiments.settings.yaml_files import group_options, package_of, read_defaults
+from llm_lightning.experiments.settings.yaml_files import ConfigFiles, package_of, read_defaults
 from llm_lightning.nearest import nearest
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
@@ -26,28 +26,17 @@ PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 
 
 @dataclass(frozen=True)
-class ConfigDirs:
-    """The folders of YAML files: that of `--config-dir`, if any, then the project's own."""
-
-    folders: tuple[Path, ...]
+class ConfigDirs(ConfigFiles):
+    """`ConfigFiles`, the keys that they declare, and Hydra's composition of them."""
 
     def groups(self) -> list[str]:
         """The names of their folders: `model`, `optimizer` ..."""
         return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()})
 
-    def options(self, group: str) -> list[str]:
-        """The files of a group, subfolders included: `book/ch05`."""
-        return sorted({option for folder in self.folders for option in group_options(folder, group)})
-
     def file_that_sets(self, key: str, choices: Mapping[str, Any]) -> Path | None:
         """The chosen preset file that sets `key`."""
         files = (self.file_of(group, choices.get(group)) for group in PRESETS)
         return next((file for file in files if file and key in dotted(yaml_files.load(file))), None)
-
-    def file_of(self, group: str, option: Any) -> Path | None:
-        """The file of an option; the project's own wins, as in Hydra's search path."""
-        files = (folder / group / f"{option}.yaml" for folder in reversed(self.folders))
-        return next((file for file in files if file.is_file()), None)
 
     def declared(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """Dotted key -> value as written, of train.yaml and the chosen files of all groups but presets.

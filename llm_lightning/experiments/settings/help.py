@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llm_lightning.experiments.settings.yaml_files import (
+    ConfigFiles,
     Setting,
-    group_options,
     package_of,
     read_defaults,
     read_headline,
@@ -33,31 +33,15 @@ def help_text(argv: Sequence[str], config_dir: Path) -> str | None:
             given.append(word.partition("=")[2])
         elif not word.startswith("-"):
             words.append(word)
-    files = _Files([Path(folder) for folder in given] + [config_dir])
+    for folder in given:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--config-dir {folder}: no such folder")
+    files = ConfigFiles((*map(Path, given), config_dir))
     return "\n".join(_group_help(files, words[0]) if words else _full_help(files)) + "\n"
 
 
-class _Files:
-    """The YAML files of several folders, the project's last. (`ConfigDirs` would import Hydra; help is instant.)"""
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        for folder in folders:
-            if not folder.is_dir():
-                raise ValueError(f"--config-dir {folder}: no such folder")
-        self.folders = folders
-        self.main = folders[-1] / "train.yaml"
-
-    def options(self, group: str) -> list[str]:
-        return sorted({option for folder in self.folders for option in group_options(folder, group)})
-
-    def file_of(self, group: str, option: str) -> Path:
-        """The file of an option; the project's own wins, as in a run."""
-        files = [folder / group / f"{option}.yaml" for folder in reversed(self.folders)]
-        return next((file for file in files if file.is_file()), files[0])
-
-
-def _full_help(files: _Files) -> Iterator[str]:
-    defaults = [(group, option) for group, option in read_defaults(files.main) if group]
+def _full_help(files: ConfigFiles) -> Iterator[str]:
+    defaults = [(group, option) for group, option in read_defaults(files.folders[-1] / "train.yaml") if group]
     yield "python train.py [GROUP=OPTION ...] [KEY=VALUE ...]"
     yield "python train.py --help GROUP      the keys of every option of that group"
     yield "python train.py -m KEY=A,B,C      one run for each value"
@@ -70,16 +54,16 @@ def _full_help(files: _Files) -> Iterator[str]:
         yield f"\n{title}"
         for name in files.options(group):
             choice = f"{group}={name}"
-            yield f"  {choice:<46} {read_headline(files.file_of(group, name))}"
+            yield f"  {choice:<46} {_headline(files, group, name)}"
     yield "\nSettings of every run"
-    yield from _rows(read_settings(files.main, ""))
+    yield from _rows(read_settings(files.folders[-1] / "train.yaml", ""))
     for group, default in defaults:
         if default != "null" and group != "task":
             yield from _option_help(files, group, default)
 
 
-def _group_help(files: _Files, group: str) -> Iterator[str]:
-    groups = [name for name, _ in read_defaults(files.main) if name]
+def _group_help(files: ConfigFiles, group: str) -> Iterator[str]:
+    groups = [name for name, _ in read_defaults(files.folders[-1] / "train.yaml") if name]
     if group not in groups:
         near = nearest(group, groups)
         hint = f"did you mean '{near}'?" if near else f"groups are {', '.join(groups)}"
@@ -88,15 +72,22 @@ def _group_help(files: _Files, group: str) -> Iterator[str]:
         yield from _option_help(files, group, option)
 
 
-def _option_help(files: _Files, group: str, option: str) -> Iterator[str]:
-    yield f"\n{group}={option}: {read_headline(files.file_of(group, option))}"
+def _option_help(files: ConfigFiles, group: str, option: str) -> Iterator[str]:
+    yield f"\n{group}={option}: {_headline(files, group, option)}"
     if group != "pipeline":  # its stages are not settings
         yield from _rows(_option_settings(files, group, option))
 
 
-def _option_settings(files: _Files, group: str, option: str) -> list[Setting]:
+def _headline(files: ConfigFiles, group: str, option: str) -> str:
+    file = files.file_of(group, option)
+    return read_headline(file) if file is not None else ""
+
+
+def _option_settings(files: ConfigFiles, group: str, option: str) -> list[Setting]:
     """The option's keys, and those of the files of its group that it builds on; its own win."""
     file = files.file_of(group, option)
+    if file is None:
+        return []
     prefix = "" if group == "sweep" else package_of(file, group)  # its keys are those of the command line
     merged: dict[str, Setting] = {}
     for other_group, base in read_defaults(file):

@@ -73,6 +73,22 @@ def group_files(config_dir: Path, group: str) -> list[str]:
 
 
 @functools.cache
+@dataclass(frozen=True)
+class ConfigFiles:
+    """The YAML files of several folders: that of `--config-dir`, if any, then the project's own."""
+
+    folders: tuple[Path, ...]
+
+    def options(self, group: str) -> list[str]:
+        """The files of a group, subfolders included: `book/ch05`."""
+        return sorted({option for folder in self.folders for option in group_options(folder, group)})
+
+    def file_of(self, group: str, option: Any) -> Path | None:
+        """The file of an option; the project's own wins, as in Hydra's search path."""
+        files = (folder / group / f"{option}.yaml" for folder in reversed(self.folders))
+        return next((file for file in files if file.is_file()), None)
+
+
 def declared_settings(config_dir: Path) -> frozenset[str]:
     """The dotted keys that the files of all groups declare, and train.yaml."""
     keys = {setting.path for setting in read_settings(config_dir / "train.yaml", "")}
