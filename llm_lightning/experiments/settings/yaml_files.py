@@ -72,7 +72,6 @@ def group_files(config_dir: Path, group: str) -> list[str]:
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
-@functools.cache
 @dataclass(frozen=True)
 class ConfigFiles:
     """The YAML files of several folders: that of `--config-dir`, if any, then the project's own."""
@@ -89,6 +88,7 @@ class ConfigFiles:
         return next((file for file in files if file.is_file()), None)
 
 
+@functools.cache
 def declared_settings(config_dir: Path) -> frozenset[str]:
     """The dotted keys that the files of all groups declare, and train.yaml."""
     keys = {setting.path for setting in read_settings(config_dir / "train.yaml", "")}
