@@ -131,7 +131,17 @@ def links() -> dict[str, Link]:
     def hard(name: str) -> Link:
         return lambda run, outside: _put(run / name).hardlink_to(outside / "victim.txt")
 
-    names = ("train.log", "samples.md", "metrics.csv", "config.yaml", "summary.json", "owner.json", ".lock")
+    names = (
+        "train.log",
+        "samples.md",
+        "metrics.csv",
+        "config.yaml",
+        "config.json",
+        "failure.json",
+        "summary.json",
+        "owner.json",
+        ".lock",
+    )
     names += ("traceback.txt", "responses.json", "plots/loss.png", "checkpoints/step_00000009.ckpt", "command.json")
     names += ("tensorboard/events.out.tfevents.1.x.1.0", f".config.yaml.{os.getpid()}.tmp", "any/where/else")
     found = {f"{name} -> a file": to_file(name) for name in names}

@@ -7,17 +7,20 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_lightning.experiments import unforeseen
-from llm_lightning.experiments.run_folder import is_main_process
+from llm_lightning.experiments import failures, unforeseen
+from llm_lightning.experiments.run_folder import RunFolderInUseError, is_anothers, is_main_process
 from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import one_line, say, visible
 
+UNCAUGHT = 1
+"""Python's exit code for an exception that nothing catches."""
 USAGE_ERROR = 2
 INTERRUPTED = 130
 _ELSEWHERE = "choose another folder, with run_name or hydra.run.dir"
@@ -39,7 +42,9 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequenc
     """Call `action` and return (exit code, result); an exception becomes one line on stderr.
 
     Exceptions in the packages `own`, by default those of `allow_targets` on the command line, keep their traceback.
+    It is recorded in the run folder `log_dir`, unless that is another process's.
     """
+    since = time.time()
     try:
         return 0, action()
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -48,20 +53,24 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequenc
             raise
         say("interrupted", file=sys.stderr)
         return INTERRUPTED, None
-    except (ValueError, OSError) as error:
-        _report(error, log_dir, is_own=unforeseen.passes_through(error, own or _allowed()))
-        return USAGE_ERROR, None
     except Exception as error:
-        exit_code = getattr(error, "exit_code", None)  # callbacks.checkpoints.Interrupted
+        exit_code = getattr(error, "exit_code", None)  # callbacks.signals.Interrupted
         if exit_code is not None:
             if is_main_process():  # all processes of a run stop together, with the same message
                 say(error, file=sys.stderr)
             return exit_code, None
-        if unforeseen.passes_through(error, own or _allowed()):
-            raise
-        if unforeseen.is_out_of_memory(error):
-            _report(MemoryError(f"{error}; {_SAVE_MEMORY}").with_traceback(error.__traceback__), log_dir)
+        if log_dir is not None and _is_anothers(log_dir, error):
+            log_dir = None
+        is_own = unforeseen.passes_through(error, own or _allowed())
+        is_foreseen = isinstance(error, (ValueError, OSError)) or (unforeseen.is_out_of_memory(error) and not is_own)
+        if log_dir is not None:
+            code = USAGE_ERROR if is_foreseen else UNCAUGHT if is_own else unforeseen.EXIT_CODE
+            _record(error, log_dir, code, since)
+        if is_foreseen:
+            _report(error, log_dir, is_own=is_own)
             return USAGE_ERROR, None
+        if is_own:
+            raise
         file = log_dir / unforeseen.TRACEBACK if log_dir is not None else unforeseen.cache_file("train")
         return unforeseen.report(error, prefix="error: ", file=file), None
 
@@ -78,6 +87,29 @@ def thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
+@contextlib.contextmanager
+def recording(run_dir: Path) -> Iterator[None]:
+    """Record an exception of the block in the run folder, and let it pass."""
+    since = time.time()
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "exit_code") and not _is_anothers(run_dir, error):
+            _record(error, run_dir, None, since)
+        raise
+
+
+def _is_anothers(run_dir: Path, error: Exception) -> bool:
+    return isinstance(error, RunFolderInUseError) or is_anothers(run_dir)
+
+
+def _record(error: Exception, run_dir: Path, exit_code: int | None, since: float) -> None:
+    is_os = isinstance(error, OSError)
+    kind: failures.Kind = "memory" if unforeseen.is_out_of_memory(error) else "os" if is_os else "error"
+    message = one_line(_message(error), failures.SHOWN) or "no message"
+    failures.record(run_dir, kind=kind, error=error, message=message, exit_code=exit_code, since=since)
+
+
 def _report(error: BaseException, log_dir: Path | None, *, is_own: bool = False) -> None:
     if isinstance(error, BrokenPipeError):
         unforeseen.stop_writing()
@@ -91,4 +123,6 @@ def _report(error: BaseException, log_dir: Path | None, *, is_own: bool = False)
 
 
 def _message(error: BaseException) -> str:
+    if unforeseen.is_out_of_memory(error):
+        return "; ".join(filter(None, [str(error), _SAVE_MEMORY]))
     return explain(error, elsewhere=_ELSEWHERE, again=_AGAIN) if isinstance(error, OSError) else str(error)

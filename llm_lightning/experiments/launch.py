@@ -68,8 +68,8 @@ def _run(script: Path, config_dir: Path) -> None:
     from llm_lightning.experiments.command_line import rewritten
     from llm_lightning.experiments.multirun import run_multirun
     from llm_lightning.experiments.settings.checks import checked_settings
-    from llm_lightning.experiments.settings.targets import check_targets
     from llm_lightning.experiments.settings.overrides import parse_arguments
+    from llm_lightning.experiments.settings.targets import check_targets
     from llm_lightning.experiments.start import in_run_folder, run_checked
 
     folder = Path.cwd()

@@ -20,7 +20,7 @@ from llm_lightning.callbacks.exact_resume import refusing_damage
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.data.base import BaseDataModule
-from llm_lightning.experiments import whereabouts
+from llm_lightning.experiments import failures, whereabouts
 from llm_lightning.experiments.adapters import continued_lineage, mend_adapter, refuse_lost_adapters, write_adapter
 from llm_lightning.experiments.build import (
     build_datamodule,
@@ -101,6 +101,8 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_lost_adapters(settings, module)
     trainer = build_trainer(settings, run)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
+    if is_main_process():
+        failures.forget(run.path)
     if is_finished(run, trainer, planned_steps(trainer, datamodule)):
         mend_adapter(run, lineage)
         return say_finished(settings, run, start)

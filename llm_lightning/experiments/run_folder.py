@@ -28,6 +28,9 @@ from llm_lightning.files.atomic import write_atomically
 if TYPE_CHECKING:
     from llm_lightning.weights.checkpoint import Opened
 
+CONFIG, CONFIG_JSON = "config.yaml", "config.json"
+"""The settings of a run, every value resolved: for people, and for programs that read thousands."""
+OWNER = "owner.json"
 State = Literal["fresh", "resumable", "finished"]
 
 # Data loading workers inherit the lock and outlive a killed owner by a few seconds.
@@ -77,12 +80,13 @@ class RunFolder:
         return "resumable" if self.checkpoint else "fresh"
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Write `config.yaml`, every value resolved."""
+        """Write the settings, every value resolved."""
         import yaml
 
+        write_atomically(self.path / CONFIG_JSON, json.dumps(config, default=str) + "\n")
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the first is ten times faster, where it is built
         text = yaml.dump(config, Dumper=dumper, sort_keys=False, allow_unicode=True)
-        write_atomically(self.path / "config.yaml", text)
+        write_atomically(self.path / CONFIG, text)
 
 
 @contextlib.contextmanager
@@ -103,7 +107,7 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
     refuse_links(path)
     main = is_main_process()
     with owned(path) if main else contextlib.nullcontext():
-        began = (path / "config.yaml").is_file()
+        began = (path / CONFIG).is_file()
         run = RunFolder(path, _newest_checkpoint(path), read_summary(path), began)
         if run.checkpoint is None and main:
             run.write_config(config)
@@ -138,7 +142,7 @@ def owned(path: Path, what: str = "run") -> Iterator[None]:
         RunFolderInUseError: if a living process owns it; names the process.
     """
     path.mkdir(parents=True, exist_ok=True)
-    lock, owner_file = FileLock(path / ".lock"), path / "owner.json"
+    lock, owner_file = FileLock(path / ".lock"), path / OWNER
     _acquire(lock, path, what)
     try:
         _refuse_if_alive(path, what)
@@ -172,11 +176,32 @@ def _refuse_if_alive(path: Path, what: str) -> None:
     if _is_alive(owner):
         raise RunFolderInUseError(_in_use(path, owner, what))
     if owner and owner["host"] != platform.node():
-        written = [path / "owner.json", path / "metrics.csv", *(path / "checkpoints").glob("*")]
-        silent = time.time() - max(file.stat().st_mtime for file in written if file.is_file())
+        silent = silent_seconds(path)
         if silent < SILENT_SECONDS:
             remedy = f"it wrote there {silent:.0f} seconds ago. If that process is dead, delete {path / 'owner.json'}"
             raise RunFolderInUseError(f"{_in_use(path, owner, what)}; {remedy}")
+
+
+def silent_seconds(path: Path) -> float:
+    """Seconds since the owner last wrote to a folder."""
+    written = [path / OWNER, path / "metrics.csv", *(path / "checkpoints").glob("*")]
+    return time.time() - max((file.stat().st_mtime for file in written if file.is_file()), default=0.0)
+
+
+def is_anothers(path: Path) -> bool:
+    """Whether a process that is not of this session works in the folder, or may do so."""
+    try:
+        owner = _read_owner(path)
+    except (ValueError, OSError):
+        return True
+    if not owner or owner["pid"] == os.getpid():
+        return False
+    if owner["host"] != platform.node():
+        return silent_seconds(path) < SILENT_SECONDS
+    if not _is_alive(owner):
+        return False
+    # Lightning's later ranks are children of the first; torchrun's are its siblings.
+    return is_main_process() or os.getppid() not in (owner["pid"], _parent(owner["pid"]))
 
 
 def _sweep(path: Path) -> None:
@@ -228,16 +253,26 @@ def process_start(pid: int) -> str | None:
     None if there is no such process, and always on Windows.
     """
     if Path("/proc/self/stat").exists():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]  # man 5 proc_pid_stat: state, starttime
+        fields = _stat(pid)
+        return None if not fields or fields[0] in "ZX" else fields[19]  # man 5 proc_pid_stat: state, starttime
     if os.name == "nt":
         return None
     command = ["ps", "-o", "lstart=", "-p", str(pid)]
     shown = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     return shown.stdout.strip() or None
+
+
+def _parent(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux says of a process, from its state on; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _in_use(path: Path, owner: dict[str, Any], what: str) -> str:
@@ -246,4 +281,4 @@ def _in_use(path: Path, owner: dict[str, Any], what: str) -> str:
 
 
 def _read_owner(path: Path) -> dict[str, Any]:
-    return read_facts(path / "owner.json", OWNER_FACTS, "make sure that no process works in the folder, and delete it")
+    return read_facts(path / OWNER, OWNER_FACTS, "make sure that no process works in the folder, and delete it")

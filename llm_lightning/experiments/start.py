@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 
 from llm_lightning.experiments.command_line import is_of_one_run, rewritten
+from llm_lightning.experiments.errors import recording
 from llm_lightning.experiments.run_records import Start, read_summary, refuse_links
 from llm_lightning.experiments.settings.checks import Checked, checked
 from llm_lightning.experiments.settings.ignored import ignored_settings
@@ -70,7 +71,8 @@ def train(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
 
     def run(run_dir: Path) -> TrainedRun:
         refuse_links(run_dir)
-        best_value = run_checked(configuration, run_dir, arguments, Path.cwd())
+        with recording(run_dir):
+            best_value = run_checked(configuration, run_dir, arguments, Path.cwd())
         return TrainedRun(run_dir, best_value, read_summary(run_dir))
 
     with _logging_restored():

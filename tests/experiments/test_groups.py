@@ -181,7 +181,7 @@ def test_runs_without_logs_or_callbacks(tmp_path: Path) -> None:
     bare = train_here([*settings, "logger=null", "callbacks=null", f"hydra.run.dir={tmp_path / 'bare'}"])
     assert bare.code == 0, bare.err
     names = {path.name for path in (tmp_path / "bare").iterdir()}
-    assert names == {".lock", "command.json", "config.yaml", "summary.json", "train.log"}
+    assert names == {".lock", "command.json", "config.json", "config.yaml", "summary.json", "train.log"}
     assert "No checkpoints are kept" in bare.out
 
     folder = tmp_path / "unlogged"

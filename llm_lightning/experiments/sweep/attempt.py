@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from llm_lightning.experiments import processes
 from llm_lightning.experiments.command_line import one_run
-from llm_lightning.experiments.failures import Failure, read_failure, write_failure
+from llm_lightning.experiments.failures import Failure
 from llm_lightning.experiments.run_folder import is_main_process, living_owner
 from llm_lightning.experiments.run_records import read_summary
 from llm_lightning.experiments.settings.nodes import plain
@@ -239,12 +239,14 @@ def outcome_of(code: int, run_dir: Path, *, stopped: bool, lines: Sequence[str])
     by_signal = code - 128 if 128 < code < 160 else None
     if stopped and (by_signal is not None or code == 255):  # 255: the fork server was killed as well
         return "stopped"
-    failure = read_failure(run_dir)
+    failure = Failure.read(run_dir)
     if failure is None:
-        kind, what = ("signal", f"ended by {_signal_name(by_signal)}") if by_signal else ("error", f"exit code {code}")
-        failure = Failure(kind=kind, exception="", message=what, exit_code=code)
+        if by_signal is not None:
+            failure = Failure("signal", None, f"ended by {_signal_name(by_signal)}", code)
+        else:
+            failure = Failure("error", None, f"ended with exit code {code}, without a word why", code)
     if not failure.lines:
-        write_failure(run_dir, replace(failure, lines=_last(run_dir, lines)))
+        replace(failure, lines=_last(run_dir, lines)).write(run_dir)
     return "failed"
 
 

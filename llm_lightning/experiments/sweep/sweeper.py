@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import open_dict
 
-from llm_lightning.experiments.failures import Failure, read_failure, write_failure
+from llm_lightning.experiments.failures import Failure
 from llm_lightning.experiments.run_folder import owned
 from llm_lightning.experiments.run_records import read_summary, refuse_links
 from llm_lightning.experiments.settings.checks import checked_settings
@@ -59,7 +59,7 @@ class Job:
         """`finished`, `failed` or `open`, by its folder; `failed` if it failed of itself, so that it would again."""
         if read_summary(self.folder).get("finished"):
             return "finished"
-        failure = read_failure(self.folder)
+        failure = Failure.read(self.folder)
         return "open" if failure is None or failure.repeats else "failed"
 
 
@@ -247,6 +247,8 @@ class _Sweep:
 
         config = self.config.copy()
         with open_dict(config):
+            if not config.hydra.verbose:
+                config.hydra.hydra_logging.root.level = "WARNING"  # the sweep itself says what it runs
             config.hydra.sweep.dir = str(self.folder)
             if workers is not None and "n_jobs" in config.hydra.launcher:
                 config.hydra.launcher.n_jobs = workers
@@ -300,7 +302,7 @@ class _Sweep:
     def _record_lost(self, job: Job, sweep: SweepRef) -> None:
         why = f": {' '.join(str(self._raised).split())[:300]}" if self._raised else ""
         message = f"the launcher lost this job{why}"
-        write_failure(job.folder, Failure(kind="lost", exception="", message=message, exit_code=None, lines=[]))
+        Failure("lost", None, message, None).write(job.folder)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -333,4 +335,4 @@ class _Sweep:
         say(f"Sweep {self.name}: no job failed{rest}. To add jobs, type more values with run_name={self.name}")
 
     def _failure(self, job: Job) -> Failure | None:
-        return None if read_summary(job.folder).get("finished") else read_failure(job.folder)
+        return None if read_summary(job.folder).get("finished") else Failure.read(job.folder)
