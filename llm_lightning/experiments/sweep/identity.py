@@ -40,17 +40,23 @@ class Identity:
 
     def digest(self, swept: Iterable[str] = ()) -> str:
         """The digest of all that counts, for comparison with a job of a sweep over the keys `swept`."""
-        return hashlib.sha256(json.dumps(self._counting({*self.swept, *swept}), sort_keys=True).encode()).hexdigest()
+        counting = self._counting({*self.swept, *swept}) | {key: self._content(key) for key in CONTENT}
+        return hashlib.sha256(json.dumps(counting, sort_keys=True).encode()).hexdigest()
 
-    def is_same(self, other: Identity, default: Callable[[str], Any]) -> bool:
-        """Whether `other`, of an earlier sweep, is the same job.
+    def is_same(self, other: Identity, default: Callable[[str], Any], *, with_content: bool = True) -> bool:
+        """Whether `other`, of an earlier start of the sweep, is the same job.
+
+        What is gone, or was missing then, counts by the name that was typed.
 
         Args:
             default: gives the default of a key that `other`, made by an earlier version, does not have.
+            with_content: whether the content of the files must be the same.
         """
         swept = {*self.swept, *other.swept}
         mine, theirs = self._counting(swept), other._counting(swept)
         if any(value is not None for key, value in theirs.items() if key not in mine):
+            return False
+        if not all(self._has_same(key, other) for key in CONTENT if with_content or not self._typed_alike(key, other)):
             return False
         return all(
             value == (theirs[key] if key in theirs else _normal(default(key)))
@@ -58,10 +64,29 @@ class Identity:
             for key, value in mine.items()
         )
 
+    def knows_as_much_as(self, other: Identity) -> bool:
+        """Whether both have the same keys and digests, so that comparing `digest` is enough."""
+        return (
+            other.is_recorded
+            and set(other.settings) == set(self.settings)
+            and set(other.content) == set(self.content)
+            and set(other.swept) <= set(self.swept)
+        )
+
     def _counting(self, swept: Iterable[str]) -> dict[str, Any]:
-        values = {RENAMED.get(key, key): value for key, value in self.settings.items()}
-        kept = {key: _normal(value) for key, value in values.items() if key in swept or not _may_change(key)}
-        return kept | {key: self.content.get(key, _normal(values.get(key))) for key in CONTENT}
+        values = {RENAMED.get(key, key): _normal(value) for key, value in self.settings.items() if key not in CONTENT}
+        return {key: value for key, value in values.items() if key in swept or not _may_change(key)}
+
+    def _content(self, key: str) -> Any:
+        return self.content.get(key, self.settings.get(key))
+
+    def _typed_alike(self, key: str, other: Identity) -> bool:
+        return bool(self.settings.get(key) == other.settings.get(key))
+
+    def _has_same(self, key: str, other: Identity) -> bool:
+        if key in self.content and key in other.content:
+            return self.content[key] == other.content[key]
+        return self._typed_alike(key, other)
 
 
 def content_of(settings: Mapping[str, Any], known: dict[str, str]) -> dict[str, str]:

@@ -147,14 +147,17 @@ def _similar(
     before: Mapping[Path, Identity],
     defaults: Callable[[Listed], Mapping[str, Any]],
 ) -> Path | None:
-    """The folder of the same job as another version, another sweep or the run alone recorded it."""
+    """The folder of the same job as another version, another sweep or the run alone recorded it.
+
+    Also of one that failed before its first checkpoint, and whose data or first weights were mended since.
+    """
     known: Mapping[str, Any] = {}
     for path, other in before.items():
-        has_same_keys = set(other.settings) == set(identity.settings) and set(other.swept) <= set(identity.swept)
-        if other.is_recorded and has_same_keys:
+        is_blank = other.content != identity.content and not any((path / "checkpoints").glob("*.ckpt"))
+        if identity.knows_as_much_as(other) and not is_blank:
             continue  # by_digest has it, if it is the same
         known = known or defaults(listed)
-        if identity.is_same(other, known.get):
+        if identity.is_same(other, known.get, with_content=not is_blank):
             return path
     return None
 
@@ -318,12 +321,12 @@ class _Sweep:
             left = sum(job.state() != "finished" for job in self.jobs)
             say(f"Sweep {self.name}: stopped, {counted(left, 'job')} left; the same command continues", file=sys.stderr)
             sys.exit(128 + received[0])
-        failures = {job: failure for job in self.jobs if (failure := self._failure(job)) is not None}
+        failures = [(job, failure) for job in self.jobs if (failure := self._failure(job)) is not None]
         again = [word for word in sys.argv[1:] if key_of(word) != "hydra.sweeper.retry_failed"]
-        for job, failure in failures.items():
+        for job, failure in failures:
             say(f"{job.name} failed: {failure.message}", file=sys.stderr)
         if failures:
-            if not all(failure.repeats for failure in failures.values()):
+            if not all(failure.repeats for _, failure in failures):
                 again.append("hydra.sweeper.retry_failed=true")
             command = shlex.join(["python", Path(sys.argv[0]).name, *again])
             raise ChildProcessError(
