@@ -58,10 +58,10 @@ class ForkedChild:
     ) -> None:
         start_server()
         context: Any = multiprocessing.get_context("forkserver")
-        self.process = context.Process(
-            target=_run, args=(list(argv), dict(environment), output, threads), name=argv[0], daemon=False
-        )
-        self.process.start()
+        arguments = (list(argv), dict(environment), output, threads)
+        self.process = context.Process(target=_run, args=arguments, name=argv[0], daemon=False)
+        with _start_method("forkserver"):
+            self.process.start()
 
     def poll(self) -> int | None:
         code: int | None = self.process.exitcode
@@ -85,6 +85,18 @@ def start_server() -> None:
 
 
 @contextlib.contextmanager
+def _start_method(name: str) -> Iterator[None]:
+    """Start processes by this method: a fork adopts its parent's, and that of a joblib worker is joblib's own."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(name, force=True)
+    try:
+        yield
+    finally:
+        if before is None or before in multiprocessing.get_all_start_methods():
+            multiprocessing.set_start_method(before, force=True)
+
+
+@contextlib.contextmanager
 def _importable() -> Iterator[None]:
     """Let the server import this package, wherever it was started."""
     before = os.environ.get("PYTHONPATH")
@@ -104,6 +116,7 @@ def _run(
     """Do in the fork what `python SCRIPT WORDS` does."""
     for signum in STOPPING:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    multiprocessing.set_start_method(None, force=True)  # the data's worker processes start as in any run
     os.environ.clear()
     os.environ.update(environment)
     if output is not None:

@@ -8,6 +8,8 @@ The same command runs what is missing; more values add jobs.
 
 from __future__ import annotations
 
+import logging
+import os
 import shlex
 import sys
 import threading
@@ -23,7 +25,7 @@ from llm_lightning.experiments.failures import Failure
 from llm_lightning.experiments.run_folder import owned
 from llm_lightning.experiments.run_records import read_summary, refuse_links
 from llm_lightning.experiments.settings.checks import checked_settings
-from llm_lightning.experiments.settings.compose import ConfigDirs, config_dirs
+from llm_lightning.experiments.settings.compose import PLUGINS, ConfigDirs, config_dirs
 from llm_lightning.experiments.settings.nodes import dotted, leaves, plain
 from llm_lightning.experiments.settings.overrides import key_of, quoted
 from llm_lightning.experiments.settings.yaml_files import load
@@ -31,12 +33,15 @@ from llm_lightning.experiments.summary import shown_from
 from llm_lightning.experiments.sweep import folder as records
 from llm_lightning.experiments.sweep.attempt import Attempt, stop_signals
 from llm_lightning.experiments.sweep.folder import SweepRef
+from llm_lightning.experiments.sweep.forked import PROJECT
 from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
 from llm_lightning.experiments.sweep.launchers import results_that_never_raise, traits_of
 from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
-from llm_lightning.terminal import counted, say
+from llm_lightning.terminal import counted, one_line, say
 
 POLL_SECONDS = 0.2
+SHOWN = 160
+"""Maximum number of characters of a failure's message in the closing lines."""
 MANY = 20
 """From this number of jobs on, a bar shows how many are composed."""
 
@@ -248,10 +253,13 @@ class _Sweep:
     def _launcher(self, attempt: Attempt, workers: int | None) -> Any:
         from hydra.core.plugins import Plugins
 
+        importable = [str(PROJECT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(importable))  # for processes that a launcher starts
         config = self.config.copy()
         with open_dict(config):
-            if not config.hydra.verbose:
-                config.hydra.hydra_logging.root.level = "WARNING"  # the sweep itself says what it runs
+            if not config.hydra.verbose:  # the sweep itself says what it runs
+                config.hydra.hydra_logging.root.level = "WARNING"
+                logging.getLogger("hydra_plugins").setLevel(logging.WARNING)
             config.hydra.sweep.dir = str(self.folder)
             if workers is not None and "n_jobs" in config.hydra.launcher:
                 config.hydra.launcher.n_jobs = workers
@@ -324,11 +332,11 @@ class _Sweep:
         failures = [(job, failure) for job in self.jobs if (failure := self._failure(job)) is not None]
         again = [word for word in sys.argv[1:] if key_of(word) != "hydra.sweeper.retry_failed"]
         for job, failure in failures:
-            say(f"{job.name} failed: {failure.message}", file=sys.stderr)
+            say(f"{job.name} failed: {one_line(failure.message, SHOWN)}", file=sys.stderr)
         if failures:
             if not all(failure.repeats for _, failure in failures):
                 again.append("hydra.sweeper.retry_failed=true")
-            command = shlex.join(["python", Path(sys.argv[0]).name, *again])
+            command = shlex.join(["python", str(shown_from(Path.cwd(), Path(sys.argv[0]))), *again])
             raise ChildProcessError(
                 f"{len(failures)} of {counted(len(self.jobs), 'job')} failed; once the cause is mended, run only them:"
                 f" {command}"
