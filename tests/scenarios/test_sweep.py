@@ -42,7 +42,7 @@ MORE = """malformed: {{data.path: {folder}/malformed.jsonl}}
       other_two: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2, seed: 3}}
       plain_2: {{seed: 2}}
       plain_3: {{seed: 3}}
-      wide: {{model.n_embd: 32}}
+      wide: {{data.batch_size: 8}}
       fast: {{optimizer.lr: 0.01}}
       dropped: {{model.dropout: 0.3}}
       decayed: {{optimizer.weight_decay: 0.5}}"""
@@ -95,16 +95,21 @@ class Study:
         return {path.parent.name: path.parent for path in sorted((self.folder / place).rglob("job.json"))}
 
 
-def kill(process: subprocess.Popen[str], moments: random.Random, *, group: bool) -> None:
-    """Kill a sweep, alone or with all that it started, unless it ends first."""
-    try:
-        process.wait(timeout=moments.uniform(0.5, 12))
-    except subprocess.TimeoutExpired:
+def kill(study: Study, moments: random.Random, *, group: bool) -> None:
+    """Start a sweep and kill it among its jobs, alone or with all that it started, unless it ends first."""
+    before = study.said("killed").count("Sweep study in") if (study.folder / "killed.log").exists() else 0
+    process = study.start("killed")
+    deadline = time.monotonic() + 120
+    while study.said("killed").count("Sweep study in") == before and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(moments.uniform(0, 8))
+    if process.poll() is None:
         if group:
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
 
 
 def all_gone(group: int, seconds: float = 5.0) -> bool:
@@ -156,8 +161,7 @@ def test_a_sweep_that_fails_is_killed_and_mended(
 
     moments = random.Random(1)
     for number in range(kills):
-        process = study.start("killed")
-        kill(process, moments, group=number % 2 == 0)
+        kill(study, moments, group=number % 2 == 0)
     assert study.run("killed") == 2, study.said("killed")
     study.mend()
     for place in ("whole", "killed"):

@@ -349,16 +349,3 @@ def test_started_workers_train_as_no_workers(corpus: Path, tmp_path: Path, monke
     assert outcome.code == 0, outcome.err
     assert fit_here(one_epoch(corpus, tmp_path / "here", "trainer.max_epochs=2")).code == 0
     assert_same_weights(tmp_path / "spawned", tmp_path / "here")
-
-
-@pytest.mark.slow
-def test_a_failed_run_of_a_multirun_leaves_the_others(corpus: Path, tmp_path: Path) -> None:
-    sweep = ["model.n_head=2,3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    outcome = finish(start(["-m", *one_epoch(corpus, tmp_path, *sweep)], tmp_path))
-    assert outcome.code == 2
-    assert json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())["finished"]
-    assert not (tmp_path / "sweep" / "1" / "summary.json").exists()
-    first_error, last_error = (line for line in outcome.err.splitlines() if line.startswith("error: "))
-    assert "n_head=3" in first_error
-    assert last_error == f"error: 1 of the runs failed: {tmp_path / 'sweep' / '1'} (exit code 2)"
-    assert "Traceback" not in outcome.err

@@ -115,7 +115,9 @@ def _composed(listed: Sequence[Listed], options: Sequence[str], config_dir: Path
     for job in tqdm(listed, desc="Composing", unit="job", leave=False, disable=None if len(listed) > MANY else True):
         settings = leaves(plain(checked_settings([*options, *job.words], config_dir).config))
         identity = Identity(settings, content_of(settings, content), job.swept)
-        kept.setdefault(identity.digest(), (job, identity))
+        same, _ = kept.setdefault(identity.digest(), (job, identity))
+        if same is not job:
+            say(f"{job.name} is the same job as {same.name}: it runs once", flush=True)
     return list(kept.values())
 
 
