@@ -73,7 +73,7 @@ def differing(found: Iterable[Run]) -> list[str]:
 
 
 def read_runs(folder: str | Path) -> list[Run]:
-    """The runs at any depth of a folder, sorted by name: `lr_2` before `lr_10`.
+    """The runs at any depth of a folder, sorted by name, numbers by their value.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such folder.
@@ -165,13 +165,14 @@ def _is_missing(value: Any) -> bool:
 
 
 def _sort_key(value: Any) -> tuple[int, float, list[tuple[int, float, str]]]:
-    return (1, 0.0, _natural(value)) if isinstance(value, str) else (0, float(value), [])
+    return (1, 0.0, _natural(value)) if isinstance(value, str) else (0, value, [])
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:
-    """A key that sorts the numbers in a text by their value."""
-    parts = re.split(r"([0-9]{1,15})", text)
-    return [(0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)]
+    """A key that sorts the numbers in a text by their value: `lr_1e-4`, `lr_0.001`, `lr_2`, `lr_10`."""
+    parts = re.split(r"([0-9]{1,15}(?:\.[0-9]{1,15})?(?:e[+-]?[0-9]{1,3})?)", text)
+    numbered = [(0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)]
+    return [*numbered, (2, 0.0, text)]
 
 
 def refuse_unknown(found: Sequence[Run], keys: Iterable[str], option: str) -> None:

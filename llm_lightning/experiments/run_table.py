@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,10 @@ from llm_lightning.terminal import counted, inline, one_line
 
 Record = Mapping[str, Any]
 GAP = "  "
-NARROWEST = 8
-"""Characters to which a column of texts is shortened at most."""
-NAME, REASON = 24, 32
-"""Characters of these columns for which settings are left out."""
+NARROWEST, NAME = 8, 24
+"""Characters to which a text is shortened at most, and the name of a run before settings are left out."""
+WHOLE = ("status", "task")
+"""Texts that are never shortened."""
 
 
 def table(records: Sequence[Record], columns: Sequence[str] | None = None, width: int | None = None) -> list[str]:
@@ -26,20 +27,23 @@ def table(records: Sequence[Record], columns: Sequence[str] | None = None, width
     Args:
         records: from `run_list.records` or `llm_lightning.runs`.
         columns: keys of the records; by default what fits: name, status, steps, time, best metric, settings, reason.
+            Reasons for which there is no room follow the table.
         width: of the terminal; longer texts are shortened. None: no limit.
     """
     if not records:
         return ["0 runs"]
-    left_out: list[str] = []
+    after: list[str] = []
     if columns is None:
         columns, left_out = _default_columns(records, width)
-    grid = [[_heading(key, records) for key in columns]]
-    grid += [[inline(_cell(key, record)) for key in columns] for record in records]
-    are_texts = [any(isinstance(_value(key, record), str) for record in records) for key in columns]
-    widths = _fitted([max(map(len, cells)) for cells in zip(*grid, strict=True)], are_texts, width)
-    lines = [GAP.join(map(_placed, row, widths, are_texts)).rstrip() for row in grid]
-    more = [f"settings that differ too: {', '.join(left_out)} (--columns)"] if left_out else []
-    return [*lines, *(one_line(line, width) for line in more), counts(records)]
+        after = [f"settings that differ too: {', '.join(left_out)} (--columns)"] if left_out else []
+        if "reason" not in columns:
+            after += [f"{record['name']}: {record['reason']}" for record in records if record["reason"]]
+    grid = [[_cell(key, record) for key in columns] for record in records]
+    headings = [_heading(key, records) for key in columns]
+    are_texts = [any(isinstance(record.get(key), str) for record in records) for key in columns]
+    widths = _fitted(columns, headings, grid, are_texts, width)
+    lines = [GAP.join(map(_placed, columns, row, widths, are_texts)).rstrip() for row in (headings, *grid)]
+    return [*lines, *map(one_line, after), counts(records)]
 
 
 def counts(records: Sequence[Record]) -> str:
@@ -50,16 +54,24 @@ def counts(records: Sequence[Record]) -> str:
 
 
 def _default_columns(records: Sequence[Record], width: int | None) -> tuple[list[str], list[str]]:
-    """The columns, and settings for which there is no room."""
+    """The columns, and the settings for which there is no room."""
     tasks, monitors = ({record[key] for record in records} for key in ("task", "monitor"))
-    before = ["name", "status", *["task"] * (len(tasks) > 1), "steps", "seconds"]
-    before += [*["monitor"] * (len(monitors - {None}) > 1), "best_value"]
-    after = ["reason"] if any(record["reason"] for record in records) else []
-    settings = _telling(records)
-    shown = list(settings)
-    while shown and width is not None and _least_width([*before, *shown, *after], records) > width:
-        shown.pop()
-    return [*before, *shown, *after], [key for key in settings if key not in shown]
+    columns = ["name", "status", *["task"] * (len(tasks) > 1), "steps", "seconds"]
+    columns += [*["monitor"] * (len(monitors - {None}) > 1), "best_value"]
+    sizes = {key: _size(key, records) for key in (*columns, *_telling(records), "reason")}
+    sizes["name"] = min(sizes["name"], NAME)
+    room = (math.inf if width is None else width) - sum(sizes[key] + len(GAP) for key in columns) + len(GAP)
+    settings = [key for key in sizes if key not in (*columns, "reason")]
+    for key in [*settings, *["reason"] * any(record["reason"] for record in records)]:
+        room -= sizes[key] + len(GAP)
+        if room < 0:
+            break
+        columns.append(key)
+    return columns, [key for key in settings if key not in columns]
+
+
+def _size(key: str, records: Sequence[Record]) -> int:
+    return max(len(_heading(key, records)), *(len(_cell(key, record)) for record in records))
 
 
 def _telling(records: Sequence[Record]) -> list[str]:
@@ -78,39 +90,40 @@ def _telling(records: Sequence[Record]) -> list[str]:
     return chosen
 
 
-def _least_width(columns: Sequence[str], records: Sequence[Record]) -> int:
-    limits = {"name": NAME, "reason": REASON}
-    widest = [max(len(_cell(key, record)) for record in records) for key in columns]
-    cells = [max(len(_heading(key, records)), widest) for key, widest in zip(columns, widest, strict=True)]
-    shown = [min(cell, limits.get(key, cell)) for key, cell in zip(columns, cells, strict=True)]
-    return sum(shown) + len(GAP) * (len(columns) - 1)
-
-
-def _fitted(widths: list[int], are_texts: Sequence[bool], limit: int | None) -> list[int]:
-    """Widths of columns that together keep to the limit, the longest texts shortened first."""
-    widths = list(widths)
-    while limit is not None and sum(widths) + len(GAP) * (len(widths) - 1) > limit:
-        longest = max((size, index) for index, size in enumerate(widths) if are_texts[index] or size == max(widths))
-        if longest[0] <= NARROWEST:
+def _fitted(
+    columns: Sequence[str],
+    headings: Sequence[str],
+    grid: Sequence[Sequence[str]],
+    are_texts: Sequence[bool],
+    width: int | None,
+) -> list[int]:
+    """Widths of columns that together keep to the limit: long texts are shortened, the longest first, not numbers."""
+    cells = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    widths = [max(len(heading), cell) for heading, cell in zip(headings, cells, strict=True)]
+    floors = [
+        min(NARROWEST, cell) if is_text and key not in WHOLE else cell
+        for key, cell, is_text in zip(columns, cells, are_texts, strict=True)
+    ]
+    while width is not None and sum(widths) + len(GAP) * (len(widths) - 1) > width:
+        longest = max(range(len(widths)), key=lambda index: (widths[index] > floors[index], widths[index]))
+        if widths[longest] <= floors[longest]:
             break
-        widths[longest[1]] -= 1
+        widths[longest] -= 1
     return widths
 
 
-def _placed(cell: str, width: int, is_text: bool) -> str:
-    cell = one_line(cell, width)
+def _placed(key: str, cell: str, width: int, is_text: bool) -> str:
+    if key in ("name", "folder") and len(cell) > width:
+        cell = f"...{cell[len(cell) - width + 3 :]}"  # jobs of a sweep differ in their last words
+    cell = one_line(cell, max(width, len(GAP) + 2))[:width]
     return cell.ljust(width) if is_text else cell.rjust(width)
 
 
 def _heading(key: str, records: Sequence[Record]) -> str:
     monitors = {record["monitor"] for record in records} - {None}
     if key == "best_value" and len(monitors) == 1:
-        return f"best {monitors.pop()}"
+        return inline(f"best {monitors.pop()}")
     return inline({"seconds": "time"}.get(key, key))
-
-
-def _value(key: str, record: Record) -> Any:
-    return None if key in ("steps", "seconds") else record.get(key)
 
 
 def _cell(key: str, record: Record) -> str:
@@ -124,7 +137,7 @@ def _cell(key: str, record: Record) -> str:
         return duration(value)
     if key == "best_value" or "/" in key:
         return _figure(value)
-    return as_text(value)
+    return inline(as_text(value))
 
 
 def _figure(value: Any) -> str:
