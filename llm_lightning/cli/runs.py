@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         default=Path("outputs"),
-        help="its runs are listed, at any depth (default: %(default)s)",
+        help="its runs are listed, at any depth (default: outputs)",
     )
     parser.add_argument(
         "--where",

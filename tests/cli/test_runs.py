@@ -108,6 +108,13 @@ def test_a_table_fits_the_terminal(study: Path, width: int) -> None:
     assert len(below) == (0 if width == 140 else 3)
 
 
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["runs", "--help"])
+    assert end.value.code == 0
+    assert "at any depth (default: outputs)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_pipe_gets_whole_lines(study: Path) -> None:
     long = "x" * 300
     make_run(Path("outputs") / long[:200], "finished")
