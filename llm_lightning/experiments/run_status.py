@@ -247,21 +247,25 @@ def _saved_steps(path: Path) -> list[int]:
 
 
 def _status(path: Path, files: _Files, steps: int) -> tuple[str, str | None]:
-    owner, failure, summary = files.owner, files.failure, files.summary
-    silent = silent_seconds(path) if owner else 0.0
-    if owner and owner["host"] != platform.node():
-        free = "; the same command continues it" if silent >= SILENT_SECONDS else ""
-        return "foreign", f"process {owner['pid']} of {owner['host']} wrote {duration(silent)} ago{free}"
-    if owner and (is_alive(owner) or (owner["process_start"] is None and silent < SILENT_SECONDS)):
+    """The status of a run, and the reason for it in one line."""
+    owner, failure = files.owner, files.failure
+    silent, is_foreign = (silent_seconds(path), owner["host"] != platform.node()) if owner else (0.0, False)
+    is_unknown = bool(owner) and not is_foreign and owner["process_start"] is None  # Windows
+    if is_alive(owner) or (is_unknown and silent < SILENT_SECONDS):
         return "running", None
     is_last = failure is not None and (_time(failure.ended) or 0.0) >= (_time(owner.get("started")) or 0.0)
     if failure is not None and is_last and (failure.began or not _ended(files)):
         return "failed", one_line(failure.message)
+    if is_foreign:
+        free = "; the same command continues it" if silent >= SILENT_SECONDS else ""
+        return "foreign", f"process {owner['pid']} of {owner['host']} wrote {duration(silent)} ago{free}"
     if owner:
         return "died", f"process {owner['pid']} is gone; it wrote {duration(silent)} ago"
     if _ended(files):
         return "finished", None
-    return "stopped", "the time was over" if summary.get("stopped_by") == "time" else None if steps else "not begun"
+    if files.summary.get("stopped_by") == "time":
+        return "stopped", "its time was over"
+    return "stopped", None if steps else "not begun"
 
 
 def _seconds(path: Path, files: _Files, status: str) -> float | None:

@@ -80,6 +80,8 @@ def test_an_older_failure_is_not_that_of_a_session_that_died(tmp_path: Path) -> 
     assert the_run(tmp_path)["status"] == "died"
     write_owner(tmp_path, NOBODY, started="2020-01-01T00:00:00+00:00")  # what a sweep says of a killed job
     assert the_run(tmp_path)["status"] == "failed"
+    write_owner(tmp_path, NOBODY, made_runs.HOST, started="2020-01-01T00:00:00+00:00")
+    assert the_run(tmp_path)["status"] == "failed"
 
 
 def test_a_finished_run_stays_finished_when_a_later_start_is_refused(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_run_that_went_on_is_not_finished(tmp_path: Path) -> None:
     made_runs.write_checkpoint(tmp_path / "more_patience", 41)
     assert runs(tmp_path)[1]["status"] == "stopped"
     write_summary(tmp_path / "more_patience", finished=False, stopped_by="time", steps=41)
-    assert (runs(tmp_path)[1]["status"], runs(tmp_path)[1]["reason"]) == ("stopped", "the time was over")
+    assert (runs(tmp_path)[1]["status"], runs(tmp_path)[1]["reason"]) == ("stopped", "its time was over")
 
 
 def test_settings_alone(tmp_path: Path) -> None:
