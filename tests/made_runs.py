@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from llm_lightning.experiments.failures import Failure
-from llm_lightning.experiments.run_folder import _process_start
+from llm_lightning.experiments.run_folder import process_start
 
 HOST = "another-host"
 NOBODY = 2**22 + 1
@@ -91,7 +91,7 @@ def write_summary(folder: Path, loss: float = 1.5, **changes: Any) -> None:
 
 
 def write_owner(folder: Path, pid: int, host: str | None = None, started: str = "2026-11-26T22:00:00+00:00") -> None:
-    owner = {"pid": pid, "host": host or platform.node(), "process_start": _process_start(pid) or "1"}
+    owner = {"pid": pid, "host": host or platform.node(), "process_start": process_start(pid) or "1"}
     (folder / "owner.json").write_text(json.dumps(owner | {"started": started, "command": ["train.py"]}))
 
 

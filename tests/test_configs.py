@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm_lightning.experiments.command_line import expand_sweep
 from llm_lightning.experiments.monitors import fill_modes
 from llm_lightning.experiments.settings.checks import check_overrides
-from llm_lightning.experiments.settings.compose import PRESETS, register_resolvers
+from llm_lightning.experiments.settings.compose import PRESETS, prepare_hydra
 from llm_lightning.experiments.settings.help import help_text
 from llm_lightning.experiments.settings.yaml_files import group_files, group_options, read_defaults, read_settings
 from llm_lightning.experiments.stages import plan
@@ -49,7 +49,7 @@ def covering_choices() -> list[list[str]]:
 @functools.cache
 def composed(*overrides: str, hydra: bool = False) -> DictConfig:
     """To be read, not changed."""
-    register_resolvers()
+    prepare_hydra()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", list(overrides), return_hydra_config=hydra)
 
@@ -127,7 +127,7 @@ def test_the_run_folder_is_named_by_task_and_run() -> None:
     assert composed(hydra=True).hydra.run._get_node("dir")._value() == (
         "outputs/${hydra:runtime.choices.task}/${run_folder:${run_name}}"
     )
-    register_resolvers()
+    prepare_hydra()
     assert OmegaConf.create({"x": "${run_folder:first}"}).x == "first"
     assert OmegaConf.create({"x": "${run_folder:7}"}).x == "7"
     unnamed = OmegaConf.create({"x": "${run_folder:null}", "y": "${run_folder:null}"})
@@ -137,7 +137,7 @@ def test_the_run_folder_is_named_by_task_and_run() -> None:
 
 def test_two_runs_of_the_same_second_have_two_folders() -> None:
     code = (
-        "from llm_lightning.experiments.settings.compose import register_resolvers as r; r();"
+        "from llm_lightning.experiments.settings.compose import prepare_hydra as r; r();"
         "from omegaconf import OmegaConf; print(OmegaConf.create({'x': '${run_folder:null}'}).x[-4:])"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -16,8 +16,6 @@ import argparse
 import csv
 import io
 import math
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from llm_lightning.experiments.run_list import ordered, read_runs, records, select
-    from llm_lightning.experiments.run_table import table
+    from llm_lightning.experiments.run_table import table, terminal_width
 
     found = read_runs(args.folder)
     columns = [key.strip() for key in args.columns.split(",")] if args.columns is not None else None
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     elif not rows:
         say(f"no run in {args.folder} has {' and '.join(args.where)}" if found else f"no runs in {args.folder}")
     else:
-        say_lines(table(rows, columns, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+        say_lines(table(rows, columns, terminal_width()))
 
 
 def _refuse_unknown(found: Sequence[Run], columns: Sequence[str] | None, key: str | None) -> None:

@@ -1,15 +1,16 @@
-"""Rewrite the typed command line for Hydra: `resume=`, `sweep=`, null groups, text that reads as a number."""
+"""Rewrite the typed command line for Hydra: `resume=`, null groups, text that reads as a number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llm_lightning.experiments.foreign import continued
 from llm_lightning.experiments.settings.overrides import key_of
 
 ONE_RUN = "hydra.mode=RUN"
-"""Overrides `hydra.mode: MULTIRUN` in an experiment file, which would make each of its jobs a multirun, too."""
+"""Overrides `hydra.mode: MULTIRUN` of a file, which would make each of its jobs a multirun, too."""
 
 
 def rewritten(argv: Sequence[str], config_dir: Path) -> list[str]:
@@ -21,7 +22,7 @@ def rewritten(argv: Sequence[str], config_dir: Path) -> list[str]:
     words = continue_run(argv, config_dir)
     if any(key_of(word) == "resume" and word != "resume=null" for word in argv):
         words.append(ONE_RUN)  # the run may be a job of a multirun that a file sets
-    return as_hydra_reads(expand_sweep(words, config_dir), config_dir)
+    return as_hydra_reads(words, config_dir)
 
 
 def continue_run(argv: Sequence[str], config_dir: Path) -> list[str]:
@@ -47,23 +48,20 @@ def as_hydra_reads(argv: Sequence[str], config_dir: Path) -> list[str]:
     return as_meant(without_null_groups(argv, config_dir), config_dir)
 
 
-def expand_sweep(argv: Sequence[str], config_dir: Path) -> list[str]:
-    """Replace `sweep=NAME` by `-m` and the `KEY=VALUE,...` of conf/sweep/NAME.yaml; the rest of `argv` wins.
+def one_run(hydra_config: Any) -> list[str]:
+    """Words that make a job's command line one run, even if its files (`experiment=`) set a multirun.
 
-    Raises:
-        ValueError: if there is no such sweep.
+    Args:
+        hydra_config: Hydra's part of the job's config. The multirun has already called its callbacks.
     """
-    names = [word.partition("=")[2] for word in argv if key_of(word) == "sweep"]
-    if not names or names[-1] in ("null", "none"):
-        return list(argv)
-    import yaml
+    added = [key_of(word) for word in hydra_config.overrides.hydra if word.startswith("+")]  # so in no file
+    prefixes = [f"hydra.callbacks.{name}" for name in hydra_config.callbacks or ()]
+    return [
+        ONE_RUN,
+        *(f"~{prefix}" for prefix in prefixes if not any(f"{key}.".startswith(f"{prefix}.") for key in added)),
+    ]
 
-    from llm_lightning.experiments.settings.yaml_files import group_options
 
-    known = group_options(config_dir, "sweep")
-    if names[-1] not in known:
-        raise ValueError(f"sweep={names[-1]}: no such sweep; there are {', '.join(known)}")
-    swept = yaml.safe_load((config_dir / "sweep" / f"{names[-1]}.yaml").read_text("utf-8"))
-    typed = [word for word in argv if key_of(word) != "sweep"]
-    keys = {key_of(word) for word in typed}
-    return ["-m", *(f"{key}={value}" for key, value in swept.items() if key not in keys), *typed]
+def is_of_one_run(word: str) -> bool:
+    """Whether `one_run` added the word, which then is not a setting of the run."""
+    return word == ONE_RUN or word.startswith("~hydra.callbacks.")

@@ -57,36 +57,37 @@ def _complete(config_dir: Path) -> None:
     """Let Hydra print a script for the shell (`-sc install=bash`), or what may follow a word (`-sc query=bash`)."""
     import hydra
 
-    from llm_lightning.experiments.settings.compose import register_resolvers
+    from llm_lightning.experiments.settings.compose import prepare_hydra
 
-    register_resolvers()
+    prepare_hydra()
     hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(lambda _: None)()
 
 
 def _run(script: Path, config_dir: Path) -> None:
-    """Run once in this process, or each run of a multirun in its own."""
+    """Run once in this process, or each job of a multirun in its own."""
     from llm_lightning.experiments.command_line import rewritten
-    from llm_lightning.experiments.multirun import run_jobs
-    from llm_lightning.experiments.settings.checks import checked
+    from llm_lightning.experiments.multirun import run_multirun
+    from llm_lightning.experiments.settings.checks import checked_settings
     from llm_lightning.experiments.settings.overrides import parse_arguments
+    from llm_lightning.experiments.settings.targets import check_targets
     from llm_lightning.experiments.start import in_run_folder, run_checked
 
     folder = Path.cwd()
     words = rewritten(sys.argv[1:], config_dir)
     sys.argv = [str(script), *words]
-    configuration, arguments = checked(words, config_dir), parse_arguments(words)
+    configuration, arguments = checked_settings(words, config_dir), parse_arguments(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises exceptions, which become one line here
     logging.raiseExceptions = False  # a log file that cannot be written must not bury that line under a traceback,
     threading.excepthook = thread_failed  # nor must TensorBoard's
     shows = arguments.cfg or arguments.info or arguments.hydra_help or arguments.resolve
     if arguments.multirun or configuration.is_multirun or shows:
-        options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-        run_jobs(script, options, config_dir)
+        run_multirun(script, arguments.config_dir, config_dir)
         return
+    own = list(configuration.config.allow_targets)
+    check_targets(configuration.config, own)
 
     def run(run_dir: Path) -> int:
         code, _ = guarded(lambda: refuse_links(run_dir))  # before a line is written to train.log or traceback.txt
-        own = list(configuration.config.allow_targets)
         if not code:
             code, _ = guarded(lambda: run_checked(configuration, run_dir, arguments, folder), log_dir=run_dir, own=own)
         return code

@@ -106,7 +106,7 @@ def open_run(run_dir: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]
     path.mkdir(parents=True, exist_ok=True)
     refuse_links(path)
     main = is_main_process()
-    with _owned(path) if main else contextlib.nullcontext():
+    with owned(path) if main else contextlib.nullcontext():
         began = (path / CONFIG).is_file()
         run = RunFolder(path, _newest_checkpoint(path), read_summary(path), began)
         if run.checkpoint is None and main:
@@ -132,11 +132,20 @@ def leaving_nothing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _owned(path: Path) -> Iterator[None]:
+def owned(path: Path, what: str = "run") -> Iterator[None]:
+    """Own a folder, creating it if needed, until the block ends.
+
+    Args:
+        what: "run" or "sweep", for the message.
+
+    Raises:
+        RunFolderInUseError: if a living process owns it; names the process.
+    """
+    path.mkdir(parents=True, exist_ok=True)
     lock, owner_file = FileLock(path / ".lock"), path / OWNER
-    _acquire(lock, path)
+    _acquire(lock, path, what)
     try:
-        _refuse_if_alive(path)
+        _refuse_if_alive(path, what)
         write_atomically(owner_file, json.dumps(_this_process(), indent=2) + "\n")
         try:
             _sweep(path)
@@ -147,7 +156,7 @@ def _owned(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(lock: FileLock, path: Path) -> None:
+def _acquire(lock: FileLock, path: Path, what: str) -> None:
     """Take the OS lock, waiting only for a dead owner's leftover workers."""
     deadline = time.monotonic() + WORKERS_DIE_SECONDS
     while True:
@@ -157,20 +166,20 @@ def _acquire(lock: FileLock, path: Path) -> None:
         except Timeout:
             owner = read_owner(path)
             if is_alive(owner) or time.monotonic() > deadline:
-                raise RunFolderInUseError(_in_use(path, owner)) from None
+                raise RunFolderInUseError(_in_use(path, owner, what)) from None
         time.sleep(0.05)
 
 
-def _refuse_if_alive(path: Path) -> None:
+def _refuse_if_alive(path: Path, what: str) -> None:
     """Refuse if the owner is alive although the lock was free: the file system may not share locks between hosts."""
     owner = read_owner(path)
     if is_alive(owner):
-        raise RunFolderInUseError(_in_use(path, owner))
+        raise RunFolderInUseError(_in_use(path, owner, what))
     if owner and owner["host"] != platform.node():
         silent = silent_seconds(path)
         if silent < SILENT_SECONDS:
             remedy = f"it wrote there {silent:.0f} seconds ago. If that process is dead, delete {path / 'owner.json'}"
-            raise RunFolderInUseError(f"{_in_use(path, owner)}; {remedy}")
+            raise RunFolderInUseError(f"{_in_use(path, owner, what)}; {remedy}")
 
 
 def silent_seconds(path: Path) -> float:
@@ -218,6 +227,12 @@ def _newest_checkpoint(path: Path) -> Opened | None:
     return open_newest(path / "checkpoints")
 
 
+def living_owner(path: Path) -> dict[str, Any]:
+    """`owner.json` of the process of this host that works in a run folder; empty if there is none."""
+    owner = read_owner(path)
+    return owner if is_alive(owner) else {}
+
+
 def is_main_process() -> bool:
     """Whether this is the first process of its launcher (torchrun, Lightning, SLURM), or has none."""
     ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
@@ -228,7 +243,7 @@ def _this_process() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "host": platform.node(),
-        "process_start": _process_start(os.getpid()),
+        "process_start": process_start(os.getpid()),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
     }
@@ -238,10 +253,10 @@ def is_alive(owner: dict[str, Any]) -> bool:
     """Whether the process that `owner.json` names lives on this host."""
     if not owner or owner["host"] != platform.node() or owner["process_start"] is None:
         return False  # or unknown: then the lock decides
-    return _process_start(owner["pid"]) == owner["process_start"]
+    return process_start(owner["pid"]) == owner["process_start"]
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a living process started, as the system writes it; with the pid, it identifies the process uniquely.
 
     None if there is no such process, and always on Windows.
@@ -269,9 +284,9 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def _in_use(path: Path, owner: dict[str, Any]) -> str:
+def _in_use(path: Path, owner: dict[str, Any], what: str) -> str:
     who = f"process {owner['pid']} on {owner['host']} (since {owner['started']})" if owner else "another process"
-    return f"run folder {path} is in use by {who}; wait for it to end, stop it, or choose another run_name"
+    return f"{what} folder {path} is in use by {who}; wait for it to end, stop it, or choose another run_name"
 
 
 def read_owner(path: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,6 +46,11 @@ def table(records: Sequence[Record], columns: Sequence[str] | None = None, width
     widths = _fitted(columns, headings, grid, are_texts, width)
     lines = [GAP.join(map(_placed, columns, row, widths, are_texts)).rstrip() for row in (headings, *grid)]
     return [*lines, *map(one_line, after), counts(records)]
+
+
+def terminal_width() -> int | None:
+    """Characters of a line of standard output; None if it is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def counts(records: Sequence[Record]) -> str:

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from llm_lightning.experiments.command_line import rewritten
+from llm_lightning.experiments.command_line import is_of_one_run, rewritten
 from llm_lightning.experiments.errors import recording
-from llm_lightning.experiments.multirun import is_of_one_run
 from llm_lightning.experiments.run_records import Start, read_summary, refuse_links
 from llm_lightning.experiments.settings.checks import Checked, checked
 from llm_lightning.experiments.settings.ignored import ignored_settings

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +26,9 @@ from llm_lightning.nearest import nearest
 
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 """Groups whose files choose and set, but declare no keys (a task declares only its own node)."""
+
+PLUGINS = Path(__file__).parents[1] / "sweep" / "plugins"
+"""The folder of `hydra_plugins`, the package that Hydra looks for plugins in."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class ConfigDirs(ConfigFiles):
         """
         added = [f"hydra.searchpath=['file://{folder}']" for folder in self.folders[:-1]]
         try:
-            with initialize_config_dir(str(self.folders[-1]), version_base="1.3"):
+            with _no_other_hydra(), initialize_config_dir(str(self.folders[-1]), version_base="1.3"):
                 return compose("train", [*overrides, *added], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(self._explain(" ".join(str(error).split()))) from None
@@ -100,6 +106,17 @@ class ConfigDirs(ConfigFiles):
         return f"{group}={option}: no such option; {hint(option, options)} ({group}: {', '.join(options)})"
 
 
+@contextlib.contextmanager
+def _no_other_hydra() -> Iterator[None]:
+    """Hide the Hydra that is composing a multirun while each of its jobs is composed."""
+    instance = GlobalHydra.instance()
+    hydra, instance.hydra = instance.hydra, None
+    try:
+        yield
+    finally:
+        instance.hydra = hydra
+
+
 def config_dirs(config_dir: str | None, project: Path) -> ConfigDirs:
     """The folder of `--config-dir`, if any, and the project's `conf`."""
     folders = [Path(config_dir), project] if config_dir else [project]
@@ -111,12 +128,14 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
-def register_resolvers() -> None:
-    """Register `${run_folder:NAME}`, which conf/train.yaml uses, for one start.
+def prepare_hydra() -> None:
+    """Let Hydra find the sweeper of `-m`, and register `${run_folder:NAME}`, which conf/train.yaml uses, for one start.
 
     Without a name, a folder is named by date, time and eight random digits: runs started in the same second differ.
     They are drawn here, once per start, so that Hydra and every launched process see the same folder.
     """
+    if str(PLUGINS) not in sys.path:
+        sys.path.append(str(PLUGINS))
     drawn = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(4)}"
     OmegaConf.register_new_resolver(
         "run_folder", lambda run_name: drawn if run_name is None else str(run_name), replace=True
