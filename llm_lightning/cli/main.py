@@ -28,6 +28,7 @@ VERBS = {
     "respond": "answer the questions of a file",
     "judge": "score answers, lexically or with an LLM judge",
     "compare": "show the answers of two models side by side, on a page",
+    "runs": "list the runs in a folder: status, steps, metrics, settings that differ",
     "lineage": "list the runs that led to a checkpoint, and whether their files have changed",
     "inspect-data": "show which tokens of records are trained on",
     "statistics": "count lengths and repetitions in a file",

@@ -132,6 +132,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WORDS = ("CKPT", "CLASSIFIER", "TUNED", "ADAPTED", "RECORDS", "responses.json")
+LISTS = [command for command in COMMANDS if command.startswith("llm-lightning runs")]
 TOOLS = [command for command in COMMANDS if any(word in command for word in WORDS)]
 
 
@@ -161,11 +162,18 @@ def test_tools(command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert cli(arguments) in (0, None)
 
 
+@pytest.mark.parametrize("command", LISTS)
+def test_lists(command: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(runs)
+    assert cli(shlex.split(command)[1:]) == 0
+    assert "first" in capsys.readouterr().out
+
+
 def test_every_tool_command_is_run() -> None:
     others = [
         c
         for c in COMMANDS
-        if c.startswith("llm-lightning") and c not in TOOLS and "completion" not in c and "VERB" not in c
+        if c.startswith("llm-lightning") and c not in (*TOOLS, *LISTS) and "completion" not in c and "VERB" not in c
     ]
     assert all(command == "llm-lightning" or len(command.split()) == 2 for command in others), (
         "mentioned by name, not as a command"

@@ -79,7 +79,7 @@ def test_a_run_leaves_what_is_promised(first: tuple[Path, Outcome], corpus: Path
     folder, outcome = first
     assert (outcome.code, outcome.err) == (0, "")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    promised = {"config.yaml", "command.json", "train.log", "metrics.csv", "samples.md", "summary.json"}
+    promised = {"config.yaml", "config.json", "command.json", "train.log", "metrics.csv", "samples.md", "summary.json"}
     promised |= {"plots/loss.png", "plots/lr.png"}
     promised |= {f"checkpoints/{name}.ckpt" for name in ("last", "best", "step_00000010")}
     assert promised <= files

@@ -320,12 +320,13 @@ class _Sweep:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def _conclude(self, received: Sequence[int], todo: Collection[Job]) -> None:
-        from llm_lightning.experiments.run_list import runs, table
+        from llm_lightning.experiments.run_list import runs
+        from llm_lightning.experiments.run_table import table, terminal_width
 
         ours = {job.folder for job in self.jobs}
         shown = [record for record in runs(self.folder) if Path(record["folder"]).absolute() in ours]
         say()
-        for line in table(shown):
+        for line in table(shown, width=terminal_width()):
             say(line)
         if received:
             left = sum(job.state() != "finished" for job in self.jobs)
