@@ -187,6 +187,7 @@ class _Sweep:
 
     def run(self) -> None:
         todo = list(self._to_do())
+        self._record([*todo, *(job for job in self.jobs if job.before and not job.before.is_recorded)])
         self._announce(todo)
         sweep = records.begin(self.folder)
         received: list[int] = []
@@ -206,6 +207,12 @@ class _Sweep:
             elif state == "open" or self.options["retry_failed"]:
                 yield job
 
+    def _record(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            before = job.before.swept if job.before else ()
+            swept = tuple(dict.fromkeys([*job.identity.swept, *before]))
+            records.write_job(job.folder, replace(job.identity, swept=swept), job.listed.words)
+
     def _announce(self, todo: Sequence[Job]) -> None:
         finished = sum(job.state() == "finished" for job in self.jobs)
         failed = sum(job.state() == "failed" for job in self.jobs) if not self.options["retry_failed"] else 0
@@ -221,10 +228,6 @@ class _Sweep:
     def _launch(self, todo: Sequence[Job], sweep: SweepRef, received: Sequence[int]) -> None:
         if not todo:
             return
-        for job in todo:
-            before = job.before.swept if job.before else ()
-            swept = tuple(dict.fromkeys([*job.identity.swept, *before]))
-            records.write_job(job.folder, replace(job.identity, swept=swept), job.listed.words)
         traits = traits_of(self.config.hydra.launcher, len(todo))
         attempt = replace(
             self.attempt,
