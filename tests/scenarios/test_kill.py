@@ -162,7 +162,8 @@ def start(command: list[str], folder: Path, *, forked: bool) -> Forked | subproc
     """A run, a fork of this process or, which takes longer, started by Python."""
     if forked:
         return Forked([*command, f"hydra.run.dir={folder}"], folder.parent)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with folder.with_suffix(".log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *command, f"hydra.run.dir={folder}"],
