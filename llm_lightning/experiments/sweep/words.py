@@ -119,7 +119,7 @@ def _refuse_missing(words: Iterable[str]) -> None:
     for word in words:
         key, _, value = word.partition("=")
         if value == "???":
-            raise ValueError(f"this sweep needs {key}: add {key}=VALUE (python train.py --help sweep says more)")
+            raise ValueError(f"{key} has no default in this sweep: add {key}=VALUE")
 
 
 def _later_wins(words: Sequence[str]) -> list[str]:
