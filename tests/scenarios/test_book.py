@@ -21,6 +21,8 @@ from tiny_run import train_here
 
 from llm_lightning.data.records.labelled import read_labelled
 from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.experiments.settings.compose import config_dirs
+from llm_lightning.experiments.sweep.words import list_jobs
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import apply_lora
@@ -65,7 +67,7 @@ def test_appendix_d(data_dir: Path, tmp_path: Path) -> None:
 
 # --- chapter 6: the table of variants --------------------------------------------------------------------------------
 
-TABLE = sorted((ROOT / "conf" / "experiment" / "book" / "ch06_table").glob("*.yaml"))
+SWEEP = yaml.safe_load((ROOT / "conf" / "sweep" / "book_ch06_table.yaml").read_text())["hydra"]["sweeper"]
 SIZES = {  # of the weights that the rows start from; beyond 355M two of the layers, because AdamW would not fit
     "gpt2-small": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -112,14 +114,15 @@ def few_messages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", TABLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("row", list(SWEEP["jobs"]))
 def test_rows_of_the_table_run(
-    row: Path, weights: Callable[[str], Path], few_messages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: str, weights: Callable[[str], Path], few_messages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each from its own file, with random weights of its size in place of the download."""
-    settings = yaml.safe_load((row.parents[1] / "ch06.yaml").read_text()) | yaml.safe_load(row.read_text())
+    """Each with the words of its job, with random weights of its size in place of the download."""
+    [job] = list_jobs({**SWEEP, "only": row, "max_jobs": 1}, [], config_dirs(None, ROOT / "conf"))
+    settings = {"init_from": "gpt2-small", **SWEEP["jobs"][row]}
     arguments = [
-        f"experiment=book/ch06_table/{row.stem}",
+        *job.words,
         f"data.path={few_messages}",
         f"hydra.run.dir={tmp_path / 'run'}",
         "trainer.max_steps=3",
@@ -139,17 +142,11 @@ def test_rows_of_the_table_run(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 3
     assert 0 <= summary["metrics"]["test/accuracy"] <= 1
-    if row.stem in TRAINED:
-        assert summary["parameters"]["trainable"] == TRAINED[row.stem]
+    if row in TRAINED:
+        assert summary["parameters"]["trainable"] == TRAINED[row]
     curves = read_metrics(tmp_path / "run" / "metrics.csv")
     assert [step for step, _ in curves["train/loss"]] == [0, 1, 2]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-
-
-def test_the_table_has_every_row_and_the_sweep_runs_it() -> None:
-    assert [path.stem.partition("_")[0] for path in TABLE] == [f"{number:02d}" for number in range(1, 20)]
-    sweep = yaml.safe_load((ROOT / "conf" / "sweep" / "book_ch06_table.yaml").read_text())
-    assert sweep == {"experiment": "glob(book/ch06_table/*)"}
 
 
 # --- chapter 7: instruction tuning ------------------------------------------------------------------------------------

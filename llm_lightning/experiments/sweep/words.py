@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -54,6 +54,7 @@ def list_jobs(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs
     shared = _words_of(options.get("params"), "hydra.sweeper.params", dirs)
     listed = _chosen(options.get("jobs"), options.get("only"))
     groups = [(name, _later_wins([*shared, *_words_of(node, name, dirs), *own])) for name, node in listed.items()]
+    _refuse_missing(word for _, words in groups for word in words)
     values = {word: _values(word, dirs) for _, words in groups for word in words}
     n_jobs = sum(math.prod(len(values[word]) for word in words) for _, words in groups)
     if n_jobs > options["max_jobs"]:
@@ -111,6 +112,14 @@ def _chosen(jobs: Any, only: Any) -> dict[str, Any]:
             hint = f"did you mean '{near}'?" if near else f"there are {', '.join(jobs)}"
             raise ValueError(f"hydra.sweeper.only={pattern}: no such job; {hint}")
     return {name: node for name, node in jobs.items() if any(fnmatchcase(name, str(one)) for one in patterns)}
+
+
+def _refuse_missing(words: Iterable[str]) -> None:
+    """Refuse `KEY: ???` of a file that the command line does not set."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if value == "???":
+            raise ValueError(f"{key} has no default in this sweep: add {key}=VALUE")
 
 
 def _later_wins(words: Sequence[str]) -> list[str]:

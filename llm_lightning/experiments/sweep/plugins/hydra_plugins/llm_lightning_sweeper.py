@@ -18,6 +18,8 @@ class SweeperConf:
     """`hydra.sweeper`; a file in conf/sweep sets `params` and `jobs`."""
 
     _target_: str = "hydra_plugins.llm_lightning_sweeper.ResumableSweeper"
+    _recursive_: bool = False
+    """Hydra must not read `params` and `jobs`: `KEY: ???` there is a value that the command line has to give."""
     params: Any = field(default_factory=dict)
     """KEY: VALUE of every job, or KEY: VALUE,VALUE,... for one job each."""
     jobs: Any = field(default_factory=dict)
