@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from test_kill import CLOCK_METRICS, tensorboard
-from tiny_run import ROOT, SETTINGS, assert_same, living, write_corpus
+from tiny_run import ROOT, SETTINGS, assert_same, living, start, write_corpus
 
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
@@ -179,3 +179,33 @@ def test_a_sweep_that_fails_is_killed_and_mended(
     assert all(
         (study.jobs("killed")[name] / "summary.json").stat().st_mtime_ns == was for name, was in finished.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("different", "equal"),
+    [pytest.param(2, 2, marks=pytest.mark.slow, id="few"), pytest.param(16, 4, marks=pytest.mark.soak, id="many")],
+)
+def test_what_starts_at_once_shares_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, different: int, equal: int
+) -> None:
+    """Half of the different ones are runs, half are sweeps; none has a name."""
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    data = [*SETTINGS, f"data.path={write_corpus(tmp_path / 'corpus.txt')}"]
+    several = [[f"seed={n}"] if n % 2 else ["-m", f"seed={n},{n + 100}"] for n in range(different)]
+    processes = [start([*words, *data], tmp_path) for words in several]
+    for process in processes:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+    trained = [path.parent for path in sorted(tmp_path.rglob("summary.json"))]
+    assert len(trained) == different // 2 + different // 2 * 2
+    for folder in trained:
+        assert len(finished_in((folder / "train.log").read_text())) == 1
+    same = [start(["-m", "seed=7,8", "trainer.max_steps=300", "run_name=same", *data], tmp_path) for _ in range(equal)]
+    said = [process.communicate(timeout=600)[1] for process in same]
+    refused = [err for process, err in zip(same, said, strict=True) if process.returncode == 2]
+    assert len(refused) == equal - 1, said
+    for err in refused:
+        assert "sweep folder" in err.splitlines()[-1]
+        assert "is in use by process" in err.splitlines()[-1]
+    for name in ("seed_7", "seed_8"):
+        assert len(finished_in((tmp_path / "outputs" / "sweeps" / "same" / name / "train.log").read_text())) == 1
