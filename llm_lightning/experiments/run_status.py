@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -104,7 +105,7 @@ def read_run(path: Path, names: Names, name: str) -> Run:
     steps = max(_count(summary.get("steps")) or 0, files.saved_steps)
     progress = _Progress(steps, _metrics_of(summary), _number(summary.get("best_value")))
     if not _ended(files):
-        _guarded(names, path / METRICS, partial(_read_on, progress, path, settings), None, problems)
+        _guarded(names, path, METRICS, partial(_read_on, progress, path, settings), None, problems)
     status, reason = ("unreadable", problems[0]) if problems else _status(path, files, progress.steps)
     facts = {
         "name": name,
@@ -123,13 +124,13 @@ def read_run(path: Path, names: Names, name: str) -> Run:
 
 def _read_files(path: Path, names: Names, problems: list[str]) -> _Files:
     def read(name: str, action: Callable[[Path], Read], without: Read) -> Read:
-        return _guarded(names, path / name, partial(action, path), without, problems)
+        return _guarded(names, path, name, partial(action, path), without, problems)
 
     nothing: dict[str, Any] = {}
     settings = read(CONFIG_JSON, _from_json, nothing) if CONFIG_JSON in names else read(CONFIG, _from_yaml, nothing)
     command = read(COMMAND, lambda folder: read_facts(folder / COMMAND, {}, "delete it"), nothing)
     return _Files(
-        settings=dict(_flat(settings)),
+        settings=_flat(settings),
         summary=read(SUMMARY, read_summary, nothing),
         owner=read(OWNER, read_owner, nothing),
         failure=read(FAILURE, Failure.read, None),
@@ -138,13 +139,13 @@ def _read_files(path: Path, names: Names, problems: list[str]) -> _Files:
     )
 
 
-def _guarded(names: Names, file: Path, read: Callable[[], Read], without: Read, problems: list[str]) -> Read:
+def _guarded(names: Names, path: Path, name: str, read: Callable[[], Read], without: Read, problems: list[str]) -> Read:
     """What `read` returns; `without` if there is no such file, or if it is damaged, which is added to `problems`."""
-    if file.name not in names:
+    if name not in names:
         return without
     try:
-        if not names[file.name]:  # a pipe would be waited for
-            raise ValueError(f"{file} is not a regular file")
+        if not names[name]:  # a pipe would be waited for
+            raise ValueError(f"{path / name} is not a regular file")
         return read()
     except FileNotFoundError:  # removed since
         return without
@@ -204,13 +205,16 @@ def _nodes(value: Any) -> Iterator[Any]:
         yield from _nodes(child)
 
 
-def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Mapping[Any, Any], prefix: str = "", flat: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Nested settings in one dict, keys joined by dots; what is not plain becomes JSON."""
+    flat = {} if flat is None else flat
     for key, value in settings.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            _flat(value, f"{prefix}{key}.", flat)
         else:
             is_plain = value is None or isinstance(value, (str, int, float))
-            yield f"{prefix}{key}", value if is_plain else json.dumps(value, default=str, skipkeys=True)
+            flat[f"{prefix}{key}"] = value if is_plain else json.dumps(value, default=str, skipkeys=True)
+    return flat
 
 
 def _task_of(settings: Mapping[str, Any]) -> str | None:
@@ -242,7 +246,11 @@ def _read_on(progress: _Progress, path: Path, settings: Mapping[str, Any]) -> No
 
 
 def _saved_steps(path: Path) -> list[int]:
-    names = [file.name for file in (path / "checkpoints").glob("step_*.ckpt")]
+    try:
+        with os.scandir(path / "checkpoints") as entries:
+            names = [entry.name for entry in entries]
+    except OSError:
+        return []
     return [int(found[1]) for name in names if (found := re.fullmatch(r"step_([0-9]{1,18})\.ckpt", name))]
 
 
