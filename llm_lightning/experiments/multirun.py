@@ -33,10 +33,15 @@ def run_multirun(script: Path, own_config_dir: str | None, config_dir: Path) -> 
         config_dir: the folder of train.yaml.
 
     Raises:
+        ValueError: if the command line cannot be composed.
         ChildProcessError: if jobs failed, after all others have run.
     """
     import hydra
+    from hydra.errors import HydraException
 
     options: Sequence[str] = [f"--config-dir={Path(own_config_dir).absolute()}"] if own_config_dir else []
     task = Multirun(Attempt(str(script), tuple(options)), config_dir, own_config_dir)
-    hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(task)()
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split())) from None

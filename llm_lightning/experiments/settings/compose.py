@@ -83,7 +83,8 @@ class ConfigDirs(ConfigFiles):
             with _no_other_hydra(), initialize_config_dir(str(self.folders[-1]), version_base="1.3"):
                 return compose("train", [*overrides, *added], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ValueError(self._explain(" ".join(str(error).split()))) from None
+            reason = f": {error.__cause__}" if str(error).startswith("Error merging override") else ""
+            raise ValueError(self._explain(" ".join(f"{error}{reason}".split()))) from None
 
     def _explain(self, message: str) -> str:
         """Hydra's message if it is clear; ours, with the nearest right name, if a name is wrong."""

@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import open_dict
 
 from llm_lightning.experiments.failures import Failure
-from llm_lightning.experiments.run_folder import owned
+from llm_lightning.experiments.run_folder import is_main_process, owned
 from llm_lightning.experiments.run_records import read_summary, refuse_links
 from llm_lightning.experiments.settings.checks import checked_settings
 from llm_lightning.experiments.settings.compose import PLUGINS, ConfigDirs, config_dirs
@@ -37,11 +37,9 @@ from llm_lightning.experiments.sweep.forked import PROJECT
 from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
 from llm_lightning.experiments.sweep.launchers import results_that_never_raise, traits_of
 from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
-from llm_lightning.terminal import counted, one_line, say
+from llm_lightning.terminal import counted, say
 
 POLL_SECONDS = 0.2
-SHOWN = 160
-"""Maximum number of characters of a failure's message in the closing lines."""
 MANY = 20
 """From this number of jobs on, a bar shows how many are composed."""
 
@@ -82,6 +80,8 @@ def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hyd
         RunFolderInUseError: if another process runs this sweep.
         ChildProcessError: if jobs failed.
     """
+    if not is_main_process() or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("a sweep starts the processes of each job itself: type it once, without a launcher")
     attempt: Attempt = task.attempt
     dirs = config_dirs(task.own_config_dir, task.config_dir)
     option = config.hydra.runtime.choices.get("sweep")
@@ -335,12 +335,10 @@ class _Sweep:
             left = sum(job.state() != "finished" for job in self.jobs)
             say(f"Sweep {self.name}: stopped, {counted(left, 'job')} left; the same command continues", file=sys.stderr)
             sys.exit(128 + received[0])
-        failures = [(job, failure) for job in self.jobs if (failure := self._failure(job)) is not None]
+        failures = [failure for job in self.jobs if (failure := self._failure(job)) is not None]
         again = [word for word in sys.argv[1:] if key_of(word) != "hydra.sweeper.retry_failed"]
-        for job, failure in failures:
-            say(f"{job.name} failed: {one_line(failure.message, SHOWN)}", file=sys.stderr)
         if failures:
-            if not all(failure.repeats for _, failure in failures):
+            if not all(failure.repeats for failure in failures):
                 again.append("hydra.sweeper.retry_failed=true")
             command = shlex.join(["python", str(shown_from(Path.cwd(), Path(sys.argv[0]))), *again])
             raise ChildProcessError(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from hydra.core.override_parser.types import Glob, IntervalSweep
+
 from llm_lightning.experiments.settings.checks import values_of
 from llm_lightning.experiments.settings.compose import ConfigDirs
 from llm_lightning.experiments.settings.groups import without_null_groups
@@ -55,13 +57,15 @@ def list_jobs(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs
     listed = _chosen(options.get("jobs"), options.get("only"))
     groups = [(name, _later_wins([*shared, *_words_of(node, name, dirs), *own])) for name, node in listed.items()]
     _refuse_missing(word for _, words in groups for word in words)
-    values = {word: _values(word, dirs) for _, words in groups for word in words}
-    n_jobs = sum(math.prod(len(values[word]) for word in words) for _, words in groups)
+    distinct = dict.fromkeys(word for _, words in groups for word in words)
+    counts = {word: _count(word, dirs) for word in distinct}
+    n_jobs = sum(math.prod(counts[word] for word in words) for _, words in groups)
     if n_jobs > options["max_jobs"]:
         raise ValueError(
             f"this sweep has {n_jobs:,} jobs, more than hydra.sweeper.max_jobs={options['max_jobs']}: "
             f"leave values out, or add hydra.sweeper.max_jobs={n_jobs}"
         )
+    values = {word: [str(one.input_line) for one in values_of(parsed(word), dirs)] for word in distinct}
     return [job for name, words in groups for job in _combinations(name, words, values)]
 
 
@@ -128,14 +132,20 @@ def _later_wins(words: Sequence[str]) -> list[str]:
     return [word for index, word in enumerate(words) if last[key_of(word)] == index]
 
 
-def _values(word: str, dirs: ConfigDirs) -> list[str]:
+def _count(word: str, dirs: ConfigDirs) -> int:
+    """The number of values of an override."""
     override = parsed(word)
     key = override.key_or_group
-    if override.is_sweep_override() and key.partition(".")[0].partition("/")[0] in CANNOT_VARY:
+    if not override.is_sweep_override():
+        return 1
+    if key.partition(".")[0].partition("/")[0] in CANNOT_VARY:
         raise ValueError(f"'{word}': {key} cannot vary in a sweep; give it one value")
-    if override.is_sweep_override() and override.value().__class__.__name__ == "IntervalSweep":
+    value = override.value()
+    if isinstance(value, IntervalSweep):
         raise ValueError(f"'{word}' lists no values: an interval has no end of them; write them out, as {key}=A,B,C")
-    return [str(one.input_line) for one in values_of(override, dirs)]
+    if isinstance(value, Glob):
+        return len(values_of(override, dirs))
+    return sum(1 for _ in override.sweep_string_iterator())
 
 
 def _combinations(name: str, words: Sequence[str], values: Mapping[str, list[str]]) -> Iterator[Listed]:
@@ -156,7 +166,7 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 
 def _value(word: str) -> str:
-    return _safe(unquoted(word.partition("=")[2]))[-LONGEST_VALUE:].lstrip("_.-") or "empty"
+    return _safe(unquoted(word.partition("=")[2]))[-LONGEST_VALUE:].lstrip("_.") or "empty"
 
 
 def _safe(text: str) -> str:

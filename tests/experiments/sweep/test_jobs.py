@@ -43,6 +43,7 @@ def test_a_job_for_each_combination_named_by_what_varies() -> None:
     assert listed[1].words == ("task=sft", "optimizer.lr=0.0003", "model.dropout=0", "run_name=study")
     assert names("seed=range(1,4)") == ["seed_1", "seed_2", "seed_3"]
     assert names("seed=1") == ["job"]
+    assert names("optimizer.lr=1,-1") == ["lr_1", "lr_-1"]
 
 
 def test_two_keys_with_the_same_end_are_told_apart() -> None:
@@ -85,7 +86,9 @@ def test_what_cannot_vary_is_refused_before_anything_is_composed() -> None:
         jobs_of("seed=1,,2")
     with pytest.raises(ValueError, match=r"1,001 jobs, more than hydra.sweeper.max_jobs=1000.*max_jobs=1001"):
         jobs_of("seed=range(0,1001)")
-    assert len(jobs_of("seed=range(0,1001)", max_jobs=1001)) == 1001
+    with pytest.raises(ValueError, match="1,000,000,000 jobs"):  # at once: none of them is listed
+        jobs_of("seed=range(0,100000)", "optimizer.lr=range(1,10001)")
+    assert len(jobs_of("seed=range(0,20)", max_jobs=20)) == 20
 
 
 def test_a_sweep_without_a_name_is_named_by_its_jobs_in_any_order() -> None:
