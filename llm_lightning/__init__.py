@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_lightning.experiments.run_list import runs
     from llm_lightning.experiments.start import TrainedRun, train
     from llm_lightning.inference.classify import Classification, classify_text, classify_texts
     from llm_lightning.inference.evaluate import Evaluation, evaluate_labelled, evaluate_text, evaluate_texts
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llm_lightning.weights.load import LoadedModel, load_model
 
 _HOMES = {
+    "experiments.run_list": ("runs",),
     "experiments.start": ("TrainedRun", "train"),
     "inference.classify": ("Classification", "classify_text", "classify_texts"),
     "inference.evaluate": ("Evaluation", "evaluate_labelled", "evaluate_text", "evaluate_texts"),
@@ -47,6 +49,7 @@ __all__ = [
     "generate_texts",
     "load_model",
     "respond",
+    "runs",
     "train",
     "use_adapter",
 ]

@@ -37,6 +37,15 @@ def _compose_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _needs_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
     for name in ("lightning.pytorch", "lightning.fabric"):

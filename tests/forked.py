@@ -6,18 +6,22 @@ that a shell has started. What comes before, and the processes that such a run s
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import pytest
 from tiny_run import ROOT
 
+from llm_lightning.experiments.sweep import attempt
 from llm_lightning.signals import STOPPING
 
 
@@ -49,6 +53,9 @@ class Forked:
     def kill(self) -> None:
         self._process.kill()
 
+    def close(self) -> None:
+        pass
+
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"still running after {timeout} s"
@@ -63,6 +70,21 @@ class Forked:
             written.append(file.read())
             file.close()
         return written[0], written[1]
+
+
+def jobs_are_forks(patch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Let the jobs of a sweep be forks of this process, which need no server; returns the words of each."""
+    for room in ("callbacks", "data", "experiments", "tasks"):  # once, or each fork imports them again
+        for module in pkgutil.iter_modules(importlib.import_module(f"llm_lightning.{room}").__path__):
+            importlib.import_module(f"llm_lightning.{room}.{module.name}")
+    started: list[list[str]] = []
+
+    def start_child(argv: Sequence[str], *_: Any, **__: Any) -> Forked:
+        started.append(list(argv[1:]))
+        return Forked(argv[1:], Path.cwd(), pipes=False)
+
+    patch.setattr(attempt, "start_child", start_child)
+    return started
 
 
 def _run(arguments: list[str], folder: Path, files: list[IO[str] | None], start_new_session: bool) -> None:

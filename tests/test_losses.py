@@ -103,3 +103,26 @@ def test_a_frozen_head_and_no_grad_cost_no_gradient() -> None:
     frozen = causal_lm_loss(hidden, weight.detach(), labels)
     expected_gradient = torch.autograd.grad(expected, hidden)[0]
     torch.testing.assert_close(torch.autograd.grad(frozen, hidden)[0], expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_on_a_gpu_the_head_is_that_of_float64(dtype: torch.dtype, tolerance: float) -> None:
+    """GPT-2's vocabulary, more than one chunk, deterministic algorithms as in training."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 700, 64, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(50257, 64, generator=generator, dtype=torch.float64).mul(0.1).requires_grad_()
+    labels = torch.randint(0, 50257, (2, 700), generator=generator)
+    labels[0, :100] = IGNORE_INDEX
+    expected = loss_and_gradients(textbook, hidden, weight, labels)
+    inputs = [tensor.detach().to("cuda", torch.float32).requires_grad_() for tensor in (hidden, weight)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            found = [loss_and_gradients(causal_lm_loss, *inputs, labels.cuda()) for _ in range(2)]
+            log_probs = losses.token_log_probs(inputs[0].flatten(0, 1)[100:], inputs[1], labels.flatten()[100:].cuda())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert_close([part.double().cpu() for part in found[0]], expected, tolerance)
+    assert_close([-log_probs.sum().double().cpu()], expected[:1], tolerance)

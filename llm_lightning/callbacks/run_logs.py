@@ -38,6 +38,10 @@ from llm_lightning.files.metrics_csv import (
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+# TensorBoard looks for this module before it imports TensorFlow, which takes seconds and 580 MB where it is installed.
+# Set here, it also holds for Lightning's own logger, and for a parent process that imports torch.utils.tensorboard.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+
 FIRST_COLUMNS = ("step", "train/loss", "val/loss", "train/eval_loss")
 
 log = logging.getLogger(__name__)
@@ -205,8 +209,6 @@ class TensorBoard(Logger):
     def experiment(self) -> SummaryWriter:
         """The writer, for what has no method here: images, histograms."""
         if self._writer is None:
-            # TensorBoard asks for this name before it imports TensorFlow, which costs seconds wherever it is installed.
-            sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
             from torch.utils.tensorboard import SummaryWriter
 
             drop_events_from(self.path, self._resumed_step)

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import NoReturn
 
@@ -28,6 +28,7 @@ VERBS = {
     "respond": "answer the questions of a file",
     "judge": "score answers, lexically or with an LLM judge",
     "compare": "show the answers of two models side by side, on a page",
+    "runs": "list the runs in a folder: status, steps, metrics, settings that differ",
     "lineage": "list the runs that led to a checkpoint, and whether their files have changed",
     "inspect-data": "show which tokens of records are trained on",
     "statistics": "count lengths and repetitions in a file",
@@ -98,6 +99,13 @@ def _flush_help() -> None:
         unforeseen.stop_writing()
 
 
+def _version() -> str:
+    try:
+        return version("llm-lightning")
+    except PackageNotFoundError:
+        return "unknown: a clone that is not installed"
+
+
 def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
     verbs = "\n".join(f"  {verb:<16} {summary}" for verb, summary in VERBS.items())
     parser = _Parser(
@@ -106,7 +114,7 @@ def _choose_verb(argv: list[str] | None) -> tuple[str, list[str]]:
         epilog=f"verbs:\n{verbs}\n\n`llm-lightning VERB --help` lists the options of a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=version("llm-lightning"))
+    parser.add_argument("--version", action="version", version=_version())
     parser.add_argument("verb", metavar="VERB", choices=VERBS, help="one of the verbs below")
     parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)

@@ -221,7 +221,8 @@ class BaseDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=begin_with(),
             persistent_workers=self.num_workers > 0 and not are_forked(),  # others take seconds to start
-            pin_memory=torch.cuda.is_available(),
+            # Pinning takes a part of the GPU, which a run on the CPU leaves alone.
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # A DataLoader without its own generator draws from the global RNG at every epoch, so that dropout would
             # depend on how often the loader was made. Workers are seeded from it, differently on each rank.
             generator=torch.Generator().manual_seed(self.seed + order.rank),

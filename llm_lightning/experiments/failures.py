@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from llm_lightning.experiments.run_folder import CONFIG_JSON, OWNER, is_main_process
+from llm_lightning.experiments.run_folder import CONFIG_JSON, OWNER, changed, is_main_process
 from llm_lightning.experiments.run_records import Facts, read_facts
 from llm_lightning.files.atomic import write_atomically
 
@@ -77,21 +77,13 @@ def record(folder: Path, *, kind: Kind, error: Exception, message: str, exit_cod
 
     Of several ranks, the first that fails is recorded. The folder must not be another process's.
     """
-    since = since if is_main_process() else _changed(folder / OWNER)  # a rank may start long after the session
-    if _changed(folder / FAILURE) > since:
+    since = since if is_main_process() else changed(folder / OWNER)  # a rank may start long after the session
+    if changed(folder / FAILURE) > since:
         return
-    began = _changed(folder / CONFIG_JSON) > since
+    began = changed(folder / CONFIG_JSON) > since
     Failure(kind, type(error).__name__, message, exit_code, began=began).write(folder)
 
 
 def forget(folder: Path) -> None:
     """Remove the failure of an earlier session."""
     (folder / FAILURE).unlink(missing_ok=True)
-
-
-def _changed(path: Path) -> float:
-    """When a file was last written, in seconds; 0 if there is none."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0

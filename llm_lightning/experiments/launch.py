@@ -68,12 +68,13 @@ def _run(script: Path, config_dir: Path) -> None:
     from llm_lightning.experiments.command_line import rewritten
     from llm_lightning.experiments.multirun import run_multirun
     from llm_lightning.experiments.settings.checks import checked_settings
-    from llm_lightning.experiments.settings.overrides import parse_arguments
+    from llm_lightning.experiments.settings.overrides import parse_arguments, split_options
     from llm_lightning.experiments.settings.targets import check_targets
     from llm_lightning.experiments.start import in_run_folder, run_checked
 
     folder = Path.cwd()
-    words = rewritten(sys.argv[1:], config_dir)
+    options, overrides = split_options(rewritten(sys.argv[1:], config_dir))
+    words = [*options, *overrides]  # Hydra takes options only before or after all overrides
     sys.argv = [str(script), *words]
     configuration, arguments = checked_settings(words, config_dir), parse_arguments(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises exceptions, which become one line here

@@ -103,12 +103,14 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if is_main_process():
         failures.forget(run.path)
-    if is_finished(run, trainer, planned_steps(trainer, datamodule)):
+    total_steps = planned_steps(trainer, datamodule)
+    if is_finished(run, trainer, total_steps):
         mend_adapter(run, lineage)
         return say_finished(settings, run, start)
     if is_main_process():
         run.write_config(settings)
-        write_atomically(run.path / COMMAND, json.dumps(start.record(lineage["places"]), indent=2) + "\n")
+        command = start.record(lineage["places"], total_steps)
+        write_atomically(run.path / COMMAND, json.dumps(command, indent=2) + "\n")
     announce(trainer, datamodule, module, run)
     for line in start.notes if is_main_process() else ():
         log.info(line)

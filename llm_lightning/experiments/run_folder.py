@@ -164,16 +164,16 @@ def _acquire(lock: FileLock, path: Path, what: str) -> None:
             lock.acquire(timeout=0)
             return
         except Timeout:
-            owner = _read_owner(path)
-            if _is_alive(owner) or time.monotonic() > deadline:
+            owner = read_owner(path)
+            if is_alive(owner) or time.monotonic() > deadline:
                 raise RunFolderInUseError(_in_use(path, owner, what)) from None
         time.sleep(0.05)
 
 
 def _refuse_if_alive(path: Path, what: str) -> None:
     """Refuse if the owner is alive although the lock was free: the file system may not share locks between hosts."""
-    owner = _read_owner(path)
-    if _is_alive(owner):
+    owner = read_owner(path)
+    if is_alive(owner):
         raise RunFolderInUseError(_in_use(path, owner, what))
     if owner and owner["host"] != platform.node():
         silent = silent_seconds(path)
@@ -185,20 +185,28 @@ def _refuse_if_alive(path: Path, what: str) -> None:
 def silent_seconds(path: Path) -> float:
     """Seconds since the owner last wrote to a folder."""
     written = [path / OWNER, path / "metrics.csv", *(path / "checkpoints").glob("*")]
-    return time.time() - max((file.stat().st_mtime for file in written if file.is_file()), default=0.0)
+    return time.time() - max(map(changed, written))
+
+
+def changed(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 if there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def is_anothers(path: Path) -> bool:
     """Whether a process that is not of this session works in the folder, or may do so."""
     try:
-        owner = _read_owner(path)
+        owner = read_owner(path)
     except (ValueError, OSError):
         return True
     if not owner or owner["pid"] == os.getpid():
         return False
     if owner["host"] != platform.node():
         return silent_seconds(path) < SILENT_SECONDS
-    if not _is_alive(owner):
+    if not is_alive(owner):
         return False
     # Lightning's later ranks are children of the first; torchrun's are its siblings.
     return is_main_process() or os.getppid() not in (owner["pid"], _parent(owner["pid"]))
@@ -221,8 +229,8 @@ def _newest_checkpoint(path: Path) -> Opened | None:
 
 def living_owner(path: Path) -> dict[str, Any]:
     """`owner.json` of the process of this host that works in a run folder; empty if there is none."""
-    owner = _read_owner(path)
-    return owner if _is_alive(owner) else {}
+    owner = read_owner(path)
+    return owner if is_alive(owner) else {}
 
 
 def is_main_process() -> bool:
@@ -241,7 +249,8 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _is_alive(owner: dict[str, Any]) -> bool:
+def is_alive(owner: dict[str, Any]) -> bool:
+    """Whether the process that `owner.json` names lives on this host."""
     if not owner or owner["host"] != platform.node() or owner["process_start"] is None:
         return False  # or unknown: then the lock decides
     return process_start(owner["pid"]) == owner["process_start"]
@@ -280,5 +289,6 @@ def _in_use(path: Path, owner: dict[str, Any], what: str) -> str:
     return f"{what} folder {path} is in use by {who}; wait for it to end, stop it, or choose another run_name"
 
 
-def _read_owner(path: Path) -> dict[str, Any]:
+def read_owner(path: Path) -> dict[str, Any]:
+    """`owner.json` of a run folder; empty if there is none. Raises ValueError if it is damaged."""
     return read_facts(path / OWNER, OWNER_FACTS, "make sure that no process works in the folder, and delete it")

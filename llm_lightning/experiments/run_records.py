@@ -16,7 +16,7 @@ from typing import Any
 from llm_lightning.terminal import one_line
 
 COMMAND = "command.json"
-"""File in a run folder: the command line that started the run, and the folder it was typed in."""
+"""File in a run folder: the command line that started the run, the folder it was typed in, and the planned steps."""
 SUMMARY = "summary.json"
 """File in a run folder: the results of a run that ended by itself."""
 Settings = dict[str, Any]
@@ -43,10 +43,15 @@ class Start:
     notes: Sequence[str] = ()
     """Lines to log before training: typed settings without effect."""
 
-    def record(self, places: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, places: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
         """The content of `command.json`; `places` locates the data and the first weights."""
-        overrides = list(self.overrides)
-        return {"folder": self.folder, "config_dir": self.config_dir, "overrides": overrides, "places": places}
+        return {
+            "folder": self.folder,
+            "config_dir": self.config_dir,
+            "overrides": list(self.overrides),
+            "places": places,
+            "total_steps": total_steps,
+        }
 
 
 def read_facts(path: Path, facts: Facts, remedy: str) -> dict[str, Any]:

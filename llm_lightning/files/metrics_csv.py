@@ -5,12 +5,14 @@ A row maps columns to their non-empty cells, as text.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +64,30 @@ def parse(content: bytes) -> tuple[list[str], list[Row]]:
     rows = [{name: cell for name, cell in zip(columns, cells, strict=True) if cell}
             for cells in lines if _is_row(cells, columns)]  # fmt: skip
     return columns, rows
+
+
+def last_rows(path: str | Path, n_bytes: int = 1 << 14) -> list[Row]:
+    """The rows in the last bytes of a metrics file; the others are not read."""
+    with Path(path).open("rb") as file:
+        columns = file.readline()
+        end = file.seek(0, os.SEEK_END)
+        if file.seek(max(len(columns), end - n_bytes)) > len(columns):
+            file.readline()  # its beginning was left out
+        return parse(columns + file.read())[1]
+
+
+def column(path: str | Path, name: str) -> Iterator[float]:
+    """The numbers in one column of a metrics file, which is not kept in memory."""
+    with Path(path).open("rb") as file:
+        columns = [cell.decode(errors="replace") for cell in file.readline().strip().split(b",")]
+        if name not in columns:
+            return
+        index = columns.index(name)
+        for line in file:
+            cells = line.rstrip(b"\r\n").split(b",")
+            if len(cells) == len(columns) and cells[index] and line.endswith(b"\n"):
+                with contextlib.suppress(ValueError):
+                    yield float(cells[index])
 
 
 def unreadable(content: bytes) -> list[int]:

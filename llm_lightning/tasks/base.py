@@ -173,6 +173,8 @@ class TaskModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step_output(batch)
+        if self.global_step == 0 and not self._window:
+            self._fit_loss_scale(output.n_items)
         self._window.add(output, batch_idx, batch.sample_ids)
         return output.loss_sum * self.trainer.accumulate_grad_batches  # Lightning divides by it
 
@@ -365,12 +367,32 @@ class TaskModule(L.LightningModule):
     def _fused(self) -> bool:
         setting = self.optimizer_config.fused
         # Under fp16 a fused optimizer would unscale only inside its step, after we measured and clipped the norm.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        scaled = self._loss_scaler is not None
         if setting is True and scaled:
             raise ValueError("optimizer.fused=true and trainer.precision=16-mixed do not go together; use fused=auto")
         if setting != "auto":
             return bool(setting)
         return not scaled and not isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    @property
+    def _loss_scaler(self) -> torch.amp.GradScaler | None:
+        """What multiplies the loss under fp16; None in other precisions."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _fit_loss_scale(self, n_items: int) -> None:
+        """Begin fp16 with the scale that suits a mean, divided by the items of a micro-batch.
+
+        The scaler's own is meant for means. Times a sum it overflows, and the first ten updates of a batch of 1,024
+        tokens were skipped.
+        """
+        scaler = self._loss_scaler
+        if scaler is None or not scaler.is_enabled():
+            return
+        if self.trainer.world_size > 1:  # the same scale for the gradients of all processes
+            counts = torch.tensor(float(n_items), device=self.device)
+            n_items = int(self.trainer.strategy.reduce(counts, reduce_op="sum")) // self.trainer.world_size
+        state = scaler.state_dict()
+        scaler.load_state_dict(state | {"scale": state["scale"] / 2 ** math.ceil(math.log2(max(n_items, 1)))})
 
     def _max_norm(self) -> float | None:
         config = self.optimizer_config
@@ -379,7 +401,7 @@ class TaskModule(L.LightningModule):
 
     def _check_finite(self, loss_sum: float, norm: float) -> None:
         # The fp16 scaler skips an update that overflows, and halves its scale. If no scale is small enough, it is nan.
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = self._loss_scaler
         overflows = scaler is not None and scaler.get_scale() > 2**-14
         if math.isfinite(loss_sum) and (math.isfinite(norm) or overflows):
             return

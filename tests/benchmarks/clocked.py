@@ -22,6 +22,13 @@ class Clock:
         self.losses.append(loss)
 
 
+def on_gpu() -> bool:
+    """Whether to train on a GPU: where there is one, it is what a user would take."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def train_ours(module: Any, data: Any, clock: Clock, batches: int) -> None:
     """Fit a TaskModule for one epoch of so many batches."""
     import lightning as L
@@ -34,9 +41,9 @@ def train_ours(module: Any, data: Any, clock: Clock, batches: int) -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, precision="bf16-mixed", deterministic=True, max_epochs=1, logger=False,
-        callbacks=[Ticks()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, limit_train_batches=batches, limit_val_batches=0,
+        accelerator="gpu" if on_gpu() else "cpu", devices=1, precision="bf16-mixed", deterministic=True, max_epochs=1,
+        logger=False, callbacks=[Ticks()], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, limit_train_batches=batches, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
 
@@ -68,7 +75,7 @@ SHARED_ARGUMENTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "constant",
     "train_sampling_strategy": "sequential",
-    "use_cpu": True,
+    "use_cpu": not on_gpu(),
     "gradient_checkpointing": False,
     "dataloader_pin_memory": False,
     "save_strategy": "no",

@@ -1,14 +1,17 @@
 """One command for a machine with a GPU, offline, a few minutes: what must run there, and how fast it runs.
 
-    python tests/benchmarks/gpu.py [--parts tests,runs,training,generation] [--out FOLDER]
+    python tests/benchmarks/gpu.py [--parts tests,runs,training,sft,generation] [--out FOLDER]
     python tests/benchmarks/gpu.py --rehearse        the same on a CPU with tiny sizes, to see that it works
 
 Parts, in order of value:
 
 - `tests`: the tests marked gpu.
-- `runs`: every task through train.py, whole and in two sittings; both must end with the same bits.
+- `runs`: every task through train.py, whole and in two sittings; both must end with the same bits. So must one process
+  of ddp and fsdp with NCCL. Then the verbs that read such a run, on the GPU.
 - `training`: 124M parameters, context 1024, bf16. Ours through a Trainer, eager and compiled; GPT2LMHeadModel under
   autocast, eager and compiled; a bare loop with a compiled model and fused AdamW, as nanoGPT's. Tokens/s, MFU, memory.
+- `sft`: an epoch of the book's records at 124M, by `sft.py`: ours, packed and padded, and TRL's under autocast. It
+  needs the package trl, and $LLM_LIGHTNING_DATA.
 - `generation`: greedy, 124M parameters in bf16, batch 1, 8 and 64, beside `generate` of transformers.
 
 Every part and every contender is a process with a time limit of its own; each result is printed and written to
@@ -34,8 +37,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 50257
-PART_SECONDS = {"tests": 120, "runs": 240, "training": 100, "generation": 60}
-"""Most seconds of a part; of each contender for the last two."""
+PART_SECONDS = {"tests": 240, "runs": 240, "training": 100, "sft": 60, "generation": 60}
+"""Most seconds of a part; of each contender for the last three."""
 REHEARSAL = os.environ.get("LLM_LIGHTNING_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
 BATCH, TIME, STEPS, WARMUP = (2, 32, 2, 1) if REHEARSAL else (16, 1024, 20, 5)
@@ -53,7 +56,7 @@ def main() -> None:
     if options.contender:
         warnings.filterwarnings("ignore")
         name, _, argument = options.contender.partition(":")
-        print(json.dumps({**TRAINING, **GENERATION}[name](*([int(argument)] if argument else []))))
+        print(json.dumps({**TRAINING, **SFT, **GENERATION}[name](*([int(argument)] if argument else []))))
         return
     environment = {**os.environ, "LLM_LIGHTNING_REHEARSAL": "1"} if options.rehearse else dict(os.environ)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -112,20 +115,48 @@ def run_tasks(environment: dict[str, str]) -> Any:
         "lora": ["task=lora", "model.context_length=512", "data.batch_size=4"],
         "dpo": ["task=dpo", "model.context_length=512", "data.batch_size=4"],
         "pretraining, compiled": ["model.context_length=64", "compile=true"],
+        "sft, packed, compiled": [
+            "task=sft", "model.context_length=512", "data.batch_size=4", "data.packing=true", "compile=true",
+        ],
+        "pretraining, ddp": ["model.context_length=64", "model.dropout=0.1", *one_process("ddp", accelerator)],
+        "pretraining, fsdp": ["model.context_length=64", "model.dropout=0.1", *one_process("fsdp", accelerator)],
+        "pretraining, workers": ["model.context_length=64", "data.num_workers=2"],
+    }  # fmt: skip
+    verbs = {
+        "pretraining": [["generate", "RUN", "The"], ["evaluate", "RUN", "--split", "val"], ["export", "RUN", "OUT"]],
+        "classification": [["classify", "RUN", "Are you free?"], ["evaluate", "RUN", "--split", "test"]],
+        "sft": [["evaluate", "RUN", "--split", "test"], ["respond", "RUN", "--split", "test", "-o", "OUT.json"]],
+        "lora": [["generate", "RUN", "The"], ["evaluate", "RUN", "--split", "val"]],
+        "dpo": [["evaluate", "RUN", "--split", "test"]],
     }
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1 if accelerator == "cpu" else len(tasks)) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1 if accelerator == "cpu" else 8) as pool:
         environment = {**environment, "LLM_LIGHTNING_CACHE": f"{folder}/cache"}
         places = {name: Path(folder, name.replace(", ", "_")) for name in tasks}
         futures = {
-            name: pool.submit(two_sittings, [*shared, *settings], places[name], environment)
+            name: pool.submit(
+                two_sittings, [*replaced(shared, settings), *settings], places[name], environment, verbs.get(name, [])
+            )
             for name, settings in tasks.items()
         }
         for name, future in futures.items():
             yield name, future.result()
 
 
-def two_sittings(settings: list[str], place: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Whether 8 updates at once and 4 and 4 end with the same weights."""
+def one_process(strategy: str, accelerator: str) -> list[str]:
+    """The settings of a strategy for several devices, with one."""
+    return [f"accelerator={strategy}", f"trainer.accelerator={accelerator}", "trainer.devices=1"]
+
+
+def replaced(shared: list[str], settings: list[str]) -> list[str]:
+    """`shared` without what `settings` choose; a group can be chosen once only."""
+    chosen = tuple(word.partition("=")[0] + "=" for word in settings)
+    return [word for word in shared if not word.startswith(chosen)]
+
+
+def two_sittings(
+    settings: list[str], place: Path, environment: dict[str, str], verbs: list[list[str]]
+) -> dict[str, Any]:
+    """Whether 8 updates at once and 4 and 4 end with the same weights; then the verbs on them."""
     import torch
 
     started = time.monotonic()
@@ -134,10 +165,16 @@ def two_sittings(settings: list[str], place: Path, environment: dict[str, str]) 
         code, message = child([sys.executable, "train.py", *words], PART_SECONDS["runs"] / 2, environment)
         if code:
             return {"exit_code": code, "says": message.splitlines()[-12:]}
+    precision = next(line for line in message.splitlines() if line.startswith("Precision"))
     checkpoints = [place / run / "checkpoints" / "last.ckpt" for run in ("whole", "parts")]
     one, other = (torch.load(path, map_location="cpu", weights_only=True)["state_dict"] for path in checkpoints)
     equal = all(torch.equal(one[key], other[key]) for key in one)
-    return {"seconds": round(time.monotonic() - started), "two sittings equal one to the bit": equal}
+    found = {"says": precision, "two sittings equal one to the bit": equal}
+    for verb in verbs:
+        words = [word.replace("RUN", str(place / "whole")).replace("OUT", str(place / "out")) for word in verb]
+        code, message = child([sys.executable, "-m", "llm_lightning", *words], PART_SECONDS["runs"] / 2, environment)
+        found[verb[0]] = "passed" if code == 0 else {"exit_code": code, "says": message.splitlines()[-12:]}
+    return {"seconds": round(time.monotonic() - started), **found}
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -305,6 +342,23 @@ def bare_loop() -> dict[str, float]:
     return loop(step)
 
 
+# --- instruction tuning ----------------------------------------------------------------------------------------------
+
+
+def sft(name: str) -> dict[str, float]:
+    """A contender of `sft.py`: the rate from the third batch on, and the loss of all measured batches."""
+    import torch
+    from sft import BATCHES, measure, prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), shuffled=False)
+        run = measure(name, Path(folder), 4 if REHEARSAL else BATCHES, shuffled=False)
+    found = {key: round(run[key], 4) for key in ("records_per_second", "loss")}
+    if DEVICE == "cuda":
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +406,9 @@ TRAINING: dict[str, Callable[..., Any]] = {
     "transformers_compiled": lambda: transformers(compiled=True),
     "bare_loop_compiled": bare_loop,
 }
+SFT: dict[str, Callable[..., Any]] = {
+    f"sft_{name}": lambda name=name: sft(name) for name in ("ours", "ours_padded", "trl_autocast")
+}
 GENERATION: dict[str, Callable[..., Any]] = {
     "ours_batch": lambda batch: generation(batch, peer=False),
     "transformers_batch": lambda batch: generation(batch, peer=True),
@@ -360,6 +417,7 @@ PARTS = {
     "tests": run_tests,
     "runs": run_tasks,
     "training": contest("training", list(TRAINING)),
+    "sft": contest("sft", list(SFT)),
     "generation": contest("generation", [f"{name}:{batch}" for batch in (1, 8, 64) for name in GENERATION]),
 }
 

@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -203,3 +205,31 @@ def test_tensorboard_text(tmp_path: Path) -> None:
     (event,) = events.Tensors("samples/text_summary")
     assert event.step == 3
     assert event.tensor_proto.string_val == [b"hello"]
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from llm_lightning.callbacks.run_logs import TensorBoard
+
+for resumed_step in (0, 1):
+    ours = TensorBoard("ours", resumed_step)
+    ours.log_metrics({"train/loss": 1.0}, step=resumed_step)
+    ours.log_text("samples", "to be", step=resumed_step)
+    ours.log_hyperparams({"seed": 1}, {"val/loss": 1.0}, step=resumed_step)
+theirs = TensorBoardLogger("theirs")
+theirs.log_metrics({"train/loss": 1.0}, step=0)
+theirs.finalize("success")
+assert "torch.utils.tensorboard" in sys.modules and "tensorflow" not in sys.modules
+"""
+
+
+def test_tensorflow_is_never_imported(tmp_path: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text("raise RuntimeError('TensorFlow was imported')\n")
+    places = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": places}
+    script = [sys.executable, "-c", WITHOUT_TENSORFLOW]
+    outcome = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 3

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,19 @@ def test_public_functions_are_described_and_typed() -> None:
         assert signature.return_annotation is not signature.empty, function
     promised = {"train", "load_model", "generate_text", "respond", "classify_text", "evaluate_text"}
     assert promised <= set(llm_lightning.__all__)
+
+
+def test_a_clone_that_is_not_installed_runs_and_has_no_version(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("llm_lightning.cli.main.version", missing)
+    main(["inspect", str(run_folder)])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert "not installed" in capsys.readouterr().out
 
 
 def test_the_package_runs_as_a_module() -> None:

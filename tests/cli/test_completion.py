@@ -38,6 +38,7 @@ def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
         (["completion", ""], set(SHELLS)),
         (["inspect", "weig"], {"weights.ckpt"}),
         (["export", "x", "--format", "p"], {"peft"}),
+        (["runs", "--col"], {"--columns"}),
     ],
 )
 def test_bash_completes(folder: Path, words: list[str], expected: set[str]) -> None:

@@ -15,8 +15,10 @@ from llm_lightning.experiments.command_line import continue_run
 from llm_lightning.experiments.run_records import COMMAND
 from llm_lightning.experiments.settings.changes import MAY_CHANGE, diff_configs, refuse_changes
 from llm_lightning.experiments.settings.checks import check_overrides
+from llm_lightning.experiments.settings.compose import config_dirs
 from llm_lightning.experiments.settings.targets import check_targets, resolve_target
 from llm_lightning.experiments.settings.yaml_files import read_settings
+from llm_lightning.experiments.sweep.words import list_jobs
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -72,9 +74,17 @@ WRONG = [
 @pytest.mark.parametrize(("command", "message"), WRONG, ids=[command for command, _ in WRONG])
 def test_a_wrong_command_line_is_refused_in_one_line(command: str, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as error:
-        check_overrides(shlex.split(command), CONF)
+        check_all(shlex.split(command))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def check_all(words: list[str]) -> None:
+    """Check a run, or every job of a multirun."""
+    check_overrides(words, CONF)
+    if words[:1] == ["-m"]:
+        for job in list_jobs({"max_jobs": 1000}, words[1:], config_dirs(None, CONF)):
+            check_overrides(job.words, CONF)
 
 
 RIGHT = [
@@ -89,13 +99,12 @@ RIGHT = [
     """'data.path="a(1)=b.txt"'""",
     'hydra.run.dir="/tmp/a b" hydra.job.name=train_ddp_process_1 hydra.output_subdir=null',
     "-m optimizer.lr=1e-3,1e-4 data.batch_size=range(1,3) tokenizer=choice(byte,word) model=glob(n*)",
-    "-m optimizer.lr=interval(0.1,1)",
 ]
 
 
 @pytest.mark.parametrize("command", RIGHT)
 def test_a_right_command_line_passes(command: str) -> None:
-    check_overrides(shlex.split(command), CONF)
+    check_all(shlex.split(command))
 
 
 def test_the_config_of_the_run_is_returned() -> None:

@@ -20,7 +20,7 @@ from llm_lightning.experiments import failures
 from llm_lightning.experiments import run as runs
 from llm_lightning.experiments.errors import guarded
 from llm_lightning.experiments.failures import Failure
-from llm_lightning.experiments.run_folder import RunFolderInUseError, _process_start
+from llm_lightning.experiments.run_folder import RunFolderInUseError, process_start
 
 
 def raising(error: BaseException) -> Callable[..., None]:
@@ -37,7 +37,7 @@ def read(folder: Path) -> Failure:
 
 
 def own(folder: Path, pid: int, host: str | None = None) -> None:
-    owner = {"pid": pid, "host": host or platform.node(), "process_start": _process_start(pid), "started": "then"}
+    owner = {"pid": pid, "host": host or platform.node(), "process_start": process_start(pid), "started": "then"}
     (folder / "owner.json").write_text(json.dumps(owner))
 
 

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tiny_run import ROOT, WITH_PLOTS, train_here, write_corpus
 
-from llm_lightning.experiments.command_line import as_hydra_reads, continue_run, expand_sweep
+from llm_lightning.experiments.command_line import as_hydra_reads, continue_run
 from llm_lightning.experiments.settings.checks import NOTHING_READS, SET_ELSEWHERE, check_overrides
 from llm_lightning.experiments.settings.ignored import ignored_settings
 from llm_lightning.experiments.settings.overrides import key_of
@@ -24,7 +24,7 @@ CONF = ROOT / "conf"
 
 
 def composed(line: str) -> Any:
-    return check_overrides(as_hydra_reads(expand_sweep(shlex.split(line), CONF), CONF), CONF)
+    return check_overrides(as_hydra_reads(shlex.split(line), CONF), CONF)
 
 
 def test_none_switches_a_group_off_whatever_a_preset_puts_into_it() -> None:

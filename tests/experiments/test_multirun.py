@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from forked import jobs_are_forks
 from tiny_run import ROOT, SETTINGS, train_here, write_corpus
 
-from llm_lightning.experiments import multirun
 from llm_lightning.experiments.stages import plan
 
 EXPERIMENT = """# @package _global_
@@ -37,19 +36,13 @@ def words(tmp_path: Path) -> list[str]:
 def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands: list[list[str]] = []
-
-    def start(command: list[str]) -> Any:
-        commands.append(command[2:])
-
-    monkeypatch.setattr(multirun, "start", start)
-    monkeypatch.setattr(multirun, "wait_for", lambda _: 0)
-    assert train_here([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"]).code == 0
+    commands = jobs_are_forks(monkeypatch)
+    outcome = train_here([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"])
+    assert outcome.code == 0, outcome.err
+    # Had one not become a run but another multirun, its own jobs would have folders, too.
     assert len(commands) == 2
-    # Had one not become a run but another multirun, its jobs would be among the commands.
-    assert train_here(commands[1]).code == 0
-    assert len(commands) == 2
-    folder = tmp_path / "sweep" / "1"
+    assert sorted(path.name for path in (tmp_path / "sweep").rglob("job.json")) == ["job.json"] * 2
+    folder = tmp_path / "sweep" / "lr_0.002"
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
     typed = json.loads((folder / "command.json").read_text())["overrides"]
     assert [word for word in typed if "hydra" in word] == [f"hydra.run.dir='{folder}'"]
@@ -57,7 +50,6 @@ def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
     assert log.count("Succeeded with return value") == 1, "the multirun has called the callback already"
     outcome = train_here([words[0], f"resume={folder}", "trainer.max_steps=6"])
     assert outcome.code == 0, outcome.err
-    assert len(commands) == 2
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
 
 
@@ -76,17 +68,3 @@ def test_such_a_file_is_no_stage_of_a_pipeline(words: list[str], tmp_path: Path)
     (stages / "p.yaml").write_text("stages:\n  - name: a\n    overrides: [experiment=search]\n")
     with pytest.raises(ValueError, match="stage a: its experiment is a multirun"):
         plan([*words[:-1], "pipeline=p"], ROOT / "conf")
-
-
-@pytest.mark.slow
-def test_two_jobs_in_processes_of_their_own(words: list[str], tmp_path: Path) -> None:
-    outcome = train_here([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"])
-    assert outcome.code == 0, outcome.err
-    rates = []
-    for number in ("0", "1"):
-        summary = json.loads((tmp_path / "sweep" / number / "summary.json").read_text())
-        assert summary["finished"]
-        rates.append((tmp_path / "sweep" / number / "config.yaml").read_text())
-    assert "lr: 0.001" in rates[0]
-    assert "lr: 0.002" in rates[1]
-    assert not (tmp_path / "sweep" / "2").exists()

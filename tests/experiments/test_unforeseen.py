@@ -43,7 +43,7 @@ def test_a_run_that_meets_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.reaches_net
 def test_a_fault_before_there_is_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_lightning.experiments.settings.checks.checked", broken)
+    monkeypatch.setattr("llm_lightning.experiments.settings.checks.checked_settings", broken)
     outcome = train_here([])
     assert outcome.code == 70
     assert str(tmp_path / "cache" / "tracebacks" / "train.txt") in outcome.err

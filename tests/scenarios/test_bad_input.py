@@ -176,7 +176,7 @@ COMMAND_LINES: list[tuple[str, Prepare, str]] = [
     ("tokenizer", settings("tokenizer=tiktoken", "tokenizer.name=cl100k"), r"cl100k.*cl100k_base"),
     ("no such folder", settings("--config-dir=nowhere"), r"^error: --config-dir nowhere: no such folder"),
     ("nothing to resume", lambda folder: [f"resume={folder}"], r"resume=.*: no run in that folder"),
-    ("unknown sweep", lambda _: ["sweep=nothing"], r"sweep=nothing: no such sweep; there are book_ch06_table"),
+    ("unknown sweep", lambda _: ["sweep=nothing"], r"sweep=nothing: no such option; .*book_ch06_table"),
     ("missing file, typed", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check data\.path"),
 ]
 CASES: list[tuple[str, Prepare, str]] = [

@@ -22,6 +22,7 @@ from llm_lightning.weights import checkpoint as checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 MANY = ["save"] * 3 + ["validation"] * 3 + ["training"] * 10 + ["any time"] * 4
 FEW = ["save", "validation", "training", "any time"]
+ON_A_GPU_KILLS = ["save", "training"]
 CLOCK_METRICS = {
     "train/tokens_per_second",
     "train/sequences_per_second",
@@ -29,7 +30,7 @@ CLOCK_METRICS = {
     "train/mfu",
     "train/peak_memory_gib",
 }  # what a clock or the allocator decides
-STEPS = {len(MANY): 1200, len(FEW): 400}
+STEPS = {len(MANY): 1200, len(FEW): 400, len(ON_A_GPU_KILLS): 200}
 """Of a run, by how often it is killed."""
 SHARED = [
     "tokenizer=byte",
@@ -81,6 +82,10 @@ RUNS = {
 }
 
 
+# Kernels that a CPU does not have, in the precision that is the default there.
+ON_A_GPU = ["accelerator=gpu", "trainer.precision=bf16-mixed"]
+
+
 class Ended(NamedTuple):
     """Two runs of the same command, one of them killed, and how many kills came after the first step."""
 
@@ -89,11 +94,13 @@ class Ended(NamedTuple):
     after_first_step: int
 
 
-def kill_often(folder: Path, name: str, kills: list[str]) -> Ended:
+def kill_often(folder: Path, name: str, kills: list[str], *extra: str) -> Ended:
     """Run once undisturbed; then start, kill, start ... until it has been killed as planned, and let it end."""
     whole, killed, marker = folder / "whole", folder / "killed", folder / "marker"
+    replaced = tuple(word.partition("=")[0] + "=" for word in extra)
+    shared = [word for word in SHARED if not word.startswith(replaced or ("-",))]
     steps = f"trainer.max_steps={STEPS[len(kills)]}"
-    command = [*SHARED, *RUNS[name], steps, f"+callbacks.marker.path={marker}"]
+    command = [*shared, *RUNS[name], *extra, steps, f"+callbacks.marker.path={marker}"]
     if name == "pretraining":
         corpus = folder / "corpus.txt"
         corpus.write_text("".join(random.Random(1).choices(["to be ", "or not ", "that is\n"], k=4000)))
@@ -137,11 +144,26 @@ def test_a_killed_run_ends_as_one_that_was_not(
         assert (whole / "responses.json").read_text() == (killed / "responses.json").read_text()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_on_a_gpu_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    whole, killed, after_first_step = kill_often(tmp_path, name, ON_A_GPU_KILLS, *ON_A_GPU)
+    assert after_first_step == len(ON_A_GPU_KILLS)
+    assert_same_end(whole, killed, STEPS[len(ON_A_GPU_KILLS)])
+    state = checkpoints.load(killed / "checkpoints" / "last.ckpt")
+    assert state["rng"][0]["cuda"], "no generator of a GPU was saved"
+    assert checkpoints.read_header(killed / "checkpoints" / "last.ckpt")["config"]["trainer"]["accelerator"] == "gpu"
+
+
 def start(command: list[str], folder: Path, *, forked: bool) -> Forked | subprocess.Popen[bytes]:
     """A run, a fork of this process or, which takes longer, started by Python."""
     if forked:
         return Forked([*command, f"hydra.run.dir={folder}"], folder.parent)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with folder.with_suffix(".log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *command, f"hydra.run.dir={folder}"],

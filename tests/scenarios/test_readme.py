@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from forked import Forked
+from forked import jobs_are_forks
 from judge_server import serving
 from tiny_run import ROOT, SETTINGS, fit_here, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.experiments import multirun
-from llm_lightning.experiments.command_line import expand_sweep
 from llm_lightning.experiments.settings.checks import check_overrides
 from llm_lightning.experiments.settings.yaml_files import group_options
 from llm_lightning.experiments.stages import plan
@@ -49,7 +46,6 @@ def test_settings_compose(command: str) -> None:
         group, _, option = arguments[0].partition("=")  # test_configs checks them all
         assert option in group_options(ROOT / "conf", group)
         return
-    arguments = expand_sweep(arguments, ROOT / "conf")
     if any(word.startswith("pipeline=") for word in arguments):
         assert plan(arguments, ROOT / "conf")
         return
@@ -90,30 +86,21 @@ def test_the_same_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_sweep_starts_every_job_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is run; starting the others takes longer than all that they do."""
     monkeypatch.chdir(tmp_path)
     [command] = [c for c in COMMANDS if c.startswith("python train.py -m ")]
     corpus = write_corpus(tmp_path / "corpus.txt", 60)
-    started: list[list[str]] = []
-
-    def start(command: list[str]) -> Forked | None:
-        started.append(command)
-        assert command[:2] == [sys.executable, str(ROOT / "train.py")]
-        return Forked(command[2:], tmp_path, pipes=False) if len(started) == 1 else None
-
-    monkeypatch.setattr(multirun, "start", start)
-    monkeypatch.setattr(multirun, "wait_for", lambda process: process.wait() if process else 0)
-    outcome = train_here([*shlex.split(command)[2:], *SETTINGS, f"data.path={corpus}"])
+    started = jobs_are_forks(monkeypatch)
+    typed = [*shlex.split(command)[2:], *SETTINGS, f"data.path={corpus}"]
+    outcome = train_here(typed)
     assert outcome.code == 0, outcome.err
-    [folder] = (tmp_path / "outputs" / "pretraining").iterdir()
-    settings = yaml.safe_load((folder / "0" / "config.yaml").read_text())
-    assert (settings["optimizer"]["lr"], settings["seed"]) == (1e-3, 1)
-    jobs = [("0.001", 1), ("0.001", 2), ("0.002", 1), ("0.002", 2)]
+    [folder] = (tmp_path / "outputs" / "sweeps").iterdir()
+    jobs = {f"lr_{lr}-seed_{seed}": (lr, seed) for lr in (0.001, 0.002) for seed in (1, 2)}
+    for name, (lr, seed) in jobs.items():
+        settings = yaml.safe_load((folder / name / "config.yaml").read_text())
+        assert (settings["optimizer"]["lr"], settings["seed"]) == (lr, seed)
     assert len(started) == len(jobs)
-    for number, ((lr, seed), words) in enumerate(zip(jobs, started, strict=True)):
-        own = Path("outputs", "pretraining", folder.name, str(number))
-        assert {f"optimizer.lr={lr}", f"seed={seed}"} <= set(words)
-        assert words[-1] in (f"hydra.run.dir='{own}'", f"hydra.run.dir='{own.absolute()}'")
+    assert train_here(typed).code == 0
+    assert len(started) == len(jobs), "all of them are finished"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" in c])
@@ -145,6 +132,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WORDS = ("CKPT", "CLASSIFIER", "TUNED", "ADAPTED", "RECORDS", "responses.json")
+LISTS = [command for command in COMMANDS if command.startswith("llm-lightning runs")]
 TOOLS = [command for command in COMMANDS if any(word in command for word in WORDS)]
 
 
@@ -174,11 +162,18 @@ def test_tools(command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert cli(arguments) in (0, None)
 
 
+@pytest.mark.parametrize("command", LISTS)
+def test_lists(command: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(runs)
+    assert cli(shlex.split(command)[1:]) == 0
+    assert "first" in capsys.readouterr().out
+
+
 def test_every_tool_command_is_run() -> None:
     others = [
         c
         for c in COMMANDS
-        if c.startswith("llm-lightning") and c not in TOOLS and "completion" not in c and "VERB" not in c
+        if c.startswith("llm-lightning") and c not in (*TOOLS, *LISTS) and "completion" not in c and "VERB" not in c
     ]
     assert all(command == "llm-lightning" or len(command.split()) == 2 for command in others), (
         "mentioned by name, not as a command"

@@ -9,8 +9,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from record_gradients import train
 
 from llm_lightning.tasks.base import NonFiniteError
@@ -100,3 +102,28 @@ def test_non_finite_stops_before_the_update(
         trainer.fit(module, datamodule=make_data(batch_size=2))
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_float16_learns_from_the_first_update_on(
+    tmp_path: Path, make_data: Any, make_module: Any, make_trainer: Any
+) -> None:
+    """The loss is a sum; with the scaler's own scale, which suits a mean, its gradient overflows."""
+    module, data, scaler = make_module(), make_data(batch_size=22), torch.amp.GradScaler("cpu")
+    norms = Norms()
+    trainer = make_trainer(tmp_path, [norms], max_epochs=3)
+    trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer.fit(module, datamodule=data)
+    assert len(norms.of_updates) == 3
+    assert all(map(math.isfinite, norms.of_updates))
+    n_targets = sum(row.n_targets for row in map(data.train_samples.__getitem__, range(22)))
+    assert 2**15 <= scaler.get_scale() * n_targets <= 2**16
+
+
+class Norms(L.Callback):
+    """The gradient norm of each update."""
+
+    def __init__(self) -> None:
+        self.of_updates: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.of_updates.append(pl_module.last_gradient_norm)

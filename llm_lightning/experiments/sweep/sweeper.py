@@ -115,7 +115,9 @@ def _composed(listed: Sequence[Listed], options: Sequence[str], config_dir: Path
     for job in tqdm(listed, desc="Composing", unit="job", leave=False, disable=None if len(listed) > MANY else True):
         settings = leaves(plain(checked_settings([*options, *job.words], config_dir).config))
         identity = Identity(settings, content_of(settings, content), job.swept)
-        kept.setdefault(identity.digest(), (job, identity))
+        same, _ = kept.setdefault(identity.digest(), (job, identity))
+        if same is not job:
+            say(f"{job.name} is the same job as {same.name}: it runs once", flush=True)
     return list(kept.values())
 
 
@@ -185,6 +187,7 @@ class _Sweep:
 
     def run(self) -> None:
         todo = list(self._to_do())
+        self._record([*todo, *(job for job in self.jobs if job.before and not job.before.is_recorded)])
         self._announce(todo)
         sweep = records.begin(self.folder)
         received: list[int] = []
@@ -204,6 +207,12 @@ class _Sweep:
             elif state == "open" or self.options["retry_failed"]:
                 yield job
 
+    def _record(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            before = job.before.swept if job.before else ()
+            swept = tuple(dict.fromkeys([*job.identity.swept, *before]))
+            records.write_job(job.folder, replace(job.identity, swept=swept), job.listed.words)
+
     def _announce(self, todo: Sequence[Job]) -> None:
         finished = sum(job.state() == "finished" for job in self.jobs)
         failed = sum(job.state() == "failed" for job in self.jobs) if not self.options["retry_failed"] else 0
@@ -219,10 +228,6 @@ class _Sweep:
     def _launch(self, todo: Sequence[Job], sweep: SweepRef, received: Sequence[int]) -> None:
         if not todo:
             return
-        for job in todo:
-            before = job.before.swept if job.before else ()
-            swept = tuple(dict.fromkeys([*job.identity.swept, *before]))
-            records.write_job(job.folder, replace(job.identity, swept=swept), job.listed.words)
         traits = traits_of(self.config.hydra.launcher, len(todo))
         attempt = replace(
             self.attempt,
@@ -318,12 +323,13 @@ class _Sweep:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def _conclude(self, received: Sequence[int], todo: Collection[Job]) -> None:
-        from llm_lightning.experiments.run_list import runs, table
+        from llm_lightning.experiments.run_list import runs
+        from llm_lightning.experiments.run_table import table, terminal_width
 
         ours = {job.folder for job in self.jobs}
         shown = [record for record in runs(self.folder) if Path(record["folder"]).absolute() in ours]
         say()
-        for line in table(shown):
+        for line in table(shown, width=terminal_width()):
             say(line)
         if received:
             left = sum(job.state() != "finished" for job in self.jobs)

@@ -1,0 +1,147 @@
+"""Which jobs a command line has, what they are called, and which of them are the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import ROOT
+
+from llm_lightning.experiments.settings.checks import checked_settings
+from llm_lightning.experiments.settings.compose import config_dirs, prepare_hydra
+from llm_lightning.experiments.settings.nodes import leaves, plain
+from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
+from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
+
+CONF = ROOT / "conf"
+
+
+def jobs_of(*typed: str, **options: Any) -> list[Listed]:
+    prepare_hydra()
+    return list_jobs({"max_jobs": 1000, **options}, typed, config_dirs(None, CONF))
+
+
+def names(*typed: str, **options: Any) -> list[str]:
+    return [job.name for job in jobs_of(*typed, **options)]
+
+
+def identity(*words: str, swept: tuple[str, ...] = ()) -> Identity:
+    settings = leaves(plain(checked_settings(list(words), CONF).config))
+    return Identity(settings, content_of(settings, {}), swept)
+
+
+def test_a_job_for_each_combination_named_by_what_varies() -> None:
+    listed = jobs_of("task=sft,dpo", "optimizer.lr=1e-4,3e-4", "model.dropout=0", "run_name=study")
+    assert [job.name for job in listed] == [
+        "task_sft-lr_0.0001",
+        "task_sft-lr_0.0003",
+        "task_dpo-lr_0.0001",
+        "task_dpo-lr_0.0003",
+    ]
+    assert listed[1].words == ("task=sft", "optimizer.lr=0.0003", "model.dropout=0", "run_name=study")
+    assert names("seed=range(1,4)") == ["seed_1", "seed_2", "seed_3"]
+    assert names("seed=1") == ["job"]
+
+
+def test_two_keys_with_the_same_end_are_told_apart() -> None:
+    one, *_ = names("trainer.max_steps=1,2", "callbacks.samples.max_new_tokens=8,9")
+    assert one == "max_steps_1-max_new_tokens_8"
+    one, *_ = names("optimizer.lr=1,2", "++callbacks.other.lr=1,2")
+    assert one == "optimizer_lr_1-other_lr_1"
+
+
+@pytest.mark.parametrize("value", ["a=b", "x y", "it's", "../up", "[a,b]", "ü", "-", "''", "A" * 300])
+def test_a_name_has_only_letters_that_hydra_and_paths_take(value: str) -> None:
+    quoted = value if value.startswith(("[", "'")) else '"' + value + '"'
+    for name in names(f"data.path={quoted},other"):
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name), name
+
+
+def test_listed_jobs_take_shared_settings_and_what_is_typed_beats_both() -> None:
+    jobs = {"small": {"model.n_layer": 1}, "large": {"model.n_layer": 2, "optimizer.lr": 0.5}}
+    params = {"optimizer.lr": 0.25, "model.dropout": 0}
+    listed = jobs_of("seed=1,2", params=params, jobs=jobs)
+    assert [job.name for job in listed] == ["small-seed_1", "small-seed_2", "large-seed_1", "large-seed_2"]
+    assert {"optimizer.lr=0.25", "model.n_layer=1"} <= set(listed[0].words)
+    assert {"optimizer.lr=0.5", "model.dropout=0"} <= set(listed[2].words)
+    assert "optimizer.lr=0.25" not in listed[2].words
+    for job in jobs_of("optimizer.lr=0.125", params=params, jobs=jobs):
+        assert [word for word in job.words if word.startswith("optimizer.lr")] == ["optimizer.lr=0.125"]
+    assert names(params=params, jobs=jobs, only="l*") == ["large"]
+    with pytest.raises(ValueError, match=r"hydra.sweeper.only=lage: no such job; did you mean 'large'"):
+        jobs_of(params=params, jobs=jobs, only=["lage"])
+
+
+def test_what_cannot_vary_is_refused_before_anything_is_composed() -> None:
+    for word in ("run_name=a,b", "hydra.sweep.dir=a,b", "hydra/launcher=basic,joblib", "allow_targets=[a],[b]"):
+        key = word.partition("=")[0]
+        with pytest.raises(ValueError, match=f"{re.escape(key)} cannot vary in a sweep"):
+            jobs_of(word)
+    with pytest.raises(ValueError, match="lists no values"):
+        jobs_of("optimizer.lr=interval(0,1)")
+    with pytest.raises(ValueError, match="cannot read 'seed=1,,2'"):
+        jobs_of("seed=1,,2")
+    with pytest.raises(ValueError, match=r"1,001 jobs, more than hydra.sweeper.max_jobs=1000.*max_jobs=1001"):
+        jobs_of("seed=range(0,1001)")
+    assert len(jobs_of("seed=range(0,1001)", max_jobs=1001)) == 1001
+
+
+def test_a_sweep_without_a_name_is_named_by_its_jobs_in_any_order() -> None:
+    def named(*typed: str, option: str | None = None) -> str:
+        return sweep_name(jobs_of(*typed), option, typed)
+
+    assert named("seed=1,2", "optimizer.lr=1,2").startswith("seed-lr-")
+    assert named("seed=1,2", "model.dropout=0") == named("model.dropout=0", "seed=2,1")
+    assert named("seed=1,2") != named("seed=1,3")
+    assert named("seed=1,2", "model.dropout=0") != named("seed=1,2")
+    assert named("sweep=lr_by_warmup", option="lr_by_warmup") == "lr_by_warmup"
+    assert named("sweep=lr_by_warmup", "seed=1,2", option="lr_by_warmup").startswith("lr_by_warmup-")
+
+
+def test_a_job_is_its_settings_and_the_content_of_its_files(tmp_path: Path) -> None:
+    here, there = tmp_path / "here.txt", tmp_path / "there.txt"
+    here.write_text("to be or not to be")
+    there.write_text("to be or not to be")
+    one = identity("model.n_layer=2", f"data.path={here}", "run_name=a", "trainer.max_epochs=1")
+    assert one.digest() == identity("trainer.max_epochs=9", f"data.path={there}", "model.n_layer=2").digest()
+    assert one.digest() != identity("model.n_layer=3", f"data.path={here}").digest()
+    there.write_text("to be or not")
+    assert one.digest() != identity("model.n_layer=2", f"data.path={there}").digest()
+    assert identity("optimizer.lr=1").digest() == identity("optimizer.lr=1.0").digest()
+
+
+def test_a_setting_that_changes_no_result_counts_where_it_is_swept() -> None:
+    short, long = (identity(f"trainer.max_epochs={n}") for n in (1, 2))
+    assert short.digest() == long.digest()
+    assert short.digest(["trainer.max_epochs"]) != long.digest(["trainer.max_epochs"])
+    assert changed_limits(long.settings, short.settings) == ["trainer.max_epochs"]
+    assert changed_limits(long.settings, identity("run_name=x", "trainer.max_epochs=2").settings) == []
+
+
+def test_a_key_that_an_old_job_does_not_have_counts_as_its_default() -> None:
+    now = identity("model.dropout=0.5")
+    older = {key: value for key, value in now.settings.items() if key != "model.dropout"}
+    assert now.is_same(Identity(older, {}, ()), {"model.dropout": 0.5}.get)
+    assert not now.is_same(Identity(older, {}, ()), {"model.dropout": 0.1}.get)
+    assert not now.is_same(Identity(now.settings | {"model.gone": 1}, {}, ()), {}.get)
+
+
+def test_what_a_run_filled_in_does_not_make_it_another_job() -> None:
+    now = identity("accelerator=cpu")
+    assert now.settings["trainer.precision"] == "auto"
+    ran = now.settings | {"trainer.precision": "32-true"}
+    assert now.is_same(Identity(ran, {}, (), is_recorded=False), {}.get)
+    assert not now.is_same(Identity(ran, {}, ()), {}.get)
+
+
+def test_first_weights_are_those_of_the_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "last.ckpt").write_bytes(b"last")
+    (tmp_path / "b.ckpt").write_bytes(b"last")
+    first, second = (content_of({"init_from": str(tmp_path / name)}, {}) for name in ("a", "b.ckpt"))
+    assert first == second != {}
+    (tmp_path / "a" / "checkpoints" / "best.ckpt").write_bytes(b"best")
+    assert content_of({"init_from": str(tmp_path / "a")}, {}) != first
+    assert content_of({"init_from": "gpt2-small", "data.path": None}, {}) == {}

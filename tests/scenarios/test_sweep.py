@@ -1,0 +1,181 @@
+"""A sweep that fails, is killed, mended and extended: every job once, with the bits of an undisturbed sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_kill import CLOCK_METRICS, tensorboard
+from tiny_run import ROOT, SETTINGS, assert_same, living, write_corpus
+
+from llm_lightning.files.metrics_csv import read_metrics
+from llm_lightning.weights import checkpoint as checkpoints
+
+STUDY = """# @package _global_
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params:
+      data.path: {corpus}
+      allow_targets: [faulty]
+      +callbacks.faulty._target_: faulty.Faulty
+      +callbacks.faulty.path: {folder}/nothing
+      callbacks.checkpoints.every_n_steps: 3
+      trainer.max_steps: {steps}
+    jobs:
+      plain_1: {{seed: 1}}
+      missing: {{data.path: {folder}/missing.txt}}
+      two_processes: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2}}
+      {more}
+"""
+MORE = """malformed: {{data.path: {folder}/malformed.jsonl}}
+      spoilt: {{+callbacks.faulty.path: {folder}/spoils}}
+      other_two: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2, seed: 3}}
+      plain_2: {{seed: 2}}
+      plain_3: {{seed: 3}}
+      wide: {{data.batch_size: 8}}
+      fast: {{optimizer.lr: 0.01}}
+      dropped: {{model.dropout: 0.3}}
+      decayed: {{optimizer.weight_decay: 0.5}}"""
+FAILING = {"missing": "os", "malformed": "error", "spoilt": "error"}
+
+
+class Study:
+    """Sweeps over the same jobs, each typed in a folder of its own."""
+
+    def __init__(self, folder: Path, more: str, steps: int) -> None:
+        self.folder = folder
+        corpus = write_corpus(folder / "corpus.txt")
+        (folder / "conf" / "sweep").mkdir(parents=True)
+        filled = STUDY.format(corpus=corpus, folder=folder, steps=steps, more=more.format(folder=folder))
+        (folder / "conf" / "sweep" / "study.yaml").write_text(filled)
+        own = [word for word in SETTINGS if not word.startswith("trainer.max_steps")]
+        self.words = [f"--config-dir={folder / 'conf'}", *own, "sweep=study", "run_name=study"]
+        (folder / "spoils").touch()
+        (folder / "malformed.jsonl").write_text('{"text": \n')
+
+    def mend(self) -> None:
+        text = (self.folder / "corpus.txt").read_text()
+        (self.folder / "missing.txt").write_text(text)
+        (self.folder / "malformed.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        (self.folder / "spoils").unlink()
+
+    def start(self, place: str, *more: str) -> subprocess.Popen[str]:
+        (self.folder / place).mkdir(exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+        output = (self.folder / f"{place}.log").open("a")
+        command = [sys.executable, str(ROOT / "train.py"), *self.words, *more]
+        with output:
+            return subprocess.Popen(
+                command,
+                cwd=self.folder / place,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                text=True,
+                start_new_session=True,
+            )
+
+    def run(self, place: str, *more: str) -> int:
+        return self.start(place, *more).wait(timeout=900)
+
+    def said(self, place: str) -> str:
+        return (self.folder / f"{place}.log").read_text()
+
+    def jobs(self, place: str) -> dict[str, Path]:
+        return {path.parent.name: path.parent for path in sorted((self.folder / place).rglob("job.json"))}
+
+
+def kill(study: Study, moments: random.Random, *, group: bool) -> None:
+    """Start a sweep and kill it among its jobs, alone or with all that it started, unless it ends first."""
+    before = study.said("killed").count("Sweep study in") if (study.folder / "killed.log").exists() else 0
+    process = study.start("killed")
+    deadline = time.monotonic() + 120
+    while study.said("killed").count("Sweep study in") == before and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(moments.uniform(0, 8))
+    if process.poll() is None:
+        if group:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def all_gone(group: int, seconds: float = 5.0) -> bool:
+    """Whether no process of a group is left, at the latest after some time."""
+    deadline = time.monotonic() + seconds
+    while living(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not living(group)
+
+
+def finished_in(log: str) -> list[str]:
+    return re.findall(r"Finished \d+ steps", log)
+
+
+def assert_same_jobs(study: Study, place: str, reference: str) -> None:
+    ours, theirs = study.jobs(place), study.jobs(reference)
+    assert ours.keys() == theirs.keys()
+    for name, folder in ours.items():
+        one, other = (checkpoints.load(run / "checkpoints" / "last.ckpt") for run in (folder, theirs[name]))
+        for key in ("state_dict", "optimizer_states", "rng", "global_step", "position"):
+            assert_same(one[key], other[key], f"{name}.{key}")
+        rows, others = (read_metrics(run / "metrics.csv") for run in (folder, theirs[name]))
+        for metric in rows.keys() - CLOCK_METRICS:
+            assert rows[metric] == others[metric], (name, metric)
+        assert tensorboard(folder) == tensorboard(theirs[name])
+        assert len(finished_in((folder / "train.log").read_text())) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("more", "steps", "kills"),
+    [
+        pytest.param("", 6, 2, marks=pytest.mark.slow, id="few"),
+        pytest.param(MORE, 30, 20, marks=pytest.mark.soak, id="many"),
+    ],
+)
+def test_a_sweep_that_fails_is_killed_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, steps: int, kills: int
+) -> None:
+    monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    study = Study(tmp_path, more, steps)
+    assert study.run("whole") == 2
+    jobs = study.jobs("whole")
+    failing = {name: kind for name, kind in FAILING.items() if name in jobs}
+    for name, folder in jobs.items():
+        assert (folder / "summary.json").is_file() == (name not in failing), study.said("whole")
+        if name in failing:
+            assert json.loads((folder / "failure.json").read_text())["kind"] == failing[name]
+    assert f"{len(failing)} of {len(jobs)} jobs failed" in study.said("whole")
+
+    moments = random.Random(1)
+    for number in range(kills):
+        kill(study, moments, group=number % 2 == 0)
+    assert study.run("killed") == 2, study.said("killed")
+    study.mend()
+    for place in ("whole", "killed"):
+        command = shlex.split(study.said(place).rstrip().splitlines()[-1].rpartition("run only them: python ")[2])
+        retried = study.start(place, *(word for word in command if "retry_failed" in word))
+        assert retried.wait(timeout=600) == 0, study.said(place)
+        assert study.said(place).count(f"{len(failing)} to run") >= 1
+        assert not living(retried.pid)
+    assert_same_jobs(study, "killed", "whole")
+    finished = {name: (folder / "summary.json").stat().st_mtime_ns for name, folder in study.jobs("killed").items()}
+
+    assert study.run("killed", "seed=1,2", "hydra.sweeper.only=plain_1") == 0, study.said("killed")
+    new = study.jobs("killed").keys() - finished.keys()
+    assert len(new) == 1, "plain_1 has seed 1 already"
+    assert all(
+        (study.jobs("killed")[name] / "summary.json").stat().st_mtime_ns == was for name, was in finished.items()
+    )
