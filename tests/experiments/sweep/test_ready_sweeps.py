@@ -18,7 +18,7 @@ from llm_lightning.experiments.sweep.identity import Identity
 from llm_lightning.experiments.sweep.words import Listed, list_jobs
 
 CONF = ROOT / "conf"
-JOBS = {"book_ch06_table": 19, "book_hparams": 96, "dpo_beta": 6, "lora_rank_by_alpha": 9, "lr_by_warmup": 12}
+JOBS = {"book_ch06_table": 19, "book_hparams": 48, "dpo_beta": 6, "lora_rank_by_alpha": 9, "lr_by_warmup": 12}
 GIVEN = {"dpo_beta": ["init_from=outputs/sft/first"], "lora_rank_by_alpha": ["init_from=outputs/pretraining/first"]}
 
 
