@@ -115,7 +115,7 @@ def checked_settings(argv: Sequence[str], config_dir: Path) -> Checked:
     dirs = config_dirs(arguments.config_dir, config_dir)
     overrides = [parsed(text) for text in arguments.overrides]
     values = [values_of(override, dirs) for override in overrides]
-    first = _check_job([of_one[0] for of_one in values], dirs)
+    first = check_job([of_one[0] for of_one in values], dirs)
     swept = next((override for override in overrides if override.is_sweep_override()), None)
     if swept and not arguments.multirun and not first.is_multirun:
         raise ValueError(
@@ -168,8 +168,15 @@ def values_of(override: Override, dirs: ConfigDirs) -> list[Override]:
     return [parsed(word) for word in words]
 
 
-def _check_job(overrides: list[Override], dirs: ConfigDirs) -> Checked:
-    """The checked configuration of one run."""
+def check_job(overrides: list[Override], dirs: ConfigDirs) -> Checked:
+    """The checked configuration of one run.
+
+    Args:
+        overrides: with one value each.
+
+    Raises:
+        ValueError: as `checked_settings`.
+    """
     groups = dirs.groups()
     for override in overrides:
         _check_override(override, groups, dirs)

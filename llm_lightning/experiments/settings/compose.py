@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm_lightning.experiments.settings import yaml_files
 from llm_lightning.experiments.settings.nodes import dotted
+from llm_lightning.experiments.settings.overrides import parsed
 from llm_lightning.experiments.settings.yaml_files import ConfigFiles, package_of, read_defaults
 from llm_lightning.nearest import nearest
 
@@ -105,6 +108,34 @@ class ConfigDirs(ConfigFiles):
         """The message for `GROUP=OPTION` without a file."""
         options = self.options(group)
         return f"{group}={option}: no such option; {hint(option, options)} ({group}: {', '.join(options)})"
+
+
+@dataclass(frozen=True)
+class SharedCompositions(ConfigDirs):
+    """`ConfigDirs` for the jobs of a sweep: what Hydra makes of one choice of files is computed once.
+
+    Reading and merging the files is nine tenths of the work; the other settings are applied to a copy by Hydra's own
+    function.
+    """
+
+    composed: dict[tuple[str, ...], bytes] = field(default_factory=dict, compare=False)
+    """The words that choose files -> the config, pickled: that copies six times faster than `copy.deepcopy` does."""
+
+    def compose(self, overrides: Iterable[str]) -> DictConfig:
+        words = [parsed(word) for word in overrides]
+        groups = self.groups()
+        choose = [word for word in words if word.key_or_group in groups or "/" in word.key_or_group]
+        files = tuple(str(word.input_line) for word in choose if not isinstance(word.value(), dict))
+        if files not in self.composed:
+            self.composed[files] = pickle.dumps(super().compose(files))
+        config: DictConfig = pickle.loads(self.composed[files])
+        try:
+            ConfigLoaderImpl._apply_overrides_to_config(
+                [word for word in words if word.input_line not in files], config
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(self._explain(" ".join(str(error).split()))) from None
+        return config
 
 
 @contextlib.contextmanager

@@ -24,10 +24,10 @@ from omegaconf import open_dict
 from llm_lightning.experiments.failures import Failure
 from llm_lightning.experiments.run_folder import is_main_process, owned
 from llm_lightning.experiments.run_records import read_summary, refuse_links
-from llm_lightning.experiments.settings.checks import checked_settings
-from llm_lightning.experiments.settings.compose import PLUGINS, ConfigDirs, config_dirs
+from llm_lightning.experiments.settings.checks import check_job
+from llm_lightning.experiments.settings.compose import PLUGINS, ConfigDirs, SharedCompositions, config_dirs
 from llm_lightning.experiments.settings.nodes import dotted, leaves, plain
-from llm_lightning.experiments.settings.overrides import key_of, quoted
+from llm_lightning.experiments.settings.overrides import key_of, parsed, quoted
 from llm_lightning.experiments.settings.yaml_files import load
 from llm_lightning.experiments.summary import shown_from
 from llm_lightning.experiments.sweep import folder as records
@@ -83,7 +83,7 @@ def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hyd
     if not is_main_process() or os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("a sweep starts the processes of each job itself: type it once, without a launcher")
     attempt: Attempt = task.attempt
-    dirs = config_dirs(task.own_config_dir, task.config_dir)
+    dirs = SharedCompositions(config_dirs(task.own_config_dir, task.config_dir).folders)
     option = config.hydra.runtime.choices.get("sweep")
     _refuse_other_keys(dirs, option)
     listed = list_jobs(options, typed, dirs)
@@ -91,10 +91,10 @@ def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hyd
         with open_dict(config):
             config.run_name = sweep_name(listed, option, typed)
     folder = Path(config.hydra.sweep.dir).absolute()
-    composed = _composed(listed, attempt.options, task.config_dir)
+    composed = _composed(listed, dirs)
     with owned(folder, what="sweep"):
         refuse_links(folder)
-        jobs = _placed(composed, folder, lambda one: _default_of(one, attempt.options, task.config_dir))
+        jobs = _placed(composed, folder, lambda one: _settings_of(_choices(one, dirs), dirs))
         _Sweep(options, config, hydra_context, attempt, folder, jobs).run()
 
 
@@ -106,14 +106,14 @@ def _refuse_other_keys(dirs: ConfigDirs, option: str | None) -> None:
         raise ValueError(f"{others[0]} in {file} would reach no job: write it under hydra.sweeper.params")
 
 
-def _composed(listed: Sequence[Listed], options: Sequence[str], config_dir: Path) -> list[tuple[Listed, Identity]]:
+def _composed(listed: Sequence[Listed], dirs: ConfigDirs) -> list[tuple[Listed, Identity]]:
     """What each job is; of equal jobs, the first."""
     from tqdm import tqdm
 
     content: dict[str, str] = {}
     kept: dict[str, tuple[Listed, Identity]] = {}
     for job in tqdm(listed, desc="Composing", unit="job", leave=False, disable=None if len(listed) > MANY else True):
-        settings = leaves(plain(checked_settings([*options, *job.words], config_dir).config))
+        settings = _settings_of(job.words, dirs)
         identity = Identity(settings, content_of(settings, content), job.swept)
         same, _ = kept.setdefault(identity.digest(), (job, identity))
         if same is not job:
@@ -121,10 +121,15 @@ def _composed(listed: Sequence[Listed], options: Sequence[str], config_dir: Path
     return list(kept.values())
 
 
-def _default_of(job: Listed, options: Sequence[str], config_dir: Path) -> dict[str, Any]:
-    """The settings of a job without the keys that it sets: only its choices of groups."""
-    groups = [word for word in job.words if (config_dir / key_of(word)).is_dir()]
-    return leaves(plain(checked_settings([*options, *groups], config_dir).config))
+def _settings_of(words: Sequence[str], dirs: ConfigDirs) -> dict[str, Any]:
+    """The settings of a job, composed and checked."""
+    return leaves(plain(check_job([parsed(word) for word in words], dirs).config))
+
+
+def _choices(job: Listed, dirs: ConfigDirs) -> list[str]:
+    """The words of a job that choose files: without the others, it has the default of every key."""
+    groups = dirs.groups()
+    return [word for word in job.words if key_of(word) in groups]
 
 
 def _placed(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from tiny_run import ROOT
 
-from llm_lightning.experiments.settings.checks import checked_settings
-from llm_lightning.experiments.settings.compose import config_dirs, prepare_hydra
+from llm_lightning.experiments.settings.checks import check_job, checked_settings
+from llm_lightning.experiments.settings.compose import ConfigDirs, SharedCompositions, config_dirs, prepare_hydra
 from llm_lightning.experiments.settings.nodes import leaves, plain
+from llm_lightning.experiments.settings.overrides import parsed
 from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
 from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
 
@@ -148,3 +149,29 @@ def test_first_weights_are_those_of_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoints" / "best.ckpt").write_bytes(b"best")
     assert content_of({"init_from": str(tmp_path / "a")}, {}) != first
     assert content_of({"init_from": "gpt2-small", "data.path": None}, {}) == {}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task=dpo", "task.beta=0.3", "optimizer={lr:0.5}", "lora=default", "lora.rank=3", "seed=7"],
+        ["experiment=book/ch06", "+trainer.profiler=simple", "~callbacks.plots", "trainer.devices=2"],
+        ["optimizer.lrr=1"],
+        ["+optimizer.lr=1"],
+        ["task=dppo"],
+        ["seed=many"],
+    ],
+)
+def test_compositions_that_share_their_files_are_those_of_hydra(words: list[str]) -> None:
+    prepare_hydra()
+    alone = config_dirs(None, CONF)
+    shared = SharedCompositions(alone.folders)
+    for values in (words, [*words, "model.dropout=0.25"], words):  # the first is not changed by what follows
+        assert outcome(values, shared) == outcome(values, alone)
+
+
+def outcome(words: list[str], dirs: ConfigDirs) -> Any:
+    try:
+        return plain(check_job([parsed(word) for word in words], dirs).config)
+    except ValueError as error:
+        return str(error)
