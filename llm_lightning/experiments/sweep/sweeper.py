@@ -140,9 +140,12 @@ def _placed(
     all_swept = {key for _, identity in composed for key in identity.swept}
     by_digest = {identity.digest(all_swept): path for path, identity in reversed(before.items())}
     taken = {path.name.casefold() for path in folder.iterdir()}
-    jobs = []
+    jobs: list[Job] = []
     for listed, identity in composed:
-        path = by_digest.get(identity.digest(all_swept)) or _similar(listed, identity, before, defaults)
+        path = by_digest.get(identity.digest(all_swept))
+        if path is None:
+            free = {path: other for path, other in before.items() if path not in {job.folder for job in jobs}}
+            path = _similar(listed, identity, free, defaults)
         if path is None:
             name = listed.name
             if name.casefold() in taken:
@@ -165,7 +168,7 @@ def _similar(
     """
     known: Mapping[str, Any] = {}
     for path, other in before.items():
-        is_blank = other.content != identity.content and not any((path / "checkpoints").glob("*.ckpt"))
+        is_blank = other.content != identity.content and not read_summary(path) and not any(path.glob("*/*.ckpt"))
         if identity.knows_as_much_as(other) and not is_blank:
             continue  # by_digest has it, if it is the same
         known = known or defaults(listed)
