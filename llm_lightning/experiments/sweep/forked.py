@@ -22,6 +22,7 @@ from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.experiments.sweep.stopping import mask_of_children
 from llm_lightning.signals import STOPPING
 
 PRELOADED = "llm_lightning.experiments.sweep.preloaded"
@@ -42,6 +43,7 @@ class ForkedChild:
     Args:
         argv: a script and its words.
         environment: all its environment variables.
+        folder: the working directory.
         output: gets what it prints; None: the terminal.
         threads: torch's threads; None: as many as torch takes.
 
@@ -53,12 +55,13 @@ class ForkedChild:
         self,
         argv: Sequence[str],
         environment: Mapping[str, str],
+        folder: str,
         output: connection.Connection | None,
         threads: int | None,
     ) -> None:
         start_server()
         context: Any = multiprocessing.get_context("forkserver")
-        arguments = (list(argv), dict(environment), output, threads)
+        arguments = (list(argv), dict(environment), folder, output, threads)
         self.process = context.Process(target=_run, args=arguments, name=argv[0], daemon=False)
         with _start_method("forkserver"):
             self.process.start()
@@ -78,9 +81,7 @@ class ForkedChild:
 def start_server() -> None:
     """Start the server of this process, if it is not running yet."""
     forkserver.set_forkserver_preload([PRELOADED])
-    from llm_lightning.experiments.sweep.attempt import usr2_blocked
-
-    with _importable(), usr2_blocked():
+    with _importable(), mask_of_children():
         forkserver.ensure_running()
 
 
@@ -111,7 +112,11 @@ def _importable() -> Iterator[None]:
 
 
 def _run(
-    argv: list[str], environment: dict[str, str], output: connection.Connection | None, threads: int | None
+    argv: list[str],
+    environment: dict[str, str],
+    folder: str,
+    output: connection.Connection | None,
+    threads: int | None,
 ) -> None:
     """Do in the fork what `python SCRIPT WORDS` does."""
     for signum in STOPPING:
@@ -119,6 +124,7 @@ def _run(
     multiprocessing.set_start_method(None, force=True)  # the data's worker processes start as in any run
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     if output is not None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
