@@ -22,6 +22,7 @@ import pytest
 from tiny_run import ROOT
 
 from llm_lightning.experiments.sweep import attempt
+from llm_lightning.experiments.sweep.children import Orders
 from llm_lightning.signals import STOPPING
 
 
@@ -79,9 +80,9 @@ def jobs_are_forks(patch: pytest.MonkeyPatch) -> list[list[str]]:
             importlib.import_module(f"llm_lightning.{room}.{module.name}")
     started: list[list[str]] = []
 
-    def start_child(argv: Sequence[str], *_: Any, **__: Any) -> Forked:
-        started.append(list(argv[1:]))
-        return Forked(argv[1:], Path.cwd(), pipes=False)
+    def start_child(orders: Orders, *_: Any) -> Forked:
+        started.append(list(orders.argv[1:]))
+        return Forked(orders.argv[1:], Path(orders.folder), pipes=False)
 
     patch.setattr(attempt, "start_child", start_child)
     return started

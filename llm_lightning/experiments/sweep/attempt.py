@@ -10,51 +10,61 @@ import collections
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, Pipe
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from llm_lightning.experiments import processes
 from llm_lightning.experiments.command_line import one_run
-from llm_lightning.experiments.failures import Failure
+from llm_lightning.experiments.failures import SHOWN, Failure
 from llm_lightning.experiments.run_folder import is_main_process, living_owner
 from llm_lightning.experiments.run_records import read_summary
 from llm_lightning.experiments.settings.nodes import plain
 from llm_lightning.experiments.settings.overrides import run_dir_override
 from llm_lightning.experiments.sweep import claims
-from llm_lightning.experiments.sweep.folder import STOP, Outcome, SweepRef, Watch, write_attempt
-from llm_lightning.experiments.sweep.forked import ForkedChild, can_fork
+from llm_lightning.experiments.sweep.children import Orders, lines_with_name, start_child, wait_for
+from llm_lightning.experiments.sweep.folder import (
+    HEARTBEAT_SECONDS,
+    STOP,
+    Outcome,
+    Process,
+    SweepRef,
+    Watch,
+    beat_attempt,
+    write_attempt,
+)
+from llm_lightning.experiments.sweep.forked import can_fork
+from llm_lightning.experiments.sweep.stopping import Requeueing, requeueing, stop_signals
 from llm_lightning.files.download import cache_dir
-from llm_lightning.signals import STOPPING
-from llm_lightning.terminal import say, visible
+from llm_lightning.terminal import one_line, say
 
-POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5
 """Seconds between two looks at the sweep's files."""
-AGAIN_SECONDS = 5.0
-"""Seconds between two signals to a child that is to stop: the first may arrive before it listens."""
+SWEEP_STOPS_SECONDS = 5.0
+"""Seconds in which the sweep says that it stops too, after a signal to a job: a terminal sends it to all."""
 LAST_LINES = 20
 """Number of lines of a failed job's output that are kept."""
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-_signals: list[int] = []
+under_way = threading.Lock()
+"""Held while this process attempts a job."""
 
 
-class Child(Protocol):
-    """A process that trains."""
+@dataclass(frozen=True)
+class Share:
+    """What a job gets of its machine."""
 
-    def poll(self) -> int | None:
-        """The exit code as `subprocess` gives it, None while it lives."""
-
-    def send_signal(self, signum: int) -> None: ...
-
-    def close(self) -> None: ...
+    threads: int | None = None
+    """Number of threads; None: as many as torch takes."""
+    gpus: tuple[str, ...] = ()
+    """The machine's GPUs, of which each job claims its own; empty if there is none, or if a scheduler allots them."""
+    jobs_per_gpu: int = 1
+    forks: bool = False
+    """Whether this process attempts many jobs, so that a server that imports once for all pays."""
+    names_lines: bool = False
+    """Whether other jobs print beside it."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +79,7 @@ class Attempt:
     options: tuple[str, ...]
     """Command-line options for every job: `--config-dir`."""
     sweep: SweepRef | None = None
-    threads: int | None = None
-    """Threads of the job; None leaves that open."""
-    slots: int | None = None
-    """Number of jobs on this machine at a time, if the launcher itself sets no limit."""
-    is_parallel: bool = False
-    """Whether others run beside it: its lines carry its name, and it claims its GPUs."""
-    jobs_per_gpu: int = 1
-    handled: tuple[int, ...] = field(default=STOPPING)
+    share: Share = Share()
 
     def __call__(self, config: Any) -> float | None:
         """Run the job that Hydra has just composed; return the best value of its monitored metric."""
@@ -85,166 +88,116 @@ class Attempt:
         hydra = HydraConfig.get()
         run_dir = Path(hydra.runtime.output_dir).absolute()
         words = [*hydra.overrides.task, *one_run(hydra), run_dir_override(run_dir)]
-        trainer = plain(config.trainer)
-        if self.sweep is None or not is_main_process():  # of several processes that SLURM starts, the first records
-            code = self._train(words, run_dir, trainer, lambda: bool(_signals))
-            if code and self.sweep is None:
-                raise ChildProcessError(f"{run_dir} failed (exit code {code})")
-        else:
-            self._recorded(words, run_dir, trainer, self.sweep, Watch(self.sweep))
+        argv = [self.script, *self.options, *words]
+        job = _Job(argv, run_dir, str(hydra.runtime.cwd), plain(config.trainer), self.share)
+        with under_way:
+            if self.sweep is not None and is_main_process():
+                _record(job, self.sweep)
+            else:  # of several processes that SLURM starts, the first records
+                with stop_signals() as received:
+                    code = job.train(lambda: bool(received), received, first=self.sweep is None)
+                if code and self.sweep is None:
+                    raise ChildProcessError(f"{run_dir} failed (exit code {code})")
         return read_summary(run_dir).get("best_value")
 
-    # --- the record ----------------------------------------------------------------------------------------------
 
-    def _recorded(self, words: list[str], run_dir: Path, trainer: Any, sweep: SweepRef, watch: Watch) -> None:
-        """Run a job unless the sweep is over, and write how it went to its folder."""
-        over = _every(WATCH_SECONDS, lambda: watch.is_over() or (run_dir / STOP).exists())
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def _record(job: _Job, sweep: SweepRef) -> None:
+    """Run a job unless the sweep is over, and write how it went to its folder."""
+    watch, run_dir = Watch(sweep), job.run_dir
+    over = _every(WATCH_SECONDS, lambda: watch.is_over() or (run_dir / STOP).exists())
+    heard = _every(HEARTBEAT_SECONDS, lambda: beat_attempt(run_dir))
+    if watch.is_over():
+        return
+    began = time.monotonic()
+    with stop_signals() as received, requeueing() as requeue:
+        write_attempt(run_dir, sweep, "running")
 
         def stops() -> bool:
-            return bool(_signals) or over()
+            heard()
+            return bool(received) or bool(requeue and requeue.announced) or over()
 
-        if watch.is_over():
-            return
-        began, lines = time.monotonic(), collections.deque[str](maxlen=LAST_LINES)
-        with stop_signals(self.handled):
-            write_attempt(run_dir, sweep, "running")
-            with requeues(run_dir, sweep):
-                code = self._train(words, run_dir, trainer, stops, lines)
-            outcome = outcome_of(code, run_dir, stopped=stops(), lines=lines)
-            seconds = round(time.monotonic() - began, 2)
-            (run_dir / STOP).unlink(missing_ok=True)
-            write_attempt(run_dir, sweep, outcome, exit_code=code, seconds=seconds, signals=list(_signals))
-
-    # --- the child -----------------------------------------------------------------------------------------------
-
-    def _train(
-        self,
-        words: list[str],
-        run_dir: Path,
-        trainer: Any,
-        stops: Callable[[], bool],
-        lines: collections.deque[str] | None = None,
-    ) -> int:
-        """Train in a child process, as soon as the job's folder, slot and GPUs are free; return the exit code."""
-        name = run_dir.name
-        with contextlib.ExitStack() as held:
-            if not _wait_for_owner(run_dir, stops):
-                return 0
-            if self.slots is not None:
-                folder, slots = cache_dir() / "slots" / (self.sweep.id if self.sweep else "one"), range(self.slots)
-                if held.enter_context(claims.claimed(folder, [str(n) for n in slots], 1, gives_up=stops)) is None:
-                    return 0
-            environment = dict(os.environ)
-            present = claims.visible_gpus() if trainer["accelerator"] != "cpu" else []
-            if self.is_parallel and present:
-                got = self._claim_gpus(held, name, trainer, present, stops)
-                if got is None:
-                    return 0
-                if not isinstance(trainer.get("devices"), list):
-                    environment[claims.VISIBLE] = ",".join(got)
-            if self.threads is not None:
-                environment |= dict.fromkeys(THREADS, str(self.threads))
-            forks = can_fork(trainer, has_gpus=bool(present))
-            return self._in_child([self.script, *self.options, *words], name, environment, forks, stops, lines)
-
-    def _claim_gpus(
-        self, held: contextlib.ExitStack, name: str, trainer: Any, present: list[str], stops: Callable[[], bool]
-    ) -> list[str] | None:
-        wanted = claims.gpus_wanted(trainer, present)
-        folder = claims.machine_folder(cache_dir())
-
-        def waits() -> None:
-            say(f"{name}: waits for a GPU", flush=True)
-
-        claim = claims.claimed(folder, present, wanted, shares=self.jobs_per_gpu, gives_up=stops, waits=waits)
-        return held.enter_context(claim)
-
-    def _in_child(
-        self,
-        argv: list[str],
-        name: str,
-        environment: dict[str, str],
-        forks: bool,
-        stops: Callable[[], bool],
-        lines: collections.deque[str] | None,
-    ) -> int:
-        reader: threading.Thread | None = None
-        output: Connection | None = None
-        if self.is_parallel:
-            source, output = Pipe(duplex=False)
-            kept = lines if lines is not None else collections.deque[str](maxlen=LAST_LINES)
-            reader = threading.Thread(target=_pass_on, args=(source, name, kept), daemon=True)
-            reader.start()
-        child = start_child(argv, environment, output, threads=self.threads, forks=forks)
-        if output is not None:
-            output.close()
         try:
-            code = wait_for(child, stops)
-        finally:
-            child.close()
-        if reader is not None:
-            reader.join(timeout=5.0)  # a grandchild may keep the pipe open
-        return code
+            code = job.train(stops, received)
+        except Exception as error:  # a claim that cannot be met, a disk that is full
+            code = _refused(error, run_dir)
+        finished = code == 0 and read_summary(run_dir).get("finished")
+        is_over = over() or (bool(received) and _sweep_stops(sweep, over))
+        if requeue and not finished and not is_over and requeue.is_due(received):
+            outcome = _requeued(requeue, run_dir, sweep)
+        else:
+            foreign = received[0] if received and not is_over else None
+            outcome = outcome_of(code, run_dir, stopped=is_over, lines=job.lines, foreign=foreign, over=over)
+        (run_dir / STOP).unlink(missing_ok=True)
+        seconds = round(time.monotonic() - began, 2)
+        write_attempt(run_dir, sweep, outcome, exit_code=code, seconds=seconds, signals=list(received))
 
 
-def start_child(
-    argv: Sequence[str], environment: dict[str, str], output: Connection | None, *, threads: int | None, forks: bool
-) -> Child:
-    """Start `argv`, a script and its words: as a fork of the fork server, or as a fresh process."""
-    if forks:
-        try:
-            return ForkedChild(argv, environment, output, threads)
-        except (OSError, EOFError) as error:
-            say(f"starting a fresh process instead of a fork: {error}", file=sys.stderr)
-    pipes: dict[str, Any] = {}
-    if output is not None:
-        pipes = {"stdout": output.fileno(), "stderr": subprocess.STDOUT}
-    with usr2_blocked():
-        return FreshChild(processes.start([sys.executable, *argv], env=environment, **pipes))
+def _refused(error: Exception, run_dir: Path) -> int:
+    """Record an error before there was a child."""
+    message = one_line(error, SHOWN) or type(error).__name__
+    Failure("os" if isinstance(error, OSError) else "error", type(error).__name__, message, 1).write(run_dir)
+    say(f"{run_dir.name}: error: {message}", file=sys.stderr, flush=True)
+    return 1
 
 
-@dataclass
-class FreshChild:
-    """A child process with an interpreter of its own."""
-
-    process: subprocess.Popen[bytes]
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def send_signal(self, signum: int) -> None:
-        self.process.send_signal(signum)
-
-    def close(self) -> None:
-        pass
+def _requeued(requeue: Requeueing, run_dir: Path, sweep: SweepRef) -> Outcome:
+    """Let the launcher requeue a job that has saved, which ends this process; or record why it does not."""
+    write_attempt(run_dir, sweep, "requeued")
+    why = requeue()
+    message = f"the scheduler took the machine back (time limit, preemption): {why}"
+    remedy = "a longer hydra.launcher.timeout_min, or hydra.launcher.max_num_timeout=3, lets it go on"
+    Failure("signal", None, f"{message}; {remedy}", 128 + requeue.signum).write(run_dir)
+    return "failed"
 
 
-def wait_for(child: Child, stops: Callable[[], bool]) -> int:
-    """Wait for a child, and stop it when `stops` says so; its exit code as a shell gives it."""
-    signalled: float | None = None
-    while (code := child.poll()) is None:
-        now = time.monotonic()
-        if stops() and (signalled is None or now - signalled > AGAIN_SECONDS):
-            first = signalled is None and _signals and _signals[0] != signal.SIGINT
-            child.send_signal(_signals[0] if first else signal.SIGTERM)
-            signalled = now
-        time.sleep(POLL_SECONDS)
-    return 128 - code if code < 0 else code
+def _sweep_stops(sweep: SweepRef, over: Callable[[], bool], seconds: float = SWEEP_STOPS_SECONDS) -> bool:
+    """Whether the sweep stops: this is its process, or it says so within some time."""
+    deadline = time.monotonic() + seconds
+    while not (sweep.head == Process.this() or over()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(WATCH_SECONDS)
+    return True
 
 
-def outcome_of(code: int, run_dir: Path, *, stopped: bool, lines: Sequence[str]) -> Outcome:
-    """How an attempt ended; a failure that the run could not record itself is recorded here."""
-    if code == 0:
+def outcome_of(
+    code: int,
+    run_dir: Path,
+    *,
+    stopped: bool,
+    lines: Sequence[str] = (),
+    foreign: int | None = None,
+    over: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """How an attempt ended; a failure that the run could not record itself is recorded here.
+
+    Args:
+        code: the child's, as a shell gives it.
+        stopped: whether the sweep, or a person, told the job to stop.
+        lines: the child's last output.
+        foreign: a signal that the launcher or a person sent while the sweep went on.
+        over: asked again after a signal to the child: a terminal's reaches it before the sweep has written a word.
+    """
+    if code == 0 and (foreign is None or read_summary(run_dir).get("finished")):
         return "stopped" if stopped and not read_summary(run_dir).get("finished") else "finished"
     by_signal = code - 128 if 128 < code < 160 else None
+    if by_signal in (signal.SIGINT, getattr(signal, "SIGHUP", None)) and not stopped and foreign is None:
+        deadline = time.monotonic() + SWEEP_STOPS_SECONDS
+        while not (stopped := over()) and time.monotonic() < deadline:
+            time.sleep(WATCH_SECONDS)
     if stopped and (by_signal is not None or code == 255):  # 255: the fork server was killed as well
         return "stopped"
     failure = Failure.read(run_dir)
-    if failure is None:
-        if by_signal is not None:
-            failure = Failure("signal", None, f"ended by {_signal_name(by_signal)}", code)
-        else:
-            failure = Failure("error", None, f"ended with exit code {code}, without a word why", code)
+    if foreign is not None:
+        reason = f"ended by {_signal_name(foreign)} of its launcher or of a person, while the sweep went on"
+        failure = Failure("signal", None, reason, 128 + foreign)
+    elif failure is None and by_signal is not None:
+        failure = Failure("signal", None, f"ended by {_signal_name(by_signal)}", code)
+    elif failure is None:
+        failure = Failure("error", None, f"ended with exit code {code}, without a word why", code)
     if not failure.lines:
         replace(failure, lines=_last(run_dir, lines)).write(run_dir)
     return "failed"
@@ -265,86 +218,79 @@ def _last(run_dir: Path, lines: Sequence[str]) -> list[str]:
     return []
 
 
-def _wait_for_owner(run_dir: Path, stops: Callable[[], bool]) -> bool:
-    """Wait until no process works in the job's folder: one of a sweep that was killed may still be saving."""
-    said = False
-    while owner := living_owner(run_dir):
-        if stops():
-            return False
-        if not said:
-            say(f"{run_dir.name}: waits for process {owner['pid']}, which is ending in its folder", flush=True)
-            said = True
-        time.sleep(WATCH_SECONDS)
-    return True
+# --- the child -------------------------------------------------------------------------------------------------------
 
 
-def _pass_on(source: Connection, name: str, lines: collections.deque[str]) -> None:
-    """Print the lines of a job with its name; of a progress bar, which rewrites its line, only the end."""
-    with contextlib.suppress(OSError), os.fdopen(os.dup(source.fileno()), "rb") as stream:
-        for raw in stream:
-            text = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]
-            if text.strip():
-                lines.append(visible(text))
-                say(f"[{name}] {text}", flush=True)
+class _Job:
+    """A job in this process: the words of its child, and the share that it claims."""
 
+    def __init__(self, argv: list[str], run_dir: Path, folder: str, trainer: Mapping[str, Any], share: Share) -> None:
+        self.argv, self.run_dir, self.folder, self.trainer, self.share = argv, run_dir, folder, trainer, share
+        self.name = run_dir.name
+        self.lines = collections.deque[str](maxlen=LAST_LINES)
 
-# --- signals ---------------------------------------------------------------------------------------------------------
+    def train(self, stops: Callable[[], bool], received: Sequence[int], *, first: bool = True) -> int:
+        """Train in a child process, as soon as the job's folder and GPUs are free; return the exit code.
 
+        Args:
+            first: whether it is the first or only process of the job.
+        """
+        with contextlib.ExitStack() as held:
+            if first and not self._wait_for_owner(stops):
+                return 0
+            claim = held.enter_context(self._claimed_gpus(stops))
+            if claim is None:
+                return 0
+            orders = self._orders(claim)
+            output = held.enter_context(lines_with_name(self.name, self.lines)) if self.share.names_lines else None
+            child = start_child(orders, output)
+            if output is not None:
+                output.close()
+            try:
+                return wait_for(child, stops, received)
+            finally:
+                child.close()
 
-@contextlib.contextmanager
-def stop_signals(handled: Sequence[int] = STOPPING) -> Iterator[list[int]]:
-    """Collect the signals that ask this process to stop; ignored ones stay ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield _signals
-        return
-    taken = [signum for signum in handled if signal.getsignal(signum) is not signal.SIG_IGN]
-    before = {signum: signal.signal(signum, lambda number, _: _signals.append(number)) for signum in taken}
-    try:
-        yield _signals
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+    def _wait_for_owner(self, stops: Callable[[], bool]) -> bool:
+        """Wait until no process works in the job's folder: one of a sweep that was killed may still be saving."""
+        said = False
+        while owner := living_owner(self.run_dir):
+            if stops():
+                return False
+            if not said:
+                say(f"{self.name}: waits for process {owner['pid']}, which is ending in its folder", flush=True)
+                said = True
+            time.sleep(WATCH_SECONDS)
+        return True
 
+    @contextlib.contextmanager
+    def _claimed_gpus(self, stops: Callable[[], bool]) -> Iterator[claims.Claim | None]:
+        """Claim the job's GPUs; empty if it wants none, None if `stops` said so."""
+        present = self.share.gpus
+        wanted = claims.gpus_wanted(self.trainer, present)
+        if not wanted:
+            yield claims.Claim()
+            return
 
-@contextlib.contextmanager
-def requeues(run_dir: Path, sweep: SweepRef) -> Iterator[None]:
-    """Save before submitit requeues: its SIGUSR2 handler ends the process, here after the child has saved.
+        def waits() -> None:
+            say(f"{self.name}: waits for a GPU", flush=True)
 
-    SIGUSR2 announces the end of a job's time, or its preemption.
-    """
-    usr2 = getattr(signal, "SIGUSR2", None)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(usr2) if usr2 is not None and in_main_thread else None
-    if not callable(previous):
-        yield
-        return
-    announced: list[int] = []
+        folder, shares = claims.machine_folder(cache_dir()), self.share.jobs_per_gpu
+        with claims.claimed(folder, present, wanted, shares=shares, gives_up=stops, waits=waits) as claim:
+            yield claim
 
-    def save_first(signum: int, _: Any) -> None:
-        announced.append(signum)
-        _signals.append(signal.SIGTERM)
-
-    signal.signal(usr2, save_first)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        signal.signal(usr2, previous)  # type: ignore[arg-type]
-        if announced:
-            write_attempt(run_dir, sweep, "requeued")
-            previous(announced[0], None)  # ends this process; the launcher starts the job again
-
-
-@contextlib.contextmanager
-def usr2_blocked() -> Iterator[None]:
-    """A child that is started here never sees SIGUSR2, which SLURM sends to all processes of a job."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def _orders(self, claim: claims.Claim) -> Orders:
+        environment = dict(os.environ)
+        if claim.names:
+            listed = claims.listed(self.trainer.get("devices"))  # by number, of all that are there
+            environment[claims.VISIBLE] = ",".join(self.share.gpus if listed else claim.names)
+        if environment.get("SLURM_NTASKS") == "1":
+            del environment["SLURM_NTASKS"]  # or Lightning wants SLURM to start the processes of `trainer.devices`
+        threads = claims.threads_of(self.share.threads, self.trainer, environment)
+        if threads is not None:
+            environment |= dict.fromkeys(claims.THREADS, str(threads))
+        forks = self.share.forks and can_fork(self.trainer, has_gpus=bool(self.share.gpus))
+        return Orders(self.argv, environment, self.folder, threads, forks, claim.descriptors)
 
 
 def _every(seconds: float, look: Callable[[], bool]) -> Callable[[], bool]:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import random
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _POLL_SECONDS = 0.3
+
+
+# --- cores -----------------------------------------------------------------------------------------------------------
 
 
 def cores() -> int:
@@ -23,32 +30,86 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def visible_gpus() -> list[str]:
-    """The names of this process's CUDA devices, without importing torch."""
+def threads_each(jobs: int) -> int:
+    """Threads of each of `jobs` that run at a time: its part of the cores, or fewer if the user set fewer."""
+    own = os.environ.get(THREADS[0], "").partition(",")[0]
+    part = max(1, cores() // jobs)
+    return min(part, int(own)) if own.isdigit() and int(own) else part
+
+
+def threads_of(given: int | None, trainer: Mapping[str, Any], environment: Mapping[str, str]) -> int | None:
+    """Threads of each process of a job, None if that is open.
+
+    Args:
+        given: for the whole job; None: those that SLURM allots, if it has started the job.
+    """
+    if given is None and "SUBMITIT_EXECUTOR" in environment and "SLURM_CPUS_ON_NODE" in environment:
+        tasks = environment.get("SLURM_NTASKS_PER_NODE", "1")
+        given = int(environment["SLURM_CPUS_ON_NODE"]) // (int(tasks) if tasks.isdigit() else 1)
+    devices = str(trainer.get("devices"))
+    on_cpu = str(trainer.get("accelerator")) == "cpu"
+    return None if given is None else max(1, given // max(1, int(devices) if on_cpu and devices.isdigit() else 1))
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """GPUs that are held."""
+
+    names: tuple[str, ...] = ()
+    """As `CUDA_VISIBLE_DEVICES` names them."""
+    descriptors: tuple[int, ...] = ()
+    """Of the lock files: a process that inherits them holds the GPUs too."""
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The names of this process's CUDA devices, as `CUDA_VISIBLE_DEVICES` takes them, without importing torch."""
     if VISIBLE in os.environ:
-        return [name.strip() for name in os.environ[VISIBLE].split(",") if name.strip() not in ("", "-1")]
+        names = [name.strip() for name in os.environ[VISIBLE].split(",")]
+        seen = names[: names.index("-1")] if "-1" in names else names  # CUDA reads up to an invalid name
+        return tuple(dict.fromkeys(name for name in seen if name))
+    return tuple(_gpus_by_system())
+
+
+def _gpus_by_system() -> list[str]:
+    """UUIDs of the GPUs, or of their parts where a GPU is divided (MIG)."""
     if shutil.which("nvidia-smi") is None:
         return []
     shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return [str(index) for index, line in enumerate(shown.stdout.splitlines()) if line.startswith("GPU ")]
+    found: list[str] = []
+    for name in re.findall(r"UUID: ([\w/-]+)", shown.stdout):
+        if name.startswith("MIG-") and found and found[-1].startswith("GPU-"):
+            found.pop()  # only its parts can be used
+        found.append(name)
+    return found
+
+
+def listed(devices: Any) -> list[int]:
+    """The device numbers of `trainer.devices` if it lists them: [0, 2] or "0,2"; else empty."""
+    values = devices if isinstance(devices, list) else devices.split(",") if "," in str(devices) else []
+    return [int(value) for value in values if str(value).strip()]
 
 
 def gpus_wanted(trainer: Mapping[str, Any], present: Sequence[str]) -> list[str] | int:
-    """The number of GPUs that a job takes, or their names if its settings list them.
+    """The number of GPUs that a job takes, or their names if its settings list them. Not said: one.
 
     Args:
         trainer: the settings of `trainer`.
         present: the GPUs of this machine.
+
+    Raises:
+        ValueError: if there are too few.
     """
     if str(trainer.get("accelerator")) not in ("auto", "gpu", "cuda") or not present:
         return 0
     devices = trainer.get("devices", "auto")
-    if isinstance(devices, list) or (isinstance(devices, str) and "," in devices):
-        listed = devices if isinstance(devices, list) else devices.split(",")
-        return [present[int(index)] for index in listed if str(index).strip() and int(index) < len(present)]
-    if str(devices) == "auto":
-        return 1
-    return len(present) if int(devices) == -1 else int(devices)
+    numbers = listed(devices)
+    number = {"auto": 1, "-1": len(present)}.get(str(devices)) or (0 if numbers else int(devices))
+    if number > len(present) or any(one >= len(present) for one in numbers):
+        raise ValueError(f"trainer.devices={devices} asks for more GPUs than this machine shows ({len(present)})")
+    return [present[one] for one in numbers] or number
 
 
 @contextlib.contextmanager
@@ -60,7 +121,7 @@ def claimed(
     shares: int = 1,
     gives_up: Callable[[], bool] = lambda: False,
     waits: Callable[[], None] = lambda: None,
-) -> Iterator[list[str] | None]:
+) -> Iterator[Claim | None]:
     """Hold `wanted` of `names` within the context, waiting for them; None if `gives_up` said so.
 
     Args:
@@ -68,12 +129,7 @@ def claimed(
         wanted: how many, or which.
         shares: number of processes that may hold a name at the same time.
         waits: called once if some are in use.
-
-    Raises:
-        ValueError: if there are too few for ever.
     """
-    if isinstance(wanted, int) and wanted > len(names):
-        raise ValueError(f"trainer.devices={wanted} asks for more GPUs than there are ({len(names)})")
     folder.mkdir(parents=True, exist_ok=True)
     candidates = list(names) if isinstance(wanted, int) else list(wanted)
     number = wanted if isinstance(wanted, int) else len(wanted)
@@ -82,7 +138,7 @@ def claimed(
         with contextlib.ExitStack() as held:
             got = _take(held, folder, candidates, number, shares)
             if len(got) == number:
-                yield got
+                yield Claim(tuple(got), tuple(got.values()))
                 return
         if gives_up():
             yield None
@@ -90,24 +146,28 @@ def claimed(
         if not has_waited:
             waits()
             has_waited = True
-        time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # two that each hold half give way in turn
 
 
-def _take(held: contextlib.ExitStack, folder: Path, candidates: Sequence[str], number: int, shares: int) -> list[str]:
-    got: list[str] = []
+def _take(
+    held: contextlib.ExitStack, folder: Path, candidates: Sequence[str], number: int, shares: int
+) -> dict[str, int]:
+    """Lock up to `number` of the candidates until `held` ends: name -> file descriptor of its lock."""
+    got: dict[str, int] = {}
     for share in range(shares):  # an unused device before a second job on one
         for name in candidates:
             if len(got) == number:
                 return got
-            lock = FileLock(folder / f"{name.replace('/', '_')}.{share}.lock")
+            lock = FileLock(folder / f"{re.sub(r'[^A-Za-z0-9.-]', '_', name)}.{share}.lock")
             with contextlib.suppress(Timeout):
                 if name not in got:
                     lock.acquire(timeout=0)
                     held.callback(lock.release)
-                    got.append(name)
+                    got[name] = lock._context.lock_file_fd or 0
     return got
 
 
 def machine_folder(cache: Path) -> Path:
-    """The folder of this machine's GPU locks; the cache may be shared by several machines."""
-    return cache / "gpus" / (platform.node() or "machine")
+    """The folder of this machine's GPU locks: the cache may be shared by machines, a machine by SLURM's jobs."""
+    job = os.environ.get("SLURM_JOB_ID")  # each may call its own GPU 0
+    return cache / "gpus" / "-".join(filter(None, [platform.node() or "machine", job]))

@@ -6,6 +6,7 @@ folder below, with two files more: `job.json`, what the job is, and `attempt.jso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -52,11 +53,13 @@ class Process:
     def this(cls) -> Process:
         return cls(os.getpid(), platform.node(), process_start(os.getpid()))
 
+    def is_of_this_host(self) -> bool:
+        """Whether this host can tell if it lives."""
+        return self.host == platform.node() and self.process_start is not None
+
     def has_ended(self) -> bool:
         """Whether it surely lives no more: False for a process of another host."""
-        if self.host != platform.node() or self.process_start is None:
-            return False
-        return process_start(self.pid) != self.process_start
+        return self.is_of_this_host() and process_start(self.pid) != self.process_start
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,16 @@ class Watch:
     def is_over(self) -> bool:
         """Whether the sweep ended, stops, was started anew, or has died."""
         path = Path(self.sweep.folder, SWEEP)
-        try:
-            beat = path.stat().st_mtime
-            state = read_facts(path, _SWEEP_FACTS, "")
-        except (OSError, ValueError):
-            return False  # a network file system that is slow; the heartbeat decides
-        if beat != self._beat:
-            self._beat, self._heard = beat, time.monotonic()
+        beat, state = None, {}
+        with contextlib.suppress(OSError, ValueError):  # a slow network file system; the heartbeat decides
+            beat, state = path.stat().st_mtime, read_facts(path, _SWEEP_FACTS, "")
         if state and (state["id"] != self.sweep.id or state["state"] != "running"):
             return True
-        return self.sweep.head.has_ended() or time.monotonic() - self._heard > SILENT_SECONDS
+        if self.sweep.head.is_of_this_host():
+            return self.sweep.head.has_ended()
+        if beat is not None and beat != self._beat:
+            self._beat, self._heard = beat, time.monotonic()
+        return time.monotonic() - self._heard > SILENT_SECONDS
 
 
 def begin(folder: Path) -> SweepRef:
@@ -107,7 +110,8 @@ def end(sweep: SweepRef) -> None:
 
 def beat(sweep: SweepRef) -> None:
     """Let jobs on other hosts see that the sweep lives."""
-    os.utime(Path(sweep.folder, SWEEP))
+    with contextlib.suppress(OSError):
+        os.utime(Path(sweep.folder, SWEEP))
 
 
 def _write_state(sweep: SweepRef, state: str) -> None:
@@ -155,6 +159,13 @@ def write_attempt(folder: Path, sweep: SweepRef, state: str, **facts: Any) -> No
     """Write `attempt.json`: `state` is running, requeued, or an `Outcome`."""
     content = {"sweep": sweep.id, "state": state, **asdict(Process.this()), "time": time.time(), **facts}
     write_atomically(folder / ATTEMPT, json.dumps(content, indent=2) + "\n")
+
+
+def beat_attempt(folder: Path) -> bool:
+    """Let a sweep on another host see that the attempt goes on; False, so that it is asked again."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / ATTEMPT)
+    return False
 
 
 def read_attempt(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.experiments.sweep.stopping import mask_of_children
 from llm_lightning.signals import STOPPING
 
 PRELOADED = "llm_lightning.experiments.sweep.preloaded"
@@ -42,6 +44,7 @@ class ForkedChild:
     Args:
         argv: a script and its words.
         environment: all its environment variables.
+        folder: the working directory.
         output: gets what it prints; None: the terminal.
         threads: torch's threads; None: as many as torch takes.
 
@@ -53,12 +56,13 @@ class ForkedChild:
         self,
         argv: Sequence[str],
         environment: Mapping[str, str],
+        folder: str,
         output: connection.Connection | None,
         threads: int | None,
     ) -> None:
         start_server()
         context: Any = multiprocessing.get_context("forkserver")
-        arguments = (list(argv), dict(environment), output, threads)
+        arguments = (list(argv), dict(environment), folder, output, threads)
         self.process = context.Process(target=_run, args=arguments, name=argv[0], daemon=False)
         with _start_method("forkserver"):
             self.process.start()
@@ -78,9 +82,7 @@ class ForkedChild:
 def start_server() -> None:
     """Start the server of this process, if it is not running yet."""
     forkserver.set_forkserver_preload([PRELOADED])
-    from llm_lightning.experiments.sweep.attempt import usr2_blocked
-
-    with _importable(), usr2_blocked():
+    with _importable(), mask_of_children():
         forkserver.ensure_running()
 
 
@@ -111,7 +113,11 @@ def _importable() -> Iterator[None]:
 
 
 def _run(
-    argv: list[str], environment: dict[str, str], output: connection.Connection | None, threads: int | None
+    argv: list[str],
+    environment: dict[str, str],
+    folder: str,
+    output: connection.Connection | None,
+    threads: int | None,
 ) -> None:
     """Do in the fork what `python SCRIPT WORDS` does."""
     for signum in STOPPING:
@@ -119,6 +125,7 @@ def _run(
     multiprocessing.set_start_method(None, force=True)  # the data's worker processes start as in any run
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     if output is not None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -131,11 +138,8 @@ def _run(
         importlib.import_module("torch").set_num_threads(threads)
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).parent)  # as for a script
-    from llm_lightning.cli.main import VERBS
-    from llm_lightning.experiments.launch import main
-
     try:
-        main(Path(argv[0]), VERBS)
+        runpy.run_path(argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # what multiprocessing leaves out: a fork ends by os._exit
 

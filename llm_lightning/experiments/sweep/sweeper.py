@@ -12,10 +12,9 @@ import logging
 import os
 import shlex
 import sys
-import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,16 @@ from llm_lightning.experiments.settings.overrides import key_of, parsed, quoted
 from llm_lightning.experiments.settings.yaml_files import load
 from llm_lightning.experiments.summary import shown_from
 from llm_lightning.experiments.sweep import folder as records
-from llm_lightning.experiments.sweep.attempt import Attempt, stop_signals
+from llm_lightning.experiments.sweep.attempt import Attempt
 from llm_lightning.experiments.sweep.folder import SweepRef
 from llm_lightning.experiments.sweep.forked import PROJECT
 from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
-from llm_lightning.experiments.sweep.launchers import results_that_never_raise, traits_of
+from llm_lightning.experiments.sweep.launchers import end_with, traits_of
+from llm_lightning.experiments.sweep.launching import Launching
+from llm_lightning.experiments.sweep.stopping import stop_signals
 from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
 from llm_lightning.terminal import counted, say
 
-POLL_SECONDS = 0.2
 MANY = 20
 """From this number of jobs on, a bar shows how many are composed."""
 
@@ -236,32 +236,18 @@ class _Sweep:
     def _launch(self, todo: Sequence[Job], sweep: SweepRef, received: Sequence[int]) -> None:
         if not todo:
             return
-        traits = traits_of(self.config.hydra.launcher, len(todo))
-        attempt = replace(
-            self.attempt,
-            sweep=sweep,
-            threads=traits.threads,
-            slots=traits.workers if traits.needs_slots else None,
-            is_parallel=not traits.one_by_one,
-            jobs_per_gpu=int(self.options["jobs_per_gpu"]),
-        )
-        launcher = self._launcher(attempt, traits.workers)
-        if traits.one_by_one:
-            for number, job in enumerate(todo):
-                if received:
-                    return
-                say(f"Sweep {self.name}: job {number + 1} of {len(todo)}, {job.name}", flush=True)
-                launcher.launch([self._overrides(job)], initial_job_idx=number)
+        traits = traits_of(self.config.hydra.launcher, len(todo), int(self.options["jobs_per_gpu"]))
+        attempt = replace(self.attempt, sweep=sweep, share=traits.share)
+        if not traits.in_this_process:
+            make = partial(self._launcher, attempt)
+            Launching(sweep, todo, traits, make, self._overrides, received).run()
             return
-        self._launch_batch(launcher, todo, sweep, received)
-        lost = [job for job in todo if self._is_lost(job, sweep)]
-        for job in lost:  # a launcher that lost one job may have lost others with it: alone, each once more
+        launcher = self._launcher(attempt, None)
+        for number, job in enumerate(todo):
             if received:
                 return
-            say(f"Sweep {self.name}: {job.name} was lost by the launcher, and runs again alone", flush=True)
-            self._launch_batch(self._launcher(attempt, 1), [job], sweep, received)
-            if self._is_lost(job, sweep):
-                self._record_lost(job, sweep)
+            say(f"Sweep {self.name}: job {number + 1} of {len(todo)}, {job.name}", flush=True)
+            launcher.launch([self._overrides(job)], initial_job_idx=number)
 
     def _launcher(self, attempt: Attempt, workers: int | None) -> Any:
         from hydra.core.plugins import Plugins
@@ -276,57 +262,15 @@ class _Sweep:
             config.hydra.sweep.dir = str(self.folder)
             if workers is not None and "n_jobs" in config.hydra.launcher:
                 config.hydra.launcher.n_jobs = workers
-        return Plugins.instance().instantiate_launcher(
+        launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=attempt, config=config
         )
+        if workers is not None and workers > 1 and attempt.sweep is not None:
+            launcher.joblib |= {"initializer": end_with, "initargs": (attempt.sweep.head,)}
+        return launcher
 
     def _overrides(self, job: Job) -> list[str]:
         return [*job.listed.words, f"hydra.sweep.dir={quoted(self.folder)}", f"hydra.sweep.subdir={quoted(job.name)}"]
-
-    def _launch_batch(self, launcher: Any, todo: Sequence[Job], sweep: SweepRef, received: Sequence[int]) -> None:
-        """Give all jobs to the launcher, and wait until their folders say that they ended, or it lost them."""
-        raised: list[BaseException] = []
-
-        def launch() -> None:
-            try:
-                with results_that_never_raise():
-                    launcher.launch([self._overrides(job) for job in todo], initial_job_idx=0)
-            except BaseException as error:  # whatever the launcher makes of a lost job
-                raised.append(error)
-
-        thread = threading.Thread(target=launch, name="launcher", daemon=True)
-        thread.start()
-        beaten, stopping = time.monotonic(), False
-        while thread.is_alive():
-            if received and not stopping:
-                records.end(sweep)  # every job reads it, saves and ends
-                stopping = True
-            if time.monotonic() - beaten > records.HEARTBEAT_SECONDS and not stopping:
-                records.beat(sweep)
-                beaten = time.monotonic()
-            states = [self._state(job, sweep) for job in todo]
-            if "running" not in states and (stopping or not {"waiting", "requeued"} & set(states)):
-                thread.join(timeout=10.0)  # the launcher notices it by itself, or never
-                break
-            time.sleep(POLL_SECONDS)
-        self._raised = raised[0] if raised else None
-
-    def _state(self, job: Job, sweep: SweepRef) -> str:
-        """`waiting`, `running`, `requeued`, `lost` or `ended`, in this start of the sweep."""
-        attempt = records.read_attempt(job.folder)
-        if attempt.get("sweep") != sweep.id:
-            return "waiting"
-        if attempt["state"] == "running":
-            return "lost" if records.process_of(attempt).has_ended() else "running"
-        return attempt["state"] if attempt["state"] == "requeued" else "ended"
-
-    def _is_lost(self, job: Job, sweep: SweepRef) -> bool:
-        return self._state(job, sweep) != "ended"
-
-    def _record_lost(self, job: Job, sweep: SweepRef) -> None:
-        why = f": {' '.join(str(self._raised).split())[:300]}" if self._raised else ""
-        message = f"the launcher lost this job{why}"
-        Failure("lost", None, message, None).write(job.folder)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
