@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import sys
 import threading
@@ -137,11 +138,8 @@ def _run(
         importlib.import_module("torch").set_num_threads(threads)
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).parent)  # as for a script
-    from llm_lightning.cli.main import VERBS
-    from llm_lightning.experiments.launch import main
-
     try:
-        main(Path(argv[0]), VERBS)
+        runpy.run_path(argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # what multiprocessing leaves out: a fork ends by os._exit
 
