@@ -30,6 +30,9 @@ from llm_lightning.nearest import nearest
 PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 """Groups whose files choose and set, but declare no keys (a task declares only its own node)."""
 
+LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+"""Launchers of the extra `sweep`."""
+
 PLUGINS = Path(__file__).parents[1] / "sweep" / "plugins"
 """The folder of `hydra_plugins`, the package that Hydra looks for plugins in."""
 
@@ -94,6 +97,12 @@ class ConfigDirs(ConfigFiles):
         group = re.search(r"In '(.+?)': Could not override '([\w/]+).*No match in the defaults list", message)
         if group:
             return f"unknown group '{group[2]}' in {group[1]}.yaml; {hint(group[2], self.groups())}"
+        own = re.search(r"Could not (?:find|load) '(hydra/\w+)/([^']+)'", message)
+        if own and own[1] == "hydra/launcher" and own[2] in LAUNCHERS:
+            return f"{own[1]}={own[2]} is not installed: pip install 'llm-lightning[sweep]'"
+        if own:
+            options = re.search(r"Available options in '[^']+': (.+?) Config search path", message)
+            return f"{own[1]}={own[2]}: no such option ({', '.join(options[1].split()) if options else message})"
         option = re.search(r"Could not (?:find|load) '([\w-]+)/([^']+)'", message)
         if option:
             return self.wrong_option(option[1], option[2])

@@ -168,6 +168,11 @@ def beat_attempt(folder: Path) -> bool:
     return False
 
 
+def forget_attempt(folder: Path) -> None:
+    """Remove the record of a lost attempt, so that the next one is waited for."""
+    (folder / ATTEMPT).unlink(missing_ok=True)
+
+
 def read_attempt(folder: Path) -> dict[str, Any]:
     """The last attempt at a job; empty if there was none, or if its record is damaged."""
     try:

@@ -69,6 +69,7 @@ class Launching:
             for job in lost:
                 if self.traits.shares_fate and not self.received:  # the cause may have been another job
                     say(f"Sweep {self.name}: {job.name} was lost by the launcher, and runs again alone", flush=True)
+                    records.forget_attempt(job.folder)
                     self._launch([job], 1)
                 self._record_if_lost(job)
             if len(waiting) == len(left) or not self.traits.shares_fate:

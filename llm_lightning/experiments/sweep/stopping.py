@@ -99,6 +99,8 @@ def _is_preempted() -> bool:
     number = os.environ.get("SLURM_JOB_ID")
     if number is None:
         return False
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        number = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
