@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,14 @@ def test_the_rows_of_chapter_6_are_the_books_and_only_the_18th_repeats_another()
         digests.setdefault(Identity(settings, {}, job.swept).digest(), []).append(job.name)
     assert len(digests) == 18
     assert ["01_last_block", "18_ignore_index"] in digests.values()
+
+
+def test_the_full_grid_of_the_book_is_the_command_in_its_file() -> None:
+    text = (CONF / "sweep" / "book_hparams.yaml").read_text()
+    [command] = re.findall(r"# The full grid.*\n((?:#   .*\n)+)", text)
+    _, _, name, *words = command.replace("#", "").split()
+    assert name == "sweep=book_hparams"
+    *values, limit = words
+    assert limit == "hydra.sweeper.max_jobs=12960"
+    with pytest.raises(ValueError, match=r"has 12,960 jobs, more than hydra\.sweeper\.max_jobs=1000"):
+        jobs_of("book_hparams", *values)
