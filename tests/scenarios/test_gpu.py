@@ -177,16 +177,6 @@ def python(*lines: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_a_run_on_the_cpu_leaves_the_gpu_alone(tmp_path: Path, corpus: Path) -> None:
-    arguments = words("pretraining", corpus, tmp_path / "run", "accelerator=cpu", "trainer.precision=32-true", steps=2)
-    said = python(
-        "import torch",
-        "from tiny_run import fit_here",
-        f"print(fit_here({arguments!r}).code, torch.cuda.is_initialized())",
-    )
-    assert said.split() == ["0", "False"]
-
-
 @pytest.fixture
 def little_memory() -> Iterator[None]:
     """As if the GPU had a five-hundredth of its memory."""
