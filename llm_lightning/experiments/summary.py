@@ -89,9 +89,7 @@ def build_summary(
         "lineage": module.header.get("lineage", {}),
         "precision": trainer.precision,
         "processes": trainer.world_size,
-        "device": device_name(
-            trainer.strategy.root_device
-        ),  # at the end of a fit, Lightning moves the module to the CPU
+        "device": device_name(trainer.strategy.root_device),  # by now Lightning has moved the module to the CPU
         "host": platform.node(),
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
