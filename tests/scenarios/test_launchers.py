@@ -64,7 +64,7 @@ needs_plugins = pytest.mark.skipif(
 LAUNCHERS = [
     launcher("joblib", "hydra.launcher.n_jobs=2"),
     launcher("submitit_local"),
-    launcher("submitit_slurm", where=[needs_slurm, pytest.mark.soak]),
+    launcher("submitit_slurm", where=needs_slurm),
 ]
 
 

@@ -152,3 +152,4 @@ class Launching:
             return
         why = f": {self.why[:SHOWN]}" if self.why else ""
         Failure("lost", None, f"the launcher lost this job{why}", None).write(job.folder)
+        say(f"Sweep {self.name}: {job.name} is lost", flush=True)
