@@ -4,7 +4,7 @@
     python tests/benchmarks/sweeps.py parallel          # 8 jobs of 20 s or more: serial and joblib with 2 workers
     python tests/benchmarks/sweeps.py parallel --steps 4    # the same on tiny jobs
 
-Runs on an idle machine, with OMP_NUM_THREADS unset, so that serial jobs use all cores.
+For an idle machine. OMP_NUM_THREADS stays as it is: unset, serial jobs use all cores, and workers share them.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def parallel(words: list[str], folder: Path) -> None:
 
 def swept(words: list[str], folder: Path, patch: str = "") -> float:
     """Run a sweep; its seconds."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     began = time.perf_counter()
     command = [sys.executable, "-c", patch + MAIN.format(script=str(ROOT / "train.py")), *words]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
