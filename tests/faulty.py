@@ -1,7 +1,8 @@
-"""A callback that spoils the weights while a file exists: the loss is not finite, until somebody mends it."""
+"""Callbacks that act while a file exists: the weights are spoilt until somebody mends them, or a step takes long."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +16,14 @@ class Faulty(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.path.exists():
             next(pl_module.parameters()).data.fill_(float("nan"))
+
+
+class Slow(L.Callback):
+    """Take a while for each step as long as a file exists."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if self.path.exists():
+            time.sleep(0.3)

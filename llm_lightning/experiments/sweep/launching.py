@@ -91,8 +91,9 @@ class Launching:
                 for thread in threads:
                     thread.start()
             self._wait(jobs, threads, submitted)
-            for thread in threads:
-                thread.join(timeout=LAUNCHER_SECONDS)
+            if not (self.received and self.traits.is_slurm):  # without accounts, submitit waits for what was cancelled
+                for thread in threads:
+                    thread.join(timeout=LAUNCHER_SECONDS)
         end_workers(kill=any(thread.is_alive() for thread in threads))
         self.why = next((" ".join(str(error).split()) for error in [*raised, *filter(None, submitted.errors)]), "")
 
@@ -151,3 +152,4 @@ class Launching:
             return
         why = f": {self.why[:SHOWN]}" if self.why else ""
         Failure("lost", None, f"the launcher lost this job{why}", None).write(job.folder)
+        say(f"Sweep {self.name}: {job.name} is lost", flush=True)
