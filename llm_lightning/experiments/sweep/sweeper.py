@@ -86,6 +86,7 @@ def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hyd
     dirs = SharedCompositions(config_dirs(task.own_config_dir, task.config_dir).folders)
     option = config.hydra.runtime.choices.get("sweep")
     _refuse_other_keys(dirs, option)
+    _refuse_subdir(config.hydra.overrides.hydra)
     listed = list_jobs(options, typed, dirs)
     if config.run_name is None:
         with open_dict(config):
@@ -104,6 +105,12 @@ def _refuse_other_keys(dirs: ConfigDirs, option: str | None) -> None:
     others = [key for key in (dotted(load(file)) if file else {}) if not f"{key}.".startswith("hydra.")]
     if others:
         raise ValueError(f"{others[0]} in {file} would reach no job: write it under hydra.sweeper.params")
+
+
+def _refuse_subdir(typed: Sequence[str]) -> None:
+    """Refuse a name for the folders of all jobs, which the sweeper names."""
+    if any(key_of(word) == "hydra.sweep.subdir" for word in typed):
+        raise ValueError("hydra.sweep.subdir has no effect: jobs are named by what varies; leave it out")
 
 
 def _composed(listed: Sequence[Listed], dirs: ConfigDirs) -> list[tuple[Listed, Identity]]:
@@ -299,7 +306,9 @@ class _Sweep:
             )
         unfinished = sum(job.state() != "finished" for job in self.jobs)
         rest = f"; {counted(unfinished, 'job')} stopped before the end" if unfinished else ""
-        say(f"Sweep {self.name}: no job failed{rest}. To add jobs, type more values with run_name={self.name}")
+        by_dir = any(key_of(word) == "hydra.sweep.dir" for word in self.config.hydra.overrides.hydra)
+        where = f"hydra.sweep.dir={shown_from(Path.cwd(), self.folder)}" if by_dir else f"run_name={self.name}"
+        say(f"Sweep {self.name}: no job failed{rest}. To add jobs, type more values with {where}")
 
     def _failure(self, job: Job) -> Failure | None:
         return None if read_summary(job.folder).get("finished") else Failure.read(job.folder)

@@ -53,6 +53,8 @@ def list_jobs(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs
         ValueError: one line, if a key cannot vary, a value is missing, or there are too many jobs.
     """
     own = [word for word in typed if key_of(word) != "sweep"]
+    for word in set(typed).difference(own):
+        _count(word, dirs)  # refuses several sweeps: they would all be left out
     shared = _words_of(options.get("params"), "hydra.sweeper.params", dirs)
     listed = _chosen(options.get("jobs"), options.get("only"))
     groups = [(name, _later_wins([*shared, *_words_of(node, name, dirs), *own])) for name, node in listed.items()]

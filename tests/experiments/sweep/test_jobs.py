@@ -77,7 +77,13 @@ def test_listed_jobs_take_shared_settings_and_what_is_typed_beats_both() -> None
 
 
 def test_what_cannot_vary_is_refused_before_anything_is_composed() -> None:
-    for word in ("run_name=a,b", "hydra.sweep.dir=a,b", "hydra/launcher=basic,joblib", "allow_targets=[a],[b]"):
+    for word in (
+        "run_name=a,b",
+        "sweep=dpo_beta,lr_by_warmup",
+        "hydra.sweep.dir=a,b",
+        "hydra/launcher=basic,joblib",
+        "allow_targets=[a],[b]",
+    ):
         key = word.partition("=")[0]
         with pytest.raises(ValueError, match=f"{re.escape(key)} cannot vary in a sweep"):
             jobs_of(word)

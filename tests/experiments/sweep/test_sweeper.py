@@ -175,6 +175,14 @@ def test_settings_of_a_sweep_that_no_job_would_get_are_refused(typed: Typed, tmp
     assert typed.code == 2
 
 
+def test_a_typed_folder_is_the_one_to_add_jobs_to_and_jobs_have_no_typed_folder(typed: Typed, tmp_path: Path) -> None:
+    typed("-m", "seed=1", f"hydra.sweep.dir={tmp_path / 'mine'}")
+    assert "type more values with hydra.sweep.dir=mine" in typed.out
+    typed("-m", "seed=1,2", "hydra.sweep.subdir=sub")
+    assert (typed.code, typed.err.count("\n")) == (2, 1)
+    assert "hydra.sweep.subdir has no effect" in typed.err
+
+
 def test_another_sweeper_runs_the_jobs_as_well(typed: Typed) -> None:
     assert typed(*SWEPT, "hydra/sweeper=basic") == ["0", "1"]
     assert typed.code == 0, typed.err
