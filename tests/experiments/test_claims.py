@@ -149,6 +149,7 @@ def test_more_than_there_are_is_refused(devices: Any) -> None:
     [("0,1,2", ("0", "1", "2")), ("", ()), ("-1", ()), ("1,-1,2", ("1",)), (" MIG-a , GPU-b", ("MIG-a", "GPU-b"))],
 )
 def test_devices_that_the_variable_names(variable: str, seen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims.shutil, "which", lambda _: None)
     monkeypatch.setenv(claims.VISIBLE, variable)
     assert claims.visible_gpus() == seen
 
@@ -164,6 +165,12 @@ def test_devices_that_the_driver_lists(tmp_path: Path, monkeypatch: pytest.Monke
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert claims.visible_gpus() == ("MIG-c6d4", "MIG-cba6", "GPU-41b9")
+    monkeypatch.setenv(claims.VISIBLE, "1")
+    assert claims.visible_gpus() == ("1",)  # which it is depends on CUDA_DEVICE_ORDER
+    shown = "".join(f"GPU {n}: NVIDIA H100 (UUID: GPU-{n}a)\n" for n in range(3))
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{shown}END\n")
+    monkeypatch.setenv(claims.VISIBLE, "2,0")
+    assert claims.visible_gpus() == ("GPU-2a", "GPU-0a")
 
 
 def test_cores_are_divided_and_a_smaller_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,4 +190,5 @@ def test_processes_of_a_job_share_its_threads_and_slurm_allots_its_own() -> None
     assert claims.threads_of(None, two, {"SLURM_CPUS_ON_NODE": "8"}) is None
     slurm = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_CPUS_ON_NODE": "8"}
     assert claims.threads_of(None, {"accelerator": "cpu", "devices": 1}, slurm) == 8
-    assert claims.threads_of(None, {"accelerator": "cpu", "devices": 2}, slurm) == 4
+    assert claims.threads_of(None, two, slurm) == 4
+    assert claims.threads_of(None, two, {**slurm, "SLURM_NTASKS_PER_NODE": "2"}) == 4

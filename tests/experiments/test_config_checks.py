@@ -9,13 +9,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from llm_lightning.experiments.command_line import continue_run
 from llm_lightning.experiments.run_records import COMMAND
 from llm_lightning.experiments.settings.changes import MAY_CHANGE, diff_configs, refuse_changes
-from llm_lightning.experiments.settings.checks import check_overrides
-from llm_lightning.experiments.settings.compose import config_dirs
+from llm_lightning.experiments.settings.checks import check_overrides, checked_settings
+from llm_lightning.experiments.settings.compose import LAUNCHERS, config_dirs, prepare_hydra
 from llm_lightning.experiments.settings.targets import check_targets, resolve_target
 from llm_lightning.experiments.settings.yaml_files import read_settings
 from llm_lightning.experiments.sweep.words import list_jobs
@@ -37,6 +39,7 @@ WRONG = [
     ("trainer.limit_test_batches=2", "write +trainer.limit_test_batches=2"),
     ("hydra.runn.dir=x", "unknown key 'hydra.runn.dir'"),
     ("model=nanno", "model=nanno: no such option; did you mean 'nano'?"),
+    ("hydra/launcher=basix", "hydra/launcher=basix: no such option (basic"),
     ("experiment=ch05", "did you mean 'book/ch05'?"),
     ("model=[nano,nanno]", "model=nanno: no such option"),
     ("-m model=nano,nanno", "model=nanno: no such option; did you mean 'nano'?"),
@@ -105,6 +108,16 @@ RIGHT = [
 @pytest.mark.parametrize("command", RIGHT)
 def test_a_right_command_line_passes(command: str) -> None:
     check_all(shlex.split(command))
+
+
+def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_hydra()
+    Plugins.instance()  # registers what is installed
+    launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+    for name in LAUNCHERS:
+        monkeypatch.delitem(launchers, f"{name}.yaml", raising=False)
+        with pytest.raises(ValueError, match=rf"hydra/launcher={name} is not installed: pip install .*\[sweep\]"):
+            checked_settings([f"hydra/launcher={name}"], CONF)
 
 
 def test_the_config_of_the_run_is_returned() -> None:

@@ -124,6 +124,14 @@ class Study:
         return [content["state_dict"], content["optimizer_states"]]
 
 
+def blocks(pid: int, signum: int) -> bool:
+    """Whether a process holds a signal back."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = re.search(r"SigBlk:\s*(\w+)", status)
+    assert mask is not None
+    return bool(int(mask[1], 16) >> (signum - 1) & 1)
+
+
 def is_left(process: subprocess.Popen[str], words: list[str]) -> bool:
     """Whether a process of a sweep that has ended is left after 15 s, or a job of it in SLURM's queue."""
     if not any("slurm" in word for word in words):
@@ -162,7 +170,10 @@ def test_stopped_killed_and_continued(words: list[str], tmp_path: Path, undistur
 
     process = study.start(*words)
     study.until(lambda: study.trains("two"), process)
-    os.kill(study.read("two", "owner.json")["pid"], signal.SIGKILL)
+    trainer = study.read("two", "owner.json")["pid"]
+    assert blocks(trainer, signal.SIGUSR2), "SLURM sends it to all processes of a job"
+    assert not blocks(trainer, signal.SIGINT)
+    os.kill(trainer, signal.SIGKILL)
     study.until(lambda: study.read("two", "attempt.json").get("state") != "running", process)
     study.slow.unlink()
     assert process.wait(timeout=300) == 2, study.said()

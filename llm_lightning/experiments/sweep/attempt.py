@@ -27,13 +27,11 @@ from llm_lightning.experiments.settings.overrides import run_dir_override
 from llm_lightning.experiments.sweep import claims
 from llm_lightning.experiments.sweep.children import Orders, lines_with_name, start_child, wait_for
 from llm_lightning.experiments.sweep.folder import (
-    HEARTBEAT_SECONDS,
     STOP,
     Outcome,
     Process,
     SweepRef,
     Watch,
-    beat_attempt,
     write_attempt,
 )
 from llm_lightning.experiments.sweep.forked import can_fork
@@ -108,7 +106,6 @@ def _record(job: _Job, sweep: SweepRef) -> None:
     """Run a job unless the sweep is over, and write how it went to its folder."""
     watch, run_dir = Watch(sweep), job.run_dir
     over = _every(WATCH_SECONDS, lambda: watch.is_over() or (run_dir / STOP).exists())
-    heard = _every(HEARTBEAT_SECONDS, lambda: beat_attempt(run_dir))
     if watch.is_over():
         return
     began = time.monotonic()
@@ -116,7 +113,6 @@ def _record(job: _Job, sweep: SweepRef) -> None:
         write_attempt(run_dir, sweep, "running")
 
         def stops() -> bool:
-            heard()
             return bool(received) or bool(requeue and requeue.announced) or over()
 
         try:

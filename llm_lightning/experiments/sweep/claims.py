@@ -43,12 +43,13 @@ def threads_of(given: int | None, trainer: Mapping[str, Any], environment: Mappi
     Args:
         given: for the whole job; None: those that SLURM allots, if it has started the job.
     """
-    if given is None and "SUBMITIT_EXECUTOR" in environment and "SLURM_CPUS_ON_NODE" in environment:
-        tasks = environment.get("SLURM_NTASKS_PER_NODE", "1")
-        given = int(environment["SLURM_CPUS_ON_NODE"]) // (int(tasks) if tasks.isdigit() else 1)
     devices = str(trainer.get("devices"))
-    on_cpu = str(trainer.get("accelerator")) == "cpu"
-    return None if given is None else max(1, given // max(1, int(devices) if on_cpu and devices.isdigit() else 1))
+    processes = int(devices) if devices.isdigit() and str(trainer.get("accelerator")) == "cpu" else 1
+    if given is None and "SUBMITIT_EXECUTOR" in environment and "SLURM_CPUS_ON_NODE" in environment:
+        given = int(environment["SLURM_CPUS_ON_NODE"])
+        tasks = environment.get("SLURM_NTASKS_PER_NODE", "1")
+        processes = int(tasks) if tasks.isdigit() and int(tasks) > 1 else processes
+    return None if given is None else max(1, given // max(1, processes))
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------
@@ -65,24 +66,31 @@ class Claim:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The names of this process's CUDA devices, as `CUDA_VISIBLE_DEVICES` takes them, without importing torch."""
-    if VISIBLE in os.environ:
-        names = [name.strip() for name in os.environ[VISIBLE].split(",")]
-        seen = names[: names.index("-1")] if "-1" in names else names  # CUDA reads up to an invalid name
-        return tuple(dict.fromkeys(name for name in seen if name))
-    return tuple(_gpus_by_system())
+    """The names of this process's CUDA devices, as `CUDA_VISIBLE_DEVICES` takes them, without importing torch.
+
+    By UUID where the driver tells it: a device has one name in all sweeps.
+    """
+    if VISIBLE not in os.environ:
+        return tuple(uuid for _, uuid in _gpus_by_driver())
+    names = [name.strip() for name in os.environ[VISIBLE].split(",")]
+    seen = [name for name in (names[: names.index("-1")] if "-1" in names else names) if name]  # CUDA reads up to -1
+    models = _gpus_by_driver() if seen and all(name.isdigit() for name in seen) else []
+    is_ordered = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({model for model, _ in models}) == 1
+    if models and is_ordered and all(int(name) < len(models) for name in seen):
+        seen = [models[int(name)][1] for name in seen]
+    return tuple(dict.fromkeys(seen))
 
 
-def _gpus_by_system() -> list[str]:
-    """UUIDs of the GPUs, or of their parts where a GPU is divided (MIG)."""
+def _gpus_by_driver() -> list[tuple[str, str]]:
+    """Model and UUID of each GPU, or of its parts where it is divided (MIG)."""
     if shutil.which("nvidia-smi") is None:
         return []
     shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    found: list[str] = []
-    for name in re.findall(r"UUID: ([\w/-]+)", shown.stdout):
-        if name.startswith("MIG-") and found and found[-1].startswith("GPU-"):
+    found: list[tuple[str, str]] = []
+    for model, uuid in re.findall(r"^\s*(?:GPU \d+: )?(.+?) \(UUID: ([\w/-]+)\)", shown.stdout, re.MULTILINE):
+        if uuid.startswith("MIG-") and found and found[-1][1].startswith("GPU-"):
             found.pop()  # only its parts can be used
-        found.append(name)
+        found.append((model, uuid))
     return found
 
 

@@ -161,13 +161,6 @@ def write_attempt(folder: Path, sweep: SweepRef, state: str, **facts: Any) -> No
     write_atomically(folder / ATTEMPT, json.dumps(content, indent=2) + "\n")
 
 
-def beat_attempt(folder: Path) -> bool:
-    """Let a sweep on another host see that the attempt goes on; False, so that it is asked again."""
-    with contextlib.suppress(OSError):
-        os.utime(folder / ATTEMPT)
-    return False
-
-
 def forget_attempt(folder: Path) -> None:
     """Remove the record of a lost attempt, so that the next one is waited for."""
     (folder / ATTEMPT).unlink(missing_ok=True)

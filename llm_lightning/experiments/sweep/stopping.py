@@ -70,7 +70,7 @@ class Requeueing:
         try:
             self.handler(self.signum, None)
         except Exception as error:
-            return " ".join(str(error).split())
+            return " ".join(str(error).split()).rstrip(".")
         return "its launcher did not requeue it"
 
 
