@@ -220,7 +220,8 @@ def _quieten() -> None:
     """Silence advertisements, the list of absent accelerators, and advice meant for Lightning's authors."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*sync_dist=True.*"):  # what we log is summed over all processes already
+    # What we log is summed over all processes already; and a machine may have srun without being used by SLURM.
+    for message in (".*LeafSpec.*", ".*sync_dist=True.*", ".*`srun` command is available.*"):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -94,7 +94,7 @@ def test_the_sweep_starts_every_job_in_a_folder_of_its_own(tmp_path: Path, monke
     outcome = train_here(typed)
     assert outcome.code == 0, outcome.err
     [folder] = (tmp_path / "outputs" / "sweeps").iterdir()
-    jobs = {f"lr_{lr}-seed_{seed}": (lr, seed) for lr in (0.001, 0.002) for seed in (1, 2)}
+    jobs = {f"lr_{lr}-seed_{seed}": (float(lr), seed) for lr in ("1e-3", "2e-3") for seed in (1, 2)}
     for name, (lr, seed) in jobs.items():
         settings = yaml.safe_load((folder / name / "config.yaml").read_text())
         assert (settings["optimizer"]["lr"], settings["seed"]) == (lr, seed)

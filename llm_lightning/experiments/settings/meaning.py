@@ -86,7 +86,12 @@ def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = F
     """`as_meant` for one word; several values outside a multirun stay as typed, and are refused later."""
     key, equals, value = word.partition("=")
     kind = _kind_of_word(key.lstrip("+"), folders)
-    if not equals or kind == "anything" or key.startswith(("~", "-")) or (len(_split(value)) > 1 and not is_multirun):
+    if (
+        not equals
+        or kind == "anything"
+        or key.startswith(("~", "-"))
+        or (len(split_values(value)) > 1 and not is_multirun)
+    ):
         return word
     return f"{key}={_swept(value, kind)}"
 
@@ -192,11 +197,11 @@ def _swept(value: str, kind: Kind) -> str:
     """A value, or each value of a sweep, rewritten for its kind."""
     call = _SWEEP.fullmatch(value.strip())
     if call:
-        arguments = [one if re.match(r"\s*\w+\s*=", one) else _swept(one, kind) for one in _split(call[2])]
+        arguments = [one if re.match(r"\s*\w+\s*=", one) else _swept(one, kind) for one in split_values(call[2])]
         return f"{call[1]}({','.join(arguments)})"
     if re.fullmatch(r"range\(.*\)", value.strip(), re.DOTALL) and kind == "text":
         return _spelt_out(value)
-    parts = _split(value)
+    parts = split_values(value)
     if len(parts) > 1:
         return ",".join(_swept(part, kind) for part in parts)
     return _text(value) if kind == "text" else _list(value, kind)
@@ -218,7 +223,11 @@ def _text(value: str) -> str:
     """The text, quoted if Hydra would read a number or a switch; each item of a list likewise. Null stays null."""
     stripped = value.strip()
     if stripped.startswith("[") and stripped.endswith("]"):
-        return f"[{','.join(_text(part) for part in _split(stripped[1:-1]))}]" if stripped[1:-1].strip() else stripped
+        return (
+            f"[{','.join(_text(part) for part in split_values(stripped[1:-1]))}]"
+            if stripped[1:-1].strip()
+            else stripped
+        )
     return f"'{stripped}'" if stripped and _NUMBER_OR_SWITCH.fullmatch(stripped) else value
 
 
@@ -232,7 +241,7 @@ def _list(value: str, kind: Kind) -> str:
     return f"[{_text(stripped) if kind == 'texts' else stripped}]"
 
 
-def _split(value: str) -> list[str]:
+def split_values(value: str) -> list[str]:
     """The parts between commas outside quotes and brackets."""
     parts, depth, quote, start, position = [], 0, "", 0, 0
     while position < len(value):

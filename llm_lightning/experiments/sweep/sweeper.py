@@ -286,10 +286,13 @@ class _Sweep:
         from llm_lightning.experiments.run_table import table, terminal_width
 
         ours = {job.folder for job in self.jobs}
-        shown = [record for record in runs(self.folder) if Path(record["folder"]).absolute() in ours]
+        found = runs(self.folder)
+        shown = [record for record in found if Path(record["folder"]).absolute() in ours]
         say()
         for line in table(shown, width=terminal_width()):
             say(line)
+        if len(found) > len(shown):
+            say(f"{counted(len(found) - len(shown), 'other run')} in this folder: no job of this command")
         if received:
             left = sum(job.state() != "finished" for job in self.jobs)
             say(f"Sweep {self.name}: stopped, {counted(left, 'job')} left; the same command continues", file=sys.stderr)

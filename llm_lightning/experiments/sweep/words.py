@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep
 from llm_lightning.experiments.settings.checks import values_of
 from llm_lightning.experiments.settings.compose import ConfigDirs
 from llm_lightning.experiments.settings.groups import without_null_groups
-from llm_lightning.experiments.settings.meaning import word_as_meant
+from llm_lightning.experiments.settings.meaning import split_values, word_as_meant
 from llm_lightning.experiments.settings.overrides import key_of, parsed, unquoted
 from llm_lightning.nearest import nearest
 
@@ -67,7 +67,7 @@ def list_jobs(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs
             f"this sweep has {n_jobs:,} jobs, more than hydra.sweeper.max_jobs={options['max_jobs']}: "
             f"leave values out, or add hydra.sweeper.max_jobs={n_jobs}"
         )
-    values = {word: [str(one.input_line) for one in values_of(parsed(word), dirs)] for word in distinct}
+    values = {word: _values(word, dirs) for word in distinct}
     return [job for name, words in groups for job in _combinations(name, words, values)]
 
 
@@ -80,8 +80,8 @@ def sweep_name(jobs: Sequence[Listed], option: str | None, typed: Sequence[str])
     """
     if option and all(key_of(word) == "sweep" for word in typed):
         return _fitting(_safe(option.replace("/", "_")))
-    keys = dict.fromkeys(key for job in jobs for key in job.swept)
-    label = option or "-".join(_short(key, list(keys)) for key in keys) or "one"
+    keys = sorted({key for job in jobs for key in job.swept})
+    label = option or "-".join(_short(key, keys) for key in keys) or "one"
     text = "\n".join(sorted("\0".join(sorted(job.words)) for job in jobs))
     return f"{_fitting(_safe(label.replace('/', '_')))}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
@@ -150,11 +150,22 @@ def _count(word: str, dirs: ConfigDirs) -> int:
     return sum(1 for _ in override.sweep_string_iterator())
 
 
-def _combinations(name: str, words: Sequence[str], values: Mapping[str, list[str]]) -> Iterator[Listed]:
+def _values(word: str, dirs: ConfigDirs) -> list[tuple[str, str]]:
+    """(override with one value, the value for the name) of each value of an override.
+
+    A name has the value as it was typed, if values were listed: Hydra makes 0.0001 of 1e-4.
+    """
+    lines = [str(one.input_line) for one in values_of(parsed(word), dirs)]
+    listed = split_values(word.partition("=")[2])
+    return list(zip(lines, listed if len(listed) == len(lines) else [line.partition("=")[2] for line in lines]))
+
+
+def _combinations(name: str, words: Sequence[str], values: Mapping[str, list[tuple[str, str]]]) -> Iterator[Listed]:
     swept = [key_of(word) for word in words if parsed(word).is_sweep_override()]
     for chosen in itertools.product(*(values[word] for word in words)):
-        parts = [f"{_short(key_of(one), swept)}_{_value(one)}" for one in chosen if key_of(one) in swept]
-        yield Listed(_fitting("-".join([*filter(None, [_safe(name)]), *parts]) or "job"), chosen, tuple(swept))
+        parts = [f"{_short(key_of(one), swept)}_{_value(value)}" for one, value in chosen if key_of(one) in swept]
+        full = "-".join([*filter(None, [_safe(name)]), *parts]) or "job"
+        yield Listed(_fitting(full), tuple(one for one, _ in chosen), tuple(swept))
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
@@ -167,8 +178,8 @@ def _short(key: str, keys: Sequence[str]) -> str:
     return _safe("_".join(parts))
 
 
-def _value(word: str) -> str:
-    return _safe(unquoted(word.partition("=")[2]))[-LONGEST_VALUE:].lstrip("_.") or "empty"
+def _value(text: str) -> str:
+    return _safe(unquoted(text.strip()))[-LONGEST_VALUE:].lstrip("_.") or "empty"
 
 
 def _safe(text: str) -> str:

@@ -36,10 +36,10 @@ def identity(*words: str, swept: tuple[str, ...] = ()) -> Identity:
 def test_a_job_for_each_combination_named_by_what_varies() -> None:
     listed = jobs_of("task=sft,dpo", "optimizer.lr=1e-4,3e-4", "model.dropout=0", "run_name=study")
     assert [job.name for job in listed] == [
-        "task_sft-lr_0.0001",
-        "task_sft-lr_0.0003",
-        "task_dpo-lr_0.0001",
-        "task_dpo-lr_0.0003",
+        "task_sft-lr_1e-4",
+        "task_sft-lr_3e-4",
+        "task_dpo-lr_1e-4",
+        "task_dpo-lr_3e-4",
     ]
     assert listed[1].words == ("task=sft", "optimizer.lr=0.0003", "model.dropout=0", "run_name=study")
     assert names("seed=range(1,4)") == ["seed_1", "seed_2", "seed_3"]
@@ -102,8 +102,9 @@ def test_a_sweep_without_a_name_is_named_by_its_jobs_in_any_order() -> None:
     def named(*typed: str, option: str | None = None) -> str:
         return sweep_name(jobs_of(*typed), option, typed)
 
-    assert named("seed=1,2", "optimizer.lr=1,2").startswith("seed-lr-")
+    assert named("seed=1,2", "optimizer.lr=1,2").startswith("lr-seed-")
     assert named("seed=1,2", "model.dropout=0") == named("model.dropout=0", "seed=2,1")
+    assert named("seed=1,2", "optimizer.lr=1,2") == named("optimizer.lr=2,1.0", "seed=2,1")
     assert named("seed=1,2") != named("seed=1,3")
     assert named("seed=1,2", "model.dropout=0") != named("seed=1,2")
     assert named("sweep=lr_by_warmup", option="lr_by_warmup") == "lr_by_warmup"
