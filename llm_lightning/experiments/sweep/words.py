@@ -157,7 +157,8 @@ def _values(word: str, dirs: ConfigDirs) -> list[tuple[str, str]]:
     """
     lines = [str(one.input_line) for one in values_of(parsed(word), dirs)]
     listed = split_values(word.partition("=")[2])
-    return list(zip(lines, listed if len(listed) == len(lines) else [line.partition("=")[2] for line in lines]))
+    names = listed if len(listed) == len(lines) else [line.partition("=")[2] for line in lines]
+    return list(zip(lines, names, strict=True))
 
 
 def _combinations(name: str, words: Sequence[str], values: Mapping[str, list[tuple[str, str]]]) -> Iterator[Listed]:

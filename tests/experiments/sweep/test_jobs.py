@@ -104,7 +104,7 @@ def test_a_sweep_without_a_name_is_named_by_its_jobs_in_any_order() -> None:
 
     assert named("seed=1,2", "optimizer.lr=1,2").startswith("lr-seed-")
     assert named("seed=1,2", "model.dropout=0") == named("model.dropout=0", "seed=2,1")
-    assert named("seed=1,2", "optimizer.lr=1,2") == named("optimizer.lr=2,1.0", "seed=2,1")
+    assert named("seed=1,2", "optimizer.lr=1,2") == named("optimizer.lr=2,1", "seed=2,1")
     assert named("seed=1,2") != named("seed=1,3")
     assert named("seed=1,2", "model.dropout=0") != named("seed=1,2")
     assert named("sweep=lr_by_warmup", option="lr_by_warmup") == "lr_by_warmup"
