@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments.sweep import claims
@@ -114,6 +115,14 @@ class Submitted:
         """Take jobs that have not begun out of the queue."""
         if self.number is not None:
             _run("scancel", "--state=PENDING", self.number)
+
+
+def remove_links(folder: Path) -> None:
+    """Remove submitit's links to scripts that it has submitted: nothing reads them again, and a sweep refuses links."""
+    submissions = folder / ".submitit"
+    for link in () if submissions.is_symlink() else submissions.glob(".submission_file_*.sh"):
+        if link.is_symlink():
+            link.unlink(missing_ok=True)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

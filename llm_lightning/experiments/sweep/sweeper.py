@@ -34,7 +34,7 @@ from llm_lightning.experiments.sweep.attempt import Attempt
 from llm_lightning.experiments.sweep.folder import SweepRef
 from llm_lightning.experiments.sweep.forked import PROJECT
 from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
-from llm_lightning.experiments.sweep.launchers import end_with, traits_of
+from llm_lightning.experiments.sweep.launchers import end_with, remove_links, traits_of
 from llm_lightning.experiments.sweep.launching import Launching
 from llm_lightning.experiments.sweep.stopping import stop_signals
 from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
@@ -94,6 +94,7 @@ def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hyd
     folder = Path(config.hydra.sweep.dir).absolute()
     composed = _composed(listed, dirs)
     with owned(folder, what="sweep"):
+        remove_links(folder)
         refuse_links(folder)
         jobs = _placed(composed, folder, lambda one: _settings_of(_choices(one, dirs), dirs))
         _Sweep(options, config, hydra_context, attempt, folder, jobs).run()

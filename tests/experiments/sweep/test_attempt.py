@@ -18,7 +18,7 @@ from tiny_run import SETTINGS, train_here, write_corpus
 from llm_lightning.experiments.failures import Failure
 from llm_lightning.experiments.sweep import attempt, claims, folder
 from llm_lightning.experiments.sweep.children import Orders
-from llm_lightning.experiments.sweep.launchers import traits_of
+from llm_lightning.experiments.sweep.launchers import remove_links, traits_of
 from llm_lightning.experiments.sweep.stopping import requeueing, stop_signals
 
 FORK = multiprocessing.get_context("fork")
@@ -143,6 +143,16 @@ def test_each_launcher_gives_a_job_its_share(monkeypatch: pytest.MonkeyPatch) ->
     assert (local.at_a_time, local.share.threads, local.share.forks) == (2, 4, False)
     slurm = traits_of({"_target_": "x.SlurmLauncher"}, 6, 1)
     assert (slurm.share.gpus, slurm.share.threads, slurm.share.forks) == ((), None, False)
+
+
+def test_only_submitits_own_links_are_removed(tmp_path: Path) -> None:
+    submitit = tmp_path / ".submitit"
+    submitit.mkdir()
+    for name in (".submission_file_1a.sh", "other.sh"):
+        (submitit / name).symlink_to(tmp_path / "12" / "12_submission.sh")
+    (submitit / ".submission_file_2b.sh").write_text("")
+    remove_links(tmp_path)
+    assert sorted(path.name for path in submitit.iterdir()) == [".submission_file_2b.sh", "other.sh"]
 
 
 def test_a_job_of_any_launcher_claims_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
