@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ragged import RaggedDataModule
 from tiny_run import SETTINGS, finish, fit_here, start
 
@@ -39,7 +40,13 @@ class ByLength(RaggedDataModule):
 def read(limit: Any, rank: int, world_size: int, batch_size: int) -> list[tuple[int, ...]]:
     """The samples of each batch that a process evaluates of 92."""
     data = ByLength(n_val=92, batch_size=batch_size)
-    trainer = SimpleNamespace(global_rank=rank, world_size=world_size, limit_val_batches=limit, limit_test_batches=1.0)
+    trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        limit_val_batches=limit,
+        limit_test_batches=1.0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
     data.trainer = trainer  # type: ignore[assignment]
     loader = data.val_dataloader()[0]
     ids = [batch.sample_ids for batch in loader]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,7 @@ class Trainer:
     """It is in use, and no process can be sent one."""
 
     global_rank, world_size = 0, 1
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
     def __reduce__(self) -> Any:
         raise TypeError("a trainer cannot be pickled")
