@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
+import copy
 import re
 import secrets
 import sys
@@ -127,8 +127,8 @@ class SharedCompositions(ConfigDirs):
     function.
     """
 
-    composed: dict[tuple[str, ...], bytes] = field(default_factory=dict, compare=False)
-    """The words that choose files -> the config, pickled: that copies six times faster than `copy.deepcopy` does."""
+    composed: dict[tuple[str, ...], DictConfig] = field(default_factory=dict, compare=False)
+    """The words that choose files -> the config."""
 
     def compose(self, overrides: Iterable[str]) -> DictConfig:
         words = [parsed(word) for word in overrides]
@@ -136,8 +136,8 @@ class SharedCompositions(ConfigDirs):
         choose = [word for word in words if word.key_or_group in groups or "/" in word.key_or_group]
         files = tuple(str(word.input_line) for word in choose if not isinstance(word.value(), dict))
         if files not in self.composed:
-            self.composed[files] = pickle.dumps(super().compose(files))
-        config: DictConfig = pickle.loads(self.composed[files])
+            self.composed[files] = super().compose(files)
+        config = copy.deepcopy(self.composed[files])
         try:
             ConfigLoaderImpl._apply_overrides_to_config(
                 [word for word in words if word.input_line not in files], config
