@@ -66,6 +66,7 @@ def test_what_is_finished_is_found_by_what_it_is_whatever_it_is_called(typed: Ty
     assert typed(*SWEPT[:2], "run_name=moved") == []
 
 
+@pytest.mark.slow
 def test_another_setting_of_all_jobs_makes_other_jobs_beside_them(typed: Typed) -> None:
     typed()
     first, second = typed(*SWEPT, "model.dropout=0.5")
@@ -75,6 +76,7 @@ def test_another_setting_of_all_jobs_makes_other_jobs_beside_them(typed: Typed) 
     assert typed() == []
 
 
+@pytest.mark.slow
 def test_a_higher_limit_lets_finished_jobs_go_on(typed: Typed) -> None:
     typed()
     assert typed(*SWEPT, "trainer.max_steps=6") == ["lr_0.001", "lr_0.002"]
@@ -115,6 +117,7 @@ def test_what_failed_through_the_system_runs_again(typed: Typed) -> None:
     assert not (typed.folder / "seed_1" / "failure.json").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_a_signal_ended_runs_again(typed: Typed) -> None:
     killer = ["allow_targets=[suicidal]", "+callbacks.killer._target_=suicidal.Suicidal"]
     folder = typed.folder.parents[2]
@@ -183,6 +186,7 @@ def test_a_typed_folder_is_the_one_to_add_jobs_to_and_jobs_have_no_typed_folder(
     assert "hydra.sweep.subdir has no effect" in typed.err
 
 
+@pytest.mark.slow
 def test_another_sweeper_runs_the_jobs_as_well(typed: Typed) -> None:
     assert typed(*SWEPT, "hydra/sweeper=basic") == ["0", "1"]
     assert typed.code == 0, typed.err
