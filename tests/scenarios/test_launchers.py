@@ -61,10 +61,11 @@ needs_plugins = pytest.mark.skipif(
     or importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
     reason="the extra sweep is not installed",
 )
+JOBLIB = ("joblib", "hydra.launcher.n_jobs=2")
 LAUNCHERS = [
-    launcher("joblib", "hydra.launcher.n_jobs=2"),
-    launcher("submitit_local"),
-    launcher("submitit_slurm", where=needs_slurm),
+    launcher(*JOBLIB, where=pytest.mark.slow),
+    launcher("submitit_local", where=pytest.mark.soak),
+    launcher("submitit_slurm", where=(pytest.mark.slow, needs_slurm)),
 ]
 
 
@@ -152,7 +153,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return study
 
 
-@pytest.mark.slow
 @needs_plugins
 @pytest.mark.parametrize("words", LAUNCHERS)
 def test_stopped_killed_and_continued(words: list[str], tmp_path: Path, undisturbed: Study) -> None:
@@ -213,7 +213,7 @@ def test_a_killed_worker_of_joblib_loses_no_job(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @needs_plugins
-@pytest.mark.parametrize("words", LAUNCHERS[:2])
+@pytest.mark.parametrize("words", [launcher(*JOBLIB), launcher("submitit_local")])
 def test_a_killed_sweep_leaves_nothing_and_a_second_ctrl_c_ends_at_once(words: list[str], tmp_path: Path) -> None:
     study = Study(tmp_path)
     study.slow.touch()
