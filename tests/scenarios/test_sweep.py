@@ -34,10 +34,10 @@ hydra:
     jobs:
       plain_1: {{seed: 1}}
       missing: {{data.path: {folder}/missing.txt}}
-      two_processes: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2}}
       {more}
 """
-MORE = """malformed: {{data.path: {folder}/malformed.jsonl}}
+MORE = """two_processes: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2}}
+      malformed: {{data.path: {folder}/malformed.jsonl}}
       spoilt: {{+callbacks.faulty.path: {folder}/spoils}}
       other_two: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2, seed: 3}}
       plain_2: {{seed: 2}}
