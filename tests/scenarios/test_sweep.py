@@ -34,13 +34,13 @@ hydra:
     jobs:
       plain_1: {{seed: 1}}
       missing: {{data.path: {folder}/missing.txt}}
+      plain_2: {{seed: 2}}
       {more}
 """
 MORE = """two_processes: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2}}
       malformed: {{data.path: {folder}/malformed.jsonl}}
       spoilt: {{+callbacks.faulty.path: {folder}/spoils}}
       other_two: {{accelerator: ddp, trainer.accelerator: cpu, trainer.devices: 2, seed: 3}}
-      plain_2: {{seed: 2}}
       plain_3: {{seed: 3}}
       wide: {{data.batch_size: 8}}
       fast: {{optimizer.lr: 0.01}}
