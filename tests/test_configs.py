@@ -22,7 +22,8 @@ from llm_lightning.experiments.settings.help import help_text
 from llm_lightning.experiments.settings.yaml_files import group_files, group_options, read_defaults, read_settings
 from llm_lightning.experiments.stages import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import ConstantConfig, WarmupCosineConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))

@@ -336,7 +336,7 @@ ALLOWED = [
     "lightning.pytorch.profilers.SimpleProfiler",
     "lightning.pytorch.plugins.environments.SLURMEnvironment",
     "torchmetrics.classification.BinaryAccuracy",
-    "llm_lightning.optim.AdamWConfig",
+    "llm_lightning.optim.adamw.AdamWConfig",
     "llm_lightning.tasks.pretraining.PretrainingModule",
     "llm_lightning.data.pretraining.PretrainingDataModule",
     "llm_lightning.callbacks.checkpoints.Checkpoints",

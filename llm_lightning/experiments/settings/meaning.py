@@ -55,6 +55,8 @@ UNDECLARED: dict[str, Kind] = {
     "data.pad_to": "anything",
     "data.packing": "anything",
     "optimizer.fused": "anything",
+    "optimizer.adamw_lr": "anything",
+    "optimizer._target_": "text",
     "task.trained_blocks": "anything",
     "task.class_weights": "anything",
     "trainer.devices": "anything",
