@@ -30,7 +30,10 @@ FILES = sorted(CONF.rglob("*.yaml"))
 ORDER = """model tokenizer data optimizer scheduler lora trainer accelerator callbacks logger
     task experiment pipeline sweep debug"""
 GROUPS = [group for group, _ in read_defaults(CONF / "train.yaml") if group and not group.startswith("hydra/")]
-NEEDED = {"tokenizer=tiktoken": ["tokenizer.name=cl100k_base"]}  # options with a value that must be given
+NEEDED = {
+    "tokenizer=tiktoken": ["tokenizer.name=cl100k_base"],
+    "optimizer=torch": ["optimizer._target_=torch.optim.NAdam", "+optimizer.momentum_decay=1e-2"],
+}  # options with a value that must be given
 
 
 def relative(file: Path) -> str:

@@ -58,7 +58,7 @@ def build(node: Mapping[str, Any], **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, ImportError):  # such as the logger of an online service
             raise ValueError(f"{target} needs a package that is not installed: {cause}") from cause
-        is_foreign = target.startswith(("lightning.", "torchmetrics."))  # it checks few of its arguments
+        is_foreign = target.startswith(("lightning.", "torchmetrics.", "torch."))  # it checks few of its arguments
         if is_foreign and isinstance(cause, (TypeError, AttributeError, KeyError)):
             raise ValueError(f"{target} cannot be built with these arguments: {cause}") from cause
         raise cause from None

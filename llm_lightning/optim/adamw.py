@@ -39,9 +39,7 @@ class AdamWConfig(OptimizerConfig):
 def check_adamw(betas: tuple[float, float], eps: float, weight_decay: float, fused: bool | str) -> None:
     """Refuse values out of range."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(
-            f"optimizer.betas={list(betas)} must be two numbers from 0 to below 1, such as [0.9, 0.95]"
-        )
+        raise ValueError(f"optimizer.betas={list(betas)} must be two numbers from 0 to below 1, such as [0.9, 0.95]")
     if eps <= 0:
         raise ValueError(f"optimizer.eps={eps} must be positive")
     if weight_decay < 0:

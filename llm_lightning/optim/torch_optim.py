@@ -75,15 +75,11 @@ class TorchOptimConfig(OptimizerConfig):
         return set(inspect.signature(self.optimizer).parameters) - {"params"}
 
     def _refuse_unknown(self) -> None:
-        accepted = self._accepted()
+        accepted, remedy = self._accepted(), "choose optimizer=torch as well, which sets no argument of another class"
         unknown = sorted(set(self.arguments) - accepted)
         if unknown:
             raise ValueError(
-                f"{self.name} has no argument {', '.join(unknown)}; it has {', '.join(sorted(accepted))} "
-                "(optimizer=torch sets none of another class)"
+                f"{self.name} has no argument {', '.join(unknown)}; {remedy} (it has {', '.join(sorted(accepted))})"
             )
         if self.arguments.get("fused") == "auto":
-            raise ValueError(
-                f"optimizer.fused=auto is of optimizer=adamw; {self.name} takes true or false "
-                "(optimizer=torch sets no argument of another class)"
-            )
+            raise ValueError(f"optimizer.fused=auto: {self.name} takes true or false; {remedy}")

@@ -56,6 +56,7 @@ UNDECLARED: dict[str, Kind] = {
     "data.packing": "anything",
     "optimizer.fused": "anything",
     "optimizer.adamw_lr": "anything",
+    "optimizer.weight_decay": "anything",
     "optimizer._target_": "text",
     "task.trained_blocks": "anything",
     "task.class_weights": "anything",

@@ -156,9 +156,7 @@ def _kept(states: Mapping[Any, Any], group: Mapping[str, Any]) -> tuple[str, ...
     if known is not None:
         return known
     of_group = [one for one in map(states.get, group["params"]) if isinstance(one, dict)]
-    return tuple(
-        name for name in (*_NUMBERS, *_LIKE_PARAMETER) if any(is_tensor(one.get(name)) for one in of_group)
-    )
+    return tuple(name for name in (*_NUMBERS, *_LIKE_PARAMETER) if any(is_tensor(one.get(name)) for one in of_group))
 
 
 def _check_generators(generators: Mapping[str, Any], where: str) -> None:
