@@ -26,18 +26,21 @@ def plot_lr(schedule: ScheduleConfig, peak: float, total_steps: int, path: Path)
     named = sorted({0, warmup, *(total_steps * quarter // 4 for quarter in (1, 2, 3)), total_steps - 1})
     rows = [f"  step {step:>9,}   {schedule.lr_at(step, peak, total_steps):.3g}" for step in named]
     phases = f"{total_steps:,} steps" + (f", the first {warmup:,} of them warmup" if warmup else "")
-    return [f"Learning rate of {phases}:", *rows, f"Drawn: {path}"]
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return [f"Learning rate of {phases}:", *rows, f"Drawn: {shown}"]
 
 
 def _draw(steps: list[int], rates: list[float], warmup: int, path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(title="Learning rate", xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
+    axes = figure.add_subplot(title=f"Learning rate of {steps[-1] + 1:,} steps", xlabel="step", ylabel="learning rate")
     axes.grid(alpha=0.3)
     axes.plot(steps, rates)
+    axes.set_ylim(0, 1.1 * max(rates))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     if warmup:
         axes.axvline(warmup, color="grey", linestyle=":")
-        axes.annotate(" end of warmup", (warmup, 0), color="grey")
+        axes.annotate(f" warmup ends at step {warmup:,}", (warmup, 0.03 * max(rates)), color="grey")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_figure(path, figure)

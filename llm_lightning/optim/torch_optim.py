@@ -7,7 +7,7 @@ argument of the class.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,7 +37,7 @@ class TorchOptimConfig(OptimizerConfig):
             raise ValueError(f"optimizer._target_={self.name} is not possible: {REFUSED[self.optimizer.__name__]}")
         self._refuse_unknown()
         try:
-            self.optimizer([nn.Parameter(torch.zeros(1, 1))], lr=self.lr, **self.arguments)
+            self._make([nn.Parameter(torch.zeros(1, 1))])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.name} refuses its arguments in optimizer: {error}") from None
 
@@ -69,7 +69,11 @@ class TorchOptimConfig(OptimizerConfig):
         decayed, undecayed = self.by_decay(trainable(named_parameters))
         without = {"weight_decay": 0.0} if "weight_decay" in self._accepted() else {}
         groups = [{"params": group} | extra for group, extra in ((decayed, {}), (undecayed, without)) if group]
-        return self.optimizer(groups, lr=self.lr, **self.arguments)
+        return self._make(groups)
+
+    def _make(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        make: Callable[..., torch.optim.Optimizer] = self.optimizer
+        return make(parameters, lr=self.lr, **self.arguments)
 
     def _accepted(self) -> set[str]:
         return set(inspect.signature(self.optimizer).parameters) - {"params"}

@@ -137,5 +137,5 @@ def _kinds() -> tuple[type, ...]:
     from lightning.pytorch.strategies import Strategy
 
     modules = (L.Trainer, L.LightningModule, L.LightningDataModule, L.Callback, torchmetrics.Metric)
-    modules = (*modules, torch.optim.Optimizer)
-    return (*modules, Accelerator, Strategy, Logger, Profiler, Precision, CheckpointIO, ClusterEnvironment, LayerSync)
+    plugins = (Accelerator, Strategy, Logger, Profiler, Precision, CheckpointIO, ClusterEnvironment, LayerSync)
+    return (*modules, *plugins, torch.optim.Optimizer)

@@ -21,6 +21,7 @@ from llm_lightning.weights.checks.kinds import (
     check_keys,
     dict_of,
     is_int,
+    is_number,
     is_tensor,
     list_of,
     or_none,
@@ -64,6 +65,10 @@ _NUMPY_RNG: dict[str, Check] = {
     "cached": NUMBER,
 }
 
+_EPS: Check = (
+    lambda value: is_number(value) or (isinstance(value, (list, tuple)) and all(map(or_none(NUMBER)[0], value))),
+    "a number, or Adafactor's two",
+)
 _STATES = {"amsgrad": ("step", "exp_avg", "exp_avg_sq"), "ns_steps": ("momentum_buffer",)}
 """An option that only groups of AdamW (or of Muon's matrices) have -> what is kept for each of their parameters."""
 _NUMBERS = ("step", "mu_product", "eta", "mu")
@@ -128,7 +133,7 @@ def _check_optimizer(state: Mapping[str, Any], where: str, trained: Mapping[str,
     names: list[Any] = []
     kept: dict[int, tuple[str, ...]] = {}
     for number, group in enumerate(state["param_groups"]):
-        numbers = dict.fromkeys(("lr", "weight_decay", "eps"), NUMBER) | {"betas": list_of(NUMBER)}
+        numbers = dict.fromkeys(("lr", "weight_decay"), NUMBER) | {"eps": _EPS, "betas": list_of(NUMBER)}
         check_keys(group, f"{where}.param_groups.{number}", {"params": list_of(COUNT)})
         check_keys(group, f"{where}.param_groups.{number}", numbers, is_optional=True)
         if "param_names" not in group:
