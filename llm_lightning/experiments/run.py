@@ -106,6 +106,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     if is_main_process():
         failures.forget(run.path)
     total_steps = planned_steps(trainer, datamodule)
+    module.check_plan(trainer, total_steps)
     if is_finished(run, trainer, total_steps):
         mend_adapter(run, lineage)
         return say_finished(settings, run, start)

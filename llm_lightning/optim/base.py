@@ -36,6 +36,13 @@ class OptimizerConfig:
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
 
+    def check(self, *, is_sharded: bool) -> None:
+        """Refuse a way to train that the optimizer cannot do, before processes start.
+
+        Raises:
+            ValueError: naming what to choose instead.
+        """
+
     def build(
         self, named_parameters: Iterable[Named], *, is_scaled: bool = False, is_sharded: bool = False
     ) -> torch.optim.Optimizer:

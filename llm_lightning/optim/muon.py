@@ -66,12 +66,15 @@ class MuonConfig(OptimizerConfig):
         if self.adamw_lr is not None and self.adamw_lr <= 0:
             raise ValueError(f"optimizer.adamw_lr={self.adamw_lr} must be positive, or null for optimizer.lr")
 
-    def build(self, named_parameters: Iterable[Named], *, is_scaled: bool = False, is_sharded: bool = False) -> Muon:
+    def check(self, *, is_sharded: bool) -> None:
         if is_sharded:
             raise ValueError(
                 "optimizer=muon needs whole matrices, and accelerator=fsdp gives each process a part of them; "
                 "use accelerator=ddp or optimizer=adamw"
             )
+
+    def build(self, named_parameters: Iterable[Named], *, is_scaled: bool = False, is_sharded: bool = False) -> Muon:
+        self.check(is_sharded=is_sharded)
         pairs = trainable(named_parameters)
         stacked = [pair for pair in pairs if matrices_in(pair[0]) > 1]
         single = [pair for pair in pairs if matrices_in(pair[0]) == 1]

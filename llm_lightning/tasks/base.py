@@ -290,6 +290,15 @@ class TaskModule(L.LightningModule):
             freeze_in_bfloat16(self.model)
             trim_malloc()
 
+    def check_plan(self, trainer: L.Trainer, total_steps: int) -> None:
+        """Refuse a schedule or an optimizer that does not fit the run, before its processes start.
+
+        Raises:
+            ValueError: naming the setting to change.
+        """
+        self.schedule.check(total_steps)
+        self.optimizer_config.check(is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
+
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
         # restored (Lightning's issue 20550).
