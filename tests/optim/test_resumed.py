@@ -19,6 +19,7 @@ from llm_lightning.optim.muon import MuonConfig
 from llm_lightning.optim.schedules import ConstantConfig, ScheduleConfig, WSDConfig
 from llm_lightning.optim.torch_optim import TorchOptimConfig
 from llm_lightning.weights import checkpoint as checkpoints
+from llm_lightning.weights.checks.resume import compare_with_run
 
 SGD = TorchOptimConfig(lr=0.1, optimizer=torch.optim.SGD, arguments={"momentum": 0.9, "nesterov": True})
 
@@ -80,3 +81,29 @@ def test_made_longer_from_inside_its_decay_a_run_says_that_the_rate_rises(
         "Step 6 goes on at learning rate 0.01 instead of 0: the schedule is now 12 steps long; to end as one long run "
         "would, make a run longer before its decay begins, with scheduler.warmup as a number of steps"
     ]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        (MuonConfig(), "momentum_buffer"),
+        (SGD, "momentum_buffer"),
+        (TorchOptimConfig(optimizer=torch.optim.NAdam, arguments={}), "mu_product"),
+        (TorchOptimConfig(optimizer=torch.optim.Adadelta, arguments={}), "acc_delta"),
+    ],
+)
+def test_a_damaged_state_is_refused_before_it_is_used(optimizer: OptimizerConfig, kind: str) -> None:
+    model = tiny_module().model
+    built = optimizer.build(model.named_parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    built.step()
+    trained = dict(model.named_parameters())
+    whole = {"state_dict": {}, "optimizer_states": [built.state_dict()]}
+    compare_with_run(whole, {}, trained)
+    of_one = whole["optimizer_states"][0]["state"][0]
+    for damaged in ({}, {kind: torch.ones(3)}):
+        wrong = {name: value for name, value in of_one.items() if name != kind} | {"other": 1} | damaged
+        state = {**built.state_dict(), "state": {**built.state_dict()["state"], 0: wrong}}
+        with pytest.raises(ValueError, match=rf"optimizer_states.0.state.0.{kind} must be a tensor of the shape"):
+            compare_with_run({**whole, "optimizer_states": [state]}, {}, trained)
