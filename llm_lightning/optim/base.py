@@ -82,5 +82,5 @@ def is_fused(setting: bool | str, *, is_scaled: bool, is_sharded: bool) -> bool:
     """
     # Under fp16 a fused optimizer would unscale only inside its step, after the norm was measured and clipped.
     if setting is True and is_scaled:
-        raise ValueError("optimizer.fused=true and trainer.precision=16-mixed do not go together; use fused=auto")
+        raise ValueError("optimizer.fused=true and trainer.precision=16-mixed do not go together; leave fused out")
     return not (is_scaled or is_sharded) if setting == "auto" else bool(setting)

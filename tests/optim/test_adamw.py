@@ -17,7 +17,7 @@ from llm_lightning.optim.adamw import AdamWConfig
         (lambda: AdamWConfig(decay="some"), "matrices or all"),
         (lambda: AdamWConfig(max_grad_norm=0), "null for no clipping"),
         (lambda: AdamWConfig().build([]), "nothing to train"),
-        (lambda: AdamWConfig(fused=True).build(nn.Linear(2, 2).named_parameters(), is_scaled=True), "use fused=auto"),
+        (lambda: AdamWConfig(fused=True).build(nn.Linear(2, 2).named_parameters(), is_scaled=True), "leave fused out"),
     ],
 )
 def test_wrong_values_name_the_key(make: Any, words: str) -> None:
