@@ -14,22 +14,31 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch.optim import SGD, NAdam
 
+from llm_lightning.experiments.build import build_optimizer
 from llm_lightning.experiments.monitors import fill_modes
 from llm_lightning.experiments.settings.checks import check_overrides
 from llm_lightning.experiments.settings.compose import PRESETS, prepare_hydra
 from llm_lightning.experiments.settings.help import help_text
+from llm_lightning.experiments.settings.nodes import plain
 from llm_lightning.experiments.settings.yaml_files import group_files, group_options, read_defaults, read_settings
 from llm_lightning.experiments.stages import plan
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.optim import AdamWConfig, ConstantConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.muon import MuonConfig
+from llm_lightning.optim.schedules import ConstantConfig, WarmupCosineConfig
+from llm_lightning.optim.torch_optim import TorchOptimConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 ORDER = """model tokenizer data optimizer scheduler lora trainer accelerator callbacks logger
     task experiment pipeline sweep debug"""
 GROUPS = [group for group, _ in read_defaults(CONF / "train.yaml") if group and not group.startswith("hydra/")]
-NEEDED = {"tokenizer=tiktoken": ["tokenizer.name=cl100k_base"]}  # options with a value that must be given
+NEEDED = {
+    "tokenizer=tiktoken": ["tokenizer.name=cl100k_base"],
+    "optimizer=torch": ["optimizer._target_=torch.optim.NAdam", "+optimizer.momentum_decay=1e-2"],
+}  # options with a value that must be given
 
 
 def relative(file: Path) -> str:
@@ -160,13 +169,41 @@ def test_one_dropout_sets_all_three() -> None:
     assert (model.embedding_dropout, model.attention_dropout, model.residual_dropout) == (0.3, 0.1, 0.3)
 
 
-def test_optimizer_and_schedules_build() -> None:
+def test_our_optimizers_and_schedules_build() -> None:
     config = composed()
     assert isinstance(instantiate(config.optimizer), AdamWConfig)
     assert isinstance(instantiate(config.scheduler), WarmupCosineConfig)
     assert isinstance(instantiate(composed("scheduler=constant").scheduler), ConstantConfig)
     assert set(config.optimizer) - {"_target_"} == set(AdamWConfig.__dataclass_fields__)
-    assert set(config.scheduler) - {"_target_"} == set(WarmupCosineConfig.__dataclass_fields__)
+    assert set(composed("optimizer=muon").optimizer) - {"_target_"} == set(MuonConfig.__dataclass_fields__)
+    for name in group_options(CONF, "scheduler"):
+        scheduler = composed(f"scheduler={name}").scheduler
+        assert set(scheduler) - {"_target_"} == set(getattr(instantiate(scheduler), "__dataclass_fields__", ()))
+
+
+def test_sgd_and_classes_of_torch_optim_build() -> None:
+    sgd = build_optimizer(plain(composed("optimizer=sgd"))["optimizer"])
+    assert sgd == TorchOptimConfig(
+        lr=0.3, optimizer=SGD, arguments={"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+    )
+    typed = ["optimizer=torch", "optimizer._target_=torch.optim.NAdam", "+optimizer.momentum_decay=1e-2"]
+    nadam = build_optimizer(plain(composed(*typed))["optimizer"])
+    assert nadam == TorchOptimConfig(lr=3e-3, optimizer=NAdam, arguments={"momentum_decay": 1e-2})
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["optimizer=torch"], "optimizer._target_ has no default"),
+        (["optimizer=sgd", "+optimizer.momentun=0.9"], "unknown key 'optimizer.momentun'; did you mean"),
+        (["optimizer=sgd", "optimizer.betas=[0.9,0.95]"], "optimizer.betas is a setting of optimizer=adamw"),
+        (["scheduler=linear", "scheduler.decay=0.2"], "scheduler.decay is a setting of scheduler=wsd"),
+        (["optimizer=muon", "optimizer.adamw_lr=high"], "optimizer.adamw_lr='high' must be a number"),
+    ],
+)
+def test_wrong_settings_of_optimizers_and_schedules_are_named(words: list[str], refusal: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        check_overrides(words, CONF)
 
 
 def test_callbacks_and_loggers_build(tmp_path: Path) -> None:

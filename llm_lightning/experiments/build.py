@@ -32,6 +32,8 @@ from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import merge_and_unload
 from llm_lightning.models.surgery import adapt, config_for, with_head_of
+from llm_lightning.optim.base import OptimizerConfig
+from llm_lightning.optim.torch_optim import TorchOptimConfig
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.tokenizers import Tokenizer, build_tokenizer, from_description
 from llm_lightning.weights.load import LoadedModel
@@ -56,7 +58,7 @@ def build(node: Mapping[str, Any], **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, ImportError):  # such as the logger of an online service
             raise ValueError(f"{target} needs a package that is not installed: {cause}") from cause
-        is_foreign = target.startswith(("lightning.", "torchmetrics."))  # it checks few of its arguments
+        is_foreign = target.startswith(("lightning.", "torchmetrics.", "torch."))  # it checks few of its arguments
         if is_foreign and isinstance(cause, (TypeError, AttributeError, KeyError)):
             raise ValueError(f"{target} cannot be built with these arguments: {cause}") from cause
         raise cause from None
@@ -155,12 +157,21 @@ def build_module(
     return task(
         model=model,
         tokenizer=datamodule.tokenizer,
-        optimizer=build(settings["optimizer"]),
+        optimizer=build_optimizer(settings["optimizer"]),
         scheduler=build(settings["scheduler"]),
         lora=lora,
         header={"config": settings, "lineage": lineage},
         **options,
     )
+
+
+def build_optimizer(node: Mapping[str, Any]) -> OptimizerConfig:
+    """The settings of an optimizer: a class of ours, or the arguments of a class of torch.optim."""
+    named = get_class(node["_target_"])
+    if issubclass(named, torch.optim.Optimizer):
+        return TorchOptimConfig.of(named, node)
+    config: OptimizerConfig = build(node)
+    return config
 
 
 def build_model(

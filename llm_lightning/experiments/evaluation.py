@@ -20,7 +20,8 @@ from llm_lightning.callbacks.responses import answer_questions, exact_match_metr
 from llm_lightning.data.conversations import ConversationDataModule, may_share_prefix
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
-from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import ConstantConfig
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tasks.reference import kind_of_earlier_version
@@ -109,7 +110,7 @@ def rebuild_task(loaded: LoadedModel, checkpoint: str | Path) -> TaskModule:
                 model=GPT(GPTConfig(**header["model"]), init="torch"),
                 tokenizer=loaded.tokenizer,
                 optimizer=AdamWConfig(),
-                scheduler=WarmupCosineConfig(),
+                scheduler=ConstantConfig(),
                 lora=LoRAConfig(**header["lora"]) if header.get("lora") else None,
                 **options,
             )

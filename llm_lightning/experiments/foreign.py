@@ -27,7 +27,7 @@ from llm_lightning.experiments.settings.overrides import (
 )
 from llm_lightning.experiments.settings.yaml_files import declared_settings
 from llm_lightning.terminal import one_line
-from llm_lightning.weights.renamed import RENAMED
+from llm_lightning.weights.renamed import MOVED, RENAMED
 
 NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
 """Top-level keys of settings that start other runs or let code run."""
@@ -36,7 +36,7 @@ WITH_DIGEST = ("data.path", "init_from")
 RELEASES = re.compile(r"null|None|gpt2-(small|medium|large|xl)")
 """Values of init_from that are not files."""
 TARGETS = re.compile(
-    r"llm_lightning(\.\w+)+|lightning\.Trainer|lightning\.pytorch\.(callbacks\.[A-Z]\w+"
+    r"llm_lightning(\.\w+)+|torch\.optim\.[A-Z]\w+|lightning\.Trainer|lightning\.pytorch\.(callbacks\.[A-Z]\w+"
     r"|strategies\.(SingleDevice|DDP|FSDP|ModelParallel)Strategy|loggers\.(CSV|TensorBoard)Logger"
     r"|profilers\.(Simple|Advanced|PyTorch)Profiler)",
     re.ASCII,
@@ -82,8 +82,10 @@ def continued(typed: Sequence[str], config_dir: Path) -> list[str]:
 
 
 def _translated(word: str) -> str:
-    """A recorded override with its current key."""
-    key = key_of(word)
+    """A recorded override with its current key, or the current name of its class."""
+    key, value = key_of(word), word.partition("=")[2]
+    if key.endswith("._target_") and value in MOVED:
+        return f"{word.partition('=')[0]}={MOVED[value]}"
     return word.replace(key, RENAMED[key], 1) if key in RENAMED else word
 
 

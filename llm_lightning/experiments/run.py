@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments import failures, whereabouts
 from llm_lightning.experiments.adapters import continued_lineage, mend_adapter, refuse_lost_adapters, write_adapter
 from llm_lightning.experiments.build import (
+    build,
     build_datamodule,
     build_module,
+    build_optimizer,
     build_trainer,
     choose_precision,
     choose_tokenizer,
 )
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
+from llm_lightning.experiments.plot_lr import plot_lr
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
 from llm_lightning.experiments.run_records import COMMAND, Settings, Start, damaged_summary
 from llm_lightning.experiments.settings.changes import refuse_changes
@@ -60,11 +64,9 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
     fill_modes(settings)
     _quieten()
     try:
-        if settings["data"].get("preview") and start.resume:
-            raise ValueError("data.preview=true shows the data of a new run; leave resume= or data.preview out")
-        if settings["data"].get("preview"):
+        if show := what_to_show(settings, start):
             with leaving_nothing(run_dir):
-                preview(settings)
+                show(settings, run_dir)
             return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
@@ -104,6 +106,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     if is_main_process():
         failures.forget(run.path)
     total_steps = planned_steps(trainer, datamodule)
+    module.check_plan(trainer, total_steps)
     if is_finished(run, trainer, total_steps):
         mend_adapter(run, lineage)
         return say_finished(settings, run, start)
@@ -225,12 +228,38 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def preview(settings: Settings) -> None:
+def what_to_show(settings: Settings, start: Start) -> Callable[[Settings, Path], None] | None:
+    """What to print or draw instead of training, if the settings ask for it."""
+    for key, wanted, show in (
+        ("data.preview", settings["data"].get("preview"), preview),
+        ("plot_lr", settings.get("plot_lr"), preview_lr),
+    ):
+        if wanted and start.resume:
+            raise ValueError(f"{key}=true shows what a new run would do; leave resume= or {key} out")
+        if wanted:
+            return show
+    return None
+
+
+def preview(settings: Settings, run_dir: Path) -> None:
     """Show the first training samples as the model will see them."""
+    say(read_new_data(settings).preview(3), colours=sys.stdout.isatty())
+
+
+def preview_lr(settings: Settings, run_dir: Path) -> None:
+    """Draw the learning rate of every step of the run beside its folder."""
+    datamodule = read_new_data(settings)
+    trainer = build(
+        settings["trainer"], logger=False, enable_checkpointing=False, enable_model_summary=False, _convert_="all"
+    )
+    steps, peak = planned_steps(trainer, datamodule), build_optimizer(settings["optimizer"]).lr
+    say_lines(plot_lr(build(settings["scheduler"]), peak, steps, run_dir.parent / "lr.png"))
+
+
+def read_new_data(settings: Settings) -> BaseDataModule:
+    """The data of a run that has not begun."""
     parent = load_model(settings["init_from"]) if settings["init_from"] else None
-    tokenizer = choose_tokenizer(settings, parent=parent)
-    datamodule = build_datamodule(settings, tokenizer, settings["data"].get("path"))
-    say(datamodule.preview(3), colours=sys.stdout.isatty())
+    return build_datamodule(settings, choose_tokenizer(settings, parent=parent), settings["data"].get("path"))
 
 
 def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFolder) -> None:

@@ -12,6 +12,7 @@ D head width (C / H), V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from dataclasses import dataclass, fields
 from typing import Any
@@ -151,6 +152,16 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C), or the rows at `context.output_positions`; `qkv_proj` runs for all positions."""
         x = context.select(x) + self.attn(self.attn_norm(x), context)
         return x + self.mlp(self.mlp_norm(x))
+
+
+STACKED = {"attn.qkv_proj": 3, "attn.out_proj": 1, "mlp.up_proj": 1, "mlp.down_proj": 1}
+"""The linear layers of a block, and how many matrices the weight of each has, one above the other."""
+
+
+def matrices_in(name: str) -> int:
+    """The number of matrices in the parameter `name` of a model: 0 unless it is a weight in `STACKED`."""
+    of_block = re.search(r"(?:^|\.)blocks\.\d+\.(.+)\.weight$", name)
+    return STACKED.get(of_block[1], 0) if of_block else 0
 
 
 class GPT(nn.Module):

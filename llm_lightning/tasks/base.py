@@ -38,6 +38,7 @@ Steps are numbered from 0: row s of the logs belongs to update s, and a checkpoi
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -55,7 +56,9 @@ from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
 from llm_lightning.models.sharding import shard
-from llm_lightning.optim import AdamWConfig, ScheduleConfig, scale_and_clip_gradients
+from llm_lightning.optim.base import OptimizerConfig
+from llm_lightning.optim.clipping import scale_and_clip_gradients
+from llm_lightning.optim.schedules import ScheduleConfig
 from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
 from llm_lightning.tasks.memory import disable_malloc_trim, freeze_in_bfloat16, leave_fresh_memory_unfilled, trim_malloc
 from llm_lightning.tokenizers import Tokenizer
@@ -63,6 +66,8 @@ from llm_lightning.weights import checkpoint as checkpoints
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ValueError):
@@ -75,7 +80,7 @@ class TaskModule(L.LightningModule):
     Args:
         model: the model to train.
         tokenizer: for samples, and written into checkpoints.
-        optimizer, scheduler: settings, see `optim.py`.
+        optimizer, scheduler: settings, see `optim/base.py` and `optim/schedules.py`.
         lora: adapters to train instead of the weights.
         header: plain values for the checkpoint's header (resolved config, lineage).
     """
@@ -91,7 +96,7 @@ class TaskModule(L.LightningModule):
         *,
         model: GPT | Classifier,
         tokenizer: Tokenizer,
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
         scheduler: ScheduleConfig,
         lora: LoRAConfig | None = None,
         header: dict[str, Any] | None = None,
@@ -285,12 +290,23 @@ class TaskModule(L.LightningModule):
             freeze_in_bfloat16(self.model)
             trim_malloc()
 
+    def check_plan(self, trainer: L.Trainer, total_steps: int) -> None:
+        """Refuse a schedule or an optimizer that does not fit the run, before its processes start.
+
+        Raises:
+            ValueError: naming the setting to change.
+        """
+        self.schedule.check(total_steps)
+        self.optimizer_config.check(is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
+
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
         # restored (Lightning's issue 20550).
         self.total_steps = planned_steps(self.trainer, self.datamodule)
-        self.schedule.warmup_steps(self.total_steps)  # refuses a warmup that does not fit
-        optimizer = self.optimizer_config.build(self.model.named_parameters(), fused=self._fused())
+        self.schedule.check(self.total_steps)
+        optimizer = self.optimizer_config.build(
+            self.model.named_parameters(), is_scaled=self._loss_scaler is not None, is_sharded=self.is_sharded
+        )
         peak = self.optimizer_config.lr
 
         def factor(step: int) -> float:
@@ -310,6 +326,12 @@ class TaskModule(L.LightningModule):
         factor = schedule.lr_lambdas[0](schedule.last_epoch)
         for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             group["lr"] = peak * factor
+        before, now = schedule.get_last_lr()[0], schedule.base_lrs[0] * factor
+        if before != now and self.trainer.is_global_zero:
+            log.info(
+                "Step %d goes on at learning rate %.3g instead of %.3g: the schedule is now %d steps long%s",
+                schedule.last_epoch, now, before, self.total_steps, self.schedule.note_on_restart(),
+            )  # fmt: skip
 
     def configure_model(self) -> None:
         """Shard the model under FSDP2."""
@@ -363,16 +385,6 @@ class TaskModule(L.LightningModule):
         """The rows of the metrics file that this checkpoint covers, compared on resume; empty without such a file."""
         rows = [logger.covered(self.global_step) for logger in self.trainer.loggers if hasattr(logger, "covered")]
         return {"rows": rows[0]} if rows and rows[0] is not None else {}  # None: not the first process
-
-    def _fused(self) -> bool:
-        setting = self.optimizer_config.fused
-        # Under fp16 a fused optimizer would unscale only inside its step, after we measured and clipped the norm.
-        scaled = self._loss_scaler is not None
-        if setting is True and scaled:
-            raise ValueError("optimizer.fused=true and trainer.precision=16-mixed do not go together; use fused=auto")
-        if setting != "auto":
-            return bool(setting)
-        return not scaled and not isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     @property
     def _loss_scaler(self) -> torch.amp.GradScaler | None:

@@ -1,4 +1,4 @@
-"""Settings of earlier versions, in headers and run folders: keys with another name today, and removed values."""
+"""Settings of earlier versions, in headers and run folders: other names of keys and classes, and removed values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 
 RENAMED = {"data.max_lost": "data.max_dropped"}
 """GROUP.KEY of before -> of today."""
+
+MOVED = {
+    "llm_lightning.optim.AdamWConfig": "llm_lightning.optim.adamw.AdamWConfig",
+    "llm_lightning.optim.ConstantConfig": "llm_lightning.optim.schedules.ConstantConfig",
+    "llm_lightning.optim.WarmupCosineConfig": "llm_lightning.optim.schedules.WarmupCosineConfig",
+}
+"""`_target_` of before -> of today."""
 
 REMOVED = {
     ("task.reference", "adapter_clone"): "adapter_off",  # a copy of adapters that are 0 at the start
@@ -24,4 +31,7 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
         node = today.get(group)
         if isinstance(node, dict) and key in node:
             today[group] = {new.split(".")[1] if name == key else name: value for name, value in node.items()}
+    for node in today.values():
+        if isinstance(node, dict) and isinstance(node.get("_target_"), str):
+            node["_target_"] = MOVED.get(node["_target_"], node["_target_"])
     return today

@@ -145,7 +145,8 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     """Train a DPOModule with a Trainer."""
     from llm_lightning.data.preference import PreferenceDataModule
     from llm_lightning.models.lora import LoRAConfig
-    from llm_lightning.optim import AdamWConfig, ConstantConfig
+    from llm_lightning.optim.adamw import AdamWConfig
+    from llm_lightning.optim.schedules import ConstantConfig
     from llm_lightning.tasks.dpo import DPOModule
     from llm_lightning.tokenizers import build_tokenizer
     from llm_lightning.weights.load import load_model

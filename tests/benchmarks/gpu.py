@@ -228,7 +228,8 @@ def ours(*, compiled: bool, deterministic: bool = True) -> dict[str, float]:
     from llm_lightning.data.base import BaseDataModule
     from llm_lightning.data.batches import Example, collate_padded
     from llm_lightning.models.gpt import GPT, GPTConfig
-    from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+    from llm_lightning.optim.adamw import AdamWConfig
+    from llm_lightning.optim.schedules import WarmupCosineConfig
     from llm_lightning.tasks.pretraining import PretrainingModule
     from llm_lightning.tokenizers import build_tokenizer
 

@@ -166,7 +166,8 @@ def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "a
 
     from llm_lightning.data.instruction import InstructionDataModule  # noqa: F401
     from llm_lightning.models.gpt import GPT, GPTConfig
-    from llm_lightning.optim import AdamWConfig, ConstantConfig
+    from llm_lightning.optim.adamw import AdamWConfig
+    from llm_lightning.optim.schedules import ConstantConfig
     from llm_lightning.tasks.sft import SFTModule
     from llm_lightning.tokenizers import build_tokenizer
     from llm_lightning.weights.gpt2_names import from_hf

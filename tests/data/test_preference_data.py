@@ -31,7 +31,8 @@ from llm_lightning.data.templates import Turn
 from llm_lightning.losses import preference_loss, sequence_log_probs, token_log_probs
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.optim import AdamWConfig, ConstantConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import ConstantConfig
 from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights.gpt2_names import to_hf

@@ -214,7 +214,8 @@ NOT_A_KIND = """
     torch.load torch.save torch.compile torch.from_file torch.hub.load torch.hub.download_url_to_file torch.jit.load
     torch.jit.script torch.ops.load_library torch.classes.load_library torch.utils.cpp_extension.load
     torch.utils.cpp_extension.load_inline torch.package.PackageImporter torch.nn.Module torch.nn.Linear
-    torch.optim.AdamW torch.utils.data.DataLoader torch.serialization.load torch.distributed.init_process_group
+    torch.optim.lr_scheduler.LambdaLR torch.optim torch.utils.data.DataLoader torch.serialization.load
+    torch.distributed.init_process_group
     torch.distributed.checkpoint.load torch.distributed.nn.RemoteModule torch.jit.CompilationUnit torch.Tensor
     torch.nn torch lightning.Trainer.fit lightning.pytorch.cli.LightningCLI lightning.Fabric lightning.seed_everything
     lightning.fabric.utilities.cloud_io._load lightning.pytorch.core.saving._load_state torchmetrics.functional.accuracy
@@ -336,7 +337,8 @@ ALLOWED = [
     "lightning.pytorch.profilers.SimpleProfiler",
     "lightning.pytorch.plugins.environments.SLURMEnvironment",
     "torchmetrics.classification.BinaryAccuracy",
-    "llm_lightning.optim.AdamWConfig",
+    "llm_lightning.optim.adamw.AdamWConfig",
+    "torch.optim.NAdam",
     "llm_lightning.tasks.pretraining.PretrainingModule",
     "llm_lightning.data.pretraining.PretrainingDataModule",
     "llm_lightning.callbacks.checkpoints.Checkpoints",

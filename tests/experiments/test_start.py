@@ -18,7 +18,7 @@ from llm_lightning.experiments.settings.compose import ConfigDirs
 from llm_lightning.experiments.settings.targets import resolve_target
 from llm_lightning.experiments.start import train
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.renamed import RENAMED, translated
+from llm_lightning.weights.renamed import MOVED, RENAMED, translated
 
 CONF = ROOT / "conf"
 QUIET = [word for word in SETTINGS if "samples" not in word]
@@ -134,4 +134,18 @@ def test_the_targets_of_earlier_versions_resolve() -> None:
     }
     for module, names in earlier.items():
         for name in names.split():
-            assert resolve_target("x._target_", f"llm_lightning.{module}.{name}").__name__ == name
+            target = f"llm_lightning.{module}.{name}"
+            assert resolve_target("x._target_", MOVED.get(target, target)).__name__ == name
+
+
+def test_a_moved_class_is_refused_when_typed_and_translated_in_records(tmp_path: Path) -> None:
+    for old, new in MOVED.items():
+        group = "optimizer" if old.endswith("AdamWConfig") else "scheduler"
+        word = f"{group}._target_={old}"
+        with pytest.raises(ValueError, match=rf"{word} is now called {new}"):
+            check_overrides([word], CONF)
+        before = {group: {"_target_": old, "lr": 1}, "seed": 1}
+        assert translated(before) == {group: {"_target_": new, "lr": 1}, "seed": 1}
+        command = {"folder": "x", "config_dir": None, "overrides": ["task=sft", word]}
+        (tmp_path / "command.json").write_text(json.dumps(command))
+        assert f"{group}._target_={new}" in continue_run([f"resume={tmp_path}"], CONF)

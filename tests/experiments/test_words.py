@@ -19,7 +19,7 @@ from llm_lightning.experiments.settings.meaning import UNDECLARED, declared_kind
 from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.experiments.settings.yaml_files import package_of
 from llm_lightning.experiments.stages import plan
-from llm_lightning.optim import AdamWConfig
+from llm_lightning.optim.adamw import AdamWConfig
 
 CONF = ROOT / "conf"
 AS_TYPED = ["1984", "2026_11_26", "2026-11-26", "1e3", "007", "true", "False", "nan", "-1", "+1", ".5", "0x10", "1_000"]

@@ -26,7 +26,8 @@ from llm_lightning.data.batches import LabelledSample, collate_classification
 from llm_lightning.inference.evaluate import evaluate_labelled
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.classification import ClassificationModule
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights.load import LoadedModel

@@ -189,6 +189,18 @@ def test_preview_shows_windows_and_leaves_nothing(corpus: Path, tmp_path: Path) 
     assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {"train.log": "of a run"}
 
 
+def test_plot_lr_draws_the_schedule_of_the_run_and_leaves_no_folder(corpus: Path, tmp_path: Path) -> None:
+    words = ["plot_lr=true", "scheduler.warmup=2", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=3"]
+    code, out, err = fit_here(one_epoch(corpus, tmp_path / "run", *words))
+    assert (code, err) == (0, "")
+    assert out.startswith("Learning rate of 15 steps, the first 2 of them warmup:\n  step         0   1e-05\n")
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = fit_here(one_epoch(corpus, tmp_path / "run", "plot_lr=true", "scheduler.warmup=10"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "10 warmup steps, but the run has only 10" in err
+
+
 def test_a_run_without_checkpoints_advises_none_and_takes_an_old_traceback_away(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "traceback.txt").write_text("of the first try")

@@ -12,7 +12,8 @@ from ragged import TINY, RaggedDataModule, tiny_module, tiny_trainer
 
 from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded
 from llm_lightning.models.gpt import GPT
-from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tokenizers import build_tokenizer
 

@@ -21,7 +21,8 @@ from llm_lightning.metrics.intervals import wilson_interval
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
-from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.classification import ClassificationModule
 from llm_lightning.tokenizers import build_tokenizer
 

@@ -18,7 +18,8 @@ from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
-from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tasks.reference import AdapterOff, Copy
 from llm_lightning.terminal import visible

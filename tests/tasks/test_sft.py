@@ -28,7 +28,8 @@ from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
-from llm_lightning.optim import AdamWConfig, WarmupCosineConfig
+from llm_lightning.optim.adamw import AdamWConfig
+from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tokenizers import build_tokenizer
 from llm_lightning.weights.gpt2_names import config_to_hf, to_hf

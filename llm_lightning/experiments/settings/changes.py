@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from llm_lightning.experiments.settings.nodes import leaves
-from llm_lightning.weights.renamed import REMOVED, RENAMED
+from llm_lightning.weights.renamed import MOVED, REMOVED, RENAMED
 
 MAY_CHANGE = (
     "trainer.max_epochs",  # a resumed run may train longer; its schedule is stretched to the new length
@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "callbacks.samples*",
     "callbacks.plots*",
     "callbacks.throughput*",
+    "plot_lr",
     "data.path",  # locations: the digests compare the content
     "init_from",
     "allow_targets",  # how the run is started, not what it computes
@@ -65,7 +66,7 @@ def refuse_renamed(key: str) -> None:
 
 
 def refuse_removed(values: Mapping[str, Any]) -> None:
-    """Refuse a value that only earlier versions had, naming its replacement.
+    """Refuse a value or class that only earlier versions had, naming its replacement.
 
     Args:
         values: dotted key -> value.
@@ -73,3 +74,6 @@ def refuse_removed(values: Mapping[str, Any]) -> None:
     for (key, value), today in REMOVED.items():
         if values.get(key) == value:
             raise ValueError(f"{key}={value} was removed; in a new run set {key}={today}, which computes the same")
+    for key, value in values.items():
+        if key.endswith("._target_") and isinstance(value, str) and value in MOVED:
+            raise ValueError(f"{key}={value} is now called {MOVED[value]}; write {key}={MOVED[value]}")

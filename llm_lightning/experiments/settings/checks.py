@@ -60,6 +60,7 @@ SET_ELSEWHERE = {
 """Arguments that the run itself fills in, and the setting to use instead."""
 
 NOTHING_READS = {
+    "optimizer.params": "it gets the model's parameters",
     "trainer.enable_model_summary": "the run logs its size itself",
     "trainer.enable_autolog_hparams": "the run writes config.yaml",
     "trainer.limit_predict_batches": "a run does not predict",
@@ -67,7 +68,7 @@ NOTHING_READS = {
     "trainer.reload_dataloaders_every_n_epochs": "the data stay the same for a whole run",
     "trainer.sync_batchnorm": "no model here has a batch norm",
 }
-"""Arguments of Lightning's Trainer that have no effect here, and why."""
+"""Arguments of Lightning's Trainer and of optimizers that have no effect here, and why."""
 
 _SPECIAL_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 

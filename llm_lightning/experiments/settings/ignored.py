@@ -68,6 +68,7 @@ RULES = (
     Rule(("optimizer.clip_after_warmup",), _no_warmup, "there is no warmup"),
     Rule(("optimizer.clip_after_warmup",), _is_off("optimizer.max_grad_norm"), "max_grad_norm=null never clips"),
     Rule(("scheduler.initial_lr",), _no_warmup, "scheduler.warmup=0 has no first rate"),
+    Rule(("scheduler.min_lr", "scheduler.decay_shape"), lambda v: v.get("scheduler.decay") == 0, "it never decays"),
     Rule(("monitor", "monitor_mode"), _no_checkpoint_or_stop, "neither checkpoints nor early stopping are on"),
     Rule(
         ("callbacks.samples.n_prompts",),

@@ -128,6 +128,7 @@ def _inside(name: Any, packages: Iterable[str]) -> bool:
 def _kinds() -> tuple[type, ...]:
     """The classes that a config may build, besides our own dataclasses."""
     import lightning as L
+    import torch
     import torchmetrics
     from lightning.pytorch.accelerators import Accelerator
     from lightning.pytorch.loggers import Logger
@@ -136,4 +137,5 @@ def _kinds() -> tuple[type, ...]:
     from lightning.pytorch.strategies import Strategy
 
     modules = (L.Trainer, L.LightningModule, L.LightningDataModule, L.Callback, torchmetrics.Metric)
-    return (*modules, Accelerator, Strategy, Logger, Profiler, Precision, CheckpointIO, ClusterEnvironment, LayerSync)
+    plugins = (Accelerator, Strategy, Logger, Profiler, Precision, CheckpointIO, ClusterEnvironment, LayerSync)
+    return (*modules, *plugins, torch.optim.Optimizer)

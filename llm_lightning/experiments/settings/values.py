@@ -21,6 +21,8 @@ NUMBERS: dict[str, int | float] = {
     "model.vocab_size": 50304,
     "tokenizer.vocab_size": 2048,
     "callbacks.throughput.peak_tflops": 100.0,
+    "optimizer.adamw_lr": 3e-3,
+    "optimizer.weight_decay": 0.1,
     "trainer.limit_train_batches": 0.1,
     "trainer.limit_val_batches": 0.1,
     "trainer.limit_test_batches": 0.1,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments.settings.changes import MAY_CHANGE
-from llm_lightning.weights.renamed import RENAMED
+from llm_lightning.weights.renamed import MOVED, RENAMED
 
 CONTENT = ("data.path", "init_from")
 """Settings that name files, which count by what is in them."""
@@ -119,9 +119,11 @@ def _may_change(key: str) -> bool:
 
 
 def _normal(value: Any) -> Any:
-    """Numbers as floats: `optimizer.lr=1` is `1.0`."""
+    """Numbers as floats: `optimizer.lr=1` is `1.0`; classes by their names of today."""
     if isinstance(value, list):
         return [_normal(one) for one in value]
+    if isinstance(value, str):
+        return MOVED.get(value, value)
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

@@ -21,6 +21,7 @@ from llm_lightning.weights.checks.kinds import (
     check_keys,
     dict_of,
     is_int,
+    is_number,
     is_tensor,
     list_of,
     or_none,
@@ -63,6 +64,20 @@ _NUMPY_RNG: dict[str, Check] = {
     "has_gauss": COUNT,
     "cached": NUMBER,
 }
+
+_EPS: Check = (
+    lambda value: is_number(value) or (isinstance(value, (list, tuple)) and all(map(or_none(NUMBER)[0], value))),
+    "a number, or Adafactor's two",
+)
+_STATES = {"amsgrad": ("step", "exp_avg", "exp_avg_sq"), "ns_steps": ("momentum_buffer",)}
+"""An option that only groups of AdamW (or of Muon's matrices) have -> what is kept for each of their parameters."""
+_NUMBERS = ("step", "mu_product", "eta", "mu")
+"""What the optimizers of torch.optim keep as one number for a parameter."""
+_LIKE_PARAMETER = (
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
+    *("sum", "prev", "step_size", "ax"),
+)
+"""What they keep in the shape of the parameter. Adafactor and other packages' optimizers may keep something else."""
 
 
 def check_resumable(state: Mapping[str, Any]) -> None:
@@ -116,23 +131,37 @@ def compare_with_run(state: Mapping[str, Any], mine: Mapping[str, Tensor], train
 def _check_optimizer(state: Mapping[str, Any], where: str, trained: Mapping[str, Tensor]) -> None:
     check_keys(state, where, {"state": DICT, "param_groups": list_of(DICT)})
     names: list[Any] = []
+    kept: dict[int, tuple[str, ...]] = {}
     for number, group in enumerate(state["param_groups"]):
-        numbers = dict.fromkeys(("lr", "weight_decay", "eps"), NUMBER) | {"betas": list_of(NUMBER)}
+        numbers = dict.fromkeys(("lr", "weight_decay"), NUMBER) | {"eps": _EPS, "betas": list_of(NUMBER)}
         check_keys(group, f"{where}.param_groups.{number}", {"params": list_of(COUNT)})
         check_keys(group, f"{where}.param_groups.{number}", numbers, is_optional=True)
         if "param_names" not in group:
             return  # older versions of PyTorch do not write the names
         check_keys(group, f"{where}.param_groups.{number}", {"param_names": list_of(TEXT)})
         names += zip(group["params"], group["param_names"], strict=False)
+        kept |= dict.fromkeys(group["params"], _kept(state["state"], group))
     if sorted(name for _, name in names) != sorted(trained):
         raise ValueError(f"{where}.param_groups names other parameters than this run trains")
     for index, name in names:
         of_one = state["state"].get(index, {})
         check_keys({"": of_one}, f"{where}.state.{index}", {"": DICT})
-        for kind in ("step", "exp_avg", "exp_avg_sq") if of_one else ():
-            shape = () if kind == "step" else tuple(trained[name].shape)
+        for kind in kept[index] if of_one else ():
+            shape = () if kind in _NUMBERS else tuple(trained[name].shape)
             if not is_tensor(of_one.get(kind)) or tuple(of_one[kind].shape) != shape:
                 raise ValueError(f"{where}.state.{index}.{kind} must be a tensor of the shape {shape}, like {name}")
+
+
+def _kept(states: Mapping[Any, Any], group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the tensors that must be kept for every parameter of a group that was updated.
+
+    Of a class without an entry in `_STATES`: those that are kept for any of them.
+    """
+    known = next((names for option, names in _STATES.items() if option in group), None)
+    if known is not None:
+        return known
+    of_group = [one for one in map(states.get, group["params"]) if isinstance(one, dict)]
+    return tuple(name for name in (*_NUMBERS, *_LIKE_PARAMETER) if any(is_tensor(one.get(name)) for one in of_group))
 
 
 def _check_generators(generators: Mapping[str, Any], where: str) -> None:

@@ -15,6 +15,7 @@ from llm_lightning.experiments.settings.nodes import leaves, plain
 from llm_lightning.experiments.settings.overrides import parsed
 from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
 from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
+from llm_lightning.weights.renamed import MOVED
 
 CONF = ROOT / "conf"
 
@@ -129,6 +130,13 @@ def test_a_setting_that_changes_no_result_counts_where_it_is_swept() -> None:
     assert short.digest(["trainer.max_epochs"]) != long.digest(["trainer.max_epochs"])
     assert changed_limits(long.settings, short.settings) == ["trainer.max_epochs"]
     assert changed_limits(long.settings, identity("run_name=x", "trainer.max_epochs=2").settings) == []
+
+
+def test_a_class_counts_by_its_name_of_today() -> None:
+    for old, new in MOVED.items():
+        earlier, now = (Identity({"optimizer._target_": name}, {}, ()) for name in (old, new))
+        assert now.is_same(earlier, {}.get)
+        assert now.digest() == earlier.digest()
 
 
 def test_a_key_that_an_old_job_does_not_have_counts_as_its_default() -> None:
