@@ -6,10 +6,12 @@ are the files of `--config-dir`, which may change from one command line to the n
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,18 +25,24 @@ def compose_once(patch: pytest.MonkeyPatch) -> None:
     Hydra changes what it gets, so it gets a copy; unpickling copies six times faster than `copy.deepcopy` does.
     """
     from hydra._internal import config_loader_impl as loader
-    from hydra._internal.core_plugins.file_config_source import FileConfigSource
-    from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+    from hydra._internal import config_repository
     from hydra._internal.defaults_list import DefaultsList, Overrides
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import _utils, base, grammar_parser
+
+    from llm_lightning.experiments.settings.compose import prepare_hydra
 
     interpolation = functools.cache(grammar_parser.parse)  # a tree that is only read
     patch.setattr(base, "parse", interpolation)
     patch.setattr(_utils, "parse", interpolation)
     patch.setattr(OverridesParser, "parse_rule", pickled_once(OverridesParser.parse_rule))
-    read_each_once(patch, FileConfigSource)
-    read_each_once(patch, ImportlibResourcesConfigSource)
+    prepare_hydra()
+    Plugins.instance()  # imports the modules of the sources anew; the registry has the classes of these
+    for scheme in ("file", "pkg"):
+        read_each_once(patch, SourcesRegistry.instance().resolve(scheme))
+    patch.setattr(config_repository, "copy", SimpleNamespace(copy=copy.copy, deepcopy=copy.copy))
     lists: dict[Any, DefaultsList] = {}
     unions: dict[str, bytes] = {}
     create_list = loader.create_defaults_list
