@@ -6,6 +6,7 @@ that a shell has started. What comes before, and the processes that such a run s
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -89,6 +90,7 @@ def jobs_are_forks(patch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def _run(arguments: list[str], folder: Path, files: list[IO[str] | None], start_new_session: bool) -> None:
+    gc.freeze()  # or each collection would touch, and so copy, all memory of the test process
     if start_new_session:
         os.setsid()
     for signum in STOPPING:
