@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +35,16 @@ def _one_thread() -> None:
 def _compose_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         compose_once(patch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _entry_points_once() -> Iterator[None]:
+    """Each Trainer looks through all installed packages for callbacks; here they stay the same."""
+    registry = sys.modules.get("lightning.fabric.utilities.registry")
+    with pytest.MonkeyPatch.context() as patch:
+        if registry is not None:
+            patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
         yield
 
 

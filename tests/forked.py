@@ -6,20 +6,22 @@ that a shell has started. What comes before, and the processes that such a run s
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import multiprocessing
 import os
 import pkgutil
 import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from tiny_run import ROOT
+from tiny_run import ROOT, Outcome, finish
 
 from llm_lightning.experiments.sweep import attempt
 from llm_lightning.experiments.sweep.children import Orders
@@ -30,12 +32,18 @@ class Forked:
     """What the tests use of `subprocess.Popen`. Without `stdout` and `stderr`, they are those of this process."""
 
     def __init__(
-        self, arguments: Sequence[str], folder: Path, *, pipes: bool = True, start_new_session: bool = False
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        *,
+        pipes: bool = True,
+        start_new_session: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         kept = [tempfile.TemporaryFile("w+") if pipes else None for _ in range(2)]  # noqa: SIM115 (communicate closes)
         self._files = kept
         self._process = multiprocessing.get_context("fork").Process(
-            target=_run, args=(list(arguments), folder, kept, start_new_session)
+            target=_run, args=(list(arguments), folder, kept, start_new_session, environment or {})
         )
         self._process.start()
         assert self._process.pid is not None
@@ -73,6 +81,18 @@ class Forked:
         return written[0], written[1]
 
 
+def finish_two(arguments: Sequence[str], folder: Path) -> Outcome:
+    """Wait for a run in two processes, each told its rank, as by a launcher; what the first one leaves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    ranks = [Forked(arguments, folder, environment={**shared, "LOCAL_RANK": rank}) for rank in "01"]
+    first, second = (finish(rank) for rank in ranks)
+    assert second.code == first.code, second.err
+    return first
+
+
 def jobs_are_forks(patch: pytest.MonkeyPatch) -> list[list[str]]:
     """Let the jobs of a sweep be forks of this process, which need no server; returns the words of each."""
     for room in ("callbacks", "data", "experiments", "tasks"):  # once, or each fork imports them again
@@ -88,7 +108,14 @@ def jobs_are_forks(patch: pytest.MonkeyPatch) -> list[list[str]]:
     return started
 
 
-def _run(arguments: list[str], folder: Path, files: list[IO[str] | None], start_new_session: bool) -> None:
+def _run(
+    arguments: list[str],
+    folder: Path,
+    files: list[IO[str] | None],
+    start_new_session: bool,
+    environment: Mapping[str, str],
+) -> None:
+    gc.freeze()  # or each collection would touch, and so copy, all memory of the test process
     if start_new_session:
         os.setsid()
     for signum in STOPPING:
@@ -101,7 +128,7 @@ def _run(arguments: list[str], folder: Path, files: list[IO[str] | None], start_
     root.handlers[:] = []
     root.setLevel(logging.WARNING)
     os.chdir(folder)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that it starts
+    os.environ.update(environment, OMP_NUM_THREADS="1")  # of the processes that it starts, too
     sys.argv[:] = [str(ROOT / "train.py"), *arguments]
 
     from hydra.core.global_hydra import GlobalHydra

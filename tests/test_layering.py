@@ -35,8 +35,8 @@ def floor(module: str) -> int:
 
 
 @cache
-def parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text("utf-8"))
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(file.read_text("utf-8"))))
 
 
 @cache
@@ -46,14 +46,19 @@ def imported_modules(file: Path) -> list[str]:
 
 
 def _imported_modules(file: Path) -> Iterator[str]:
-    for node in ast.walk(parse(file)):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                path = ROOT.joinpath(*node.module.split("."), alias.name)
-                is_module = path.with_suffix(".py").exists() or path.is_dir()
-                yield f"{node.module}.{alias.name}" if is_module else node.module
+                yield f"{node.module}.{alias.name}" if is_module(f"{node.module}.{alias.name}") else node.module
+
+
+@cache
+def is_module(name: str) -> bool:
+    """Whether it is one of this project."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
 
 
 def test_every_module_has_a_floor() -> None:
@@ -134,7 +139,7 @@ def test_no_task_imports_a_task_and_no_data_module_a_data_module() -> None:
 
 def test_cfg_never_enters_a_class() -> None:
     for file in FILES:
-        for cls in (node for node in ast.walk(parse(file)) if isinstance(node, ast.ClassDef)):
+        for cls in (node for node in nodes(file) if isinstance(node, ast.ClassDef)):
             for function in (node for node in ast.walk(cls) if isinstance(node, ast.FunctionDef)):
                 arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
                 assert "cfg" not in {argument.arg for argument in arguments}, f"{file}: {cls.name}.{function.name}"
@@ -142,7 +147,7 @@ def test_cfg_never_enters_a_class() -> None:
 
 def test_imports_are_absolute_and_lightning_is_called_l() -> None:
     for file in FILES:
-        for node in ast.walk(parse(file)):
+        for node in nodes(file):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{file}:{node.lineno}: relative import"
                 assert not (node.module or "").startswith("pytorch_lightning")
@@ -160,7 +165,7 @@ def test_the_core_is_named_in_models_and_weights_only() -> None:
     for file in FILES:
         if module_name(file).split(".")[1:2] in (["models"], ["weights"]):
             continue
-        for node in ast.walk(parse(file)):
+        for node in nodes(file):
             name = (
                 node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else ""
             )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from judge_server import ESCAPES, response, sends, serving
-from test_layering import FILES, PACKAGE, parse
+from test_layering import FILES, PACKAGE, nodes
 from tiny_run import SETTINGS, train_here, write_checkpoint, write_corpus
 
 from llm_lightning.cli.main import main as cli
@@ -108,7 +108,7 @@ def test_logs_and_warnings_are_shown(caplog: pytest.LogCaptureFixture) -> None:
 def test_nothing_prints_by_another_way() -> None:
     found = []
     for file in (one for one in FILES if one != PACKAGE / "terminal.py"):
-        for node in ast.walk(parse(file)):
+        for node in nodes(file):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 if name in ("print", "pprint", "traceback.print_exc", "traceback.print_exception") or re.fullmatch(

@@ -71,8 +71,9 @@ def fit_here(arguments: Sequence[str]) -> Outcome:
     """The run that `python train.py ARGUMENTS` makes, without Hydra's part, which takes longer than a tiny run.
 
     The files are composed once for each choice of groups; on a copy, the other settings are set as Hydra does. There
-    is no `train.log`.
+    is no `train.log`. Git and the installed packages are asked once a process.
     """
+    from llm_lightning.experiments import summary
     from llm_lightning.experiments.errors import guarded
     from llm_lightning.experiments.settings.checks import Checked
     from llm_lightning.experiments.settings.overrides import parse_arguments
@@ -84,11 +85,20 @@ def fit_here(arguments: Sequence[str]) -> Outcome:
         logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))
         logging.getLogger().setLevel(logging.INFO)
         run = functools.partial(run_checked, Checked(config, config), run_dir, parse_arguments(arguments), Path.cwd())
-        code, _ = guarded(run, log_dir=run_dir)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(summary, "git_state", once(summary.git_state))
+            patch.setattr(summary, "version", once(summary.version))
+            code, _ = guarded(run, log_dir=run_dir)
         if code:
             sys.exit(code)
 
     return _here(trained)
+
+
+@functools.cache
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, called once for each of its arguments."""
+    return functools.cache(function)
 
 
 def _composed(arguments: Sequence[str]) -> tuple[Any, Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -18,20 +20,34 @@ from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.exact_resume import rng_state, set_rng_state
 from llm_lightning.weights import checkpoint as checkpoints
 
+KILLS = [
+    (1, "on_train_batch_start"),
+    (3, "on_train_batch_end"),
+    (4, "on_train_batch_start"),
+    (6, "on_train_epoch_end"),
+    (6, "on_validation_start"),
+    (7, "on_validation_end"),
+    (8, "on_before_optimizer_step"),
+    (9, "on_train_batch_end"),
+    (11, "on_train_batch_start"),
+    (12, "on_train_epoch_end"),
+]
+"""(updates done, hook): a kill the first time that this hook is called after so many updates."""
 
-class Killed(Exception): ...  # noqa: N818
 
+class CopyAt(L.Callback):
+    """Copy the run folder at each of `KILLS`: what a kill at that moment leaves (it saves nothing)."""
 
-class KillAt(L.Callback):
-    """Raise in `hook` once `step` updates are done, as a kill would: nothing is saved on the way out."""
+    def __init__(self, folder: Path, copies: Path) -> None:
+        self.folder, self.copies = folder, copies
+        for hook in {hook for _, hook in KILLS}:
+            setattr(self, hook, partial(self._copy, hook))
 
-    def __init__(self, step: int, hook: str) -> None:
-        self.step = step
-        setattr(self, hook, self._kill)
-
-    def _kill(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step >= self.step:
-            raise Killed
+    def _copy(self, hook: str, trainer: L.Trainer, *_: Any) -> None:
+        for step, at in KILLS:
+            copy = self.copies / f"{step}_{hook}"
+            if at == hook and trainer.global_step >= step and not copy.exists():
+                shutil.copytree(self.folder, copy)
 
 
 class Seen(L.Callback):
@@ -44,7 +60,13 @@ class Seen(L.Callback):
         self.samples[(trainer.current_epoch, batch_idx)] = batch.sample_ids
 
 
-Whole = tuple[Path, Seen, dict[str, Any]]
+class Whole(NamedTuple):
+    """A run that is not killed, and what kills would have left of it."""
+
+    folder: Path
+    copies: Path
+    seen: Seen
+    val: dict[str, Any]
 
 
 def final_state(folder: Path) -> dict[str, Any]:
@@ -65,36 +87,19 @@ def run(folder: Path, val: dict[str, Any], *extra: L.Callback) -> Seen:
 
 
 @pytest.fixture(scope="module", params=[{}, {"val_check_interval": 4}], ids=["val0", "val1"])
-def whole(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> tuple[Path, Seen, dict[str, Any]]:
-    """A run that is not killed: its folder, what it saw, and its options."""
-    folder = tmp_path_factory.mktemp("whole")
-    return folder, run(folder, request.param), request.param
+def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Whole:
+    folder, copies = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("copies")
+    return Whole(folder, copies, run(folder, request.param, CopyAt(folder, copies)), request.param)
 
 
-@pytest.mark.parametrize(
-    ("step", "hook"),
-    [
-        (1, "on_train_batch_start"),
-        (3, "on_train_batch_end"),
-        (4, "on_train_batch_start"),
-        (6, "on_train_epoch_end"),
-        (6, "on_validation_start"),
-        (7, "on_validation_end"),
-        (8, "on_before_optimizer_step"),
-        (9, "on_train_batch_end"),
-        (11, "on_train_batch_start"),
-        (12, "on_train_epoch_end"),
-    ],
-)
-def test_killed_run_equals_uninterrupted_one(tmp_path: Path, whole: Whole, step: int, hook: str) -> None:
-    folder, seen, val = whole
-    with pytest.raises(Killed):
-        run(tmp_path, val, KillAt(step, hook))
-    rest = run(tmp_path, val)
-    assert_same(final_state(folder), final_state(tmp_path))
-    assert rest.samples.items() <= seen.samples.items()
+@pytest.mark.parametrize(("step", "hook"), KILLS)
+def test_killed_run_equals_uninterrupted_one(whole: Whole, step: int, hook: str) -> None:
+    killed = whole.copies / f"{step}_{hook}"
+    assert (killed / "checkpoints" / "last.ckpt").is_file() == (step > 1)
+    rest = run(killed, whole.val)
+    assert_same(final_state(whole.folder), final_state(killed))
+    assert rest.samples.items() <= whole.seen.samples.items()
+    assert (len(rest.samples) == len(whole.seen.samples)) == (step == 1), "it goes on behind the newest checkpoint"
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])

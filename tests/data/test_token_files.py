@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import itertools
@@ -355,6 +356,7 @@ def test_eight_processes_build_once(tmp_path: Path) -> None:
 
 def _build_and_die(source: Source, n_lines: int) -> None:
     """Build, but die before line number `n_lines` of the code that touches the disk."""
+    gc.freeze()  # or a collection would copy the memory of the test process
     writers = {module._build, module._write_parts, module._Part.write, module._Part.finish, write_atomically, commit}
     codes, left = {inspect.unwrap(function).__code__ for function in writers}, n_lines
 

@@ -155,32 +155,30 @@ def test_a_sweep_that_fails_is_killed_and_mended(
 ) -> None:
     monkeypatch.setenv("LLM_LIGHTNING_CACHE", str(tmp_path / "cache"))
     study = Study(tmp_path, more, steps)
-    assert study.run("whole") == 2
-    jobs = study.jobs("whole")
-    failing = {name: kind for name, kind in FAILING.items() if name in jobs}
-    for name, folder in jobs.items():
-        assert (folder / "summary.json").is_file() == (name not in failing), study.said("whole")
-        if name in failing:
-            assert json.loads((folder / "failure.json").read_text())["kind"] == failing[name]
-    assert f"{len(failing)} of {len(jobs)} jobs failed" in study.said("whole")
-
     moments = random.Random(1)
     for number in range(kills):
         kill(study, moments, group=number % 2 == 0)
     assert study.run("killed") == 2, study.said("killed")
+    jobs = study.jobs("killed")
+    failing = {name: kind for name, kind in FAILING.items() if name in jobs}
+    for name, folder in jobs.items():
+        assert (folder / "summary.json").is_file() == (name not in failing), study.said("killed")
+        if name in failing:
+            assert json.loads((folder / "failure.json").read_text())["kind"] == failing[name]
+    assert f"{len(failing)} of {len(jobs)} jobs failed" in study.said("killed")
+
     study.mend()
-    for place in ("whole", "killed"):
-        command = shlex.split(study.said(place).rstrip().splitlines()[-1].rpartition("run only them: python ")[2])
-        retried = study.start(place, *(word for word in command if "retry_failed" in word))
-        assert retried.wait(timeout=600) == 0, study.said(place)
-        assert study.said(place).count(f"{len(failing)} to run") >= 1
-        assert all_gone(retried.pid)
+    command = shlex.split(study.said("killed").rstrip().splitlines()[-1].rpartition("run only them: python ")[2])
+    retried = study.start("killed", *(word for word in command if "retry_failed" in word))
+    assert retried.wait(timeout=600) == 0, study.said("killed")
+    assert study.said("killed").count(f"{len(failing)} to run") >= 1
+    assert all_gone(retried.pid)
+    assert study.run("whole") == 0, study.said("whole")
     assert_same_jobs(study, "killed", "whole")
     finished = {name: (folder / "summary.json").stat().st_mtime_ns for name, folder in study.jobs("killed").items()}
 
-    assert study.run("killed", "seed=1,7,8,9", "hydra.sweeper.only=plain_1") == 0, study.said("killed")
-    new = study.jobs("killed").keys() - finished.keys()
-    assert sorted(new) == ["plain_1-seed_7", "plain_1-seed_8", "plain_1-seed_9"]
+    assert study.run("killed", "seed=1,7", "hydra.sweeper.only=plain_1") == 0, study.said("killed")
+    assert study.jobs("killed").keys() - finished.keys() == {"plain_1-seed_7"}
     assert all(
         (study.jobs("killed")[name] / "summary.json").stat().st_mtime_ns == was for name, was in finished.items()
     )

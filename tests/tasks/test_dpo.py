@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import SETTINGS, finish, fit_here
-from tiny_run import start as start_process
+from forked import finish_two
+from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.data.of_checkpoint import conversations_of
 from llm_lightning.files.frozen_cache import FrozenCache
@@ -228,7 +228,7 @@ def test_two_processes_log_what_one_does(way: str, start: Path, pairs: Path, tmp
     settings = [word for word in settings_of(tmp_path / "two", start, pairs) if word.partition("=")[0] not in names]
     two = ["accelerator=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     settings = [word for word in settings if not word.startswith("accelerator=")]
-    outcome = finish(start_process([*settings, *shared, *two], tmp_path))
+    outcome = finish_two([*settings, *shared, *two], tmp_path)
     assert outcome.code == 0, outcome.err
     one, other = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     assert one.keys() == other.keys()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -260,33 +261,32 @@ def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_needed(saved: Path
     assert list(saved.parent.iterdir()) == [saved]
 
 
-SAVE_FOREVER = """
-import sys
-from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.tokenizers import build_tokenizer
-config = GPTConfig(vocab_size=4000, context_length=8, n_layer=1, n_head=1, n_embd=64)
-header = checkpoints.describe(task="pretraining", model_config=config, tokenizer=build_tokenizer("byte"))
-weights = {f"model.{name}": tensor for name, tensor in GPT(config).state_dict().items()}
-state = {"state_dict": weights, "llm_lightning": header}
-for step in range(int(sys.argv[2]), 10**6):
-    state["llm_lightning"]["step"] = step
-    checkpoints.save(f"{sys.argv[1]}/step_{step:08d}.ckpt", state)
-    checkpoints.save(f"{sys.argv[1]}/last.ckpt", state)
-    print(step, flush=True)
-"""
+def save_forever(folder: Path, first: int, reports: Connection) -> None:
+    config = GPTConfig(vocab_size=4000, context_length=8, n_layer=1, n_head=1, n_embd=64)
+    header = checkpoints.describe(task="pretraining", model_config=config, tokenizer=build_tokenizer("byte"))
+    weights = {f"model.{name}": tensor for name, tensor in GPT(config).state_dict().items()}
+    for step in itertools.count(first):
+        state = {"state_dict": weights, HEADER: {**header, "step": step}}
+        checkpoints.save(folder / f"step_{step:08d}.ckpt", state)
+        checkpoints.save(folder / "last.ckpt", state)
+        reports.send(step)
 
 
 def killed_saves(folder: Path, first: int, kills: int, draw: random.Random) -> int:
     """Save in child processes that are killed; after each kill compare what is there with what was reported."""
+    fork = multiprocessing.get_context("fork")
     for _ in range(kills):
-        command = [sys.executable, "-c", SAVE_FOREVER, str(folder), str(first)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-            assert child.stdout is not None
-            child.stdout.readline()
-            time.sleep(draw.uniform(0, 0.1))
-            child.kill()
-            reported = int((b"%d\n" % first + child.stdout.read()).split(b"\n")[-2])
+        received, sent = fork.Pipe(duplex=False)
+        child = fork.Process(target=save_forever, args=(folder, first, sent))
+        child.start()
+        sent.close()
+        reported = received.recv()
+        time.sleep(draw.uniform(0, 0.1))
+        child.kill()
+        child.join()
+        with suppress(EOFError):
+            while True:
+                reported = received.recv()
         newest = checkpoints.newest_valid(folder)
         assert newest is not None
         step = checkpoints.read_header(newest)["step"]
