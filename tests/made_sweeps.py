@@ -22,8 +22,14 @@ VERSIONS = {"python": "3.11.7", "llm-lightning": "0.1.0", "torch": "2.13.0", "li
 
 
 def make_job(
-    folder: Path, status: str, loss: float = 1.5, *, rows: int = 0, summary: Mapping[str, Any] | None = None, **changes: Any
-) -> None:  # fmt: skip
+    folder: Path,
+    status: str,
+    loss: float = 1.5,
+    *,
+    rows: int = 0,
+    summary: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> None:
     """One job; `optimizer__lr=1` changes a setting.
 
     Args:
@@ -44,7 +50,13 @@ def make_job(
         write_curves(folder, loss, rows if status == "finished" else rows // 2, changes.get("seed", 1))
     if status == "finished":
         steps = 10 * max(rows, 1)
-        extra: dict[str, Any] = {"steps": steps, "total_steps": steps, "item": "token", "tokens": 2048 * steps, "tokens_per_second": 2500.0 + 100 * loss}
+        extra: dict[str, Any] = {
+            "steps": steps,
+            "total_steps": steps,
+            "item": "token",
+            "tokens": 2048 * steps,
+            "tokens_per_second": 2500.0 + 100 * loss,
+        }
         extra |= {"versions": VERSIONS, "git": {"commit": "6f0c1d2", "dirty": False}, "device": "cpu: a processor"}
         extra |= {"lineage": {"data": "ab" * 32, "parent": None}, "metrics": _metrics(loss), "best_value": loss}
         write_summary(folder, loss, **extra | dict(summary or {}))
@@ -75,7 +87,9 @@ def write_curves(folder: Path, loss: float, rows: int, seed: int) -> None:
         now = loss + 3 * (math.exp(-6 * row / rows) - math.exp(-6 * (rows - 1) / rows))
         validation = f"{now:.6f}" if row % 10 == 9 or row == rows - 1 else ""
         training, rate = now - 0.1 + noise.gauss(0, 0.15), 1e-3 * math.cos(row / rows * 1.5)
-        lines.append(f"{row * 10},{training:.6f},{validation},{rate:.8f},{1 + noise.random():.5f},{0.5 + row / rows / 9:.4f}")
+        lines.append(
+            f"{row * 10},{training:.6f},{validation},{rate:.8f},{1 + noise.random():.5f},{0.5 + row / rows / 9:.4f}"
+        )
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 

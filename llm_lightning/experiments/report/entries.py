@@ -71,15 +71,16 @@ class Entry:
     @property
     def mode(self) -> str | None:
         """`min` or `max`: which value of the monitored metric is better."""
-        return self.run.settings.get("monitor_mode") or self.settings.get("monitor_mode") or better_when(
-            self.monitor or ""
-        )  # fmt: skip
+        typed = self.run.settings.get("monitor_mode") or self.settings.get("monitor_mode")
+        return typed or better_when(self.monitor or "")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings as the sweep planned them, else those of the run, where open ones are filled in."""
         planned = self.job.get("settings")
-        return {key: _plain(value) for key, value in planned.items()} if isinstance(planned, dict) else self.run.settings
+        if not isinstance(planned, dict):
+            return self.run.settings
+        return {key: _plain(value) for key, value in planned.items()}
 
     @property
     def seed(self) -> Any:
@@ -154,8 +155,14 @@ def _entry(run: Run, source: str) -> Entry:
 def _waiting(folder: Path, source: str) -> Entry:
     problems: list[str] = []
     job = _read(folder / JOB, problems)
-    settings = job.get("settings") if isinstance(job.get("settings"), dict) else {}
-    facts = dict.fromkeys(FACTS) | {"name": folder.name, "folder": str(folder), "status": WAITING, "steps": 0}
+    planned = job.get("settings")
+    settings: dict[str, Any] = planned if isinstance(planned, dict) else {}
+    facts: dict[str, Any] = dict.fromkeys(FACTS) | {
+        "name": folder.name,
+        "folder": str(folder),
+        "status": WAITING,
+        "steps": 0,
+    }
     facts |= {"task": task_of(settings), "monitor": settings.get("monitor"), "reason": None}
     return Entry(Run(facts, {}, {}), source, job, {}, {}, problems)
 
@@ -165,9 +172,12 @@ def _without_run(folder: Path, known: set[Path]) -> Iterator[Path]:
     return (path.parent for path in folder.glob(f"*/{JOB}") if path.parent not in known)
 
 
-def _read(
-    path: Path, problems: list[str], read: Callable[[Path], dict[str, Any]] = lambda path: read_facts(path, {}, "delete it")
-) -> dict[str, Any]:  # fmt: skip
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_facts(path, {}, "delete it")
+
+
+def _read(path: Path, problems: list[str], read: Callable[[Path], dict[str, Any]] = _read_json) -> dict[str, Any]:
+    """What a file holds; nothing if it is damaged, which is added to `problems`."""
     try:
         return read(path)
     except (ValueError, OSError) as error:

@@ -24,6 +24,7 @@ OWN_PLOTS = ("loss", "lr", "accuracy")
 """Files in `plots/` that are drawn anew on the page; the others are the task's."""
 SAMPLES = "samples.md"
 MOST_SAMPLES, LONGEST_SAMPLE = 8, 3000
+MOST_METRICS = 6
 MOST_FIGURES, LARGEST_FIGURE = 12, 2_000_000
 
 
@@ -98,9 +99,10 @@ def _command(entry: Entry) -> str | None:
 
 
 def _pictures(entry: Entry) -> Iterator[Picture]:
-    names = ["loss", *dict.fromkeys(name for name in map(_counterpart, entry.curves) if name not in (None, "loss"))]
-    for name in names[:6]:
-        picture = _both(entry, str(name))
+    validated = [name.removeprefix("val/") for name in entry.curves if name.startswith("val/")]
+    names = [name for name in validated if not name.endswith(("_low", "_high", "perplexity"))]
+    for name in list(dict.fromkeys(["loss", *names]))[:MOST_METRICS]:
+        picture = _both(entry, name)
         if picture is not None:
             yield picture
     for metric, mark, label in (("lr", RATE, "learning rate"), ("train/grad_norm", NORM, "norm of the gradient")):
@@ -108,46 +110,43 @@ def _pictures(entry: Entry) -> Iterator[Picture]:
             yield _single(entry, metric, mark, label)
 
 
-def _counterpart(metric: str) -> str | None:
-    """`accuracy` of `val/accuracy`: what validation measures, without ends of intervals."""
-    name = metric.removeprefix("val/")
-    return name if name != metric and not name.endswith(("_low", "_high", "perplexity")) else None
-
-
 def _both(entry: Entry, name: str) -> Picture | None:
-    """A metric in training, raw and smoothed, and in validation."""
-    training, measured = entry.curves.get(f"train/{name}"), entry.curves.get(f"train/eval_{name}")
-    validation = entry.curves.get(f"val/{name}")
-    if not training and not validation:
+    """A metric in training, raw and smoothed, and in validation; None if there is no more than one value of each."""
+    raw, measured, validation = (
+        entry.curves.get(f"{prefix}{name}", ()) for prefix in ("train/", "train/eval_", "val/")
+    )
+    if max(len(raw), len(measured), len(validation)) < 2:
         return None
     with canvas() as drawn:
-        axes, shown = drawn.axes[0], []
-        if training:
-            steps, values = _axes_of(training)
-            axes.plot(steps, values, color=TRAINING, alpha=0.3, linewidth=0.8)
+        axes, shown = drawn.axes, []
+        training = []
+        if raw:
+            steps, values = _axes_of(raw)
+            axes.plot(steps, values, color=TRAINING, alpha=0.35, linewidth=0.8)
             shown.append(smoothed(values))
             axes.plot(steps, shown[-1], color=TRAINING)
-            drawn.legend[TRAINING] = "training (faint: raw; line: smoothed)"
+            training += ["faint: raw", "line: smoothed"]
         if measured:
             axes.plot(*_axes_of(measured), color=TRAINING, linestyle="--", marker=".")
-            drawn.legend[TRAINING] = "training (faint: raw; line: smoothed; dashed: measured as validation is)"
+            training.append("dashed: measured as validation is")
+        if training:
+            drawn.legend[TRAINING] = f"training ({', '.join(training)})"
         if validation:
             shown.append(_axes_of(validation)[1])
             axes.plot(*_axes_of(validation), color=VALIDATION, marker=".")
             drawn.legend[VALIDATION] = "validation"
-        cut = limit_y(axes, shown)
         axes.set_xlabel("updates")
         axes.set_ylabel(unit(name, entry.items[0]))
-        return drawn.picture(f"{name} over training", cut)
+        return drawn.picture(f"{name} over training", limit_y(axes, shown))
 
 
 def _single(entry: Entry, metric: str, mark: str, label: str) -> Picture:
     with canvas() as drawn:
         steps, values = _axes_of(entry.curves[metric])
-        drawn.axes[0].plot(steps, values, color=mark)
-        drawn.axes[0].set_xlabel("updates")
-        drawn.axes[0].set_ylabel(label)
-        return drawn.picture(f"{label} over training", limit_y(drawn.axes[0], [values]))
+        drawn.axes.plot(steps, values, color=mark)
+        drawn.axes.set_xlabel("updates")
+        drawn.axes.set_ylabel(label)
+        return drawn.picture(f"{label} over training", limit_y(drawn.axes, [values]))
 
 
 def _axes_of(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
@@ -192,6 +191,8 @@ def _metrics(entry: Entry) -> Table:
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         wilson = f"{figure(low)} to {figure(high)}" if low is not None and high is not None else ""
         rows.append([inline(name), figure(value), wilson])
+    if not any(row[2] for row in rows):
+        return Table(["metric", "value"], [row[:2] for row in rows])
     return Table(["metric", "value", "95% Wilson interval over records"], rows)
 
 
@@ -202,7 +203,18 @@ def _facts(entry: Entry) -> Iterator[tuple[str, str]]:
     yield f"{item}s/s", whole(rate)
     if entry.peak_memory is not None:
         yield "peak memory", f"{entry.peak_memory:.2f} GiB"
-    for name in ("parameters", "precision", "processes", "device", "host", "sampled", "data", "lineage", "versions", "git"):
+    for name in (
+        "parameters",
+        "precision",
+        "processes",
+        "device",
+        "host",
+        "sampled",
+        "data",
+        "lineage",
+        "versions",
+        "git",
+    ):
         yield from _flat(name, summary.get(name))
 
 

@@ -68,10 +68,10 @@ def curves_picture(study: Study, metric: str) -> Picture | None:
     if not bands:
         return None
     with canvas() as drawn:
-        axes = drawn.axes[0]
+        axes = drawn.axes
         for _, band in bands[MOST_LINES : MOST_LINES + MOST_GREY]:
             axes.plot(band.steps, band.mean, color=FAINT, linewidth=0.6, alpha=0.5)
-        for mark, (group, band) in reversed(list(zip(SERIES, bands, strict=False))):
+        for mark, (_, band) in reversed(list(zip(SERIES, bands, strict=False))):
             axes.fill_between(band.steps, band.low, band.high, color=mark, alpha=0.18, linewidth=0)
             axes.plot(band.steps, band.mean, color=mark, marker="." if len(band.steps) < 30 else None)
         drawn.legend |= {mark: group.name for mark, (group, _) in zip(SERIES, bands, strict=False)}
@@ -147,11 +147,11 @@ def key_picture(study: Study, key: str) -> Picture | None:
     others = [other for other in study.keys if other != key]
     lines = _lines(groups, others)
     with canvas() as drawn:
-        axes = drawn.axes[0]
+        axes = drawn.axes
         if is_log:
             axes.set_xscale("log")
         _draw_lines(drawn, lines, positions, key, [short[other] for other in others], study)
-        _set_ticks(axes, positions)
+        _set_ticks(drawn, positions)
         cut = limit_y(axes, [list(group.values.values()) for group in groups])
         axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else ''}")
         axes.set_ylabel(unit(study.metric, _item(study)))
@@ -177,7 +177,7 @@ def _draw_lines(
     others: Sequence[str],
     study: Study,
 ) -> None:
-    axes = drawn.axes[0]
+    axes = drawn.axes
     for index, line in enumerate(lines):
         mark = SERIES[index] if index < MOST_LINES else FAINT
         placed = sorted((positions[as_typed(group.settings[key])], group) for group in _unique(line, key))
@@ -202,7 +202,9 @@ def _draw_group(axes: Any, x: float, group: Group, mark: str, *, is_whole: bool)
     one, values = group.estimate(group.metric), list(group.values.values())
     if len(values) > 1:
         axes.scatter([x] * len(values), values, s=9, color=mark, alpha=0.55, linewidths=0)
-        axes.errorbar([x], [one.mean], [[one.mean - one.low], [one.high - one.mean]], color=mark, capsize=3, linewidth=1)
+        axes.errorbar(
+            [x], [one.mean], [[one.mean - one.low], [one.high - one.mean]], color=mark, capsize=3, linewidth=1
+        )
     face = mark if is_whole else "none"
     axes.plot([x], [one.mean], marker="o", markersize=6, color=mark, markerfacecolor=face, linestyle="none")
 
@@ -232,8 +234,10 @@ def _unevenness(values: Any) -> float:
     return float(np.std(steps) / np.mean(steps))
 
 
-def _set_ticks(axes: Any, positions: Mapping[str, float]) -> None:
+def _set_ticks(drawn: Canvas, positions: Mapping[str, float]) -> None:
     """The values themselves, if there is room."""
+    axes = drawn.axes
+    axes.margins(x=0.08)
     if len(positions) > MOST_TICKS:
         return
     texts = [label(text, max(8, 72 // len(positions))) for text in positions]
@@ -243,7 +247,7 @@ def _set_ticks(axes: Any, positions: Mapping[str, float]) -> None:
         axes.tick_params(axis="x", labelrotation=35)
         for one in axes.get_xticklabels():
             one.set_horizontalalignment("right")
-    axes.margins(x=0.08)
+        drawn.fit_labels()
 
 
 def _are_close(axes: Any, places: Sequence[float], texts: Sequence[str]) -> bool:
@@ -272,8 +276,9 @@ def heat_picture(study: Study, across: str, up: str) -> Picture | None:
     if min(len(columns), len(rows)) < 2 or len(columns) * len(rows) > MOST_CELLS:
         return None
     with canvas(height=1.6 + 0.42 * len(rows)) as drawn:
-        axes = drawn.axes[0]
+        axes = drawn.axes
         axes.grid(visible=False)
+        drawn.fit_labels()
         shares = _shares(cells, study.mode)
         for (x, y), group in cells.items():
             _draw_cell(axes, columns.index(x), rows.index(y), group, shares[x, y], study)

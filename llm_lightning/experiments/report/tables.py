@@ -113,7 +113,9 @@ def _job(entry: Entry, metrics: Sequence[str], tested: Sequence[str], items: Seq
     facts, (item, n_items, rate) = entry.run.facts, entry.items
     total, seconds = facts["total_steps"], facts["seconds"]
     row = [entry.name, entry.status, f"{facts['steps']:,}" + (f" / {total:,}" if total is not None else "")]
-    row += [figure(entry.value(metric) if metric == entry.monitor or entry.monitor is None else None) for metric in metrics]
+    row += [
+        figure(entry.value(metric) if metric == entry.monitor or entry.monitor is None else None) for metric in metrics
+    ]
     row += [_with_wilson(entry.run.metrics, name) for name in tested]
     row.append(NONE if seconds is None else duration(seconds))
     row += [text for one in items for text in ((whole(n_items), whole(rate)) if one == item else (NONE, NONE))]
@@ -196,7 +198,8 @@ def best_line(study: Study) -> str:
         return f"{study.metric or 'no metric'}: no setting can be ranked yet"
     parts = [f"{study.metric} {with_interval(best.estimate(study.metric))}"]
     parts += [f"{name} {with_interval(best.estimate(name))}" for name in study.tested]
-    return inline(f"best of {counted(len(study.groups), 'setting')}: {best.name}; {', '.join(parts)}")
+    chosen = f"best of {counted(len(study.groups), 'setting')}: {best.name}; " if len(study.groups) > 1 else ""
+    return inline(chosen + ", ".join(parts))
 
 
 def with_interval(one: Estimate) -> str:
@@ -219,5 +222,3 @@ def figure(value: float | None, *, signed: bool = False) -> str:
 
 def whole(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
-
-

@@ -1,6 +1,6 @@
 """Write a report: `report.html`, `report.md` and `results.csv` in one folder.
 
-    folders -> entries -> studies -> the three files; one run alone gets a page of its own
+folders -> entries -> studies -> the three files; one run alone gets a page of its own
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class Written(NamedTuple):
     folder: Path
     entries: Sequence[Entry]
     studies: Sequence[Study]
+
+    @property
+    def page(self) -> Path:
+        return self.folder / PAGE
 
     @property
     def paths(self) -> list[Path]:
