@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import sys
 from collections.abc import Mapping
@@ -62,9 +63,11 @@ def make_job(
         write_summary(folder, loss, **extra | dict(summary or {}))
     if status == "failed":
         Failure("error", "ValueError", "non-finite loss (nan) after 51 updates", 2).write(folder)
-    if status == "died":
-        write_owner(folder, NOBODY)
+    if status in ("died", "running"):
+        write_owner(folder, NOBODY if status == "died" else os.getppid())
         write_checkpoint(folder, 53)
+    if status == "unreadable":
+        (folder / "summary.json").write_text('{"finished": tru')
 
 
 def _metrics(loss: float) -> dict[str, float]:

@@ -114,7 +114,7 @@ def _as_svg(figure: Figure, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     box = re.search(r'viewBox="[^"]*"', svg)
     opening = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box[0] if box else ""} role="img" '
-    svg = re.sub(r"^<svg[^>]*>", lambda _: f'{opening}aria-label="{escape(title)}">', svg)
+    svg = re.sub(r"^<svg[^>]*>", lambda _: f'{opening}aria-label="{escape(inline(title))}">', svg)
     return re.sub("|".join(VARIABLES), lambda found: f"var({VARIABLES[found[0]]})", svg)
 
 

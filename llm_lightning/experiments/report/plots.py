@@ -52,7 +52,7 @@ def unit(metric: str, item: str = "token") -> str:
     units = {"loss": "nats per token" if item == "token" else "nats", "bits_per_byte": "bits per byte"}
     units |= {"reward_margin": "nats", "kl_per_token": "nats per token"}
     name = metric.rpartition("/")[2].removeprefix("eval_")
-    return f"{metric} ({units[name]})" if name in units else metric
+    return label(f"{metric} ({units[name]})" if name in units else metric, 44)
 
 
 def _item(study: Study) -> str:
