@@ -20,9 +20,7 @@ def typed(command: Any, folder: str | None) -> str | None:
     if not isinstance(command, list) or not command:
         return None
     program, *words = map(str, command)
-    path = Path(program)
-    if folder is not None and path.is_absolute() and path.is_relative_to(folder):
-        program = str(path.relative_to(folder))
+    program = _shown(program, folder)
     return shlex.join([*["python"] * program.endswith(".py"), program, *words])
 
 
@@ -31,7 +29,7 @@ def that_repeat(group: Group) -> list[str]:
     kept = [entry for entry in group.entries if entry.value(group.metric) is not None]
     words = [list(one) for one in dict.fromkeys(tuple(_words(entry)) for entry in kept) if one]
     own = next((str(one.command["config_dir"]) for one in kept if one.command.get("config_dir")), None)
-    program = ["python", "train.py", *(["--config-dir", own] if own else [])]
+    program = ["python", _program(kept), *(["--config-dir", own] if own else [])]
     without = {tuple(word for word in one if key_of(word) != SEED) for one in words}
     if len(words) > 1 and len(without) == 1:
         seeds = [word.partition("=")[2] for one in words for word in one if key_of(word) == SEED]
@@ -44,6 +42,20 @@ def that_repeat(group: Group) -> list[str]:
 def typed_in(entries: Sequence[Entry]) -> str | None:
     """The folder in which the commands were typed: relative paths start there."""
     return next((str(one.command["folder"]) for one in entries if isinstance(one.command.get("folder"), str)), None)
+
+
+def _program(entries: Sequence[Entry]) -> str:
+    """The script that ran, as it is typed."""
+    commands = (entry.summary.get("command") for entry in entries)
+    programs = [command.split(" ")[0] for command in commands if isinstance(command, str) and "'" not in command[:1]]
+    return _shown(programs[0], typed_in(entries)) if programs and programs[0].endswith(".py") else "train.py"
+
+
+def _shown(program: str, folder: str | None) -> str:
+    """A path, relative to the folder if it is inside."""
+    path = Path(program)
+    is_inside = folder is not None and path.is_absolute() and path.is_relative_to(folder)
+    return str(path.relative_to(str(folder))) if is_inside else program
 
 
 def _words(entry: Entry) -> list[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from llm_lightning.experiments.report import commands, tables
 from llm_lightning.experiments.report.drawing import Picture
 from llm_lightning.experiments.report.entries import Entry, read_sweep
-from llm_lightning.experiments.report.markdown import as_lines, code, escaped
+from llm_lightning.experiments.report.markdown import as_lines, code, escaped, paragraph
 from llm_lightning.experiments.report.plots import pictures_of
 from llm_lightning.experiments.report.study import Study
 from llm_lightning.experiments.report.tables import Table
@@ -112,13 +112,14 @@ def texts_at(table: Table) -> list[int]:
 
 def as_markdown(content: Content) -> str:
     """The same without plots."""
-    lines = [f"# {escaped(content.title)}", ""]
+    lines, where = [f"# {escaped(content.title)}", ""], content.typed_in
     for source in content.sources:
-        lines += [escaped(source.text), "", *(code([source.command]) if source.command else [])]
+        lines += [paragraph(source.text), "", *(code([source.command]) if source.command else [])]
     lines += [escaped(f"{content.counts}. {content.totals}. Written {content.written}."), ""]
     for part in content.parts:
         lines += [f"## {escaped(part.title)}", "", f"**{escaped(part.best)}**", ""]
-        lines += ["The same again:", "", *code(part.commands)] if part.commands else []
+        if part.commands:
+            lines += [f"The same again{f', typed in {escaped(where)}' if where else ''}:", "", *code(part.commands)]
         lines += as_lines(part.groups)
         lines += ["### The best and every other setting", "", *as_lines(part.comparisons)] if part.comparisons else []
     lines += ["## Jobs", "", *as_lines(content.jobs)]

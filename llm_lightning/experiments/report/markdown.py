@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from llm_lightning.experiments.report.tables import Table
 from llm_lightning.terminal import inline, one_line, visible
 
-_SPECIAL = re.compile(r"([\\`*_\[\]#|~$@]|!(?=\[)|:(?=//)|^[-+=]|(?<=^[0-9])[.)])")
+_SPECIAL = re.compile(r"([\\`*_\[\]#|~$@]|!(?=\[)|:(?=//))")
 
 
 def escaped(text: str) -> str:
     """A text on one line, shown as it is."""
     safe = inline(" ".join(str(text).split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _SPECIAL.sub(r"\\\1", safe)
+
+
+def paragraph(text: str) -> str:
+    """As `escaped`; its beginning is not taken for a list or a rule."""
+    return re.sub(r"^([0-9]{0,9})([-+=.)])", r"\1\\\2", escaped(text))
 
 
 def cell(text: str) -> str:
@@ -28,7 +33,7 @@ def as_lines(table: Table) -> list[str]:
     rows = [[f"**{one}**" if one and index in table.marked else one for one in row] for index, row in enumerate(rows)]
     rule = [":--" if index < table.n_texts else "--:" for index in range(len(table.headings))]
     lines = [_line([escaped(one) for one in table.headings]), _line(rule), *map(_line, rows)]
-    return [*lines, "", *([escaped(table.note), ""] if table.note else [])]
+    return [*lines, "", *([paragraph(table.note), ""] if table.note else [])]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from llm_lightning.experiments.report import commands
 from llm_lightning.experiments.report.content import name_of, now, texts_at
 from llm_lightning.experiments.report.drawing import NORM, RATE, TRAINING, VALIDATION, Picture, canvas
 from llm_lightning.experiments.report.entries import Entry
-from llm_lightning.experiments.report.markdown import as_lines, code, escaped
+from llm_lightning.experiments.report.markdown import as_lines, code, escaped, paragraph
 from llm_lightning.experiments.report.plots import limit_y, smoothed, unit
 from llm_lightning.experiments.report.tables import Table, figure, whole
 from llm_lightning.experiments.summary import duration
@@ -74,9 +74,9 @@ def as_html(content: RunContent) -> str:
 
 
 def as_markdown(content: RunContent) -> str:
-    lines = [f"# {escaped(content.title)}", "", escaped(content.facts_line), ""]
+    lines = [f"# {escaped(content.title)}", "", paragraph(content.facts_line), ""]
     lines += code([content.command]) if content.command else []
-    lines += [escaped(problem) for problem in content.problems]
+    lines += [paragraph(problem) for problem in content.problems]
     lines += ["## Results", "", *as_lines(content.metrics)] if content.metrics.rows else []
     return "\n".join([*lines, "## Speed, data, versions, lineage", "", *as_lines(content.facts)])
 
