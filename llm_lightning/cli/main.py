@@ -29,6 +29,7 @@ VERBS = {
     "judge": "score answers, lexically or with an LLM judge",
     "compare": "show the answers of two models side by side, on a page",
     "runs": "list the runs in a folder: status, steps, metrics, settings that differ",
+    "report": "write a page about runs: settings over seeds, comparisons, plots",
     "lineage": "list the runs that led to a checkpoint, and whether their files have changed",
     "inspect-data": "show which tokens of records are trained on",
     "statistics": "count lengths and repetitions in a file",

@@ -84,7 +84,7 @@ def read_runs(folder: str | Path) -> list[Run]:
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file; give the folder that holds the runs")
     found = [read_run(path, names, _name(path, root)) for path, names in _run_folders(root)]
-    return sorted(found, key=lambda run: _natural(run.facts["name"]))
+    return sorted(found, key=lambda run: natural(run.facts["name"]))
 
 
 def _name(path: Path, root: Path) -> str:
@@ -165,10 +165,10 @@ def _is_missing(value: Any) -> bool:
 
 
 def _sort_key(value: Any) -> tuple[int, float, list[tuple[int, float, str]]]:
-    return (1, 0.0, _natural(value)) if isinstance(value, str) else (0, value, [])
+    return (1, 0.0, natural(value)) if isinstance(value, str) else (0, value, [])
 
 
-def _natural(text: str) -> list[tuple[int, float, str]]:
+def natural(text: str) -> list[tuple[int, float, str]]:
     """A key that sorts the numbers in a text by their value: `lr_1e-4`, `lr_0.001`, `lr_2`, `lr_10`."""
     parts = re.split(r"([0-9]{1,15}(?:\.[0-9]{1,15})?(?:e[+-]?[0-9]{1,3})?)", text)
     numbered = [(0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)]

@@ -110,7 +110,7 @@ def read_run(path: Path, names: Names, name: str) -> Run:
     facts = {
         "name": name,
         "folder": str(path),
-        "task": _text(summary.get("task")) or _task_of(settings),
+        "task": _text(summary.get("task")) or task_of(settings),
         "status": status,
         "reason": reason,
         "steps": progress.steps,
@@ -217,7 +217,7 @@ def _flat(settings: Mapping[Any, Any], prefix: str = "", flat: dict[str, Any] | 
     return flat
 
 
-def _task_of(settings: Mapping[str, Any]) -> str | None:
+def task_of(settings: Mapping[str, Any]) -> str | None:
     """`sft` for `llm_lightning.tasks.sft.SFTModule`."""
     parts = str(settings.get("task._target_") or "").split(".")
     return parts[-2] if len(parts) > 1 else None

@@ -44,6 +44,7 @@ class Launching:
         launchers: Callable[[int | None], Any],
         words: Callable[[Any], list[str]],
         received: Sequence[int],
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare; `run` starts.
 
@@ -51,10 +52,12 @@ class Launching:
             launchers: makes a launcher, with this number of workers.
             words: the overrides of a job, as the launcher takes them.
             received: signals that ask the sweep to stop, as they come.
+            ended: is called when a job has ended.
         """
         self.sweep, self.jobs, self.traits, self.received = sweep, jobs, traits, received
         self.launchers, self.words = launchers, words
         self.name = Path(sweep.folder).name
+        self.ended = ended
         self.shown: dict[str, str] = {}
         self.why = ""
 
@@ -135,6 +138,7 @@ class Launching:
             if state in ("finished", "failed", "stopped"):
                 ended = sum(one in ("finished", "failed", "stopped") for one in self.shown.values())
                 say(f"Sweep {self.name}: {job.name} {state} ({ended} of {len(self.jobs)})", flush=True)
+                self.ended()
             elif state in ("running", "requeued"):
                 say(f"Sweep {self.name}: {job.name} {'begins' if state == 'running' else 'is requeued'}", flush=True)
         return state

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import open_dict
 
 from llm_lightning.experiments.failures import Failure
+from llm_lightning.experiments.report.watching import SweepReport
 from llm_lightning.experiments.run_folder import is_main_process, owned
 from llm_lightning.experiments.run_records import read_summary, refuse_links
 from llm_lightning.experiments.settings.checks import check_job
@@ -200,6 +201,7 @@ class _Sweep:
         self.options, self.config, self.hydra_context = options, config, hydra_context
         self.attempt, self.folder, self.jobs = attempt, folder, jobs
         self.name = folder.name
+        self.report = SweepReport(folder)
 
     def run(self) -> None:
         todo = list(self._to_do())
@@ -212,7 +214,13 @@ class _Sweep:
                 self._launch(todo, sweep, received)
         finally:
             records.end(sweep)
-        self._conclude(received, todo)
+            page = self._last_report(todo)
+        self._conclude(received, page)
+
+    def _last_report(self, todo: Collection[Job]) -> Path | None:
+        """The report, written unless it is there and no job ran."""
+        page = self.folder / "report.html"
+        return page if not todo and page.is_file() else self.report.write()
 
     def _to_do(self) -> Iterator[Job]:
         for job in self.jobs:
@@ -248,7 +256,7 @@ class _Sweep:
         attempt = replace(self.attempt, sweep=sweep, share=traits.share)
         if not traits.in_this_process:
             make = partial(self._launcher, attempt)
-            Launching(sweep, todo, traits, make, self._overrides, received).run()
+            Launching(sweep, todo, traits, make, self._overrides, received, self.report.job_ended).run()
             return
         launcher = self._launcher(attempt, None)
         for number, job in enumerate(todo):
@@ -256,6 +264,7 @@ class _Sweep:
                 return
             say(f"Sweep {self.name}: job {number + 1} of {len(todo)}, {job.name}", flush=True)
             launcher.launch([self._overrides(job)], initial_job_idx=number)
+            self.report.job_ended()
 
     def _launcher(self, attempt: Attempt, workers: int | None) -> Any:
         from hydra.core.plugins import Plugins
@@ -282,7 +291,7 @@ class _Sweep:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def _conclude(self, received: Sequence[int], todo: Collection[Job]) -> None:
+    def _conclude(self, received: Sequence[int], page: Path | None) -> None:
         from llm_lightning.experiments.run_list import runs
         from llm_lightning.experiments.run_table import table, terminal_width
 
@@ -294,6 +303,8 @@ class _Sweep:
             say(line)
         if len(found) > len(shown):
             say(f"{counted(len(found) - len(shown), 'other run')} in this folder: no job of this command")
+        if page is not None:
+            say(f"Report: {shown_from(Path.cwd(), page)}")
         if received:
             left = sum(job.state() != "finished" for job in self.jobs)
             say(f"Sweep {self.name}: stopped, {counted(left, 'job')} left; the same command continues", file=sys.stderr)
