@@ -8,15 +8,31 @@ from __future__ import annotations
 
 import logging
 import struct
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llm_lightning.files.atomic import write_atomically
 
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+# TensorBoard looks for this module before it imports TensorFlow, which takes seconds and 580 MB where it is installed.
+# Set here, it also holds for Lightning's own logger, and for a parent process that imports torch.utils.tensorboard.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+
 log = logging.getLogger(__name__)
 
+EVENTS = "events.out.tfevents.*"
+"""The names of the files that a training process writes."""
+HPARAMS = "_hparams_.tfevents"
+"""Beside them: the line of a failed run in HParams; in the folder of a sweep, the columns of that table. TensorBoard
+reads every file with "tfevents" in its name, in the order of names, and does not go back to an earlier one."""
 _HEAD, _TAIL = 12, 4
 _LONG = 2048  # bytes: longer events are few, and their checksums are computed one by one
 _TABLE = np.arange(256, dtype=np.uint32)
@@ -35,7 +51,7 @@ def drop_events_from(folder: Path, step: int) -> None:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in sorted(folder.glob(EVENTS)):
         content, kept = path.read_bytes(), []
         records, damaged = whole_records(content)
         for start, end in records:
@@ -54,6 +70,26 @@ def drop_events_from(folder: Path, step: int) -> None:
             )
         if len(remaining := b"".join(kept)) < len(content):
             write_atomically(path, remaining)
+
+
+def write_events(path: Path, summary: Summary) -> None:
+    """Replace an event file by one that holds a summary alone, as an event of step 0.
+
+    A file that holds it already stays as it is: a TensorBoard that is open has read it.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    if path.is_file() and summary.SerializeToString() in path.read_bytes():
+        return
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, summary=summary)]
+    write_atomically(path, b"".join(_record(event.SerializeToString()) for event in events))
+
+
+def _record(event: bytes) -> bytes:
+    length = struct.pack("<Q", len(event))
+    of_length, of_event = masked_crcs([length, event])
+    return length + struct.pack("<I", of_length) + event + struct.pack("<I", of_event)
 
 
 def keep_damaged(path: Path, content: bytes, name: str) -> Path:

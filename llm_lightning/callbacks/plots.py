@@ -1,9 +1,13 @@
-"""`plots/loss.png` and `plots/lr.png`, drawn from `metrics.csv` during the run."""
+"""`plots/loss.png`, `accuracy.png`, `lr.png`, `gradient_norm.png`: drawn from `metrics.csv` during the run.
+
+The last drawing, with the task's own figures, is also in TensorBoard.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +17,31 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.files.atomic import write_figure
 from llm_lightning.files.metrics_csv import read_metrics
+from llm_lightning.files.pictures import (
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    TRAINING,
+    TRAINING_EVALUATED,
+    VALIDATION,
+    blank,
+    smoothed,
+    smoothing_width,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curves = dict[str, list[tuple[int, float]]]
 
-LOSSES = {
-    "train/loss": "training, each logged step",
-    "train/eval_loss": "training, dropout off",
-    "val/loss": "validation",
+STYLES = {
+    "train/{}": (TRAINING, "training"),
+    "train/eval_{}": (TRAINING_EVALUATED, "training, dropout off"),
+    "val/{}": (VALIDATION, "validation"),
 }
-ACCURACIES = {"train/eval_accuracy": "training", "val/accuracy": "validation"}
+"""Curve -> its colour and name; {} is the metric."""
+ACCURACIES = ("accuracy", "reward_accuracy")
+MARKED = 50
+"""Points up to which each has a dot."""
 
 
 class Plots(L.Callback):
@@ -47,66 +64,69 @@ class Plots(L.Callback):
             self.draw(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.draw(trainer)
+        self.draw(trainer, is_last=not trainer.datamodule.test_samples)  # type: ignore[attr-defined]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.draw(trainer)
+        self.draw(trainer, is_last=True)
 
-    def draw(self, trainer: L.Trainer) -> None:
-        """Draw the curves and the figures of the task, if there are any."""
+    def draw(self, trainer: L.Trainer, *, is_last: bool = False) -> None:
+        """Draw the curves and the figures of the task, if there are any.
+
+        Args:
+            is_last: add them to TensorBoard: only after the last step, because a killed run that continues would log
+                a picture of an earlier step twice.
+        """
         if not trainer.is_global_zero or self._is_broken:
             return
         started = time.monotonic()
         for logger in trainer.loggers:
             logger.save()
+        boards = [logger for logger in trainer.loggers if is_last and isinstance(logger, TensorBoard)]
         try:
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            draw_plots(Path(trainer.default_root_dir), steps_per_epoch)
-            self._draw_figures(trainer)
+            drawn = draw_plots(Path(trainer.default_root_dir), steps_per_epoch, trainer.lightning_module.figures())  # type: ignore[operator]
+            for board in boards:
+                for name, png in drawn.items():
+                    board.log_picture(name, png, trainer.global_step)
         except Exception as error:  # of matplotlib, a font or a full disk
             rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
             self._is_broken = True
         self._drawn = time.monotonic()
         self._took = self._drawn - started
 
-    def _draw_figures(self, trainer: L.Trainer) -> None:
-        folder = Path(trainer.default_root_dir) / "plots"
-        for name, figure in trainer.lightning_module.figures().items():  # type: ignore[operator]
-            folder.mkdir(exist_ok=True)
-            write_figure(folder / f"{name}.png", figure)
-            for logger in trainer.loggers:
-                # Only after the last step: a killed run that continues would log a picture of an earlier step twice.
-                if isinstance(logger, TensorBoard) and trainer.state.fn == "test":
-                    logger.log_figure(name, figure, trainer.global_step)
 
-
-def draw_plots(run_dir: Path, steps_per_epoch: int) -> None:
-    """Draw the curves in `metrics.csv` of `run_dir` into `run_dir/plots`."""
+def draw_plots(run_dir: Path, steps_per_epoch: int, others: Mapping[str, Figure] | None = None) -> dict[str, bytes]:
+    """Draw the curves in `metrics.csv` of `run_dir`, and `others`, into `run_dir/plots`; return the PNGs by name."""
     metrics = run_dir / "metrics.csv"
-    if not metrics.is_file():
-        return
-    curves = read_metrics(metrics)
-    (run_dir / "plots").mkdir(exist_ok=True)
-    if any(name in curves for name in LOSSES):
-        write_figure(run_dir / "plots" / "loss.png", loss_figure(curves, steps_per_epoch))
-    if any(name in curves for name in ACCURACIES):
-        write_figure(run_dir / "plots" / "accuracy.png", accuracy_figure(curves, steps_per_epoch))
+    figures = curve_figures(read_metrics(metrics), steps_per_epoch) if metrics.is_file() else {}
+    figures |= others or {}
+    if figures:
+        (run_dir / "plots").mkdir(exist_ok=True)
+    return {name: write_figure(run_dir / "plots" / f"{name}.png", figure) for name, figure in figures.items()}
+
+
+def curve_figures(curves: Curves, steps_per_epoch: int) -> dict[str, Figure]:
+    """name -> figure, of the curves that there are."""
+    figures = {}
+    if _curves_of("loss", curves):
+        figures["loss"] = loss_figure(curves, steps_per_epoch)
+    for name in ACCURACIES:
+        if f"val/{name}" in curves:
+            figures["accuracy"] = accuracy_figure(name, curves, steps_per_epoch)
     if "lr" in curves:
-        write_figure(run_dir / "plots" / "lr.png", lr_figure(curves))
+        figures["lr"] = lr_figure(curves)
+    if "train/grad_norm" in curves:
+        figures["gradient_norm"] = gradient_norm_figure(curves)
+    return figures
 
 
 def loss_figure(curves: Curves, steps_per_epoch: int) -> Figure:
     """Losses over epochs, with the tokens seen on a second axis above, as the book's chapter 5 draws them."""
-    figure, axes = _figure()
-    for name, label in LOSSES.items():
-        if name in curves:
-            # The row of step s is written after s + 1 updates.
-            epochs = [(step + 1) / steps_per_epoch for step, _ in curves[name]]
-            style = {"alpha": 0.4} if name == "train/loss" else {"marker": "."}
-            axes.plot(epochs, [value for _, value in curves[name]], label=label, **style)  # type: ignore[arg-type]
-    axes.set_xlabel("epochs")
-    axes.legend()
-    counted = next((name for name in ("tokens_seen", "sequences_seen") if curves.get(name)), None)
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = blank("Loss during training")
+    _draw_over_epochs(axes, "loss", curves, steps_per_epoch)
+    counted = next((name for name in curves if name.endswith("_seen")), None)
     if counted is not None:
         step, seen = curves[counted][-1]
         per_epoch = seen / (step + 1) * steps_per_epoch
@@ -114,36 +134,76 @@ def loss_figure(curves: Curves, steps_per_epoch: int) -> Figure:
             "top", functions=(lambda epochs: epochs * per_epoch, lambda items: items / per_epoch)
         )
         above.set_xlabel(counted.replace("_", " "))
-    axes.set_ylabel("loss (nats per token)" if counted == "tokens_seen" else "loss (nats)")
+        above.xaxis.set_major_formatter("{x:,.0f}")
+        above.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_ylabel(f"loss (nats per {_item(curves)})")
     return figure
 
 
-def accuracy_figure(curves: Curves, steps_per_epoch: int) -> Figure:
+def accuracy_figure(name: str, curves: Curves, steps_per_epoch: int) -> Figure:
     """Accuracies over epochs."""
-    figure, axes = _figure()
-    for name, label in ACCURACIES.items():
-        if name in curves:
-            epochs = [(step + 1) / steps_per_epoch for step, _ in curves[name]]
-            axes.plot(epochs, [value for _, value in curves[name]], label=label, marker=".")
-    axes.set_xlabel("epochs")
-    axes.set_ylabel("accuracy")
-    axes.legend()
+    words = name.replace("_", " ")
+    figure, axes = blank(f"{words.capitalize()} during training")
+    _draw_over_epochs(axes, name, curves, steps_per_epoch)
+    axes.set_ylabel(f"{words} (share of {_item(curves)}s)")
     return figure
 
 
 def lr_figure(curves: Curves) -> Figure:
-    """The learning rate over steps."""
-    figure, axes = _figure()
-    axes.plot([step for step, _ in curves["lr"]], [value for _, value in curves["lr"]])
-    axes.set_xlabel("step")
-    axes.set_ylabel("learning rate")
+    """The learning rate over updates."""
+    figure, axes = blank("Learning rate during training")
+    draw_curve(axes, curves["lr"], LEARNING_RATE, "learning rate", is_noisy=False)
+    axes.set(xlabel="updates", ylabel="learning rate (step size)")
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+    axes.grid(alpha=0.3)
     return figure
 
 
-def _figure() -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+def gradient_norm_figure(curves: Curves) -> Figure:
+    """The gradient's norm over updates; on a logarithmic axis if it spans orders of magnitude."""
+    figure, axes = blank("Gradient norm during training")
+    points = curves["train/grad_norm"]
+    draw_curve(axes, points, GRADIENT_NORM, "gradient norm", is_noisy=True)
+    norms = sorted(norm for _, norm in points if norm > 0)
+    if norms and norms[-1] > 100 * norms[len(norms) // 2]:
+        axes.set_yscale("log")
+    axes.set(xlabel="updates", ylabel="L2 norm before clipping")
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
-    return figure, axes
+    return figure
+
+
+def draw_curve(
+    axes: Any, points: Sequence[tuple[int, float]], color: str, label: str, *, is_noisy: bool, per: float = 1,
+    **style: Any,
+) -> None:  # fmt: skip
+    """Draw one curve. A noisy one is a line over its raw points, and the legend says how it was smoothed.
+
+    Args:
+        per: steps of one unit of the x axis.
+    """
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    at = [(step + 1) / per for step in steps]  # the row of step s is written after s + 1 updates
+    width = smoothing_width(steps) if is_noisy else None
+    if width is None:
+        axes.plot(at, values, color=color, label=label, marker="." if len(at) < MARKED else None, **style)
+        return
+    axes.plot(at, values, color=color, alpha=0.3, linewidth=0.6, antialiased=False, label=f"{label}, each logged step")
+    axes.plot(at, smoothed(steps, values, width), color=color, label=f"{label}, mean over {width:,} steps", **style)
+
+
+def _draw_over_epochs(axes: Any, name: str, curves: Curves, steps_per_epoch: int) -> None:
+    for metric, (color, label) in _curves_of(name, curves).items():
+        draw_curve(axes, curves[metric], color, label, is_noisy=metric.startswith("train/" + name), per=steps_per_epoch)
+    axes.set_xlabel("epochs")
+    axes.legend(loc="upper right" if name == "loss" else "lower right")  # "best" takes as long as all the rest
+    axes.grid(alpha=0.3)
+
+
+def _curves_of(name: str, curves: Curves) -> dict[str, tuple[str, str]]:
+    return {pattern.format(name): style for pattern, style in STYLES.items() if curves.get(pattern.format(name))}
+
+
+def _item(curves: Curves) -> str:
+    """What the loss is a mean over: a token, a sequence, a pair."""
+    return next((name.removesuffix("s_seen") for name in curves if name.endswith("s_seen")), "target")

@@ -10,18 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from llm_lightning.callbacks.event_files import drop_events_from, keep_damaged
+from llm_lightning.callbacks.event_files import EVENTS, HPARAMS, drop_events_from, keep_damaged
+from llm_lightning.callbacks.summaries import LAYOUT_TAG, flat, layout, picture, session
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.files.metrics_csv import (
     Covered,
@@ -36,11 +35,8 @@ from llm_lightning.files.metrics_csv import (
 )
 
 if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter
-
-# TensorBoard looks for this module before it imports TensorFlow, which takes seconds and 580 MB where it is installed.
-# Set here, it also holds for Lightning's own logger, and for a parent process that imports torch.utils.tensorboard.
-sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
 
 FIRST_COLUMNS = ("step", "train/loss", "val/loss", "train/eval_loss")
 
@@ -184,7 +180,9 @@ class MetricsFile(Logger):
 
 
 class TensorBoard(Logger):
-    """Write TensorBoard events into `tensorboard/` of the run folder: no version folders, no `hparams.yaml`.
+    """Write TensorBoard events into the run folder, which then has the run's name there.
+
+    A run that an earlier version began has its events in `tensorboard/` of the run folder, and continues there.
 
     Args:
         run_dir: the folder of the run.
@@ -196,22 +194,26 @@ class TensorBoard(Logger):
 
     def __init__(self, run_dir: str | Path, resumed_step: int = 0) -> None:
         super().__init__()
-        self.path = Path(run_dir) / "tensorboard"
+        earlier = Path(run_dir) / "tensorboard"
+        self.path = earlier if any(earlier.glob(EVENTS)) else Path(run_dir)
         self._resumed_step = resumed_step
         self._writer: SummaryWriter | None = None
+        self._has_layout = False
 
     @property
     def save_dir(self) -> str:
-        return str(self.path.parent)
+        return str(self.path)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
-        """The writer, for what has no method here: images, histograms."""
+        """The writer, for what has no method here: histograms, audio."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            (self.path / HPARAMS).unlink(missing_ok=True)  # it trains again
             drop_events_from(self.path, self._resumed_step)
+            self._has_layout = any(LAYOUT_TAG.encode() in path.read_bytes() for path in self.path.glob(EVENTS))
             _wait_for_a_later_name(self.path)
             # purge_step is for a TensorBoard that has read the dropped events already. And half a run of a minute would
             # pass before the default of 120 seconds between two flushes shows anything.
@@ -220,9 +222,14 @@ class TensorBoard(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a point to the curve of each metric, under its `tag_of`; the first validation adds the layout."""
         with naming(self.path):  # an error of the writer's thread is raised by the next call
             for name, value in metrics.items():
-                self.experiment.add_scalar(name, value, step)
+                if (tag := tag_of(name)) is not None:
+                    self.experiment.add_scalar(tag, value, step)
+            if not self._has_layout and "val/loss" in metrics:
+                self._log(layout(metrics.keys()), step)
+                self._has_layout = True
 
     @rank_zero_only
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -231,33 +238,31 @@ class TensorBoard(Logger):
             self.experiment.add_text(name, text, step)
 
     @rank_zero_only
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
-        """Add a matplotlib figure under the Images tab; it is closed."""
+    def log_picture(self, name: str, png: bytes, step: int) -> None:
+        """Add a PNG file under the Images tab."""
         with naming(self.path):
-            self.experiment.add_figure(name, figure, step)
+            self._log(picture(name, png), step)
 
     @rank_zero_only
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, metrics: Mapping[str, float] | None = None, step: int | None = None
     ) -> None:
-        """Write one line of the HParams tab: the settings, nested keys joined by dots, and the final `metrics`.
+        """Write the line of a finished run in the HParams tab: settings, nested keys joined by dots, and `metrics`.
 
         `step` is the number of updates, so a process that continues from there drops the results and writes its own.
         Lightning also calls this when training starts, without metrics. Nothing is written then: a run that has not
         ended has no result, and TensorBoard would keep showing a placeholder.
+
+        Args:
+            metrics: values under tags of their own (`best/val_loss`): of a curve, TensorBoard would show the last
+                value, not that of the best checkpoint.
         """
         if metrics is None:
             return
-        from torch.utils.tensorboard.summary import hparams
-
-        # Under the curves' own names TensorBoard would show their last value, not that of the best checkpoint.
-        results = {f"final/{name}": float(value) for name, value in metrics.items()}
-        settings = _flat(vars(params) if isinstance(params, Namespace) else params)
+        settings = flat(vars(params) if isinstance(params, Namespace) else params)
         with naming(self.path):
-            writer = self.experiment._get_file_writer()
-            for summary in hparams(settings, results):
-                writer.add_summary(summary, step)
-        self.log_metrics(results, step)
+            self._log(session(settings, "success"), step)
+        self.log_metrics(metrics, step)
         self.save()
 
     @rank_zero_only
@@ -267,28 +272,33 @@ class TensorBoard(Logger):
             return
         with naming(self.path):
             self._writer.flush()
-            with max(self.path.glob("events.out.tfevents.*")).open("rb") as file:
+            with max(self.path.glob(EVENTS)).open("rb") as file:
                 os.fsync(file.fileno())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
 
+    def _log(self, summary: Summary, step: int | None) -> None:
+        self.experiment._get_file_writer().add_summary(summary, step)
+
+
+def tag_of(name: str) -> str | None:
+    """Where TensorBoard shows a metric: in the groups train, val, lr, time, best, test. None: nowhere.
+
+    `metrics.csv` has the metric's own name.
+    """
+    group, _, short = name.rpartition("/")
+    if name == "epoch":  # a staircase
+        return None
+    if short in ("mfu", "peak_memory_gib") or short.endswith(("_per_second", "_seen")):
+        return f"time/{short}"
+    return f"val/{group}_{short}" if group == "samples" else name
+
 
 def _wait_for_a_later_name(folder: Path) -> None:
     """Return when a new event file will sort after those there: TensorBoard reads them by name, a name has seconds."""
-    names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
+    names = [path.name.split(".") for path in folder.glob(EVENTS)]
     started = [int(parts[3]) for parts in names if re.fullmatch(r"[0-9]{1,18}", parts[3])]
     if int(time.time()) in started:
         time.sleep(1 - time.time() % 1)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings as one level of plain values; TensorBoard takes nothing else."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat

@@ -19,6 +19,7 @@ from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.endings import stays_stopped, stopped_by
 from llm_lightning.callbacks.exact_resume import refusing_damage
 from llm_lightning.callbacks.run_logs import TensorBoard
+from llm_lightning.callbacks.summaries import flat
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.experiments import failures, whereabouts
@@ -32,6 +33,7 @@ from llm_lightning.experiments.build import (
     choose_precision,
     choose_tokenizer,
 )
+from llm_lightning.experiments.hparams import best_tag, shown_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.plot_lr import plot_lr
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
@@ -154,9 +156,11 @@ def conclude(
     write_adapter(run, module.header["lineage"])
     summary = build_summary(run, trainer, module, data=module.datamodule.report(), seconds=seconds, stopped=stopped)
     write_summary(run.path, summary)
+    best = {best_tag(summary["monitor"]): summary["best_value"]} if summary["best_value"] is not None else {}
+    shown = shown_settings(flat(module.header["config"]), module.task, start.overrides)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoard):
-            logger.log_hyperparams(module.header["config"], summary["metrics"], step=trainer.global_step)
+            logger.log_hyperparams(shown, best, step=trainer.global_step)
         logger.finalize("success")
     for line in closing_lines(summary, run.path, Path(start.folder)):
         log.info(line)

@@ -100,8 +100,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_figure(path: str | Path, figure: Figure) -> None:
-    """Write a figure in the format of the file's suffix; PNG if there is none."""
+def write_figure(path: str | Path, figure: Figure) -> bytes:
+    """Write a figure in the format of the file's suffix; PNG if there is none. Return the content."""
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix[1:] or "png", dpi=120)
-    write_atomically(path, image.getvalue())
+    content = image.getvalue()
+    write_atomically(path, content)
+    return content

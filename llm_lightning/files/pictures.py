@@ -1,0 +1,60 @@
+"""What all pictures of training have in common: one colour for one meaning, and one way to smooth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Told apart with any kind of colour blindness: Okabe and Ito 2008, "Color universal design"; the last one is Tol's.
+TRAINING = "#0072b2"
+TRAINING_EVALUATED = "#56b4e9"
+"""Training samples, dropout off."""
+VALIDATION = "#d55e00"
+TEST = "#e69f00"
+LEARNING_RATE = "#009e73"
+GRADIENT_NORM = "#aa4499"
+SECOND_RUN = "--"
+"""The line of the second of two runs: its colours have their meaning already."""
+
+SMOOTHED_SHARE = 0.05
+"""Of a training curve: the width of the window over which it is smoothed."""
+FEWEST = 10
+"""Points from which on a curve is smoothed."""
+
+
+def smoothing_width(steps: Sequence[int]) -> int | None:
+    """The steps over which a curve is averaged: a twentieth of it, and five points at least; None if it has few."""
+    if len(steps) < FEWEST:
+        return None
+    span = steps[-1] - steps[0]
+    return round(max(SMOOTHED_SHARE * span, 4 * span / (len(steps) - 1)))
+
+
+def smoothed(steps: Sequence[int], values: Sequence[float], width: float) -> np.ndarray:
+    """The mean of the values within `width` / 2 steps before and after each one, so that no curve is shifted."""
+    at, sums = np.asarray(steps, dtype=float), np.concatenate([[0.0], np.cumsum(values)])
+    first, after = np.searchsorted(at, at - width / 2), np.searchsorted(at, at + width / 2, side="right")
+    mean: np.ndarray = (sums[after] - sums[first]) / (after - first)
+    return mean
+
+
+def blank(title: str, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:
+    """A figure and its axes, titled and empty.
+
+    Args:
+        size: in inches, for labels of any length; by default that of curves, whose fixed margins are drawn in half the
+            time.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=size or (7, 4.5), layout="constrained" if size else None)
+    if size is None:
+        figure.subplots_adjust(left=0.13, right=0.96, bottom=0.11, top=0.85)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
