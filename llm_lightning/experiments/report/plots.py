@@ -113,15 +113,20 @@ def _finite(entry: Entry, metric: str) -> tuple[Any, Any]:
 
 
 def limit_y(axes: Any, curves: Sequence[Any]) -> str:
-    """Leave out extreme values, and say so."""
+    """End the axis where all but the greatest hundredth of the values fit, if that is far below; say so."""
     values = np.concatenate([np.asarray(curve, dtype=float) for curve in curves])
     values = values[np.isfinite(values)]
-    if not len(values):
-        return ""
-    low, top, middle, high = np.percentile(values, [0, 99, 50, 100])
-    if high - low <= 3 * (top - low) and high - low <= 30 * (middle - low):
-        return ""
-    top = min(top, low + 10 * (middle - low)) if middle > low else top
+    low, top, high = np.percentile(values, [0, 99, 100]) if len(values) else (0.0, 0.0, 0.0)
+    return _cut(axes, low, top) if high - low > 3 * (top - low) > 0 else ""
+
+
+def _limit_points(axes: Any, values: Sequence[float]) -> str:
+    """The same for a few values: those far above the median are left out."""
+    low, middle, high = np.percentile(values, [0, 50, 100])
+    return _cut(axes, low, low + 10 * (middle - low)) if high - low > 30 * (middle - low) > 0 else ""
+
+
+def _cut(axes: Any, low: float, top: float) -> str:
     axes.set_ylim(low - 0.05 * (top - low), low + 1.05 * (top - low))
     return f"Values above {figure(float(top))} are cut."
 
@@ -152,7 +157,7 @@ def key_picture(study: Study, key: str) -> Picture | None:
             axes.set_xscale("log")
         _draw_lines(drawn, lines, positions, key, [short[other] for other in others], study)
         _set_ticks(drawn, positions)
-        cut = limit_y(axes, [list(group.values.values()) for group in groups])
+        cut = _limit_points(axes, [_mean(group) for group in groups])
         axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else ''}")
         axes.set_ylabel(unit(study.metric, _item(study)))
         what = "Small points: seeds. Large points: means over seeds, with 95% t intervals over seeds."
