@@ -149,6 +149,7 @@ def key_picture(study: Study, key: str) -> Picture | None:
         return None
     short = short_names(study.keys)
     positions, is_log = _positions([group.settings[key] for group in groups])
+    is_scale = all(is_number(group.settings[key]) for group in groups)
     others = [other for other in study.keys if other != key]
     lines = _lines(groups, others)
     with canvas() as drawn:
@@ -156,9 +157,10 @@ def key_picture(study: Study, key: str) -> Picture | None:
         if is_log:
             axes.set_xscale("log")
         _draw_lines(drawn, lines, positions, key, [short[other] for other in others], study)
-        _set_ticks(drawn, positions)
+        _set_ticks(drawn, positions, is_scale=is_scale)
         cut = _limit_points(axes, [_mean(group) for group in groups])
-        axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else ''}")
+        many = f" ({len(positions)} values)" if not is_scale and len(positions) > MOST_TICKS else ""
+        axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else many}")
         axes.set_ylabel(unit(study.metric, _item(study)))
         what = "Small points: seeds. Large points: means over seeds, with 95% t intervals over seeds."
         lost = " Hollow: a setting that lost seeds." if any(not study.is_ranked(one) for one in groups) else ""
@@ -186,7 +188,8 @@ def _draw_lines(
     for index, line in enumerate(lines):
         mark = SERIES[index] if index < MOST_LINES else FAINT
         placed = sorted((positions[as_typed(group.settings[key])], group) for group in _unique(line, key))
-        axes.plot([x for x, _ in placed], [_mean(group) for _, group in placed], color=mark, linewidth=1)
+        if is_number(line[0].settings[key]):  # texts have no order
+            axes.plot([x for x, _ in placed], [_mean(group) for _, group in placed], color=mark, linewidth=1)
         for x, group in placed:
             _draw_group(axes, x, group, mark, is_whole=study.is_ranked(group))
         if others and index < MOST_LINES:
@@ -239,11 +242,13 @@ def _unevenness(values: Any) -> float:
     return float(np.std(steps) / np.mean(steps))
 
 
-def _set_ticks(drawn: Canvas, positions: Mapping[str, float]) -> None:
-    """The values themselves, if there is room."""
+def _set_ticks(drawn: Canvas, positions: Mapping[str, float], *, is_scale: bool) -> None:
+    """The values themselves, if there is room; texts have no other place on the axis."""
     axes = drawn.axes
     axes.margins(x=0.08)
     if len(positions) > MOST_TICKS:
+        if not is_scale:
+            axes.set_xticks([])
         return
     texts = [label(text, max(8, 72 // len(positions))) for text in positions]
     axes.set_xticks(list(positions.values()), texts)
