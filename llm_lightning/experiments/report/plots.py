@@ -163,7 +163,7 @@ def key_picture(study: Study, key: str) -> Picture | None:
         axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else many}")
         axes.set_ylabel(unit(study.metric, _item(study)))
         what = "Small points: seeds. Large points: means over seeds, with 95% t intervals over seeds."
-        lost = " Hollow: a setting that lost seeds." if any(not study.is_ranked(one) for one in groups) else ""
+        lost = " Hollow: a setting that lacks seeds." if any(not study.is_ranked(one) for one in groups) else ""
         grey = f" Settings of the best {MOST_LINES} have colours." if len(lines) > MOST_LINES else ""
         return drawn.picture(f"{study.metric} by {key}", f"{what}{lost}{grey} {cut}".strip())
 
@@ -299,7 +299,7 @@ def heat_picture(study: Study, across: str, up: str) -> Picture | None:
         axes.set_xlabel(label(across, 60))
         axes.set_ylabel(label(up, 30))
         rest = " The best over all other settings." if len(study.keys) > 2 else ""
-        note = f"Means over seeds in {unit(study.metric, _item(study))}; stronger colour: better; * lost seeds.{rest}"
+        note = f"Means over seeds in {unit(study.metric, _item(study))}; stronger colour: better; * lacks seeds.{rest}"
         return drawn.picture(f"{study.metric} by {across} and {up}", note)
 
 
