@@ -65,7 +65,8 @@ def _item(study: Study) -> str:
 def curves_picture(study: Study, metric: str) -> Picture | None:
     """A metric over training: the mean of each setting over its seeds, in a band from the least to the greatest."""
     bands = [(group, band) for group in study.groups if (band := _band(group, metric)) is not None]
-    if max((len(band.steps) for _, band in bands), default=0) < 2:
+    bands = [(group, band) for group, band in bands if len(band.steps) > 1]
+    if not bands:
         return None
     with canvas() as drawn:
         axes = drawn.axes
