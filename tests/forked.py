@@ -23,6 +23,7 @@ from typing import IO, Any
 import pytest
 from tiny_run import ROOT, Outcome, finish
 
+from llm_lightning.experiments.report.watching import SweepReport
 from llm_lightning.experiments.sweep import attempt
 from llm_lightning.experiments.sweep.children import Orders
 from llm_lightning.signals import STOPPING
@@ -94,7 +95,10 @@ def finish_two(arguments: Sequence[str], folder: Path) -> Outcome:
 
 
 def jobs_are_forks(patch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Let the jobs of a sweep be forks of this process, which need no server; returns the words of each."""
+    """Let the jobs of a sweep be forks of this process, which need no server; returns the words of each.
+
+    No report is written: drawing takes longer than a tiny job.
+    """
     for room in ("callbacks", "data", "experiments", "tasks"):  # once, or each fork imports them again
         for module in pkgutil.iter_modules(importlib.import_module(f"llm_lightning.{room}").__path__):
             importlib.import_module(f"llm_lightning.{room}.{module.name}")
@@ -105,6 +109,7 @@ def jobs_are_forks(patch: pytest.MonkeyPatch) -> list[list[str]]:
         return Forked(orders.argv[1:], Path(orders.folder), pipes=False)
 
     patch.setattr(attempt, "start_child", start_child)
+    patch.setattr(SweepReport, "write", lambda report: None)
     return started
 
 

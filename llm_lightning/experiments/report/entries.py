@@ -137,7 +137,7 @@ def read_entries(folder: Path, source: str) -> list[Entry]:
         FileNotFoundError, NotADirectoryError: if there is no such folder.
     """
     found = [_entry(run, source) for run in read_runs(folder)]
-    found += [_waiting(path, source) for path in _without_run(folder, {entry.folder for entry in found})]
+    found += [_waiting(path, folder, source) for path in _without_run(folder, {entry.folder for entry in found})]
     return sorted(found, key=lambda entry: natural(entry.name))
 
 
@@ -152,13 +152,13 @@ def _entry(run: Run, source: str) -> Entry:
     return Entry(run, source, _read(folder / JOB, problems), summary, _read(folder / COMMAND, problems), problems)
 
 
-def _waiting(folder: Path, source: str) -> Entry:
+def _waiting(folder: Path, root: Path, source: str) -> Entry:
     problems: list[str] = []
     job = _read(folder / JOB, problems)
     planned = job.get("settings")
     settings: dict[str, Any] = planned if isinstance(planned, dict) else {}
     facts: dict[str, Any] = dict.fromkeys(FACTS) | {
-        "name": folder.name,
+        "name": folder.relative_to(root).as_posix(),
         "folder": str(folder),
         "status": WAITING,
         "steps": 0,
@@ -169,7 +169,7 @@ def _waiting(folder: Path, source: str) -> Entry:
 
 def _without_run(folder: Path, known: set[Path]) -> Iterator[Path]:
     """Folders of jobs in which no run has begun."""
-    return (path.parent for path in folder.glob(f"*/{JOB}") if path.parent not in known)
+    return (path.parent for path in folder.glob(f"**/{JOB}") if path.parent not in known)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

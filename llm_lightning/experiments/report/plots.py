@@ -65,7 +65,8 @@ def _item(study: Study) -> str:
 def curves_picture(study: Study, metric: str) -> Picture | None:
     """A metric over training: the mean of each setting over its seeds, in a band from the least to the greatest."""
     bands = [(group, band) for group in study.groups if (band := _band(group, metric)) is not None]
-    if max((len(band.steps) for _, band in bands), default=0) < 2:
+    bands = [(group, band) for group, band in bands if len(band.steps) > 1]
+    if not bands:
         return None
     with canvas() as drawn:
         axes = drawn.axes
@@ -113,15 +114,20 @@ def _finite(entry: Entry, metric: str) -> tuple[Any, Any]:
 
 
 def limit_y(axes: Any, curves: Sequence[Any]) -> str:
-    """Leave out extreme values, and say so."""
+    """End the axis where all but the greatest hundredth of the values fit, if that is far below; say so."""
     values = np.concatenate([np.asarray(curve, dtype=float) for curve in curves])
     values = values[np.isfinite(values)]
-    if not len(values):
-        return ""
-    low, top, middle, high = np.percentile(values, [0, 99, 50, 100])
-    if high - low <= 3 * (top - low) and high - low <= 30 * (middle - low):
-        return ""
-    top = min(top, low + 10 * (middle - low)) if middle > low else top
+    low, top, high = np.percentile(values, [0, 99, 100]) if len(values) else (0.0, 0.0, 0.0)
+    return _cut(axes, low, top) if high - low > 3 * (top - low) > 0 else ""
+
+
+def _limit_points(axes: Any, values: Sequence[float]) -> str:
+    """The same for a few values: those far above the median are left out."""
+    low, middle, high = np.percentile(values, [0, 50, 100])
+    return _cut(axes, low, low + 10 * (middle - low)) if high - low > 30 * (middle - low) > 0 else ""
+
+
+def _cut(axes: Any, low: float, top: float) -> str:
     axes.set_ylim(low - 0.05 * (top - low), low + 1.05 * (top - low))
     return f"Values above {figure(float(top))} are cut."
 
@@ -144,6 +150,7 @@ def key_picture(study: Study, key: str) -> Picture | None:
         return None
     short = short_names(study.keys)
     positions, is_log = _positions([group.settings[key] for group in groups])
+    is_scale = all(is_number(group.settings[key]) for group in groups)
     others = [other for other in study.keys if other != key]
     lines = _lines(groups, others)
     with canvas() as drawn:
@@ -151,12 +158,13 @@ def key_picture(study: Study, key: str) -> Picture | None:
         if is_log:
             axes.set_xscale("log")
         _draw_lines(drawn, lines, positions, key, [short[other] for other in others], study)
-        _set_ticks(drawn, positions)
-        cut = limit_y(axes, [list(group.values.values()) for group in groups])
-        axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else ''}")
+        _set_ticks(drawn, positions, is_scale=is_scale)
+        cut = _limit_points(axes, [_mean(group) for group in groups])
+        many = f" ({len(positions)} values)" if not is_scale and len(positions) > MOST_TICKS else ""
+        axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else many}")
         axes.set_ylabel(unit(study.metric, _item(study)))
         what = "Small points: seeds. Large points: means over seeds, with 95% t intervals over seeds."
-        lost = " Hollow: a setting that lost seeds." if any(not study.is_ranked(one) for one in groups) else ""
+        lost = " Hollow: a setting that lacks seeds." if any(not study.is_ranked(one) for one in groups) else ""
         grey = f" Settings of the best {MOST_LINES} have colours." if len(lines) > MOST_LINES else ""
         return drawn.picture(f"{study.metric} by {key}", f"{what}{lost}{grey} {cut}".strip())
 
@@ -181,7 +189,8 @@ def _draw_lines(
     for index, line in enumerate(lines):
         mark = SERIES[index] if index < MOST_LINES else FAINT
         placed = sorted((positions[as_typed(group.settings[key])], group) for group in _unique(line, key))
-        axes.plot([x for x, _ in placed], [_mean(group) for _, group in placed], color=mark, linewidth=1)
+        if is_number(line[0].settings[key]):  # texts have no order
+            axes.plot([x for x, _ in placed], [_mean(group) for _, group in placed], color=mark, linewidth=1)
         for x, group in placed:
             _draw_group(axes, x, group, mark, is_whole=study.is_ranked(group))
         if others and index < MOST_LINES:
@@ -234,11 +243,13 @@ def _unevenness(values: Any) -> float:
     return float(np.std(steps) / np.mean(steps))
 
 
-def _set_ticks(drawn: Canvas, positions: Mapping[str, float]) -> None:
-    """The values themselves, if there is room."""
+def _set_ticks(drawn: Canvas, positions: Mapping[str, float], *, is_scale: bool) -> None:
+    """The values themselves, if there is room; texts have no other place on the axis."""
     axes = drawn.axes
     axes.margins(x=0.08)
     if len(positions) > MOST_TICKS:
+        if not is_scale:
+            axes.set_xticks([])
         return
     texts = [label(text, max(8, 72 // len(positions))) for text in positions]
     axes.set_xticks(list(positions.values()), texts)
@@ -289,7 +300,7 @@ def heat_picture(study: Study, across: str, up: str) -> Picture | None:
         axes.set_xlabel(label(across, 60))
         axes.set_ylabel(label(up, 30))
         rest = " The best over all other settings." if len(study.keys) > 2 else ""
-        note = f"Means over seeds in {unit(study.metric, _item(study))}; stronger colour: better; * lost seeds.{rest}"
+        note = f"Means over seeds in {unit(study.metric, _item(study))}; stronger colour: better; * lacks seeds.{rest}"
         return drawn.picture(f"{study.metric} by {across} and {up}", note)
 
 

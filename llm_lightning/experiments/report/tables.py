@@ -60,7 +60,7 @@ def remark(group: Group, study: Study) -> str:
     lost = Counter(entry.status for entry in group.lost)
     if lost:
         ways = ", ".join(f"{n} {'without a value' if status == 'finished' else status}" for status, n in lost.items())
-        return f"lost {counted(sum(lost.values()), 'seed')} ({ways}): not ranked"
+        return f"lacks {counted(sum(lost.values()), 'seed')} ({ways}): not ranked"
     if len(group.values) < study.full:
         return f"only {len(group.values)} of {study.full} seeds: not ranked"
     return "best" if group is study.best else ""
@@ -198,8 +198,10 @@ def best_line(study: Study) -> str:
         return f"{study.metric or 'no metric'}: no setting can be ranked yet"
     parts = [f"{study.metric} {with_interval(best.estimate(study.metric))}"]
     parts += [f"{name} {with_interval(best.estimate(name))}" for name in study.tested]
-    chosen = f"best of {counted(len(study.groups), 'setting')}: {best.name}; " if len(study.groups) > 1 else ""
-    return inline(chosen + ", ".join(parts))
+    n_ranked = sum(map(study.is_ranked, study.groups))
+    others = len(study.groups) - n_ranked
+    of = counted(n_ranked, "setting") + (f" ({counted(others, 'other')} not ranked)" if others else "")
+    return inline((f"best of {of}: {best.name}; " if len(study.groups) > 1 else "") + ", ".join(parts))
 
 
 def with_interval(one: Estimate) -> str:

@@ -49,6 +49,7 @@ def write_report(
         FileNotFoundError, NotADirectoryError: if there is no such folder.
         ValueError: if it holds no runs, or if the metric or a condition is wrong.
     """
+    folders = list(dict.fromkeys(folders))
     entries = [entry for folder in folders for entry in _chosen(folder, where)]
     if not entries:
         which = f" with {' and '.join(where)}" if where else ""

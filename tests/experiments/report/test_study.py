@@ -65,7 +65,7 @@ def test_a_setting_that_lost_a_seed_is_marked_and_never_the_best(tmp_path: Path,
     (study,) = studied(make(tmp_path, {0.1: (1.5, 1.6, 1.4), 0.01: (0.2, 0.3, lost)}))
     assert [group.name for group in study.groups] == ["lr 0.1", "lr 0.01"]
     assert study.best is study.groups[0]
-    assert [row[-1] for row in groups_table(study).rows] == ["best", f"lost 1 seed (1 {lost}): not ranked"]
+    assert [row[-1] for row in groups_table(study).rows] == ["best", f"lacks 1 seed (1 {lost}): not ranked"]
     assert study.comparisons[0].n == 2
 
 
@@ -75,7 +75,7 @@ def test_a_setting_with_fewer_seeds_or_without_a_finite_value_is_not_ranked(tmp_
     assert remarks == {
         "lr 0.1": "best",
         "lr 0.01": "only 1 of 2 seeds: not ranked",
-        "lr 1": "lost 1 seed (1 without a value): not ranked",
+        "lr 1": "lacks 1 seed (1 without a value): not ranked",
     }
 
 

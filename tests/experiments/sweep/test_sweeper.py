@@ -12,8 +12,11 @@ import pytest
 from forked import jobs_are_forks
 from tiny_run import SETTINGS, train_here, write_corpus
 
+from llm_lightning.experiments.report.watching import SweepReport
 from llm_lightning.experiments.run_folder import process_start
+from llm_lightning.experiments.sweep.sweeper import _Sweep
 
+WRITE_REPORT = SweepReport.write
 SWEPT = ["-m", "optimizer.lr=0.001,0.002", "run_name=study"]
 
 
@@ -89,10 +92,14 @@ def test_the_same_job_twice_runs_once(typed: Typed) -> None:
     assert "1 job, 1 to run" in typed.out
 
 
-def test_what_failed_of_itself_runs_again_only_when_asked(typed: Typed) -> None:
+def test_what_failed_of_itself_runs_again_only_when_asked(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["-m", "optimizer.lr=0.001,1e30", "run_name=study"]
-    assert typed(*words) == ["lr_0.001", "lr_1e30"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SweepReport, "write", WRITE_REPORT)
+        assert typed(*words) == ["lr_0.001", "lr_1e30"]
     assert typed.code == 2
+    assert "Report: outputs/sweeps/study/report.html" in typed.out
+    assert "| lr\\_1e30 | failed | non-finite loss" in (typed.folder / "report.md").read_text()
     assert "lr_1e30" in typed.out
     assert "non-finite loss" in typed.out
     assert "1 of 2 jobs failed" in typed.err
@@ -103,6 +110,27 @@ def test_what_failed_of_itself_runs_again_only_when_asked(typed: Typed) -> None:
     assert typed.code == 2, "it is still a sweep with a failed job"
     assert "1 finished, 1 failed before, 0 to run" in typed.out
     assert typed(*words, "hydra.sweeper.retry_failed=true") == ["lr_1e30"]
+
+
+def test_a_sweep_that_is_stopped_or_fails_leaves_a_report(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SweepReport, "write", WRITE_REPORT)
+
+    def stop(sweep: _Sweep, todo: object, ref: object, received: list[int]) -> None:
+        received.append(15)
+
+    monkeypatch.setattr(_Sweep, "_launch", stop)
+    assert typed() == []
+    assert typed.code == 143
+    assert "2 jobs: 2 waiting" in (typed.folder / "report.md").read_text()
+    (typed.folder / "report.md").unlink()
+
+    def fail(*_: object) -> None:
+        raise ValueError("no launcher")
+
+    monkeypatch.setattr(_Sweep, "_launch", fail)
+    typed()
+    assert typed.code == 2
+    assert "2 jobs: 2 waiting" in (typed.folder / "report.md").read_text()
 
 
 def test_what_failed_through_the_system_runs_again(typed: Typed) -> None:
