@@ -19,7 +19,7 @@ from llm_lightning.optim.base import Named, OptimizerConfig, is_fused, trainable
 REFUSED = {
     "torch.optim.LBFGS": "it evaluates the loss several times in one update; use optimizer=adamw",
     "torch.optim.SparseAdam": "it needs sparse gradients, and no model here has any; use optimizer=adamw",
-    "torch.optim.Muon": "it takes matrices alone, and whole ones; use optimizer=muon, which splits query, key and value",
+    "torch.optim.Muon": "it takes whole matrices alone; use optimizer=muon, which splits query, key and value",
 }
 """Classes that cannot train these models: why, and what to choose instead."""
 
@@ -67,7 +67,7 @@ class TorchOptimConfig(OptimizerConfig):
     ) -> torch.optim.Optimizer:
         is_fused(self.arguments.get("fused", False), is_scaled=is_scaled, is_sharded=is_sharded)
         decayed, undecayed = self.by_decay(trainable(named_parameters))
-        groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
         return self._make([group for group in groups if group["params"]])
 
     def _make(self, parameters: list[Any]) -> torch.optim.Optimizer:
