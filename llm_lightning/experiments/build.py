@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class, get_object, instantiate
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
@@ -167,8 +167,8 @@ def build_module(
 
 def build_optimizer(node: Mapping[str, Any]) -> OptimizerConfig:
     """The settings of an optimizer: a class of ours, or the arguments of a class of torch.optim."""
-    named = get_class(node["_target_"])
-    if issubclass(named, torch.optim.Optimizer):
+    named = get_object(node["_target_"])
+    if isinstance(named, type) and issubclass(named, torch.optim.Optimizer):
         return TorchOptimConfig.of(named, node)
     config: OptimizerConfig = build(node)
     return config

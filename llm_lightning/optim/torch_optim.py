@@ -17,9 +17,9 @@ from torch import nn
 from llm_lightning.optim.base import Named, OptimizerConfig, is_fused, trainable
 
 REFUSED = {
-    "LBFGS": "it evaluates the loss several times in one update; use optimizer=adamw",
-    "SparseAdam": "it needs sparse gradients, and no model here has any; use optimizer=adamw",
-    "Muon": "it takes matrices alone, and whole ones; use optimizer=muon, which splits query, key and value",
+    "torch.optim.LBFGS": "it evaluates the loss several times in one update; use optimizer=adamw",
+    "torch.optim.SparseAdam": "it needs sparse gradients, and no model here has any; use optimizer=adamw",
+    "torch.optim.Muon": "it takes whole matrices alone; use optimizer=muon, which splits query, key and value",
 }
 """Classes that cannot train these models: why, and what to choose instead."""
 
@@ -33,8 +33,8 @@ class TorchOptimConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer.__name__ in REFUSED:
-            raise ValueError(f"optimizer._target_={self.name} is not possible: {REFUSED[self.optimizer.__name__]}")
+        if self.name in REFUSED:
+            raise ValueError(f"optimizer._target_={self.name} is not possible: {REFUSED[self.name]}")
         self._refuse_unknown()
         try:
             self._make([nn.Parameter(torch.zeros(1, 1))])
@@ -67,23 +67,22 @@ class TorchOptimConfig(OptimizerConfig):
     ) -> torch.optim.Optimizer:
         is_fused(self.arguments.get("fused", False), is_scaled=is_scaled, is_sharded=is_sharded)
         decayed, undecayed = self.by_decay(trainable(named_parameters))
-        without = {"weight_decay": 0.0} if "weight_decay" in self._accepted() else {}
-        groups = [{"params": group} | extra for group, extra in ((decayed, {}), (undecayed, without)) if group]
-        return self._make(groups)
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        return self._make([group for group in groups if group["params"]])
 
     def _make(self, parameters: list[Any]) -> torch.optim.Optimizer:
         make: Callable[..., torch.optim.Optimizer] = self.optimizer
         return make(parameters, lr=self.lr, **self.arguments)
 
-    def _accepted(self) -> set[str]:
-        return set(inspect.signature(self.optimizer).parameters) - {"params"}
-
     def _refuse_unknown(self) -> None:
-        accepted, remedy = self._accepted(), "choose optimizer=torch as well, which sets no argument of another class"
-        unknown = sorted(set(self.arguments) - accepted)
-        if unknown:
+        remedy = "choose optimizer=torch as well, which sets no argument of another class"
+        parameters = inspect.signature(self.optimizer).parameters
+        accepted = sorted(set(parameters) - {"params"})
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = sorted(set(self.arguments) - set(accepted))
+        if unknown and not takes_any:
             raise ValueError(
-                f"{self.name} has no argument {', '.join(unknown)}; {remedy} (it has {', '.join(sorted(accepted))})"
+                f"{self.name} has no argument {', '.join(unknown)}; {remedy} (it has {', '.join(accepted)})"
             )
         if self.arguments.get("fused") == "auto":
             raise ValueError(f"optimizer.fused=auto: {self.name} takes true or false; {remedy}")

@@ -122,7 +122,7 @@ def test_what_cannot_have_an_effect_is_refused() -> None:
 
 def test_every_argument_of_the_trainer_that_is_refused_exists() -> None:
     arguments = {f"trainer.{name}" for name in inspect.signature(L.Trainer.__init__).parameters}
-    assert {*NOTHING_READS, *(key for key in SET_ELSEWHERE if key.startswith("trainer."))} <= arguments
+    assert {key for key in (*NOTHING_READS, *SET_ELSEWHERE) if key.startswith("trainer.")} <= arguments
 
 
 # (command line, what the line begins with; None: no line)

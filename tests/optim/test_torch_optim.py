@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llm_lightning.experiments.build import build_optimizer
-from llm_lightning.optim.torch_optim import REFUSED
+from llm_lightning.optim.torch_optim import REFUSED, TorchOptimConfig
 
 CLASSES = sorted(
     name
@@ -23,7 +23,7 @@ def node(name: str, **options: Any) -> dict[str, Any]:
     return {"_target_": f"torch.optim.{name}", **ours, **options}
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in REFUSED])
+@pytest.mark.parametrize("name", [name for name in CLASSES if f"torch.optim.{name}" not in REFUSED])
 def test_every_class_trains(name: str) -> None:
     layer = nn.Linear(3, 2)
     config = build_optimizer(node(name))
@@ -44,6 +44,19 @@ def test_arguments_are_the_classs_own() -> None:
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     default = build_optimizer(node("AdamW", decay="all")).build(nn.Linear(3, 2).named_parameters())
     assert [group["weight_decay"] for group in default.param_groups] == [1e-2]  # the class's
+
+
+class Muon(torch.optim.SGD):
+    """Someone's own, whatever its name, with arguments that its signature does not list."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+
+def test_a_class_of_ones_own() -> None:
+    config = TorchOptimConfig.of(Muon, {"lr": 0.1, "momentum": 0.5, "decay": "all"})
+    [group] = config.build(nn.Linear(3, 2).named_parameters()).param_groups
+    assert (config.name, group["momentum"], group["lr"]) == (f"{__name__}.Muon", 0.5, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,9 @@ def _named(folder: Path, group: str, option: str) -> tuple[int, str]:
     if group == "data":
         tasks = [task for task in group_options(folder, "task") if _brings(folder, task, option)]
         return (0, f"task={tasks[0]}") if tasks else (2, f"data={option}")
-    rank = {"task": 1}.get(group, 0)
-    return (rank if option == "default" else rank + 1, f"{group}={option}")
+    rank, file = {"task": 1}.get(group, 0), folder / "train.yaml"
+    is_default = option == "default" or (file.is_file() and (group, option) in read_defaults(file))
+    return (rank if is_default else rank + 1, f"{group}={option}")
 
 
 def _brings(folder: Path, task: str, data: str) -> bool:
