@@ -6,6 +6,7 @@ the same rows give the same judgements, so nothing needs to be kept of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,10 +95,10 @@ class Rows:
     def settled(self) -> list[float]:
         """The rows on which this look and the one before agree: one that is being written may be read in part."""
         now = validations(self.folder, self.monitor)
-        same = [one for one, other in zip(now, self._before, strict=False) if one == other]
-        agree = len(same) == min(len(now), len(self._before))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(now, self._before, strict=False))
+        settled = [value for value, _ in same]
         self._before = now
-        return same if agree else []
+        return settled
 
 
 def pruner_of(past: Any, pruner: Any) -> Pruner:

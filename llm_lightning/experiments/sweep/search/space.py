@@ -129,10 +129,11 @@ def _listed(word: str, element: str, key: str, value: RangeSweep) -> Dimension:
     if all(isinstance(number, int) for number in numbers):
         return Dimension(key, IntDistribution(int(low), int(high), step=int(step)), _written(element, int), word)
 
-    def nearest(number: Any) -> float:  # 0.1 + 2 * 0.1 is not the 0.3 that was meant
-        return float(min(numbers, key=lambda one: abs(one - number)))
+    def rounded(number: Any) -> float:  # 0.1 + 2 * 0.1 is not the 0.3 that was meant
+        return float(f"{number:.12g}")
 
-    return Dimension(key, FloatDistribution(low, high, step=step), _written(element, nearest), word)
+    distribution = FloatDistribution(rounded(low), rounded(high), step=step)
+    return Dimension(key, distribution, _written(element, rounded), word)
 
 
 def _written(element: str, kind: Callable[[Any], Any]) -> Callable[[Any], str]:

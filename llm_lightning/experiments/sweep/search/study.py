@@ -52,14 +52,14 @@ class Study:
         path = folder / JOURNAL
         mend(path)
         storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-        direction = {"min": "minimize", "max": "maximize"}[mode]
+        direction = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}[mode]
         found = optuna.get_all_study_names(storage)
         if len(found) > 1:
             raise ValueError(f"{path} holds {len(found)} studies, not the one of this folder; move it away")
         own = RandomSampler(seed=seed)  # never asked: `ask` samples in memory
         if found:
             study = optuna.load_study(study_name=found[0], storage=storage, sampler=own)
-            if study.direction.name.lower() != direction:
+            if study.direction is not direction:
                 raise ValueError(
                     f"monitor_mode={mode}: the study in {path} has the other direction; type another run_name"
                 )

@@ -98,13 +98,13 @@ def _is_out_of_time(folder: Path) -> bool:
 @contextmanager
 def watched(look: Callable[[], None]) -> Iterator[None]:
     """Call `look` every now and then, in a thread; what it raises is raised at the end."""
-    over, raised = threading.Event(), list[Exception]()
+    over, raised = threading.Event(), list[BaseException]()
 
     def run() -> None:
         try:
             while not over.wait(LOOK_SECONDS):
                 look()
-        except Exception as error:
+        except BaseException as error:
             raised.append(error)
 
     thread = threading.Thread(target=run, name="watch-trials", daemon=True)
