@@ -316,7 +316,7 @@ def test_a_running_job_is_stopped_when_it_is_pruned_and_shown_as_stopped(
     assert last[4] == {1: 9.5, 2: 9.5}, "the rows until the stop do not count"
     assert not (stopped[0] / "stop").exists()
     [record] = runs(stopped[0])
-    assert (record["status"], record["reason"]) == ("stopped", "pruned at validation 2 of trial 4: val/loss 9.5000")
+    assert (record["status"], record["reason"]) == ("stopped", "pruned at validation 2: val/loss 9.5000")
 
 
 def test_what_failed_counts_and_a_search_in_which_all_fails_ends(

@@ -74,6 +74,8 @@ def plan_of(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs) 
     if n_seeds < 1:
         raise ValueError(f"hydra.sweeper.seeds={n_seeds} must be 1 or more")
     settings = _checked(space, dirs)
+    if "logger.csv._target_" not in settings:
+        raise ValueError("a search judges the validations in metrics.csv: add logger=csv or logger=default")
     monitor = settings["monitor"]
     mode = settings["monitor_mode"] or better_when(monitor)
     if mode is None:
@@ -134,8 +136,9 @@ def _differences(recorded: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str,
         if was != now and (not _matches(key, MAY_CHANGE) or _matches(key, EXTENDS)):
             yield key, was, now
     for key in CONTENT:
-        if recorded["content"].get(key) != facts["content"].get(key):
-            yield key, "other content", facts["settings"].get(key)
+        was, now = (one["content"].get(key, one["settings"].get(key)) for one in (recorded, facts))
+        if was != now:
+            yield key, recorded["settings"].get(key), f"{facts['settings'].get(key)}, as it is today,"
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

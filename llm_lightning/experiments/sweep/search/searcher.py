@@ -239,10 +239,11 @@ class _Search:
         self.study.tell(trial.number, STATES[trial.end], value, **extra)
         any_value = any(one.value is not None for one in self.study.told())
         self.failed = 0 if any_value else self.failed + (trial.end == "failed")
-        shown = f"{self.plan.monitor} {value:.4f}" if value is not None else str(trial.reason)
+        shown = f"{trial.end}: {self.plan.monitor} {value:.4f}" if value is not None else str(trial.reason)
+        shown = f"failed: {shown}" if trial.end == "failed" else shown
         best = self.study.best()
         rest = f"; the best is trial {best.number}, {best.value:.4f}" if best else ""
-        say(f"Search {self.name}: trial {trial.number} {trial.end}: {shown}{rest}", flush=True)
+        say(f"Search {self.name}: trial {trial.number} {shown}{rest}", flush=True)
 
     # --- words -------------------------------------------------------------------------------------------------------
 

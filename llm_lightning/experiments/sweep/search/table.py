@@ -30,7 +30,7 @@ def trial_lines(trials: Sequence[FrozenTrial], monitor: str) -> list[str]:
     if not trials:
         return ["0 trials"]
     records = [_record(trial, monitor) for trial in trials]
-    columns = ["name", "status", "best_value", "jobs", *dict.fromkeys(key for trial in trials for key in trial.params)]
+    columns = ["name", "status", "best_value", "seeds", *dict.fromkeys(key for trial in trials for key in trial.params)]
     reasons = [f"trial {one.number}: {one_line(one.user_attrs['reason'])}" for one in trials if _has_failed(one)]
     of_state = Counter(record["status"] for record in records)
     parts = [f"{of_state[name]:,} {name}" for name in NAMES.values() if of_state[name]]
@@ -50,7 +50,7 @@ def _record(trial: FrozenTrial, monitor: str) -> dict[str, Any]:
         "status": NAMES.get(trial.state, "open"),
         "monitor": monitor,
         "best_value": trial.value,
-        "jobs": len(trial.user_attrs.get("jobs", ())),
+        "seeds": len(trial.user_attrs.get("jobs", ())),
     }
     return shown | facts
 

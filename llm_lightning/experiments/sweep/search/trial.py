@@ -86,7 +86,7 @@ class SearchTrial:
         if self.end is None and self.judge.judge(rows):
             n_rows, value = max(self.judge.values.items())
             self.end = "pruned"
-            self.reason = f"pruned at validation {n_rows} of trial {self.number}: {self.monitor} {value:.4f}"
+            self.reason = f"pruned at validation {n_rows}: {self.monitor} {value:.4f}"
             write_atomically(job.folder / PRUNED, json.dumps({"reason": self.reason}, indent=2) + "\n")
 
 
