@@ -16,7 +16,8 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from tiny_run import ROOT, SETTINGS, living, write_corpus
+from test_sweep import all_gone
+from tiny_run import ROOT, SETTINGS, write_corpus
 
 TRIALS = 30
 WORDS = [
@@ -122,4 +123,4 @@ def test_a_killed_search_is_the_undisturbed_one(tmp_path: Path, monkeypatch: pyt
     assert again.wait(timeout=300) == 0
     assert search.trials("killed")[:TRIALS] == undisturbed
     assert len(search.trials("killed")) == TRIALS + 1
-    assert not living(again.pid)
+    assert all_gone(again.pid)

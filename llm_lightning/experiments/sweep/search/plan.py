@@ -148,5 +148,8 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
 def _shown(distribution: str | None) -> str:
     if distribution is None:
         return "not searched"
-    content = json.loads(distribution)
-    return " ".join([content["name"], *(f"{key}={value}" for key, value in content["attributes"].items())])
+    facts = json.loads(distribution)["attributes"]
+    if "choices" in facts:
+        return ",".join(map(str, facts["choices"]))
+    step = f" in steps of {facts['step']}" if facts["step"] else ""
+    return f"{facts['low']} to {facts['high']}{step}{', log' * facts['log']}"
