@@ -48,7 +48,7 @@ def space(*words: str) -> Space:
 
 
 def plan(*words: str, seeds: int = 2, mode: str = "min") -> Plan:
-    return Plan(space(*(words or WORDS)), {"seed": 5}, {}, "val/loss", mode, range(5, 5 + seeds))
+    return Plan(space(*(words or WORDS)), {"seed": 5}, {"data.path": "b"}, "val/loss", mode, range(5, 5 + seeds))
 
 
 # --- the space -------------------------------------------------------------------------------------------------------
@@ -337,6 +337,21 @@ def test_what_failed_counts_and_a_search_in_which_all_fails_ends(
     assert len(trials_in(other.folder)) == 3
 
 
+def test_an_error_of_the_system_ends_the_search_and_leaves_its_trial_open(
+    machine: Callable[[str], Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = machine("one")
+    undisturbed = machine("other").run(plan(), n_trials=4)
+    one.run(plan(), n_trials=2)
+    with monkeypatch.context() as patch:
+        full = Failure("os", "OSError", "No space left on device", 2)
+        patch.setattr(one, "launch", lambda jobs, *_, **__: full.write(jobs[0].folder))
+        with pytest.raises(ChildProcessError, match="trial_2-seed_5: No space left on device; mend the cause"):
+            one.run(plan(), n_trials=4)
+    assert [state.is_finished() for _, state, *_ in trials_in(one.folder)] == [True, True, False]
+    assert one.run(plan(), n_trials=4) == undisturbed
+
+
 def test_a_job_that_a_person_stopped_leaves_its_trial_open(
     machine: Callable[[str], Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,7 +393,7 @@ def test_another_search_in_the_same_folder_is_refused_by_its_key(machine: Callab
         "dropout": plan(*WORDS[:2], *WORDS[3:]),
         "monitor_mode": plan(mode="max"),
         "hydra.sweeper.seeds": plan(seeds=3),
-        "seed": Plan(plan().space, {"seed": 6}, {}, "val/loss", "min", [5, 6]),
+        "seed": Plan(plan().space, {"seed": 6}, {"data.path": "b"}, "val/loss", "min", [5, 6]),
         "data.path": Plan(plan().space, {"seed": 5}, {"data.path": "a"}, "val/loss", "min", [5, 6]),
     }.items():
         with pytest.raises(ValueError, match=rf"^{key}: .*begin another search with run_name=NAME") as error:

@@ -136,9 +136,10 @@ def _differences(recorded: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str,
         if was != now and (not _matches(key, MAY_CHANGE) or _matches(key, EXTENDS)):
             yield key, was, now
     for key in CONTENT:
-        was, now = (one["content"].get(key, one["settings"].get(key)) for one in (recorded, facts))
-        if was != now:
-            yield key, recorded["settings"].get(key), f"{facts['settings'].get(key)}, as it is today,"
+        was, now = recorded["settings"].get(key), facts["settings"].get(key)
+        digests = recorded["content"].get(key), facts["content"].get(key)
+        if (was != now) if None in digests else (digests[0] != digests[1]):
+            yield key, was, f"{now}, as it is today,"
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

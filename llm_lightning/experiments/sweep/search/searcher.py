@@ -26,7 +26,7 @@ from llm_lightning.experiments.settings.compose import ConfigDirs
 from llm_lightning.experiments.summary import shown_from
 from llm_lightning.experiments.sweep import folder as records
 from llm_lightning.experiments.sweep.folder import SweepRef
-from llm_lightning.experiments.sweep.identity import Identity, content_of
+from llm_lightning.experiments.sweep.identity import CONTENT, Identity, content_of
 from llm_lightning.experiments.sweep.launchers import remove_links, traits_of
 from llm_lightning.experiments.sweep.runner import Job, Runner, config_files, settings_of
 from llm_lightning.experiments.sweep.search.judge import Judge, Rows, pruner_of
@@ -178,8 +178,9 @@ class _Search:
         asked = [self.study.ask(past, number) for number in numbers]
         prunes = pruner_of(past, self.limits.pruner)
         better = {"min": min, "max": max}[self.plan.mode]
+        names_files = not self.plan.space.dimensions.keys().isdisjoint(CONTENT)
         trials = [
-            SearchTrial(one.number, one.params, self.plan.monitor, Judge(better, prunes))
+            SearchTrial(one.number, one.params, self.plan.monitor, Judge(better, prunes), names_files)
             for one in asked
             if not one.state.is_finished()
         ]
@@ -264,6 +265,9 @@ class _Search:
         if self.received:
             say(f"Search {self.name}: stopped; the same command continues", file=sys.stderr)
             sys.exit(128 + self.received[0])
+        for trial in stopped:
+            if trial.reason:
+                raise ChildProcessError(f"{trial.reason}; mend the cause, and the same command continues")
         if stopped:
             numbers = ", ".join(str(trial.number) for trial in stopped)
             say(f"Search {self.name}: trial {numbers} was stopped before its end; the same command continues")

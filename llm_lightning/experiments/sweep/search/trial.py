@@ -31,10 +31,13 @@ class SearchTrial:
     params: dict[str, Any]
     monitor: str
     judge: Judge
+    names_files: bool = False
+    """Whether its parameters name files, so that an error of the system may come from them."""
     jobs: Sequence[Job] = ()
     end: End | None = None
     """How it ended; None while it goes on, or is stopped."""
     reason: str | None = None
+    """Why it has no value, or why it cannot end."""
     values: dict[str, float] = field(default_factory=dict)
     """Job's name -> its best value."""
 
@@ -67,7 +70,9 @@ class SearchTrial:
                 self.values[job.name] = best
                 self.end = "complete" if position == len(self.jobs) - 1 else None
         elif failure := Failure.read(job.folder):
-            self.fail(f"{job.name}: {failure.message}")
+            self.reason = f"{job.name}: {failure.message}"
+            if failure.kind != "os" or self.names_files:  # else every trial would fail: a missing file, a full disk
+                self.end = "failed"
 
     def has_ended(self, job: Job) -> bool:
         """Whether a job has trained as long as it was told to."""
