@@ -75,10 +75,11 @@ def search_words(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigD
     """The words of a search, one for each key: `params`, then what is typed, which beats them.
 
     Raises:
-        ValueError: one line, if a value is missing, or jobs are listed one by one.
+        ValueError: one line, if a value is missing, or an option is for sweeps without a search.
     """
-    if options.get("jobs") or options.get("only"):
-        raise ValueError("hydra.sweeper.jobs has no effect in a search: give values by hydra.sweeper.params")
+    for key in ("jobs", "only", "retry_failed"):
+        if options.get(key):
+            raise ValueError(f"hydra.sweeper.{key} has no effect in a search, which chooses each trial; leave it out")
     own = [word for word in typed if key_of(word) != "sweep"]
     words = _later_wins([*_words_of(options.get("params"), "hydra.sweeper.params", dirs), *own])
     _refuse_missing(words)

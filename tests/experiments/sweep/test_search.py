@@ -17,7 +17,7 @@ from optuna.pruners import MedianPruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from tiny_run import ROOT, SETTINGS, train_here, write_corpus
+from tiny_run import ROOT, SETTINGS, fit_here, train_here, write_corpus
 
 from llm_lightning.experiments.failures import Failure
 from llm_lightning.experiments.run_list import runs
@@ -30,6 +30,7 @@ from llm_lightning.experiments.sweep.search.plan import Plan, keep_plan
 from llm_lightning.experiments.sweep.search.searcher import Limits
 from llm_lightning.experiments.sweep.search.space import Space, space_of
 from llm_lightning.experiments.sweep.search.study import JOURNAL, Study
+from llm_lightning.tasks.base import TaskModule
 
 OPTIONS: dict[str, Any] = {
     "sampler": "tpe",
@@ -160,6 +161,22 @@ def test_a_row_that_is_being_written_waits_for_the_next_look(tmp_path: Path) -> 
     file.write_text("step,val/loss\n1,2.5\n2,1.25\n3,")
     assert rows.settled() == [2.5]
     assert rows.settled() == [2.5, 1.25]
+
+
+def test_each_validation_can_be_read_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no checkpoint is written, before which the logs are."""
+    seen: list[int] = []
+
+    def look(_: TaskModule) -> None:
+        seen.append(len(validations(tmp_path / "run", "val/loss")))
+
+    monkeypatch.setattr(TaskModule, "on_validation_end", look)
+    words = [word for word in SETTINGS if not word.startswith("callbacks.")]
+    corpus = write_corpus(tmp_path / "corpus.txt", 60)
+    words += ["callbacks=none", "trainer.val_check_interval=1", "trainer.max_steps=3", f"data.path={corpus}"]
+    outcome = fit_here([*words, f"hydra.run.dir={tmp_path / 'run'}"])
+    assert outcome.code == 0, outcome.err
+    assert seen == [1, 2, 3]
 
 
 # --- searches whose jobs do not train --------------------------------------------------------------------------------

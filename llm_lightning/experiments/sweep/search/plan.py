@@ -77,6 +77,8 @@ def plan_of(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs) 
     if "logger.csv._target_" not in settings:
         raise ValueError("a search judges the validations in metrics.csv: add logger=csv or logger=default")
     monitor = settings["monitor"]
+    if monitor is None:
+        raise ValueError("monitor=null: a search needs the metric that it makes better")
     mode = settings["monitor_mode"] or better_when(monitor)
     if mode is None:
         raise ValueError(f"monitor={monitor}: its name does not say which way is better; add monitor_mode=min or max")

@@ -58,7 +58,7 @@ def run_search(options: Mapping[str, Any], typed: Sequence[str], config: Any, hy
     Raises:
         ValueError: before the first trial, if a setting is wrong or the folder holds another search.
         RunFolderInUseError: if another process runs this search.
-        ChildProcessError: if the first trials all failed.
+        ChildProcessError: if the first trials all failed, or an error of the system ended a job.
     """
     dirs = config_files(config, task)
     limits = Limits.of(options)
@@ -195,7 +195,7 @@ class _Search:
 
     def _place(self, trial: SearchTrial) -> None:
         """Compose the jobs of a trial; one whose values do not go together fails."""
-        swept = tuple(self.plan.space.dimensions)
+        swept = (*self.plan.space.dimensions, *["seed"] * (len(self.plan.seeds) > 1))
         jobs = []
         try:
             for seed in self.plan.seeds:
@@ -249,10 +249,9 @@ class _Search:
     # --- words -------------------------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
-        told = self.study.told()
-        where = shown_from(Path.cwd(), self.runner.folder)
-        of = f" of {self.limits.n_trials}" if self.limits.n_trials else ""
-        say(f"Search {self.name} in {where}: {counted(len(told), 'trial')}{of} told", flush=True)
+        where, ended = shown_from(Path.cwd(), self.runner.folder), len(self.study.told())
+        of = f"{ended} of {self.limits.n_trials} trials" if self.limits.n_trials else counted(ended, "trial")
+        say(f"Search {self.name} in {where}: {of} ended before", flush=True)
 
     def _conclude(self, stopped: Sequence[SearchTrial]) -> None:
         say()
