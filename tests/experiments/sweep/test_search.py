@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+from forked import jobs_are_forks
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import MedianPruner
 from optuna.storages import JournalStorage
@@ -450,6 +451,34 @@ def test_the_command_searches_and_says_how_to_repeat_the_best(tmp_path: Path, mo
     assert "optuna-dashboard outputs/sweeps/study/study.journal" in outcome.out
     job = json.loads((tmp_path / "outputs/sweeps/study/trial_0-seed_4/job.json").read_text())
     assert job["settings"]["seed"] == 4
+
+
+@pytest.mark.slow
+def test_a_search_that_trains_counts_what_its_runs_say_of_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started = jobs_are_forks(monkeypatch)
+    words = [
+        *(word for word in SETTINGS if "samples" not in word),
+        f"data.path={write_corpus(tmp_path / 'corpus.txt', 60)}",
+        "trainer.val_check_interval=1",
+    ]
+    words += ["-m", "hydra/sweeper=optuna", "optimizer.lr=1e-3,1e30", "hydra.sweeper.sampler=grid", "seed=3"]
+    words += ["hydra.sweeper.seeds=2", "run_name=study", "callbacks.samples=null"]
+    outcome = train_here(words)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "outputs" / "sweeps" / "study"
+    of_rate = {params["optimizer.lr"]: (number, state, value) for number, state, params, value, *_ in trials_in(folder)}
+    number, state, value = of_rate[1e-3]
+    summaries = [json.loads((folder / f"trial_{number}-seed_{seed}" / "summary.json").read_text()) for seed in (3, 4)]
+    assert state is TrialState.COMPLETE
+    mean = sum(summary["best_value"] for summary in summaries) / 2
+    assert value == pytest.approx(mean, rel=1e-6), "Lightning rounds a logged value to fp32, metrics.csv does not"
+    assert of_rate[1e30][1] is TrialState.FAIL
+    assert len(started) == 3, "the second seed of the failed trial does not run"
+    assert train_here(words).code == 0
+    assert len(started) == 3
 
 
 @pytest.mark.parametrize(
