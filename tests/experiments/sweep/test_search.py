@@ -187,6 +187,10 @@ class Killed(BaseException):
     """SIGKILL of the sweep."""
 
 
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
 class Machine:
     """Searches in one folder, with jobs that write the records of a run, and kills at the lines of the journal."""
 
@@ -211,12 +215,14 @@ class Machine:
 
         patch.setattr(JournalFileBackend, "append_logs", dying)
 
-    def run(self, plan: Plan, *, at_a_time: int = 1, die_after: int | None = None, **options: Any) -> list[Any]:
-        """One start of the search; its trials as Optuna reads them, None if it was killed."""
+    def run(
+        self, plan: Plan, *, at_a_time: int = 1, seed: int = 1, die_after: int | None = None, **options: Any
+    ) -> list[Any]:
+        """One start of the search; its trials as Optuna reads them."""
         self.lines_left = die_after
         limits = Limits.of(OPTIONS | options)
         keep_plan(self.folder, plan)
-        study = Study.open(self.folder, plan.mode, plan.space, sampler=limits.sampler, seed=1)
+        study = Study.open(self.folder, plan.mode, plan.space, sampler=limits.sampler, seed=seed)
         searcher._Search(self, plan, study, limits, None, at_a_time).run()  # type: ignore[arg-type]
         return trials_in(self.folder)
 
@@ -275,10 +281,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 def test_a_search_that_is_killed_at_any_line_is_the_undisturbed_one(
     machine: Callable[[str], Machine], at_a_time: int
 ) -> None:
-    undisturbed = machine("whole").run(plan(), at_a_time=at_a_time)
-    assert [one[0] for one in undisturbed] == list(range(12))
+    options = {"at_a_time": at_a_time, "n_trials": 9, "pruner_startup": 2, "seed": 3}
+    undisturbed = machine("whole").run(plan(), **options)
+    assert [one[0] for one in undisturbed] == list(range(9))
     assert {one[1] for one in undisturbed} == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
-    trials, kills = machine("killed").killed_often(plan(), 3, at_a_time=at_a_time)
+    trials, kills = machine("killed").killed_often(plan(), 3, **options)
     assert kills > 20
     assert trials == undisturbed
 
@@ -329,7 +336,12 @@ def test_a_running_job_is_stopped_when_it_is_pruned_and_shown_as_stopped(
         stopped.append(folder)
 
     monkeypatch.setattr(sys.modules[__name__], "train", slowly)
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "tell", killed)
+        with pytest.raises(Killed):
+            one.run(plan(seeds=1), n_trials=5)
     *_, last = one.run(plan(seeds=1), n_trials=5)
+    assert len(stopped) == 1, "what its rows say needs no further look at the job"
     assert last[1] is TrialState.PRUNED
     assert last[4] == {1: 9.5, 2: 9.5}, "the rows until the stop do not count"
     assert not (stopped[0] / "stop").exists()
