@@ -37,7 +37,7 @@ from llm_lightning.experiments.hparams import best_tag, shown_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.plot_lr import plot_lr
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
-from llm_lightning.experiments.run_records import COMMAND, Settings, Start, damaged_summary
+from llm_lightning.experiments.run_records import COMMAND, PRUNED, Settings, Start, damaged_summary
 from llm_lightning.experiments.settings.changes import refuse_changes
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
 from llm_lightning.files.atomic import write_atomically
@@ -107,6 +107,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if is_main_process():
         failures.forget(run.path)
+        (run.path / PRUNED).unlink(missing_ok=True)
     total_steps = planned_steps(trainer, datamodule)
     module.check_plan(trainer, total_steps)
     if is_finished(run, trainer, total_steps):

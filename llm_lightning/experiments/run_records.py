@@ -19,6 +19,8 @@ COMMAND = "command.json"
 """File in a run folder: the command line that started the run, the folder it was typed in, and the planned steps."""
 SUMMARY = "summary.json"
 """File in a run folder: the results of a run that ended by itself."""
+PRUNED = "pruned.json"
+"""File in a run folder: why a search stopped the run before its last step."""
 Settings = dict[str, Any]
 """A checked configuration as nested dicts, every value resolved."""
 Facts = Mapping[str, type | tuple[type, ...]]

@@ -30,7 +30,7 @@ from llm_lightning.experiments.run_folder import (
     read_owner,
     silent_seconds,
 )
-from llm_lightning.experiments.run_records import COMMAND, SUMMARY, read_facts, read_summary
+from llm_lightning.experiments.run_records import COMMAND, PRUNED, SUMMARY, read_facts, read_summary
 from llm_lightning.experiments.summary import duration
 from llm_lightning.files.metrics_csv import column, last_rows
 from llm_lightning.terminal import one_line
@@ -82,6 +82,8 @@ class _Files(NamedTuple):
     """As planned when the last session began to train."""
     saved_steps: int
     """Of the newest checkpoint."""
+    pruned: str | None
+    """Why a search stopped it."""
 
 
 @dataclass
@@ -136,6 +138,7 @@ def _read_files(path: Path, names: Names, problems: list[str]) -> _Files:
         failure=read(FAILURE, Failure.read, None),
         total_steps=_count(command.get("total_steps")),
         saved_steps=max(_saved_steps(path), default=0),
+        pruned=_text(read(PRUNED, lambda folder: read_facts(folder / PRUNED, {}, "delete it"), nothing).get("reason")),
     )
 
 
@@ -267,6 +270,8 @@ def _status(path: Path, files: _Files, steps: int) -> tuple[str, str | None]:
     if is_foreign:
         free = "; the same command continues it" if silent >= SILENT_SECONDS else ""
         return "foreign", f"process {owner['pid']} of {owner['host']} wrote {duration(silent)} ago{free}"
+    if files.pruned and not _ended(files):
+        return "stopped", one_line(files.pruned)
     if owner:
         return "died", f"process {owner['pid']} is gone; it wrote {duration(silent)} ago"
     if _ended(files):

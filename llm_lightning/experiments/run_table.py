@@ -40,12 +40,16 @@ def table(records: Sequence[Record], columns: Sequence[str] | None = None, width
         after = [f"settings that differ too: {', '.join(left_out)} (--columns)"] if left_out else []
         if "reason" not in columns:
             after += [f"{record['name']}: {record['reason']}" for record in records if record["reason"]]
+    return [*rows_of(records, columns, width), *map(one_line, after), counts(records)]
+
+
+def rows_of(records: Sequence[Record], columns: Sequence[str], width: int | None) -> list[str]:
+    """The heading, and a line for each record, which needs a `monitor` besides the columns."""
     grid = [[_cell(key, record) for key in columns] for record in records]
     headings = [_heading(key, records) for key in columns]
     are_texts = [any(isinstance(record.get(key), str) for record in records) for key in columns]
     widths = _fitted(columns, headings, grid, are_texts, width)
-    lines = [GAP.join(map(_placed, columns, row, widths, are_texts)).rstrip() for row in (headings, *grid)]
-    return [*lines, *map(one_line, after), counts(records)]
+    return [GAP.join(map(_placed, columns, row, widths, are_texts)).rstrip() for row in (headings, *grid)]
 
 
 def terminal_width() -> int | None:

@@ -249,6 +249,8 @@ class TaskModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._end_evaluation(step=self.global_step - 1)
+        for logger in self.trainer.loggers:
+            logger.save()  # a search, and whoever watches metrics.csv, sees each validation at once
 
     def on_test_epoch_start(self) -> None:
         self._begin_evaluation(self.datamodule.test_samples)

@@ -8,63 +8,30 @@ The same command runs what is missing; more values add jobs.
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import open_dict
 
 from llm_lightning.experiments.failures import Failure
-from llm_lightning.experiments.report.watching import SweepReport
-from llm_lightning.experiments.run_folder import is_main_process, owned
+from llm_lightning.experiments.run_folder import owned
 from llm_lightning.experiments.run_records import read_summary, refuse_links
-from llm_lightning.experiments.settings.checks import check_job
-from llm_lightning.experiments.settings.compose import PLUGINS, ConfigDirs, SharedCompositions, config_dirs
-from llm_lightning.experiments.settings.nodes import dotted, leaves, plain
-from llm_lightning.experiments.settings.overrides import key_of, parsed, quoted
-from llm_lightning.experiments.settings.yaml_files import load
+from llm_lightning.experiments.settings.compose import ConfigDirs
+from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.experiments.summary import shown_from
 from llm_lightning.experiments.sweep import folder as records
-from llm_lightning.experiments.sweep.attempt import Attempt
-from llm_lightning.experiments.sweep.folder import SweepRef
-from llm_lightning.experiments.sweep.forked import PROJECT
 from llm_lightning.experiments.sweep.identity import Identity, changed_limits, content_of
-from llm_lightning.experiments.sweep.launchers import end_with, remove_links, traits_of
-from llm_lightning.experiments.sweep.launching import Launching
+from llm_lightning.experiments.sweep.launchers import remove_links
+from llm_lightning.experiments.sweep.runner import Job, Runner, config_files, settings_of
 from llm_lightning.experiments.sweep.stopping import stop_signals
 from llm_lightning.experiments.sweep.words import Listed, list_jobs, sweep_name
 from llm_lightning.terminal import counted, say
 
 MANY = 20
 """From this number of jobs on, a bar shows how many are composed."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job of this sweep, and its folder."""
-
-    listed: Listed
-    identity: Identity
-    folder: Path
-    before: Identity | None = None
-    """The job as an earlier start of the sweep recorded it."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    def state(self) -> str:
-        """`finished`, `failed` or `open`, by its folder; `failed` if it failed of itself, so that it would again."""
-        if read_summary(self.folder).get("finished"):
-            return "finished"
-        failure = Failure.read(self.folder)
-        return "open" if failure is None or failure.repeats else "failed"
 
 
 def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hydra_context: Any, task: Any) -> None:
@@ -81,38 +48,21 @@ def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hyd
         RunFolderInUseError: if another process runs this sweep.
         ChildProcessError: if jobs failed.
     """
-    if not is_main_process() or os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("a sweep starts the processes of each job itself: type it once, without a launcher")
-    attempt: Attempt = task.attempt
-    dirs = SharedCompositions(config_dirs(task.own_config_dir, task.config_dir).folders)
-    option = config.hydra.runtime.choices.get("sweep")
-    _refuse_other_keys(dirs, option)
-    _refuse_subdir(config.hydra.overrides.hydra)
+    dirs = config_files(config, task)
+    for key in ("n_trials", "timeout", "pruner"):
+        if options[key] is not None:
+            raise ValueError(f"hydra.sweeper.{key} has no effect without a search: add hydra/sweeper=optuna")
     listed = list_jobs(options, typed, dirs)
     if config.run_name is None:
         with open_dict(config):
-            config.run_name = sweep_name(listed, option, typed)
+            config.run_name = sweep_name(listed, config.hydra.runtime.choices.get("sweep"), typed)
     folder = Path(config.hydra.sweep.dir).absolute()
     composed = _composed(listed, dirs)
     with owned(folder, what="sweep"):
         remove_links(folder)
         refuse_links(folder)
-        jobs = _placed(composed, folder, lambda one: _settings_of(_choices(one, dirs), dirs))
-        _Sweep(options, config, hydra_context, attempt, folder, jobs).run()
-
-
-def _refuse_other_keys(dirs: ConfigDirs, option: str | None) -> None:
-    """Refuse settings of a sweep's file that its jobs would not get."""
-    file = dirs.file_of("sweep", option) if option else None
-    others = [key for key in (dotted(load(file)) if file else {}) if not f"{key}.".startswith("hydra.")]
-    if others:
-        raise ValueError(f"{others[0]} in {file} would reach no job: write it under hydra.sweeper.params")
-
-
-def _refuse_subdir(typed: Sequence[str]) -> None:
-    """Refuse a name for the folders of all jobs, which the sweeper names."""
-    if any(key_of(word) == "hydra.sweep.subdir" for word in typed):
-        raise ValueError("hydra.sweep.subdir has no effect: jobs are named by what varies; leave it out")
+        jobs = _placed(composed, folder, lambda one: settings_of(_choices(one, dirs), dirs))
+        _Sweep(Runner(options, config, hydra_context, task.attempt, folder), jobs).run()
 
 
 def _composed(listed: Sequence[Listed], dirs: ConfigDirs) -> list[tuple[Listed, Identity]]:
@@ -122,17 +72,12 @@ def _composed(listed: Sequence[Listed], dirs: ConfigDirs) -> list[tuple[Listed, 
     content: dict[str, str] = {}
     kept: dict[str, tuple[Listed, Identity]] = {}
     for job in tqdm(listed, desc="Composing", unit="job", leave=False, disable=None if len(listed) > MANY else True):
-        settings = _settings_of(job.words, dirs)
+        settings = settings_of(job.words, dirs)
         identity = Identity(settings, content_of(settings, content), job.swept)
         same, _ = kept.setdefault(identity.digest(), (job, identity))
         if same is not job:
             say(f"{job.name} is the same job as {same.name}: it runs once", flush=True)
     return list(kept.values())
-
-
-def _settings_of(words: Sequence[str], dirs: ConfigDirs) -> dict[str, Any]:
-    """The settings of a job, composed and checked."""
-    return leaves(plain(check_job([parsed(word) for word in words], dirs).config))
 
 
 def _choices(job: Listed, dirs: ConfigDirs) -> list[str]:
@@ -189,38 +134,23 @@ def _similar(
 class _Sweep:
     """The jobs of one start of a sweep, and the launcher that runs them."""
 
-    def __init__(
-        self,
-        options: Mapping[str, Any],
-        config: Any,
-        hydra_context: Any,
-        attempt: Attempt,
-        folder: Path,
-        jobs: Sequence[Job],
-    ) -> None:
-        self.options, self.config, self.hydra_context = options, config, hydra_context
-        self.attempt, self.folder, self.jobs = attempt, folder, jobs
-        self.name = folder.name
-        self.report = SweepReport(folder)
+    def __init__(self, runner: Runner, jobs: Sequence[Job]) -> None:
+        self.runner, self.jobs = runner, jobs
+        self.options, self.folder, self.name = runner.options, runner.folder, runner.name
 
     def run(self) -> None:
         todo = list(self._to_do())
-        self._record([*todo, *(job for job in self.jobs if job.before and not job.before.is_recorded)])
+        self.runner.record([*todo, *(job for job in self.jobs if job.before and not job.before.is_recorded)])
         self._announce(todo)
         sweep = records.begin(self.folder)
         received: list[int] = []
         try:
             with stop_signals() as received:
-                self._launch(todo, sweep, received)
+                self.runner.launch(todo, sweep, received)
         finally:
             records.end(sweep)
-            page = self._last_report(todo)
+            page = self.runner.last_report(has_run=bool(todo))
         self._conclude(received, page)
-
-    def _last_report(self, todo: Collection[Job]) -> Path | None:
-        """The report, written unless it is there and no job ran."""
-        page = self.folder / "report.html"
-        return page if not todo and page.is_file() else self.report.write()
 
     def _to_do(self) -> Iterator[Job]:
         for job in self.jobs:
@@ -231,12 +161,6 @@ class _Sweep:
             elif state == "open" or self.options["retry_failed"]:
                 yield job
 
-    def _record(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            before = job.before.swept if job.before else ()
-            swept = tuple(dict.fromkeys([*job.identity.swept, *before]))
-            records.write_job(job.folder, replace(job.identity, swept=swept), job.listed.words)
-
     def _announce(self, todo: Sequence[Job]) -> None:
         finished = sum(job.state() == "finished" for job in self.jobs)
         failed = sum(job.state() == "failed" for job in self.jobs) if not self.options["retry_failed"] else 0
@@ -246,48 +170,6 @@ class _Sweep:
             f"{', '.join([counted(len(self.jobs), 'job'), *parts, f'{len(todo)} to run'])}",
             flush=True,
         )
-
-    # --- launching ---------------------------------------------------------------------------------------------------
-
-    def _launch(self, todo: Sequence[Job], sweep: SweepRef, received: Sequence[int]) -> None:
-        if not todo:
-            return
-        traits = traits_of(self.config.hydra.launcher, len(todo), int(self.options["jobs_per_gpu"]))
-        attempt = replace(self.attempt, sweep=sweep, share=traits.share)
-        if not traits.in_this_process:
-            make = partial(self._launcher, attempt)
-            Launching(sweep, todo, traits, make, self._overrides, received, self.report.job_ended).run()
-            return
-        launcher = self._launcher(attempt, None)
-        for number, job in enumerate(todo):
-            if received:
-                return
-            say(f"Sweep {self.name}: job {number + 1} of {len(todo)}, {job.name}", flush=True)
-            launcher.launch([self._overrides(job)], initial_job_idx=number)
-            self.report.job_ended()
-
-    def _launcher(self, attempt: Attempt, workers: int | None) -> Any:
-        from hydra.core.plugins import Plugins
-
-        importable = [str(PROJECT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(importable))  # for processes that a launcher starts
-        config = self.config.copy()
-        with open_dict(config):
-            if not config.hydra.verbose:  # the sweep itself says what it runs
-                config.hydra.hydra_logging.root.level = "WARNING"
-                logging.getLogger("hydra_plugins").setLevel(logging.WARNING)
-            config.hydra.sweep.dir = str(self.folder)
-            if workers is not None and "n_jobs" in config.hydra.launcher:
-                config.hydra.launcher.n_jobs = workers
-        launcher: Any = Plugins.instance().instantiate_launcher(
-            hydra_context=self.hydra_context, task_function=attempt, config=config
-        )
-        if workers is not None and workers > 1 and attempt.sweep is not None:
-            launcher.joblib |= {"initializer": end_with, "initargs": (attempt.sweep.head,)}
-        return launcher
-
-    def _overrides(self, job: Job) -> list[str]:
-        return [*job.listed.words, f"hydra.sweep.dir={quoted(self.folder)}", f"hydra.sweep.subdir={quoted(job.name)}"]
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -321,7 +203,7 @@ class _Sweep:
             )
         unfinished = sum(job.state() != "finished" for job in self.jobs)
         rest = f"; {counted(unfinished, 'job')} stopped before the end" if unfinished else ""
-        by_dir = any(key_of(word) == "hydra.sweep.dir" for word in self.config.hydra.overrides.hydra)
+        by_dir = any(key_of(word) == "hydra.sweep.dir" for word in self.runner.config.hydra.overrides.hydra)
         where = f"hydra.sweep.dir={shown_from(Path.cwd(), self.folder)}" if by_dir else f"run_name={self.name}"
         say(f"Sweep {self.name}: no job failed{rest}. To add jobs, type more values with {where}")
 

@@ -71,6 +71,31 @@ def list_jobs(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs
     return [job for name, words in groups for job in _combinations(name, words, values)]
 
 
+def search_words(options: Mapping[str, Any], typed: Sequence[str], dirs: ConfigDirs) -> list[str]:
+    """The words of a search, one for each key: `params`, then what is typed, which beats them.
+
+    Raises:
+        ValueError: one line, if a value is missing, or an option is for sweeps without a search.
+    """
+    for key in ("jobs", "only", "retry_failed"):
+        if options.get(key):
+            raise ValueError(f"hydra.sweeper.{key} has no effect in a search, which chooses each trial; leave it out")
+    own = [word for word in typed if key_of(word) != "sweep"]
+    words = _later_wins([*_words_of(options.get("params"), "hydra.sweeper.params", dirs), *own])
+    _refuse_missing(words)
+    for word in words:
+        refuse_fixed(word)
+    return words
+
+
+def refuse_fixed(word: str) -> None:
+    """Refuse several values of a key that is the whole sweep's."""
+    override = parsed(word)
+    key = override.key_or_group
+    if override.is_sweep_override() and key.partition(".")[0].partition("/")[0] in CANNOT_VARY:
+        raise ValueError(f"'{word}': {key} cannot vary in a sweep; give it one value")
+
+
 def sweep_name(jobs: Sequence[Listed], option: str | None, typed: Sequence[str]) -> str:
     """A name for a sweep without `run_name`: the same for the same jobs, in whatever order they are typed.
 
@@ -140,11 +165,13 @@ def _count(word: str, dirs: ConfigDirs) -> int:
     key = override.key_or_group
     if not override.is_sweep_override():
         return 1
-    if key.partition(".")[0].partition("/")[0] in CANNOT_VARY:
-        raise ValueError(f"'{word}': {key} cannot vary in a sweep; give it one value")
+    refuse_fixed(word)
     value = override.value()
     if isinstance(value, IntervalSweep):
-        raise ValueError(f"'{word}' lists no values: an interval has no end of them; write them out, as {key}=A,B,C")
+        raise ValueError(
+            f"'{word}' lists no values: an interval has no end of them; write them out, as {key}=A,B,C, "
+            "or search it: hydra/sweeper=optuna"
+        )
     if isinstance(value, Glob):
         return len(values_of(override, dirs))
     return sum(1 for _ in override.sweep_string_iterator())

@@ -12,10 +12,12 @@ from omegaconf import OmegaConf
 from tiny_run import ROOT, train_here
 
 from llm_lightning.experiments.settings.checks import checked_settings
-from llm_lightning.experiments.settings.compose import config_dirs
+from llm_lightning.experiments.settings.compose import SharedCompositions, config_dirs
 from llm_lightning.experiments.settings.nodes import dotted, plain
 from llm_lightning.experiments.settings.yaml_files import group_options, load
 from llm_lightning.experiments.sweep.identity import Identity
+from llm_lightning.experiments.sweep.search.plan import plan_of
+from llm_lightning.experiments.sweep.search.searcher import Limits
 from llm_lightning.experiments.sweep.words import Listed, list_jobs
 
 CONF = ROOT / "conf"
@@ -26,6 +28,17 @@ JOBS = {
     "lora_rank_by_alpha": 9,
     "lr_by_warmup": 12,
     "optimizers": 9,
+}
+SEARCHES = {
+    "book_hparams_search": [
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "model.dropout",
+        "data.batch_size",
+        "scheduler.warmup",
+        "scheduler.initial_lr",
+        "scheduler.min_lr",
+    ]
 }
 GIVEN = {"dpo_beta": ["init_from=outputs/sft/first"], "lora_rank_by_alpha": ["init_from=outputs/pretraining/first"]}
 
@@ -43,7 +56,17 @@ def settings_of(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_every_sweep_is_counted_here() -> None:
-    assert list(JOBS) == group_options(CONF, "sweep")
+    assert sorted([*JOBS, *SEARCHES]) == group_options(CONF, "sweep")
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_passes_the_checks_with_each_of_its_values(name: str) -> None:
+    words = [f"sweep={name}"]
+    options = OmegaConf.to_container(checked_settings(words, CONF).full.hydra.sweeper)
+    assert isinstance(options, dict)
+    plan = plan_of({str(key): value for key, value in options.items()}, words, SharedCompositions((CONF,)))
+    assert list(plan.space.dimensions) == SEARCHES[name]
+    assert Limits.of(options).n_trials == 25  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", JOBS)
