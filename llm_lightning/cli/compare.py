@@ -131,9 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if picture:
         write_figure(picture, draw_curves(curves))
     write_atomically(args.output, as_html(page))
-    say_lines(
-        aligned([("", *(f"{one} {name}" for one, name in zip("AB", names, strict=True)), "B - A", "of"), *measures])
-    )
+    say_lines(aligned([("", f"A: {names[0]}", f"B: {names[1]}", "B - A", "of"), *measures]))
     say_lines([f"written: {', '.join(map(str, [args.output, *([picture] if picture else [])]))}"])
 
 

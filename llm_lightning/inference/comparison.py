@@ -151,6 +151,9 @@ def judged(judge: Judge, rows: Sequence[dict[str, Any]]) -> Judged:
         remarks.append(
             f"The response shown first was chosen in {share:.0%} of the {summary.decided:,} that were not a tie."
         )
+    both = sum(one.value is not None and other.value is not None for one, other in zip(*verdicts, strict=True))
+    if both < len(rows):
+        remarks.append(f"The difference of the scores is over the {both:,} records with both.")
     remarks += _failures({"Scores of A": scores[0], "Scores of B": scores[1], "Pairs": summary})
     return Judged(measures, remarks, [_notes(*one) for one in zip(*verdicts, pairs, strict=True)])
 

@@ -20,12 +20,12 @@ from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.experiments.hparams import shown_settings, write_hparams
 from llm_lightning.experiments.run_list import read_runs
 
-LOGGED = {"logger__tensorboard": {"_target_": "llm_lightning.callbacks.run_logs.TensorBoard"}, "logger": {}}
+LOGGER = {"tensorboard": {"_target_": "llm_lightning.callbacks.run_logs.TensorBoard"}}
 
 
 def make(folder: Path, status: str, value: float | None = None, **changes: Any) -> None:
     """A made run with TensorBoard's events."""
-    make_run(folder, status, logger={"tensorboard": LOGGED["logger__tensorboard"]}, **changes)
+    make_run(folder, status, logger=LOGGER, **changes)
     logger = TensorBoard(folder)
     logger.log_metrics({"train/loss": 9.0, "val/loss": 8.0}, 3)
     if value is not None:
@@ -61,7 +61,7 @@ def sweep(tmp_path: Path) -> Path:
     for lr in (0.001, 0.01):
         make(folder / f"lr_{lr}", "finished", lr, optimizer__lr=lr)
     make(folder / "lr_1", "failed", optimizer__lr=1.0)
-    make_run(folder / "lr_2", "failed", optimizer__lr=float("inf"), logger={"x": LOGGED["logger__tensorboard"]})
+    make_run(folder / "lr_2", "failed", optimizer__lr=float("inf"), logger=LOGGER)
     make(folder / "lr_3", "running", optimizer__lr=3.0)
     return folder
 
@@ -104,7 +104,7 @@ def test_a_run_that_is_tried_again_loses_its_failed_line(sweep: Path) -> None:
     (sweep / "lr_1" / "failure.json").unlink()
     make(sweep / "lr_1", "finished", 1.0, optimizer__lr=1.0)  # its logger
     (sweep / "lr_2" / "failure.json").unlink()
-    make_run(sweep / "lr_2", "finished", logger={"x": LOGGED["logger__tensorboard"]})  # without one
+    make_run(sweep / "lr_2", "finished", logger=LOGGER)  # without one
     write_hparams(sweep, read_runs(sweep))
     assert list(sweep.glob(f"*/{HPARAMS}")) == []
     assert hparams(sweep)[1]["lr_1"]["sessions"][0]["status"] == "STATUS_SUCCESS"
