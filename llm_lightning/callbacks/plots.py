@@ -84,7 +84,7 @@ class Plots(L.Callback):
             drawn = draw_plots(Path(trainer.default_root_dir), steps_per_epoch, trainer.lightning_module.figures())  # type: ignore[operator]
             for board in boards:
                 for name, png in drawn.items():
-                    board.log_picture(name, png, trainer.global_step)
+                    board.log_picture(f"plots/{name}", png, trainer.global_step)
         except Exception as error:  # of matplotlib, a font or a full disk
             rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
             self._is_broken = True

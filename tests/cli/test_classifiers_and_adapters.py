@@ -89,8 +89,8 @@ def test_tensorboard_has_the_figures(plain: Path) -> None:
 
     events = EventAccumulator(str(plain), size_guidance={"images": 0}).Reload()
     names = {"loss", "accuracy", "lr", "gradient_norm", "val_confusion", "val_roc", "test_confusion", "test_roc"}
-    assert set(events.Tags()["images"]) == names
-    assert [events.Images("loss")[0].encoded_image_string] == [(plain / "plots" / "loss.png").read_bytes()]
+    assert set(events.Tags()["images"]) == {f"plots/{name}" for name in names}
+    assert [events.Images("plots/loss")[0].encoded_image_string] == [(plain / "plots" / "loss.png").read_bytes()]
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
     assert groups == {"train", "val", "lr", "time", "best", "test"}
     assert len(events.Scalars("test/accuracy")) == len(events.Scalars("best/val_loss")) == 1
