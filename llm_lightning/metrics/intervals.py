@@ -70,7 +70,7 @@ def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
     """The correlation of the two outcomes, with Newcombe's correction for continuity if it is positive."""
     n = both + only_a + only_b + neither
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
-    surplus = both * neither - only_a * only_b
+    surplus: float = both * neither - only_a * only_b
     if surplus > 0:
         surplus = max(surplus - n / 2, 0)
     return surplus / math.sqrt(margins) if margins else 0.0
