@@ -103,6 +103,7 @@ def test_a_run_that_is_tried_again_loses_its_failed_line(sweep: Path) -> None:
     assert [path.parent.name for path in sorted(sweep.glob(f"*/{HPARAMS}"))] == ["lr_1", "lr_2"]
     (sweep / "lr_1" / "failure.json").unlink()
     make(sweep / "lr_1", "finished", 1.0, optimizer__lr=1.0)  # its logger
+    assert not (sweep / "lr_1" / HPARAMS).exists()
     (sweep / "lr_2" / "failure.json").unlink()
     make_run(sweep / "lr_2", "finished", logger=LOGGER)  # without one
     write_hparams(sweep, read_runs(sweep))
