@@ -143,7 +143,8 @@ def links() -> dict[str, Link]:
         ".lock",
     )
     names += ("traceback.txt", "responses.json", "plots/loss.png", "checkpoints/step_00000009.ckpt", "command.json")
-    names += ("tensorboard/events.out.tfevents.1.x.1.0", f".config.yaml.{os.getpid()}.tmp", "any/where/else")
+    names += ("events.out.tfevents.1.x.1.0", "tensorboard/events.out.tfevents.1.x.1.0", "_hparams_.tfevents")
+    names += (f".config.yaml.{os.getpid()}.tmp", "any/where/else")
     found = {f"{name} -> a file": to_file(name) for name in names}
     found |= {f"{name} -> nothing": to_nothing(name) for name in ("samples.md", "train.log", "plots/lr.png")}
     found |= {f"{name} -> a folder": to_folder(name) for name in ("checkpoints", "tensorboard", "plots", ".hydra")}

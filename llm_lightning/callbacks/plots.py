@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,7 @@ from llm_lightning.files.pictures import (
     TRAINING_EVALUATED,
     VALIDATION,
     blank,
-    smoothed,
-    smoothing_width,
+    draw_curve,
 )
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ STYLES = {
 }
 """Curve -> its colour and name; {} is the metric."""
 ACCURACIES = ("accuracy", "reward_accuracy")
-MARKED = 50
-"""Points up to which each has a dot."""
 
 
 class Plots(L.Callback):
@@ -87,7 +84,7 @@ class Plots(L.Callback):
             drawn = draw_plots(Path(trainer.default_root_dir), steps_per_epoch, trainer.lightning_module.figures())  # type: ignore[operator]
             for board in boards:
                 for name, png in drawn.items():
-                    board.log_picture(name, png, trainer.global_step)
+                    board.log_picture(f"plots/{name}", png, trainer.global_step)
         except Exception as error:  # of matplotlib, a font or a full disk
             rank_zero_warn(f"no plots: {type(error).__name__}: {error}")
             self._is_broken = True
@@ -171,25 +168,6 @@ def gradient_norm_figure(curves: Curves) -> Figure:
     axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
     return figure
-
-
-def draw_curve(
-    axes: Any, points: Sequence[tuple[int, float]], color: str, label: str, *, is_noisy: bool, per: float = 1,
-    **style: Any,
-) -> None:  # fmt: skip
-    """Draw one curve. A noisy one is a line over its raw points, and the legend says how it was smoothed.
-
-    Args:
-        per: steps of one unit of the x axis.
-    """
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    at = [(step + 1) / per for step in steps]  # the row of step s is written after s + 1 updates
-    width = smoothing_width(steps) if is_noisy else None
-    if width is None:
-        axes.plot(at, values, color=color, label=label, marker="." if len(at) < MARKED else None, **style)
-        return
-    axes.plot(at, values, color=color, alpha=0.3, linewidth=0.6, antialiased=False, label=f"{label}, each logged step")
-    axes.plot(at, smoothed(steps, values, width), color=color, label=f"{label}, mean over {width:,} steps", **style)
 
 
 def _draw_over_epochs(axes: Any, name: str, curves: Curves, steps_per_epoch: int) -> None:

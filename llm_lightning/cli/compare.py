@@ -1,10 +1,10 @@
-"""Show the answers of two models side by side, on an HTML page: A is the reference, B the model trained from it.
+"""Show the answers of two models side by side, on an HTML page, and their difference on each measure.
 
 llm-lightning compare outputs/sft/my_run outputs/dpo/my_run --split test -o comparison.html
 llm-lightning compare gpt2-small outputs/sft/my_run questions.json --judge
 
-Both models answer the same prompts greedily. The learning curves of B, where it has any, are in
-comparison_curves.png beside the page.
+Both models answer the same prompts greedily. Differences are paired, B - A on the same records, with 95% intervals.
+The learning curves of both, where they are runs, are in comparison_curves.png beside the page.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from llm_lightning.terminal import aligned, say_lines, visible
 
 if TYPE_CHECKING:
     from llm_lightning.data.templates import Conversation, Template
+    from llm_lightning.inference.curves import Curves
     from llm_lightning.metrics.judge.client import Judge
     from llm_lightning.weights.load import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("reference", metavar="A", help="a model (see llm-lightning generate --help)")
-    parser.add_argument("policy", metavar="B", help="the model that is compared with it")
+    parser.add_argument("model_a", metavar="A", help="a model (see llm-lightning generate --help)")
+    parser.add_argument("model_b", metavar="B", help="the model that is compared with it")
     parser.add_argument(
         "data",
         metavar="DATA",
@@ -68,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="per answer, at most (default: %(default)s)",
     )
     parser.add_argument(
-        "--curves", type=Path, metavar="RUN", help="the run whose learning curves are shown (default: B, if it is one)"
+        "--curves",
+        type=Path,
+        metavar="RUN",
+        help="the run whose learning curves are shown (default: A and B, if they are runs)",
     )
     judge = parser.add_argument_group("the judge")
     judge.add_argument(
@@ -85,11 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from llm_lightning.files.atomic import write_atomically, write_figure
     from llm_lightning.inference.comparison import COLUMNS, explanations, judged, measures_of
-    from llm_lightning.inference.curves import draw_curves, read_curves
+    from llm_lightning.inference.curves import draw_curves
     from llm_lightning.inference.respond import answered
 
     _check(args)
-    curves = read_curves(args.curves or Path(args.policy), is_required=args.curves is not None)
+    names = unique_names(args.model_a, args.model_b)
+    curves = _curves(args, names)
     judge = _judge(args)
     models = _open_both(args)
     conversations, source = _conversations(models, args)
@@ -107,10 +112,11 @@ def run(args: argparse.Namespace) -> None:
         measures, remarks, notes = [*measures, *opinion.measures], [*remarks, *opinion.remarks], opinion.notes
     picture = args.output.with_name(f"{args.output.stem}_curves.png") if curves else None
     page = Page(
-        title=f"{args.reference} and {args.policy}",
+        title=" and ".join(names),
+        names=names,
         facts=[
-            f"A, the reference: {args.reference}",
-            f"B, the policy: {args.policy}",
+            f"A is {names[0]}: {args.model_a}",
+            f"B is {names[1]}: {args.model_b}",
             f"{len(rows):,} records of {source}; template {template.name}; each answer greedy, at most "
             f"{args.max_new_tokens:,} tokens",
         ],
@@ -125,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if picture:
         write_figure(picture, draw_curves(curves))
     write_atomically(args.output, as_html(page))
-    say_lines(aligned([("", "A", "B", "of"), *measures]))
+    say_lines(aligned([("", f"A: {names[0]}", f"B: {names[1]}", "B - A", "of"), *measures]))
     say_lines([f"written: {', '.join(map(str, [args.output, *([picture] if picture else [])]))}"])
 
 
@@ -152,9 +158,40 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"-o {args.output}: the folder {args.output.parent} does not exist")
 
 
+def unique_names(a: str, b: str) -> tuple[str, str]:
+    """The names of two runs, with as many folders before them as tell them apart.
+
+    A checkpoint has the name of its run, unless both are of one run.
+    """
+    whole = [_parts(path) for path in (a, b)]
+    runs = [parts[: parts.index("checkpoints")] or parts if "checkpoints" in parts else parts for parts in whole]
+    for one, other in (runs, [[part for part in parts if part != "checkpoints"] for parts in whole]):
+        for length in range(1, max(len(one), len(other)) + 1):
+            names = "/".join(one[-length:]), "/".join(other[-length:])
+            if names[0] != names[1]:
+                return names
+    return f"{runs[0][-1]} (A)", f"{runs[1][-1]} (B)"
+
+
+def _parts(path: str) -> list[str]:
+    place = Path(path).absolute() if Path(path).exists() else Path(path)
+    return [part for part in place.parts if part != place.anchor] or [path]
+
+
+def _curves(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Curves]:
+    """The curves of the run that `--curves` names, else of those of both that are runs."""
+    from llm_lightning.inference.curves import read_curves
+
+    if args.curves is not None:
+        return {args.curves.absolute().name: read_curves(args.curves, is_required=True)}
+    paths = zip(names, (args.model_a, args.model_b), strict=True)
+    found = {name: read_curves(Path(path), is_required=False) for name, path in paths}
+    return {name: curves for name, curves in found.items() if curves}
+
+
 def _open_both(args: argparse.Namespace) -> list[LoadedModel]:
     """Load A and B; --base is for the adapters among them."""
-    paths = (args.reference, args.policy)
+    paths = (args.model_a, args.model_b)
     if args.base is None:
         return [_opened(args, path) for path in paths]
     need_base = [_is_adapter(path) for path in paths]
@@ -189,9 +226,9 @@ def _template(models: Sequence[LoadedModel], wanted: str | None) -> Template:
     from llm_lightning.data.of_checkpoint import settings_of
     from llm_lightning.inference.respond import template_of
 
-    reference, policy = models
-    is_known = wanted or settings_of(policy).get("template") or not settings_of(reference).get("template")
-    return template_of(policy if is_known else reference, wanted)
+    a, b = models
+    is_known = wanted or settings_of(b).get("template") or not settings_of(a).get("template")
+    return template_of(b if is_known else a, wanted)
 
 
 def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> tuple[list[Conversation], str]:

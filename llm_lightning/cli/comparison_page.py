@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,8 @@ class Page(NamedTuple):
     """What the page shows."""
 
     title: str
+    names: Sequence[str]
+    """of A and B"""
     facts: list[str]
     measures: list[Measure]
     remarks: list[str]

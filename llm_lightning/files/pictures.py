@@ -18,9 +18,9 @@ VALIDATION = "#d55e00"
 TEST = "#e69f00"
 LEARNING_RATE = "#009e73"
 GRADIENT_NORM = "#aa4499"
-SECOND_RUN = "--"
-"""The line of the second of two runs: its colours have their meaning already."""
 
+MARKED = 50
+"""Points up to which each has a dot."""
 SMOOTHED_SHARE = 0.05
 """Of a training curve: the width of the window over which it is smoothed."""
 FEWEST = 10
@@ -58,3 +58,22 @@ def blank(title: str, size: tuple[float, float] | None = None) -> tuple[Figure, 
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes
+
+
+def draw_curve(
+    axes: Any, points: Sequence[tuple[int, float]], color: str, label: str, *, is_noisy: bool, per: float = 1,
+    **style: Any,
+) -> None:  # fmt: skip
+    """Draw one curve. A noisy one is a line over its raw points, and the legend says how it was smoothed.
+
+    Args:
+        per: steps of one unit of the x axis.
+    """
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    at = [(step + 1) / per for step in steps]  # the row of step s is written after s + 1 updates
+    width = smoothing_width(steps) if is_noisy else None
+    if width is None:
+        axes.plot(at, values, color=color, label=label, marker="." if len(at) < MARKED else None, **style)
+        return
+    axes.plot(at, values, color=color, alpha=0.3, linewidth=0.6, antialiased=False, label=f"{label}, each logged step")
+    axes.plot(at, smoothed(steps, values, width), color=color, label=f"{label}, mean over {width:,} steps", **style)

@@ -1,13 +1,14 @@
-"""The learning curves of a run, drawn from its metrics.csv."""
+"""The learning curves of one run or two, drawn from their metrics.csv."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_lightning.files.metrics_csv import read_metrics
+from llm_lightning.files.pictures import TRAINING, VALIDATION, draw_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,14 @@ PANELS = {
     "reward accuracy": ("*/reward_accuracy",),
     "rewards": ("*/chosen_reward", "*/rejected_reward"),
 }
+UNITS = {
+    "loss": "nats per token or pair",
+    "reward margin": "nats",
+    "reward accuracy": "share of pairs",
+    "rewards": "nats",
+}
+DASHES = (("-", ":"), ("--", "-."))
+"""Of each run: its lines, and those of rejected answers."""
 Curves = dict[str, list[tuple[int, float]]]
 """metric -> (step, value)"""
 
@@ -44,23 +53,39 @@ def read_curves(run: Path, *, is_required: bool) -> Curves:
     return curves
 
 
-def draw_curves(curves: Curves) -> Figure:
-    """One panel for each of `PANELS` that has a curve."""
+def draw_curves(runs: Mapping[str, Curves]) -> Figure:
+    """Draw one panel for each of `PANELS` that has a curve; colours say what a line is, dashes whose it is.
+
+    Args:
+        runs: name -> curves of one or two runs.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    panels = {title: shown for title, names in PANELS.items() if (shown := _matching(curves, names))}
-    figure = Figure(figsize=(7, 3 * len(panels)), layout="constrained")
+    panels = [title for title, names in PANELS.items() if any(_matching(curves, names) for curves in runs.values())]
+    figure = Figure(figsize=(8, 1 + 3.2 * len(panels)), layout="constrained")
     drawn = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axes, (title, shown) in zip(drawn, panels.items(), strict=True):
-        for name, values in shown.items():
-            # The row of step s is written after s + 1 updates.
-            steps = [step + 1 for step, _ in values]
-            axes.plot(steps, [value for _, value in values], label=name, marker="." if len(steps) < 50 else None)
-        axes.set_ylabel(title)
-        axes.legend()
+    for axes, title in zip(drawn, panels, strict=True):
+        for (run, curves), dashes in zip(runs.items(), DASHES, strict=False):
+            for name, points in _matching(curves, PANELS[title]).items():
+                _draw(axes, run, name, points, dashes)
+        axes.set(title=title.capitalize(), ylabel=f"{title} ({UNITS[title]})")
+        _legend(axes)
         axes.grid(alpha=0.3)
     drawn[-1].set_xlabel("updates")
     return figure
+
+
+def _draw(axes: Any, run: str, name: str, points: Sequence[tuple[int, float]], dashes: tuple[str, str]) -> None:
+    stage, _, metric = name.partition("/")
+    color, split = (TRAINING, "training") if stage == "train" else (VALIDATION, "validation")
+    what = "rejected, " if metric == "rejected_reward" else "chosen, " if metric == "chosen_reward" else ""
+    line = dashes[metric == "rejected_reward"]
+    draw_curve(axes, points, color, f"{run}: {what}{split}", is_noisy=stage == "train", linestyle=line)
+
+
+def _legend(axes: Any) -> None:
+    for text in axes.legend(fontsize="small").get_texts():
+        text.set_parse_math(False)  # a name of a run may have two dollar signs
 
 
 def _matching(curves: Curves, patterns: Sequence[str]) -> Curves:

@@ -15,7 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.event_files import drop_events_from, masked_crcs, whole_records
-from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard
+from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard, tag_of
 from llm_lightning.callbacks.samples import Samples
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.files.metrics_csv import read_metrics
@@ -42,10 +42,10 @@ def metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    return {tag: curve for tag, curve in curves.items() if tag not in MEASURED} | {
+    return {tag: curve for tag, curve in curves.items() if tag not in map(tag_of, MEASURED)} | {
         tag: [(event.step, 0.0) for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]
     }
 
@@ -138,7 +138,7 @@ def test_a_damaged_event_file_loses_the_damaged_event_alone(tmp_path: Path, capl
         logger.log_metrics({"loss": float(step), "rate": 0.5}, step)
     logger.log_text("text", "long " * 1000, 20)
     logger.finalize("success")
-    source = next((tmp_path / "whole" / "tensorboard").iterdir())
+    source = next((tmp_path / "whole").iterdir())
     content, draw = source.read_bytes(), random.Random(0)
     good, damaged = whole_records(content)
     assert damaged == []

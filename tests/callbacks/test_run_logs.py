@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from llm_lightning.callbacks.event_files import masked_crcs
 from llm_lightning.callbacks.run_logs import MetricsFile, TensorBoard
@@ -159,12 +161,12 @@ def test_tensorboard_shows_each_step_once_after_kills(tmp_path: Path) -> None:
         process = FORK.Process(target=_tensorboard_until_killed, args=(tmp_path, steps, signal.SIGKILL))
         process.start()
         process.join()
-        newest = max((tmp_path / "tensorboard").iterdir())
+        newest = max(tmp_path.glob("events*"))
         with newest.open("ab") as file:  # a record that announces 100 bytes and has 5
             length = struct.pack("<Q", 100)
             file.write(length + struct.pack("<I", masked_crcs([length])[0]) + b"12345")
-    assert scalars(tmp_path / "tensorboard", "train/loss") == [(step, float(step)) for step in range(35)]
-    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True] * 3
+    assert scalars(tmp_path, "train/loss") == [(step, float(step)) for step in range(35)]
+    assert [path.is_file() for path in tmp_path.glob("events*")] == [True] * 3
 
 
 def test_tensorboard_files_of_one_second_are_read_in_order(tmp_path: Path) -> None:
@@ -173,34 +175,90 @@ def test_tensorboard_files_of_one_second_are_read_in_order(tmp_path: Path) -> No
         logger.log_metrics({"loss": 1.0}, start)
         logger.log_metrics({"loss": 1.0}, start + 1)
         logger.save()
-    names = sorted(path.name.split(".")[3] for path in (tmp_path / "tensorboard").iterdir())
+    names = sorted(path.name.split(".")[3] for path in tmp_path.iterdir())
     assert len(set(names)) == 3
-    assert [step for step, _ in scalars(tmp_path / "tensorboard", "loss")] == [1, 2, 3, 4]
+    assert [step for step, _ in scalars(tmp_path, "loss")] == [1, 2, 3, 4]
+
+
+def test_a_run_of_an_earlier_version_continues_in_its_folder(tmp_path: Path) -> None:
+    earlier = TensorBoard(tmp_path / "run" / "tensorboard")
+    for step in range(4):
+        earlier.log_metrics({"train/loss": float(step)}, step)
+    earlier.save()
+    logger = TensorBoard(tmp_path / "run", resumed_step=2)
+    logger.log_metrics({"train/loss": 7.0}, 2)
+    logger.save()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tensorboard"]
+    assert scalars(tmp_path / "run" / "tensorboard", "train/loss") == [(0, 0.0), (1, 1.0), (2, 7.0)]
+
+
+def test_tensorboard_has_six_groups_of_scalars(tmp_path: Path) -> None:
+    logger = TensorBoard(tmp_path)
+    rows = ["train/loss", "train/eval_loss", "train/loss_epoch", "train/grad_norm", "lr", "epoch", "tokens_seen"]
+    rows += ["train/tokens_per_second", "train/peak_memory_gib", "train/mfu", "samples/repetition", "val/loss"]
+    logger.log_metrics(dict.fromkeys([*rows, "test/loss"], 1.0), 3)
+    logger.log_hyperparams({"seed": 1}, {"best/val_loss": 0.5}, 4)
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert {tag.split("/")[0] for tag in tags} == {"train", "val", "lr", "time", "best", "test"}
+    assert {tag for tag in tags if tag.startswith("time/")} == {
+        "time/tokens_seen", "time/tokens_per_second", "time/peak_memory_gib", "time/mfu"
+    }  # fmt: skip
+    assert len(tags) == len(rows) + 1  # without the epoch, with the test and the best
+    assert scalars(tmp_path, "val/samples_repetition") == [(3, 1.0)]
 
 
 def test_tensorboard_hyperparameters_carry_the_final_metric(tmp_path: Path) -> None:
     logger = TensorBoard(tmp_path)
     logger.log_hyperparams({"a": 1})  # as Lightning does when training starts: not yet a result
-    assert not (tmp_path / "tensorboard").exists()
+    assert list(tmp_path.iterdir()) == []
     logger.log_metrics({"val/loss": 3.0}, 10)
     settings = {"optimizer": {"lr": 0.1, "betas": [0.9, 0.95]}, "run_name": None, "compile": False}
-    logger.log_hyperparams(settings, {"val/loss": 2.5}, 11)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    logger.log_hyperparams(settings, {"best/val_loss": 2.5}, 11)
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]
-    assert events.Scalars("final/val/loss")[0].value == 2.5
-    assert scalars(tmp_path / "tensorboard", "val/loss") == [(10, 3.0)]
+    assert [path.is_file() for path in tmp_path.iterdir()] == [True]
+    assert events.Scalars("best/val_loss")[0].value == 2.5
+    assert scalars(tmp_path, "val/loss") == [(10, 3.0)]
     assert "hp_metric" not in events.Tags()["scalars"]
-    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"].decode("latin1")
+    found = events.PluginTagToContent("hparams")
+    assert found.keys() == {
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
+    }  # not the columns
     for name in ("optimizer.lr", "optimizer.betas", "run_name", "compile"):
-        assert name in content
+        assert name in found["_hparams_/session_start_info"].decode("latin1")
+
+
+def test_training_and_validation_share_a_chart(tmp_path: Path) -> None:
+    """Also in a run that was killed and continued: one layout."""
+    for start in (0, 3):
+        logger = TensorBoard(tmp_path, resumed_step=start)
+        for step in range(start, start + 4):
+            logger.log_metrics({"train/loss": 1.0, "train/accuracy": 1.0}, step)
+            logger.log_metrics({"val/loss": 1.0, "val/accuracy": 0.5, "val/accuracy_low": 0.4}, step)
+        logger.save()
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+    assert [chart.title for chart in category.chart] == ["loss", "accuracy"]
+    tags = ["train/loss", "train/eval_loss", "val/loss", "train/loss_epoch", "val/accuracy", "val/accuracy_low"]
+    shown = [[tag for tag in tags if re.match(chart.multiline.tag[0], tag)] for chart in category.chart]
+    assert shown == [["train/loss", "train/eval_loss", "val/loss"], ["val/accuracy"]]
+
+
+def test_a_picture_is_the_file_itself(tmp_path: Path) -> None:
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 840, 540) + b"pixels"
+    logger = TensorBoard(tmp_path)
+    logger.log_picture("loss", png, 5)
+    logger.save()
+    (image,) = EventAccumulator(str(tmp_path)).Reload().Images("loss")
+    assert (image.encoded_image_string, image.width, image.height, image.step) == (png, 840, 540, 5)
 
 
 def test_tensorboard_text(tmp_path: Path) -> None:
     logger = TensorBoard(tmp_path)
     logger.log_text("samples", "hello", 3)
     logger.finalize("success")
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     (event,) = events.Tensors("samples/text_summary")
     assert event.step == 3
@@ -217,7 +275,7 @@ for resumed_step in (0, 1):
     ours = TensorBoard("ours", resumed_step)
     ours.log_metrics({"train/loss": 1.0}, step=resumed_step)
     ours.log_text("samples", "to be", step=resumed_step)
-    ours.log_hyperparams({"seed": 1}, {"val/loss": 1.0}, step=resumed_step)
+    ours.log_hyperparams({"seed": 1}, {"best/val_loss": 1.0}, step=resumed_step)
 theirs = TensorBoardLogger("theirs")
 theirs.log_metrics({"train/loss": 1.0}, step=0)
 theirs.finalize("success")

@@ -31,7 +31,7 @@ def test_samples_are_written_after_each_validation(
     assert [re.match(r"step (\d+), val/loss \d\.\d{4} \| ab", line)[1] for line in printed] == ["10", "21"]  # type: ignore[index]
     assert all(len(line) <= samples_file.TERMINAL_WIDTH for line in printed)
     trainer.logger.save()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Tensors("samples/text_summary")] == [10, 21]
 

@@ -87,9 +87,13 @@ def test_a_run_leaves_figures_a_summary_and_the_adapter_alone(plain: Path, lora:
 def test_tensorboard_has_the_figures(plain: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(plain / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert {"test_confusion", "test_roc"} <= {name.removeprefix("figures/") for name in events.Tags()["images"]}
-    assert "test/accuracy" in events.Tags()["scalars"]
+    events = EventAccumulator(str(plain), size_guidance={"images": 0}).Reload()
+    names = {"loss", "accuracy", "lr", "gradient_norm", "val_confusion", "val_roc", "test_confusion", "test_roc"}
+    assert set(events.Tags()["images"]) == {f"plots/{name}" for name in names}
+    assert [events.Images("plots/loss")[0].encoded_image_string] == [(plain / "plots" / "loss.png").read_bytes()]
+    groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups == {"train", "val", "lr", "time", "best", "test"}
+    assert len(events.Scalars("test/accuracy")) == len(events.Scalars("best/val_loss")) == 1
 
 
 def test_the_adapter_alone_is_the_whole_model_given_its_base(lora: Path, base: Path, tmp_path: Path) -> None:

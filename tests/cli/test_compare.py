@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 from judge_server import serving
+from matplotlib.figure import Figure
 from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.cli import compare as comparing
@@ -22,7 +26,7 @@ from llm_lightning.data.templates import Conversation, Turn, choose_template
 from llm_lightning.inference.comparison import repeats_itself
 from llm_lightning.inference.curves import draw_curves, read_curves
 from llm_lightning.inference.respond import answer
-from llm_lightning.metrics.intervals import wilson_interval
+from llm_lightning.metrics.intervals import paired_share_interval, wilson_interval
 from llm_lightning.metrics.judge import client as judging
 from llm_lightning.weights.load import load_model
 
@@ -95,7 +99,7 @@ class Tables(HTMLParser):
 
 
 def measures(path: Path) -> dict[str, list[str]]:
-    return {row[0]: row[1:] for row in Tables(path.read_text()).rows if len(row) == 4}
+    return {row[0]: row[1:] for row in Tables(path.read_text()).rows if len(row) == 5}
 
 
 def test_both_answer_the_same_prompts_greedily(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +130,13 @@ def test_counts_are_those_by_hand(here: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["identical responses"][0].startswith("0.200 (")
     assert [cell.split()[0] for cell in found["mean length in words"][:2]] == ["2.2", "2.4"]
     assert [cell.split()[0] for cell in found["repetition"][:2]] == ["0.200", "0.200"]
-    assert {row[2] for row in found.values()} == {"of", "5"}
+    assert {row[3] for row in found.values()} == {"of", "5"}
+    # Paired: 1 record both, 1 only B, 3 none. Lengths differ by 0, 1, 0, -4, 4.
+    low, high = paired_share_interval(1, 0, 1, 3)
+    assert found["exact match"][2] == f"+0.200 ({low:+.3f} to {high:+.3f})"
+    lengths = [0, 1, 0, -4, 4]
+    half = scipy.stats.t.ppf(0.975, 4) * statistics.stdev(lengths) / math.sqrt(5)
+    assert found["mean length in words"][2] == f"+0.2 ({0.2 - half:+.1f} to {0.2 + half:+.1f})"
 
 
 @pytest.mark.parametrize(
@@ -149,8 +159,8 @@ def test_what_has_no_correct_answer_is_left_out_where_it_matters(here: Path, mon
     says(monkeypatch, ["a"] * 3, ["b"] * 3)
     assert compare("base", "tuned", "q.json") == 0
     found = measures(Path("comparison.html"))
-    assert found["exact match"][1:] == ["1.000 (0.207 to 1.000)", "1"]
-    assert found["repetition"][2] == "3"
+    assert found["exact match"][1:] == ["1.000 (0.207 to 1.000)", "+1.000 (-0.122 to +1.000)", "1"]
+    assert found["repetition"][3] == "3"
     assert "2 records have no correct answer" in Path("comparison.html").read_text()
 
 
@@ -210,7 +220,11 @@ def test_what_the_judge_did_not_score_is_counted(here: Path, monkeypatch: pytest
         assert compare("base", "tuned", "q.json", "--judge-url", server.url) == 0
     assert "Scores of B: 1 unparsable of 5" in Path("comparison.html").read_text()
     # 64 - 44.4 with the missing one at 0, 84 + 11.1 with it at 100.
-    assert measures(Path("comparison.html"))["score of the judge"][1:] == ["80.0 (19.6 to 95.1)", "5 and 4"]
+    assert measures(Path("comparison.html"))["score of the judge"][1:] == [
+        "80.0 (19.6 to 95.1)",
+        "+60.0 (+60.0 to +60.0)",
+        "5 and 4",
+    ]
     assert "score of A 20; score of B unparsable; a tie" in Path("comparison.html").read_text()
 
 
@@ -262,15 +276,49 @@ def test_curves_are_those_that_exist(here: Path, capsys: pytest.CaptureFixture[s
         "val/reward_margin": [(1, 0.1)],
         "val/chosen_reward": [(1, -0.2)],
     }
-    figure = draw_curves(curves)
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "reward margin", "rewards"]
-    assert list(figure.axes[0].lines[0].get_xdata()) == [1, 2]
-    command = ["tuned", "base/checkpoints/last.ckpt", "q.json", "--max-new-tokens", 1]
-    assert compare(*command) == 0  # B is no run folder
+    figure = draw_curves({"one": curves, "two": {"train/loss": [(0, 0.7)], "val/loss": [(0, 0.6)]}})
+    units = ["loss (nats per token or pair)", "reward margin (nats)", "rewards (nats)"]
+    assert [axes.get_ylabel() for axes in figure.axes] == units
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines) == ["one: training", "two: training", "two: validation"]
+    assert list(lines["one: training"].get_xdata()) == [1, 2]
+    assert lines["one: training"].get_color() == lines["two: training"].get_color()
+    assert lines["one: training"].get_linestyle() != lines["two: training"].get_linestyle()
+    command = ["base/checkpoints/last.ckpt", "tuned/checkpoints/last.ckpt", "q.json", "--max-new-tokens", 1]
+    assert compare(*command) == 0  # neither is a run folder
     assert "curves" not in Path("comparison.html").read_text() + capsys.readouterr().out
     assert compare(*command, "--curves", "dpo") == 0
     assert Path("comparison_curves.png").read_bytes().startswith(b"\x89PNG")
     assert '<img src="comparison_curves.png"' in Path("comparison.html").read_text()
+
+
+def test_runs_have_their_own_names(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unlike each other, whatever is compared; and both curves are drawn."""
+    drawn: list[str] = []
+    monkeypatch.setattr("llm_lightning.inference.curves.draw_curves", lambda runs: drawn.extend(runs) or Figure())
+    says(monkeypatch, ["a"] * 5, ["b"] * 5)
+    assert compare("base", "tuned", "q.json") == 0
+    assert re.match(r" +A: base +B: tuned +B - A +of\n", capsys.readouterr().out)
+    assert list(measures(Path("comparison.html"))[""]) == ["A: base", "B: tuned", "B - A", "of"]
+    assert "reference" not in Path("comparison.html").read_text()
+    assert drawn == ["base", "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "names"),
+    [
+        ("outputs/sft/first", "outputs/sft/second", ("first", "second")),
+        ("outputs/sft/first", "outputs/dpo/first/", ("sft/first", "dpo/first")),
+        ("gpt2-small", "outputs/sft/my_run/checkpoints/best.ckpt", ("gpt2-small", "my_run")),
+        ("run/checkpoints/best.ckpt", "run/checkpoints/last.ckpt", ("best.ckpt", "last.ckpt")),
+        ("run", "run/checkpoints/best.ckpt", ("run", "best.ckpt")),
+        ("run", "run", ("run (A)", "run (B)")),
+    ],
+)
+def test_names_tell_two_runs_apart(a: str, b: str, names: tuple[str, str]) -> None:
+    assert comparing.unique_names(a, b) == names
 
 
 @pytest.mark.parametrize(
@@ -314,7 +362,7 @@ def test_the_base_goes_to_the_model_that_needs_it(here: Path, monkeypatch: pytes
     given: dict[str, str | None] = {}
     monkeypatch.setattr(comparing, "_is_adapter", lambda path: path == "b")
     monkeypatch.setattr(comparing, "_opened", lambda args, path: given.update({path: args.base}))
-    comparing._open_both(argparse.Namespace(reference="a", policy="b", base="weights"))
+    comparing._open_both(argparse.Namespace(model_a="a", model_b="b", base="weights"))
     assert given == {"a": None, "b": "weights"}
 
 

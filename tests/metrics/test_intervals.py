@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import product
 from statistics import stdev
 
 import pytest
+import scipy.stats
 
-from llm_lightning.metrics.intervals import mean_interval, wilson_interval
+from llm_lightning.metrics.intervals import mean_interval, paired_share_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,24 @@ def test_wilson() -> None:
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_paired_shares() -> None:
+    # Newcombe 1998, paired data, method 10, for 36, 12, 2, 0 of 50; turned round, it is the other way round.
+    assert paired_share_interval(36, 2, 12, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    assert paired_share_interval(36, 12, 2, 0) == pytest.approx((-0.3404, -0.0569), abs=5e-5)
+    low, high = paired_share_interval(5, 0, 0, 5)  # nothing tells them apart, yet ten records are few
+    assert low < 0 < high
+    assert paired_share_interval(0, 0, 0, 0) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("chances", [(0.4, 0.2, 0.2, 0.2), (0.7, 0.05, 0.15, 0.1), (0.1, 0.1, 0.3, 0.5)])
+def test_paired_shares_are_covered_as_often_as_promised(chances: tuple[float, ...]) -> None:
+    """The exact probability, over all tables of 14 records."""
+    n, truth, covered = 14, chances[2] - chances[1], 0.0
+    for both, only_a, only_b in product(range(n + 1), repeat=3):
+        counts = (both, only_a, only_b, n - both - only_a - only_b)
+        if counts[3] >= 0:
+            low, high = paired_share_interval(*counts)
+            covered += scipy.stats.multinomial.pmf(counts, n, chances) * (low <= truth <= high)
+    assert 0.93 < covered < 0.99

@@ -122,7 +122,7 @@ def test_every_log_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         store.ensure([b"a"], [100], lambda _: torch.zeros(100, 64), rows_per_batch=100, description="rows")
 
     cases: dict[str, tuple[Callable[[], None], Path]] = {
-        "TensorBoard": (fill_board, tmp_path / "tensorboard"),
+        "TensorBoard": (fill_board, tmp_path),
         "metrics.csv": (fill_table, tmp_path / "metrics.csv"),
         "samples.md": (lambda: append_section(tmp_path / "samples.md", "x" * 5000), tmp_path / "samples.md"),
         "adapter": (lambda: export_peft(model, lora, tmp_path / "adapter"), tmp_path / "adapter"),

@@ -16,6 +16,7 @@ from forked import Forked
 from kill_marker import SAVING, STARTING, VALIDATING
 from tiny_run import assert_same, write_checkpoint
 
+from llm_lightning.callbacks.run_logs import tag_of
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
@@ -234,6 +235,6 @@ def assert_same_end(whole: Path, killed: Path, steps: int) -> None:
 def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    names = set(events.Tags()["scalars"]) - CLOCK_METRICS
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    names = set(events.Tags()["scalars"]) - {tag_of(name) for name in CLOCK_METRICS}
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in sorted(names)}

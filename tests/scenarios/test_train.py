@@ -80,10 +80,10 @@ def test_a_run_leaves_what_is_promised(first: tuple[Path, Outcome], corpus: Path
     assert (outcome.code, outcome.err) == (0, "")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     promised = {"config.yaml", "config.json", "command.json", "train.log", "metrics.csv", "samples.md", "summary.json"}
-    promised |= {"plots/loss.png", "plots/lr.png"}
+    promised |= {"plots/loss.png", "plots/lr.png", "plots/gradient_norm.png"}
     promised |= {f"checkpoints/{name}.ckpt" for name in ("last", "best", "step_00000010")}
     assert promised <= files
-    assert files - promised - {".lock"} == {name for name in files if name.startswith("tensorboard/events")}
+    assert files - promised - {".lock"} == {name for name in files if name.startswith("events.out.tfevents")}
     assert (folder / "metrics.csv").read_text().startswith("step,train/loss,val/loss,train/eval_loss,")
     assert steps(folder) == list(range(10))
     assert steps(folder, "val/loss") == steps(folder, "train/eval_loss") == [9]
@@ -103,7 +103,7 @@ def test_the_numbers_of_a_run_agree(first: tuple[Path, Outcome], corpus: Path) -
     assert (summary["finished"], summary["steps"], summary["total_steps"], summary["epochs"]) == (True, 10, 10, 1)
     assert summary["tokens"] == len(corpus.read_bytes()) * 9 // 10 - 1  # every training byte but the first
     assert summary["best_value"] == best["metrics"]["val/loss"] == pytest.approx(metrics["val/loss"][-1][1])
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(10))
     for name in ("lr", "val/loss", "val/perplexity", "train/grad_norm"):
         assert events.Scalars(name)[-1].value == pytest.approx(metrics[name][-1][1], rel=1e-6)
