@@ -27,7 +27,7 @@ FEWEST = 10
 """Points from which on a curve is smoothed."""
 
 
-def smoothing_width(steps: Sequence[int]) -> int | None:
+def smoothing_width(steps: Sequence[float]) -> int | None:
     """The steps over which a curve is averaged: a twentieth of it, and five points at least; None if it has few."""
     if len(steps) < FEWEST:
         return None
@@ -35,7 +35,7 @@ def smoothing_width(steps: Sequence[int]) -> int | None:
     return round(max(SMOOTHED_SHARE * span, 4 * span / (len(steps) - 1)))
 
 
-def smoothed(steps: Sequence[int], values: Sequence[float], width: float) -> np.ndarray:
+def smoothed(steps: Sequence[float], values: Sequence[float], width: float) -> np.ndarray:
     """The mean of the values within `width` / 2 steps before and after each one, so that no curve is shifted."""
     at, sums = np.asarray(steps, dtype=float), np.concatenate([[0.0], np.cumsum(values)])
     first, after = np.searchsorted(at, at - width / 2), np.searchsorted(at, at + width / 2, side="right")

@@ -13,14 +13,14 @@ from llm_lightning.experiments.report.content import name_of, now, texts_at
 from llm_lightning.experiments.report.drawing import NORM, RATE, TRAINING, VALIDATION, Picture, canvas
 from llm_lightning.experiments.report.entries import Entry
 from llm_lightning.experiments.report.markdown import as_lines, code, escaped, paragraph
-from llm_lightning.experiments.report.plots import limit_y, smoothed, unit
+from llm_lightning.experiments.report.plots import limit_y, smoothed_if_long, unit
 from llm_lightning.experiments.report.tables import Table, figure, whole
 from llm_lightning.experiments.summary import duration
 from llm_lightning.files.pages import render
 from llm_lightning.terminal import inline, visible
 
 TEMPLATE = Path(__file__).with_name("run.html")
-OWN_PLOTS = ("loss", "lr", "accuracy")
+OWN_PLOTS = ("loss", "lr", "accuracy", "gradient_norm")
 """Files in `plots/` that are drawn anew on the page; the others are the task's."""
 SAMPLES = "samples.md"
 MOST_SAMPLES, LONGEST_SAMPLE = 8, 3000
@@ -123,7 +123,7 @@ def _both(entry: Entry, name: str) -> Picture | None:
         if raw:
             steps, values = _axes_of(raw)
             axes.plot(steps, values, color=TRAINING, alpha=0.35, linewidth=0.8)
-            shown.append(smoothed(values))
+            shown.append(smoothed_if_long(steps, values))
             axes.plot(steps, shown[-1], color=TRAINING)
             training += ["faint: raw", "line: smoothed"]
         if measured:

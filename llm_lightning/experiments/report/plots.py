@@ -16,6 +16,7 @@ from llm_lightning.experiments.report.drawing import FAINT, HEAT, INK, SERIES, C
 from llm_lightning.experiments.report.entries import MOST_POINTS, Entry, thinned
 from llm_lightning.experiments.report.study import FOLDER, Group, Study, as_typed, short_names
 from llm_lightning.experiments.report.tables import figure
+from llm_lightning.files.pictures import smoothed, smoothing_width
 from llm_lightning.terminal import counted
 
 TRAINING_LOSS = "train/loss"
@@ -23,8 +24,6 @@ MOST_LINES = len(SERIES)
 MOST_TICKS = 12
 MOST_CELLS = 400
 """Of a heat map."""
-SMOOTHED = 0.05
-"""The share of a training curve over which it is smoothed."""
 MOST_GREY = 100
 """Settings drawn behind those that have colours."""
 
@@ -110,7 +109,9 @@ def _finite(entry: Entry, metric: str) -> tuple[Any, Any]:
     """(updates, values) of a curve: the row of step s is written after s + 1 updates."""
     points = [(step + 1, value) for step, value in thinned(entry.curves[metric]) if math.isfinite(value)]
     steps, values = [step for step, _ in points], [value for _, value in points]
-    return np.array(steps, dtype=float), np.array(smoothed(values) if metric == TRAINING_LOSS else values)
+    return np.array(steps, dtype=float), np.array(
+        smoothed_if_long(steps, values) if metric == TRAINING_LOSS else values
+    )
 
 
 def limit_y(axes: Any, curves: Sequence[Any]) -> str:
@@ -132,12 +133,10 @@ def _cut(axes: Any, low: float, top: float) -> str:
     return f"Values above {figure(float(top))} are cut."
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value's neighbours, as many before as after it, so that no curve is shifted."""
-    reach, last = max(1, round(len(values) * SMOOTHED / 2)), len(values) - 1
-    reaches = [min(reach, index, last - index) for index in range(len(values))]
-    parts = [values[index - one : index + one + 1] for index, one in enumerate(reaches)]
-    return [math.fsum(part) / len(part) for part in parts]
+def smoothed_if_long(steps: Sequence[float], values: Sequence[float]) -> Sequence[float]:
+    """A training curve as the plots of a run smooth it; a short one as it is."""
+    width = smoothing_width(steps)
+    return values if width is None else list(smoothed(steps, values, width))
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

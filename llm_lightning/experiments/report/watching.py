@@ -1,4 +1,4 @@
-"""The report of a sweep while it runs, written again as jobs end, and at its end.
+"""The report of a sweep and its columns in TensorBoard, written again as jobs end, and at its end.
 
 A report grows with the sweep, and so does the time to write it: all of them together take at most a tenth of the
 sweep's, but the last one is always written. An error costs one warning, never the sweep.
@@ -36,9 +36,13 @@ class SweepReport:
         """Write the report; its page, or None if that failed."""
         started = time.monotonic()
         try:
-            from llm_lightning.experiments.report.writing import write_report  # matplotlib comes with it
+            from llm_lightning.experiments.hparams import write_hparams  # tensorboard comes with it
+            from llm_lightning.experiments.report.writing import write_report  # and matplotlib with this
 
-            return write_report([self.folder]).page
+            written = write_report([self.folder])
+            keys = dict.fromkeys(key for study in written.studies for key in study.keys)
+            write_hparams(self.folder, [entry.run for entry in written.entries], list(keys))
+            return written.page
         except Exception as error:  # of matplotlib, a font, a damaged file or a full disk
             if not self._has_warned:
                 say(f"no report: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)

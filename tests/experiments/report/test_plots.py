@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from made_sweeps import make_job
 
+from llm_lightning.experiments.report import drawing
 from llm_lightning.experiments.report.entries import MOST_POINTS, read_entries, thinned
-from llm_lightning.experiments.report.plots import is_log_spaced, limit_y, pictures_of, smoothed, unit
+from llm_lightning.experiments.report.plots import is_log_spaced, limit_y, pictures_of, smoothed_if_long, unit
 from llm_lightning.experiments.report.study import studies_of
+from llm_lightning.files import pictures
 
 
 class Axes:
@@ -46,12 +48,21 @@ def test_what_diverged_is_cut_and_what_converged_is_not() -> None:
     assert limit_y(axes, [[], [math.nan]]) == ""
 
 
+def test_the_page_has_the_colours_of_all_other_plots() -> None:
+    style = (Path(drawing.__file__).parent / "base.html").read_text("utf-8").partition("@media")[0]
+    shared = {"training": pictures.TRAINING, "validation": pictures.VALIDATION, "rate": pictures.LEARNING_RATE}
+    for name, colour in (shared | {"norm": pictures.GRADIENT_NORM}).items():
+        assert f"--{name}: {colour};" in style
+
+
 def test_thinned_and_smoothed_curves_keep_their_place() -> None:
     line = [(step, 2.0 * step) for step in range(1000)]
     thin = thinned(line)
     assert len(thin) == MOST_POINTS
     assert thin[-1][0] == 999
-    assert smoothed([value for _, value in line]) == pytest.approx([value for _, value in line])
+    assert smoothed_if_long([step for step, _ in line], [value for _, value in line]) == pytest.approx(
+        [value for _, value in line]
+    )
     assert thinned(line[:MOST_POINTS]) == line[:MOST_POINTS]
 
 

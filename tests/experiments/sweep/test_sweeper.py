@@ -14,7 +14,7 @@ from tiny_run import SETTINGS, train_here, write_corpus
 
 from llm_lightning.experiments.report.watching import SweepReport
 from llm_lightning.experiments.run_folder import process_start
-from llm_lightning.experiments.sweep.sweeper import _Sweep
+from llm_lightning.experiments.sweep.runner import Runner
 
 WRITE_REPORT = SweepReport.write
 SWEPT = ["-m", "optimizer.lr=0.001,0.002", "run_name=study"]
@@ -115,10 +115,10 @@ def test_what_failed_of_itself_runs_again_only_when_asked(typed: Typed, monkeypa
 def test_a_sweep_that_is_stopped_or_fails_leaves_a_report(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SweepReport, "write", WRITE_REPORT)
 
-    def stop(sweep: _Sweep, todo: object, ref: object, received: list[int]) -> None:
+    def stop(runner: Runner, todo: object, ref: object, received: list[int]) -> None:
         received.append(15)
 
-    monkeypatch.setattr(_Sweep, "_launch", stop)
+    monkeypatch.setattr(Runner, "launch", stop)
     assert typed() == []
     assert typed.code == 143
     assert "2 jobs: 2 waiting" in (typed.folder / "report.md").read_text()
@@ -127,7 +127,7 @@ def test_a_sweep_that_is_stopped_or_fails_leaves_a_report(typed: Typed, monkeypa
     def fail(*_: object) -> None:
         raise ValueError("no launcher")
 
-    monkeypatch.setattr(_Sweep, "_launch", fail)
+    monkeypatch.setattr(Runner, "launch", fail)
     typed()
     assert typed.code == 2
     assert "2 jobs: 2 waiting" in (typed.folder / "report.md").read_text()
