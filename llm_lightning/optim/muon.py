@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from llm_lightning.optim.base import Named, OptimizerConfig, is_fused, trainable
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration; they maximise its slope at 0."""
 EPS = 1e-7
+AT_ONCE = 1 << 25
+"""Maximum number of elements whose directions are orthogonalised together."""
 ADJUSTMENTS = ("match_rms_adamw", "original")
 
 log = logging.getLogger(__name__)
@@ -122,19 +124,26 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
         for parameter in parameters:
-            gradient, state = parameter.grad, self.state[parameter]
-            assert gradient is not None
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
-            buffer = state["momentum_buffer"]
-            buffer.lerp_(gradient, 1 - momentum)
-            direction = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
-            parameter.mul_(1 - lr * group["weight_decay"])
-            for matrix, part in zip(parameter.chunk(group["parts"]), direction.chunk(group["parts"]), strict=True):
-                step_size = lr * adjustment(group["adjust_lr_fn"], *matrix.shape)
-                matrix.add_(orthogonalised(part, group["ns_steps"]), alpha=-step_size)
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        for alike in _of_one_shape(parameters):
+            self._update_alike(group, alike)
+
+    def _update_alike(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Update parameters of one shape by products of many matrices at once: one at a time they are too small."""
+        lr, momentum, parts = group["lr"], group["momentum"], group["parts"]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
+        stacked = torch.stack([direction.bfloat16() for direction in directions])
+        matrices = stacked.unflatten(1, (parts, -1)).flatten(0, 1)
+        step_size = lr * adjustment(group["adjust_lr_fn"], *matrices.shape[1:])
+        updates = orthogonalised(matrices, group["ns_steps"]).reshape(stacked.shape)
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.add_(update, alpha=-step_size)
 
     def _update_rest(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -162,22 +171,33 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def orthogonalised(matrix: Tensor, steps: int) -> Tensor:
-    """The nearest matrix with orthogonal rows or columns, roughly: singular values between 0.5 and 1.5, in bfloat16.
+def _of_one_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of parameters that are updated together; of large ones a few, since the copies of all are kept."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    for shape, alike in by_shape.items():
+        at_once = max(1, AT_ONCE // shape.numel())
+        for first in range(0, len(alike), at_once):
+            yield alike[first : first + at_once]
+
+
+def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
+    """The nearest matrices with orthogonal rows or columns, roughly: singular values between 0.5 and 1.5.
 
     Args:
-        matrix: (rows, columns).
+        matrices: (N, rows, columns), in bfloat16.
         steps: of the Newton-Schulz iteration.
     """
     a, b, c = COEFFICIENTS
-    is_tall = matrix.size(0) > matrix.size(1)
-    x = matrix.bfloat16()
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=EPS)  # the spectral norm is then at most 1; not in place: x may be the momentum itself
+    is_tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if is_tall else matrices
+    # The spectral norm is then at most 1. Not in place: x may be a view of the momentum itself.
+    x = x / torch.stack([matrix.norm() for matrix in x]).clamp(min=EPS)[:, None, None]
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 def adjustment(kind: str, rows: int, columns: int) -> float:
