@@ -103,11 +103,13 @@ def read_run(path: Path, names: Names, name: str) -> Run:
     problems: list[str] = []
     files = _read_files(path, names, problems)
     summary, settings = files.summary, files.settings
-    monitor = summary.get("monitor", settings.get("monitor"))
+    monitor = summary.get("monitor") or settings.get("monitor")  # a run without checkpoints sums up none
     steps = max(_count(summary.get("steps")) or 0, files.saved_steps)
     progress = _Progress(steps, _metrics_of(summary), _number(summary.get("best_value")))
     if not _ended(files):
         _guarded(names, path, METRICS, partial(_read_on, progress, path, settings), None, problems)
+    elif progress.best_value is None:
+        _guarded(names, path, METRICS, partial(_read_best, progress, path, settings), None, problems)
     status, reason = ("unreadable", problems[0]) if problems else _status(path, files, progress.steps)
     facts = {
         "name": name,
@@ -240,12 +242,18 @@ def _read_on(progress: _Progress, path: Path, settings: Mapping[str, Any]) -> No
     cells = {name: cell for row in rows for name, cell in row.items()}
     latest = {name: value for name, cell in cells.items() if (value := _parsed(cell)) is not None and "/" in name}
     trained = [int(row["step"]) + 1 for row in rows if any(name.startswith("train/") for name in row)]
+    values = _read_best(progress, path, settings)
+    progress.steps = max([progress.steps, *trained])
+    progress.metrics = {**progress.metrics, **latest} | ({str(settings.get("monitor")): values[-1]} if values else {})
+
+
+def _read_best(progress: _Progress, path: Path, settings: Mapping[str, Any]) -> list[float]:
+    """Take the best value from the validations; return the monitored metric at each of them."""
     monitor, mode = settings.get("monitor"), settings.get("monitor_mode")
     values = [value for value in column(path / METRICS, str(monitor)) if math.isfinite(value)]
-    progress.steps = max([progress.steps, *trained])
-    progress.metrics = {**progress.metrics, **latest} | ({str(monitor): values[-1]} if values else {})
     if values and mode in ("min", "max"):
         progress.best_value = min(values) if mode == "min" else max(values)
+    return values
 
 
 def _saved_steps(path: Path) -> list[int]:

@@ -132,6 +132,14 @@ def test_figures_of_a_run_that_has_not_finished(tmp_path: Path) -> None:
     assert the_run(tmp_path)["best_value"] is None
 
 
+def test_the_best_value_of_a_run_without_checkpoints_is_that_of_its_validations(tmp_path: Path) -> None:
+    make_run(tmp_path, "finished")
+    write_metrics(tmp_path, [3.0, 2.5, 1.25, 2.0])
+    write_summary(tmp_path, monitor=None, best_value=None)
+    run = the_run(tmp_path)
+    assert (run["status"], run["monitor"], run["best_value"], run["val/loss"]) == ("finished", "val/loss", 1.25, 1.51)
+
+
 def test_figures_of_a_finished_run(tmp_path: Path) -> None:
     make_run(tmp_path, "finished")
     run = the_run(tmp_path)
