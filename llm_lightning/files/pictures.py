@@ -36,9 +36,13 @@ def smoothing_width(steps: Sequence[float]) -> int | None:
 
 
 def smoothed(steps: Sequence[float], values: Sequence[float], width: float) -> np.ndarray:
-    """The mean of the values within `width` / 2 steps before and after each one, so that no curve is shifted."""
+    """The mean of the values within `width` / 2 steps before and after each one.
+
+    Near an end the window shrinks on both sides, so that no part of a curve is shifted.
+    """
     at, sums = np.asarray(steps, dtype=float), np.concatenate([[0.0], np.cumsum(values)])
-    first, after = np.searchsorted(at, at - width / 2), np.searchsorted(at, at + width / 2, side="right")
+    reach = np.minimum(width / 2, np.minimum(at - at[0], at[-1] - at))
+    first, after = np.searchsorted(at, at - reach), np.searchsorted(at, at + reach, side="right")
     mean: np.ndarray = (sums[after] - sums[first]) / (after - first)
     return mean
 

@@ -134,7 +134,7 @@ def test_figures_of_a_run_that_has_not_finished(tmp_path: Path) -> None:
 
 def test_the_best_value_of_a_run_without_checkpoints_is_that_of_its_validations(tmp_path: Path) -> None:
     make_run(tmp_path, "finished")
-    write_metrics(tmp_path, [3.0, 2.5, 1.25, 2.0])
+    write_metrics(tmp_path, [3.0, 2.5, 2.0, 1.25, 1.0, 2.0])  # every second one is a validation
     write_summary(tmp_path, monitor=None, best_value=None)
     run = the_run(tmp_path)
     assert (run["status"], run["monitor"], run["best_value"], run["val/loss"]) == ("finished", "val/loss", 1.25, 1.51)
