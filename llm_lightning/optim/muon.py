@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
     def _update_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         for alike in _of_one_shape(parameters):
             self._update_alike(group, alike)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from llm_lightning.experiments.report.drawing import FAINT, HEAT, INK, SERIES, Canvas, Picture, canvas, label
 from llm_lightning.experiments.report.entries import MOST_POINTS, Entry, thinned
-from llm_lightning.experiments.report.study import FOLDER, Group, Study, as_typed, short_names
+from llm_lightning.experiments.report.study import FOLDER, Group, Study, as_typed, short_names, shown
 from llm_lightning.experiments.report.tables import figure
 from llm_lightning.files.pictures import smoothed, smoothing_width
 from llm_lightning.terminal import counted
@@ -193,7 +193,7 @@ def _draw_lines(
         for x, group in placed:
             _draw_group(axes, x, group, mark, is_whole=study.is_ranked(group))
         if others and index < MOST_LINES:
-            values = [as_typed(value) for name, value in line[0].settings.items() if name != key]
+            values = [shown(name, value) for name, value in line[0].settings.items() if name != key]
             drawn.legend[mark] = ", ".join(f"{name} {value}" for name, value in zip(others, values, strict=True))
 
 

@@ -166,7 +166,7 @@ def _rank(group: Group, study: Study) -> tuple[bool, float]:
 def _group(entries: Sequence[Entry], keys: Sequence[str], metric: str, taken: Collection[str]) -> Group:
     settings = {key: _setting(entries[0], key) for key in keys}
     short = short_names(keys)
-    name = ", ".join(f"{short[key]} {as_typed(value)}" for key, value in settings.items()) or "one setting"
+    name = ", ".join(f"{short[key]} {shown(key, value)}" for key, value in settings.items()) or "one setting"
     if name in taken:  # files of one name and other content
         name = next(other for number in count(2) if (other := f"{name} ({number})") not in taken)
     return Group(name, settings, entries, metric)
@@ -179,10 +179,17 @@ def as_typed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def shown(key: str, value: Any) -> str:
+    """A value in a table: a class by its name alone, a number with six digits."""
+    if key.endswith("._target_") and isinstance(value, str):
+        return value.rpartition(".")[2]
+    return f"{value:.6g}" if isinstance(value, float) else as_typed(value)
+
+
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Dotted key -> its last part, with as many before it as tell it from the others."""
-    keys = list(keys)
-    return {key: _short(key, keys) for key in keys}
+    """Dotted key -> its last part, with as many before it as tell it from the others; of a class, the group's name."""
+    named = {key: key.removesuffix("._target_") for key in keys}
+    return {key: _short(name, list(named.values())) for key, name in named.items()}
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_lightning.experiments.report.entries import WAITING, Entry
-from llm_lightning.experiments.report.study import Estimate, Group, Study, as_typed, short_names
+from llm_lightning.experiments.report.study import Estimate, Group, Study, short_names, shown
 from llm_lightning.experiments.run_status import STATUSES
 from llm_lightning.experiments.summary import duration
 from llm_lightning.metrics.paired import Comparison
@@ -47,7 +47,7 @@ def groups_table(study: Study) -> Table:
 
 
 def _settings(group: Group, study: Study) -> list[str]:
-    return [as_typed(group.settings[key]) for key in study.keys] or [group.name]
+    return [shown(key, group.settings[key]) for key in study.keys] or [group.name]
 
 
 def _estimates(group: Group, metrics: Sequence[str]) -> list[str]:
