@@ -95,7 +95,7 @@ def test_every_verb_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_every_log_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of TensorBoard's, as in a run
-    board, table = TensorBoard(tmp_path), MetricsFile(tmp_path)
+    board, table = TensorBoard(tmp_path / "board"), MetricsFile(tmp_path)
     board.log_metrics({"loss": 1.0}, 0)
     board.save()
     table.log_metrics({"train/loss": 1.0}, 0)
@@ -122,7 +122,7 @@ def test_every_log_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         store.ensure([b"a"], [100], lambda _: torch.zeros(100, 64), rows_per_batch=100, description="rows")
 
     cases: dict[str, tuple[Callable[[], None], Path]] = {
-        "TensorBoard": (fill_board, tmp_path),
+        "TensorBoard": (fill_board, tmp_path / "board"),
         "metrics.csv": (fill_table, tmp_path / "metrics.csv"),
         "samples.md": (lambda: append_section(tmp_path / "samples.md", "x" * 5000), tmp_path / "samples.md"),
         "adapter": (lambda: export_peft(model, lora, tmp_path / "adapter"), tmp_path / "adapter"),
