@@ -38,12 +38,16 @@ def smoothing_width(steps: Sequence[float]) -> int | None:
 def smoothed(steps: Sequence[float], values: Sequence[float], width: float) -> np.ndarray:
     """The mean of the values within `width` / 2 steps before and after each one.
 
-    Near an end the window shrinks on both sides, so that no part of a curve is shifted.
+    Near an end the window shrinks on both sides, so that no part of a curve is shifted. Values that are not finite, as
+    gradients in float16 have, are left out.
     """
-    at, sums = np.asarray(steps, dtype=float), np.concatenate([[0.0], np.cumsum(values)])
+    at, raw = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    finite = np.isfinite(raw)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(one)]) for one in (np.where(finite, raw, 0.0), finite))
     reach = np.minimum(width / 2, np.minimum(at - at[0], at[-1] - at))
     first, after = np.searchsorted(at, at - reach), np.searchsorted(at, at + reach, side="right")
-    mean: np.ndarray = (sums[after] - sums[first]) / (after - first)
+    n = counts[after] - counts[first]
+    mean: np.ndarray = np.where(n > 0, (sums[after] - sums[first]) / np.maximum(n, 1), np.nan)
     return mean
 
 

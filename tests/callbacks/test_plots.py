@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 from pathlib import Path
@@ -87,6 +88,8 @@ def test_a_smoothed_curve_is_the_mean_of_its_window() -> None:
     expected = [means[1][0], means[3][1], *means[5][2:6], means[3][6], means[1][7]]
     assert smoothed(range(8), list(values), 4) == pytest.approx(expected)
     assert smoothed([0, 10, 11, 30], [1.0, 2.0, 4.0, 8.0], 4) == pytest.approx([1.0, 3.0, 3.0, 8.0])
+    overflowed = [math.inf, *values, math.nan]
+    assert smoothed(range(10), overflowed, 2)[2:-2] == pytest.approx(smoothed(range(8), list(values), 2)[1:-1])
     assert (smoothing_width(range(9)), smoothing_width(range(0, 2000, 10))) == (None, 100)
 
 
