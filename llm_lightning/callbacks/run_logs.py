@@ -194,8 +194,9 @@ class TensorBoard(Logger):
 
     def __init__(self, run_dir: str | Path, resumed_step: int = 0) -> None:
         super().__init__()
-        earlier = Path(run_dir) / "tensorboard"
-        self.path = earlier if any(earlier.glob(EVENTS)) else Path(run_dir)
+        self._run_dir = Path(run_dir)
+        earlier = self._run_dir / "tensorboard"
+        self.path = earlier if any(earlier.glob(EVENTS)) else self._run_dir
         self._resumed_step = resumed_step
         self._writer: SummaryWriter | None = None
         self._has_layout = False
@@ -211,7 +212,8 @@ class TensorBoard(Logger):
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            (self.path / HPARAMS).unlink(missing_ok=True)  # it trains again
+            for folder in (self.path, self._run_dir):  # it trains again
+                (folder / HPARAMS).unlink(missing_ok=True)
             drop_events_from(self.path, self._resumed_step)
             self._has_layout = any(LAYOUT_TAG.encode() in path.read_bytes() for path in self.path.glob(EVENTS))
             _wait_for_a_later_name(self.path)

@@ -105,6 +105,11 @@ def test_a_run_that_is_tried_again_loses_its_failed_line(sweep: Path) -> None:
     make(sweep / "lr_1", "finished", 1.0, optimizer__lr=1.0)  # its logger
     assert not (sweep / "lr_1" / HPARAMS).exists()
     (sweep / "lr_2" / "failure.json").unlink()
+    (sweep / "lr_2" / "tensorboard").mkdir()
+    (sweep / "lr_2" / "tensorboard" / "events.out.tfevents.1").touch()  # of an earlier version
+    TensorBoard(sweep / "lr_2").log_metrics({"train/loss": 9.0}, 3)
+    assert not (sweep / "lr_2" / HPARAMS).exists()
+    write_hparams(sweep, read_runs(sweep))
     make_run(sweep / "lr_2", "finished", logger=LOGGER)  # without one
     write_hparams(sweep, read_runs(sweep))
     assert list(sweep.glob(f"*/{HPARAMS}")) == []
