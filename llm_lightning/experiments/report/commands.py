@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,5 @@ def _shown(program: str, folder: str | None) -> str:
 
 
 def _words(entry: Entry) -> list[str]:
-    words = _texts(entry.job, "words") or _texts(entry.command, "overrides")
-    return [word for word in words if not key_of(word).startswith("hydra.") and key_of(word) not in OF_THE_SWEEP]
-
-
-def _texts(record: Mapping[str, Any], key: str) -> list[str]:
-    value = record.get(key)
-    return list(map(str, value)) if isinstance(value, list) else []
+    keyed = ((key_of(word), word) for word in entry.words)
+    return [word for key, word in keyed if not key.startswith(("hydra.", "hydra/")) and key not in OF_THE_SWEEP]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from fnmatch import fnmatchcase
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from llm_lightning.callbacks.monitored import better_when
 from llm_lightning.experiments.run_list import natural, read_runs
 from llm_lightning.experiments.run_records import COMMAND, read_facts, read_summary
 from llm_lightning.experiments.run_status import FACTS, METRICS, Run, task_of
+from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.experiments.sweep.folder import JOB, SWEEP
+from llm_lightning.experiments.sweep.identity import EXTENDS
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.terminal import one_line
 
@@ -65,8 +69,8 @@ class Entry:
 
     @property
     def monitor(self) -> str | None:
-        value: str | None = self.run.facts["monitor"] or self.settings.get("monitor")
-        return value
+        value = self.run.facts["monitor"] or self.settings.get("monitor")
+        return value if isinstance(value, str) else None
 
     @property
     def mode(self) -> str | None:
@@ -77,10 +81,38 @@ class Entry:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings as the sweep planned them, else those of the run, where open ones are filled in."""
+        return self._planned | self.limits
+
+    @cached_property
+    def limits(self) -> dict[str, Any]:
+        """What the sweep plans otherwise than the run has it: a finished job that is to go on has its old limits."""
+        own, planned = self.run.settings, self._planned
+        both = (key for key in own if _is_limit(key) and planned.get(key) not in (None, "auto"))
+        return {key: own[key] for key in both if own[key] != planned[key]}
+
+    @cached_property
+    def _planned(self) -> dict[str, Any]:
         planned = self.job.get("settings")
         if not isinstance(planned, dict):
             return self.run.settings
         return {key: _plain(value) for key, value in planned.items()}
+
+    @cached_property
+    def nodes(self) -> set[str]:
+        """The dotted keys above those of the settings: `data`, `callbacks.samples`."""
+        parts = (key.split(".") for key in self.settings)
+        return {".".join(one[:length]) for one in parts for length in range(1, len(one))}
+
+    @property
+    def words(self) -> list[str]:
+        """The overrides: of its job, unless it is yet to go on, else as they were typed."""
+        planned, typed = _texts(self.job, "words"), _texts(self.command, "overrides")
+        return typed or planned if self.limits else planned or typed
+
+    @property
+    def added(self) -> list[str]:
+        """Keys that the files of settings do not have: `+optimizer.alpha=0.95`."""
+        return [key_of(word) for word in self.words if word.startswith("+")]
 
     @property
     def seed(self) -> Any:
@@ -88,8 +120,7 @@ class Entry:
 
     @property
     def swept(self) -> list[str]:
-        keys = self.job.get("swept")
-        return list(map(str, keys)) if isinstance(keys, list) else []
+        return _texts(self.job, "swept")
 
     @property
     def content(self) -> Mapping[str, str]:
@@ -109,13 +140,15 @@ class Entry:
     def items(self) -> tuple[str, int | None, float | None]:
         """The name of what was trained on (`token`), how many, and how many a second."""
         item = str(self.summary.get("item") or "token")
-        return item, self.summary.get(f"{item}s"), self.summary.get(f"{item}s_per_second")
+        n, rate = (self.summary.get(name) for name in (f"{item}s", f"{item}s_per_second"))
+        return item, n if is_number(n) else None, rate if is_number(rate) else None
 
     @cached_property
     def curves(self) -> Curves:
         """The curves of `metrics.csv`, thinned; none if it is damaged."""
         path = self.folder / METRICS
         try:
+            _refuse_special(path)
             info = path.stat()
             return _curves(path, info.st_mtime_ns, info.st_size)
         except FileNotFoundError:
@@ -172,7 +205,14 @@ def _without_run(folder: Path, known: set[Path]) -> Iterator[Path]:
     return (path.parent for path in folder.glob(f"**/{JOB}") if path.parent not in known)
 
 
+def _refuse_special(path: Path) -> None:
+    """Refuse a pipe, which would be waited for, and a link, which may lead anywhere."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is not a regular file")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    _refuse_special(path)
     return read_facts(path, {}, "delete it")
 
 
@@ -183,6 +223,20 @@ def _read(path: Path, problems: list[str], read: Callable[[Path], dict[str, Any]
     except (ValueError, OSError) as error:
         problems.append(one_line(error))
         return {}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+@cache
+def _is_limit(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in EXTENDS)
+
+
+def _texts(record: Mapping[str, Any], key: str) -> list[str]:
+    value = record.get(key)
+    return list(map(str, value)) if isinstance(value, list) else []
 
 
 def _plain(value: Any) -> Any:

@@ -154,8 +154,8 @@ def _axes_of(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 
 def _figures(folder: Path) -> list[Picture]:
-    paths = [path for path in sorted(folder.glob("*.png")) if path.stem not in OWN_PLOTS and not path.is_symlink()]
-    small = [path for path in paths if path.stat().st_size <= LARGEST_FIGURE][:MOST_FIGURES]
+    paths = [path for path in sorted(folder.glob("*.png")) if path.is_file() and not path.is_symlink()]
+    small = [one for one in paths if one.stem not in OWN_PLOTS and one.stat().st_size <= LARGEST_FIGURE][:MOST_FIGURES]
     return [Picture(inline(path.stem.replace("_", " ")), "", data=_data_uri(path)) for path in small]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_lightning.experiments.report.drawing import FAINT, HEAT, INK, SERIES, Canvas, Picture, canvas, label
-from llm_lightning.experiments.report.entries import MOST_POINTS, Entry, thinned
+from llm_lightning.experiments.report.entries import MOST_POINTS, Entry, is_number, thinned
 from llm_lightning.experiments.report.study import FOLDER, Group, Study, as_typed, short_names, shown
 from llm_lightning.experiments.report.tables import figure
 from llm_lightning.files.pictures import smoothed, smoothing_width
@@ -224,10 +224,6 @@ def _positions(values: Sequence[Any]) -> tuple[dict[str, float], bool]:
         return {text: float(index) for index, text in enumerate(sorted(texts))}, False
     places = {text: float(value) for text, value in sorted(texts.items(), key=lambda pair: pair[1])}
     return places, is_log_spaced(list(places.values()))
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_log_spaced(values: Sequence[float]) -> bool:

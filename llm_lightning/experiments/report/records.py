@@ -8,11 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from llm_lightning.experiments.report.entries import Entry
+from llm_lightning.experiments.report.entries import Entry, is_number
 from llm_lightning.experiments.report.study import FOLDER, SEED, Study
 from llm_lightning.experiments.run_status import FACTS
 from llm_lightning.terminal import inline
@@ -46,6 +45,6 @@ def _cell(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return "" if value is None else json.dumps(value)
     if isinstance(value, (int, float)):
-        return value if math.isfinite(value) else str(value)
+        return value if is_number(value) else f"{value}"
     text = inline(value)
     return f"'{text}" if text.lstrip().startswith(FORMULA) or str(value).startswith(FORMULA) else text

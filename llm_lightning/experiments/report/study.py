@@ -208,11 +208,12 @@ def varying(entries: Sequence[Entry]) -> list[str]:
     """
     swept = list(dict.fromkeys(key for entry in entries for key in entry.swept))
     every = dict.fromkeys([FOLDER, *swept, *(key for entry in entries for key in entry.settings)])
+    added = {key for entry in entries for key in entry.added}
     chosen: dict[tuple[int, ...], str] = {}
     for key in every:
         if key == SEED or (key not in swept and _is_no_difference(key)):
             continue
-        if len({_identity(entry, key) for entry in entries if _has(entry, key)}) < 2:
+        if len({_identity(entry, key) for entry in entries if key in added or _has(entry, key)}) < 2:
             continue
         if key in swept or any(_setting(entry, key) not in (entry.seed, None) for entry in entries):
             chosen.setdefault(_pattern(_identity(entry, key) for entry in entries), key)
@@ -236,7 +237,12 @@ def _setting(entry: Entry, key: str) -> Any:
 
 
 def _has(entry: Entry, key: str) -> bool:
-    return key == FOLDER or key in entry.settings
+    """Whether a run says something of a setting: `lora=none` does of `lora.rank`.
+
+    It does not where only the key is missing: another class has other keys, an earlier version has fewer.
+    """
+    above = key.rpartition(".")[0]
+    return key == FOLDER or key in entry.settings or (bool(above) and bool(entry.settings) and above not in entry.nodes)
 
 
 def _identity(entry: Entry, key: str) -> str:
@@ -244,7 +250,7 @@ def _identity(entry: Entry, key: str) -> str:
     value = _setting(entry, key)
     if key in CONTENT:
         value = entry.content.get(key, value)
-    number = isinstance(value, int) and not isinstance(value, bool)
+    number = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53  # which floats tell apart
     return json.dumps(float(value) if number else value, default=str)
 
 

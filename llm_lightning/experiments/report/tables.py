@@ -104,7 +104,8 @@ def jobs_table(entries: Sequence[Entry], studies: Sequence[Study]) -> Table:
     items = sorted({entry.items[0] for entry in entries if entry.summary}) or ["token"]
     headings = ["job", "status", "steps", *metrics, *tested, "time"]
     headings += [text for item in items for text in (f"{item}s", f"{item}s/s")] + ["peak memory, GiB"]
-    rows = [_job(entry, metrics, tested, items) for entry in entries]
+    names = _names(entries)
+    rows = [[name, *_job(entry, metrics, tested, items)] for name, entry in zip(names, entries, strict=True)]
     has_wilson = any(f"{name}_low" in entry.run.metrics for entry in entries for name in tested)
     return Table(headings, rows, 2, (), f"In brackets: {OVER_RECORDS}." if has_wilson else "")
 
@@ -112,7 +113,7 @@ def jobs_table(entries: Sequence[Entry], studies: Sequence[Study]) -> Table:
 def _job(entry: Entry, metrics: Sequence[str], tested: Sequence[str], items: Sequence[str]) -> list[str]:
     facts, (item, n_items, rate) = entry.run.facts, entry.items
     total, seconds = facts["total_steps"], facts["seconds"]
-    row = [entry.name, entry.status, f"{facts['steps']:,}" + (f" / {total:,}" if total is not None else "")]
+    row = [entry.status, f"{facts['steps']:,}" + (f" / {total:,}" if total is not None else "")]
     row += [
         figure(entry.value(metric) if metric == entry.monitor or entry.monitor is None else None) for metric in metrics
     ]
@@ -120,6 +121,12 @@ def _job(entry: Entry, metrics: Sequence[str], tested: Sequence[str], items: Seq
     row.append(NONE if seconds is None else duration(seconds))
     row += [text for one in items for text in ((whole(n_items), whole(rate)) if one == item else (NONE, NONE))]
     return [*row, NONE if entry.peak_memory is None else f"{entry.peak_memory:.2f}"]
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    """The name of each job; with its folder, if there are several."""
+    several = len({entry.source for entry in entries}) > 1
+    return [str(entry.folder) if several else entry.name for entry in entries]
 
 
 def _with_wilson(metrics: Mapping[str, float], name: str) -> str:
@@ -130,12 +137,13 @@ def _with_wilson(metrics: Mapping[str, float], name: str) -> str:
 
 def failures_table(entries: Sequence[Entry]) -> Table | None:
     """What has not finished, and why."""
+    named = list(zip(_names(entries), entries, strict=True))
     rows = [
-        [entry.name, entry.status, str(entry.run.facts["reason"] or STATUSES.get(entry.status, "not begun"))]
-        for entry in entries
+        [name, entry.status, str(entry.run.facts["reason"] or STATUSES.get(entry.status, "not begun"))]
+        for name, entry in named
         if entry.status != "finished"
     ]
-    rows += [[entry.name, entry.status, problem] for entry in entries for problem in dict.fromkeys(entry.problems)]
+    rows += [[name, entry.status, problem] for name, entry in named for problem in dict.fromkeys(entry.problems)]
     return Table(["job", "status", "reason"], rows, 3) if rows else None
 
 

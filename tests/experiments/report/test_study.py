@@ -11,6 +11,7 @@ import pytest
 from made_sweeps import make_job
 from scipy import stats
 
+from llm_lightning.experiments.report.commands import that_repeat
 from llm_lightning.experiments.report.entries import read_entries
 from llm_lightning.experiments.report.study import Study, studies_of
 from llm_lightning.experiments.report.tables import NONE, best_line, comparisons_table, groups_table
@@ -105,6 +106,43 @@ def test_settings_that_follow_another_one_or_the_seed_and_displays_do_not_count(
         file.write_text(json.dumps(job | {"swept": ["optimizer.lr", "seed"]}))
     (study,) = studied(tmp_path)
     assert study.keys == ["optimizer.lr"]
+
+
+def test_a_setting_that_some_runs_do_not_have_tells_them_apart(tmp_path: Path) -> None:
+    """An empty group, null instead of a group, an argument behind a plus; but not a key that another class has."""
+    stopping = {"early_stopping": {"_target_": "a.EarlyStopping", "patience": 3}}
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "lora": {"lora": {"_target_": "llm_lightning.models.lora.LoRAConfig", "rank": 8}},
+        "stopping": {"callbacks": stopping},
+        "added": {"optimizer__alpha": 0.9},
+    }
+    for index, (name, changes) in enumerate(variants.items()):
+        for seed in (1, 2):
+            made = {"callbacks": {"early_stopping": None}} | changes | {"seed": seed}
+            make_job(tmp_path / f"{name}-{seed}", "finished", 1 + index + seed / 10, **made)
+    for seed in (1, 2):
+        file = tmp_path / f"added-{seed}" / "job.json"
+        file.write_text(file.read_text().replace('"optimizer.alpha=0.9"', '"+optimizer.alpha=0.9"'))
+        file = tmp_path / f"plain-{seed}" / "job.json"
+        job = json.loads(file.read_text())
+        del job["settings"]["optimizer.betas"]  # of an earlier version
+        file.write_text(json.dumps(job))
+    (study,) = studied(tmp_path)
+    assert [len(group.entries) for group in study.groups] == [2, 2, 2, 2]
+    assert study.keys == ["optimizer.alpha", "lora._target_", "callbacks.early_stopping._target_"]
+
+
+def test_a_job_that_is_yet_to_go_on_counts_as_it_was_trained(tmp_path: Path) -> None:
+    """The sweep was extended to four epochs, and stopped before it came to the second seed."""
+    for seed in (1, 2):
+        make_job(tmp_path / str(seed), "finished", 1 + seed / 10, trainer__max_epochs=4, seed=seed)
+    config, command = tmp_path / "2" / "config.json", tmp_path / "2" / "command.json"
+    config.write_text(config.read_text().replace('"max_epochs": 4', '"max_epochs": 2'))
+    command.write_text(json.dumps(json.loads(command.read_text()) | {"overrides": ["trainer.max_epochs=2", "seed=2"]}))
+    (study,) = studied(tmp_path)
+    assert {group.name: list(group.values) for group in study.groups} == {"max_epochs 4": [1], "max_epochs 2": [2]}
+    assert that_repeat(study.groups[1]) == ["python train.py trainer.max_epochs=2 seed=2"]
 
 
 def test_other_tasks_and_metrics_are_never_compared(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
         for seed in (1, 2):
             job = folder / f"{name}-{seed}"
             summary = {"device": text, "versions": {text: text}, "lineage": {"data": text}, "item": text}
+            summary |= {f"{text}s": text, f"{text}s_per_second": text}
             make_job(job, "finished", 1 + number, rows=12, summary=summary, tokenizer__name=text, seed=seed)
         Failure("error", "ValueError", text, 1, lines=[text]).write(folder / f"{name}-1")
     write_report([folder])
@@ -146,11 +148,16 @@ def test_a_damaged_file_costs_its_content_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "seed_1" / "metrics.csv").write_text("step,train/loss,val/loss\n0,1,\n10,one,2\n20,3,4\n")
     (tmp_path / "seed_2" / "job.json").write_text('{"words": ')
     (tmp_path / "seed_3" / "metrics.csv").write_bytes(b"\xff\x00\n" * 9)
+    make_job(tmp_path / "seed_4", "waiting", seed=4)
+    for file in ("seed_4/job.json", "seed_3/command.json", "sweep.json"):  # of a foreign archive
+        (tmp_path / file).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / file)
     written = write_report([tmp_path])
     page = Page((tmp_path / FILES[0]).read_text())
     assert "step 10: train/loss='one' is not a number" in page.text
     assert "job.json is damaged" in page.text
-    assert len(written.entries) == 3
+    assert f"{tmp_path / 'seed_4' / 'job.json'} is not a regular file" in page.text
+    assert len(written.entries) == 4
 
 
 def test_one_run_gets_a_page_about_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +190,8 @@ def test_a_report_of_several_folders(
     assert "best of 2 settings: folder muon" in capsys.readouterr().out
     rows = list(csv.DictReader(Path("both", "results.csv").read_text().splitlines()))
     assert [Path(row["folder"]).parent.name for row in rows] == ["adamw", "adamw", "muon", "muon"]
+    text = Path("both", "report.md").read_text().replace("\\", "")
+    assert all(f"| {path} |" in text for path in ("adamw/seed_1", "muon/seed_1")), "jobs of one name"
     assert main(["report", "adamw", "--where", "status=failed"]) == 2
     assert "no runs with status=failed in adamw" in capsys.readouterr().err
 
