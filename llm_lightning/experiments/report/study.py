@@ -101,6 +101,11 @@ class Study:
         return next((group for group in self.groups if self.is_ranked(group)), None)
 
     @cached_property
+    def is_alone(self) -> bool:
+        """Whether others lack seeds, so that the best is better than none."""
+        return len(self.groups) > 1 == sum(map(self.is_ranked, self.groups))
+
+    @cached_property
     def comparisons(self) -> list[Comparison]:
         """The best group with every other, corrected over all pairs of groups; differences are other - best."""
         if self.best is None or len(self.groups) < 2:

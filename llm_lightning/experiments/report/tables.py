@@ -63,7 +63,7 @@ def remark(group: Group, study: Study) -> str:
         return f"lacks {counted(sum(lost.values()), 'seed')} ({ways}): not ranked"
     if len(group.values) < study.full:
         return f"only {len(group.values)} of {study.full} seeds: not ranked"
-    return "best" if group is study.best else ""
+    return ("the only one ranked" if study.is_alone else "best") if group is study.best else ""
 
 
 def comparisons_table(study: Study) -> Table | None:
@@ -208,8 +208,9 @@ def best_line(study: Study) -> str:
     parts += [f"{name} {with_interval(best.estimate(name))}" for name in study.tested]
     n_ranked = sum(map(study.is_ranked, study.groups))
     others = len(study.groups) - n_ranked
-    of = counted(n_ranked, "setting") + (f" ({counted(others, 'other')} not ranked)" if others else "")
-    return inline((f"best of {of}: {best.name}; " if len(study.groups) > 1 else "") + ", ".join(parts))
+    what = "the only setting ranked" if study.is_alone else f"best of {counted(n_ranked, 'setting')}"
+    what += f" ({counted(others, 'other')} not ranked)" if others else ""
+    return inline((f"{what}: {best.name}; " if len(study.groups) > 1 else "") + ", ".join(parts))
 
 
 def with_interval(one: Estimate) -> str:

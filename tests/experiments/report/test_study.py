@@ -66,7 +66,11 @@ def test_a_setting_that_lost_a_seed_is_marked_and_never_the_best(tmp_path: Path,
     (study,) = studied(make(tmp_path, {0.1: (1.5, 1.6, 1.4), 0.01: (0.2, 0.3, lost)}))
     assert [group.name for group in study.groups] == ["lr 0.1", "lr 0.01"]
     assert study.best is study.groups[0]
-    assert [row[-1] for row in groups_table(study).rows] == ["best", f"lacks 1 seed (1 {lost}): not ranked"]
+    assert [row[-1] for row in groups_table(study).rows] == [
+        "the only one ranked",
+        f"lacks 1 seed (1 {lost}): not ranked",
+    ]
+    assert best_line(study).startswith("the only setting ranked (1 other not ranked): lr 0.1; val/loss 1.5")
     assert study.comparisons[0].n == 2
 
 
@@ -74,7 +78,7 @@ def test_a_setting_with_fewer_seeds_or_without_a_finite_value_is_not_ranked(tmp_
     (study,) = studied(make(tmp_path, {0.1: (1.5, 1.6), 0.01: (0.2,), 1.0: (0.1, math.nan)}))
     remarks = {group.name: row[-1] for group, row in zip(study.groups, groups_table(study).rows, strict=True)}
     assert remarks == {
-        "lr 0.1": "best",
+        "lr 0.1": "the only one ranked",
         "lr 0.01": "only 1 of 2 seeds: not ranked",
         "lr 1": "lacks 1 seed (1 without a value): not ranked",
     }
