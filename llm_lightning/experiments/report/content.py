@@ -58,7 +58,7 @@ class Content(NamedTuple):
 def content_of(folders: Sequence[Path], entries: Sequence[Entry], studies: Sequence[Study]) -> Content:
     """Collect it; only the plots take time."""
     typed_in = commands.typed_in(entries)
-    parts = [_part(study) for study in studies]
+    parts = [_part(study) for study in studies if study.metric]  # the others are jobs whose settings are not known
     return Content(
         title=f"Report: {', '.join(map(name_of, folders))}",
         written=now(),

@@ -63,7 +63,9 @@ def remark(group: Group, study: Study) -> str:
         return f"lacks {counted(sum(lost.values()), 'seed')} ({ways}): not ranked"
     if len(group.values) < study.full:
         return f"only {len(group.values)} of {study.full} seeds: not ranked"
-    return ("the only one ranked" if study.is_alone else "best") if group is study.best else ""
+    if group is not study.best or len(study.groups) == 1:
+        return ""
+    return "the only one ranked" if study.is_alone else "best"
 
 
 def comparisons_table(study: Study) -> Table | None:

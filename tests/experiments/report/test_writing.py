@@ -157,6 +157,7 @@ def test_a_damaged_file_costs_its_content_and_is_named(tmp_path: Path) -> None:
     assert "step 10: train/loss='one' is not a number" in page.text
     assert "job.json is damaged" in page.text
     assert f"{tmp_path / 'seed_4' / 'job.json'} is not a regular file" in page.text
+    assert "unknown task" not in page.text, "a part without a metric"
     assert len(written.entries) == 4
 
 
