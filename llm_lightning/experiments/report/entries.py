@@ -31,6 +31,8 @@ WAITING = "waiting"
 """The status of a job that has not begun."""
 MOST_POINTS = 200
 """Of a curve, after thinning."""
+OPEN = (None, "auto")
+"""Values of settings that a run fills in."""
 PEAK_MEMORY = "train/peak_memory_gib"
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """metric -> (step, value)"""
@@ -87,7 +89,7 @@ class Entry:
     def limits(self) -> dict[str, Any]:
         """What the sweep plans otherwise than the run has it: a finished job that is to go on has its old limits."""
         own, planned = self.run.settings, self._planned
-        both = (key for key in own if _is_limit(key) and planned.get(key) not in (None, "auto"))
+        both = (key for key in own if _is_limit(key) and planned.get(key) not in OPEN)
         return {key: own[key] for key in both if own[key] != planned[key]}
 
     @cached_property
@@ -170,8 +172,19 @@ def read_entries(folder: Path, source: str) -> list[Entry]:
         FileNotFoundError, NotADirectoryError: if there is no such folder.
     """
     found = [_entry(run, source) for run in read_runs(folder)]
+    _open_again(found)
     found += [_waiting(path, folder, source) for path in _without_run(folder, {entry.folder for entry in found})]
     return sorted(found, key=lambda entry: natural(entry.name))
+
+
+def _open_again(entries: Sequence[Entry]) -> None:
+    """Give runs outside a sweep the settings that its jobs left open, where those filled in the same: `auto`, null."""
+    jobs = [entry for entry in entries if entry.job]
+    pairs = ((entry.run.settings, key, value) for entry in jobs for key, value in entry.settings.items())
+    left = {(key, own[key]): value for own, key, value in pairs if value in OPEN and own.get(key) not in OPEN}
+    for entry in entries if left else ():
+        if not entry.job:
+            entry.settings.update({key: left[key, one] for key, one in entry.settings.items() if (key, one) in left})
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:

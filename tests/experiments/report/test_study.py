@@ -149,6 +149,17 @@ def test_a_job_that_is_yet_to_go_on_counts_as_it_was_trained(tmp_path: Path) -> 
     assert that_repeat(study.groups[1]) == ["python train.py trainer.max_epochs=2 seed=2"]
 
 
+def test_a_run_alone_is_a_seed_of_the_setting_of_a_sweep(tmp_path: Path) -> None:
+    """A job plans what is open; its run, and one that was typed alone, say what that came to."""
+    for seed in (1, 2, 3):
+        make_job(tmp_path / str(seed), "finished", 1 + seed / 10, monitor_mode=None, seed=seed)
+        config = tmp_path / str(seed) / "config.json"
+        config.write_text(config.read_text().replace('"monitor_mode": null', '"monitor_mode": "min"'))
+    (tmp_path / "3" / "job.json").unlink()
+    (study,) = studied(tmp_path)
+    assert [(group.name, list(group.values)) for group in study.groups] == [("one setting", [1, 2, 3])]
+
+
 def test_other_tasks_and_metrics_are_never_compared(tmp_path: Path) -> None:
     make(tmp_path / "a", {0.1: (1.5, 1.6)})
     make(tmp_path / "b", {0.1: (0.7, 0.8)}, task___target_="llm_lightning.tasks.classification.ClassificationModule")
