@@ -366,12 +366,12 @@ def test_what_failed_counts_and_a_search_in_which_all_fails_ends(
     other = machine("other")
     hopeless = plan("lr=interval(0.05, 0.06)", "dropout=0")
     with pytest.raises(
-        ChildProcessError, match=r"3 failed, the last: trial_2-seed_5: loss is not finite.*the same command continues"
+        ChildProcessError, match=r"3 failed, the last: trial_2-seed_5: loss is not finite.*same command continues"
     ):
         other.run(hopeless)
     assert len(trials_in(other.folder)) == 3
     for _ in range(2):
-        with pytest.raises(ChildProcessError, match=r"4 failed, .*; mend the cause, and a larger hydra.sweeper.n_trials"):
+        with pytest.raises(ChildProcessError, match=r"4 failed, .*and a larger hydra.sweeper.n_trials"):
             other.run(hopeless, n_trials=4)
 
 
@@ -451,7 +451,7 @@ def test_a_folder_of_another_trial_is_refused(machine: Callable[[str], Machine])
     assert one.run(plan(), n_trials=2) == trials, "the same suggestions, whose jobs have ended"
     assert one.launched == []
     (one.folder / JOURNAL).unlink()
-    with pytest.raises(ValueError, match=r"trial_0-seed_5 holds another trial \(dropout=.* lr=.* size=.*\); move it away"):
+    with pytest.raises(ValueError, match=r"trial_0-seed_5 holds another trial \(dropout=.* size=.*\); move it away"):
         one.run(plan(), n_trials=2, seed=2)
 
 
@@ -541,6 +541,13 @@ def test_options_of_a_search_are_refused_without_one(
     outcome = train_here(["-m", "optimizer.lr=1e-3,2e-3", word])
     assert outcome.code != 0
     assert f"{word.partition('=')[0]} has no effect without a search: add hydra/sweeper=optuna" in outcome.err
+
+
+def test_a_drawing_of_the_schedule_is_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = train_here(["-m", "optimizer.lr=1e-3,2e-3", "plot_lr=true"])
+    assert outcome.code != 0
+    assert "plot_lr=true draws the schedule of one run" in outcome.err
 
 
 def test_without_optuna_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
