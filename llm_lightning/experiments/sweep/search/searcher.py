@@ -222,7 +222,7 @@ class _Search:
         say(f"Search {self.name}: trial {trial.number}{of}: {said}", flush=True)
 
     def _refuse_another(self, job: Job) -> None:
-        """Refuse the folder of other parameters, which a study that was moved away has left: its value is not theirs."""
+        """Refuse the folder of other parameters, which a study that was moved away has left."""
         recorded = records.read_words(job.folder)
         keys = self.plan.space.dimensions
         before, now = ({word for word in words if key_of(word) in keys} for words in (recorded, job.listed.words))
