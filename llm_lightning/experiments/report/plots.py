@@ -279,7 +279,8 @@ def heat_picture(study: Study, across: str, up: str) -> Picture | None:
     for group in reversed([group for group in study.groups if group.values]):  # the best is put last
         cells[as_typed(group.settings[across]), as_typed(group.settings[up])] = group
     columns, rows = ([*_positions([group.settings[key] for group in cells.values()])[0]] for key in (across, up))
-    if min(len(columns), len(rows)) < 2 or len(columns) * len(rows) > MOST_CELLS:
+    is_scattered = len(cells) <= max(len(columns), len(rows))  # a search in intervals: no two cells side by side
+    if min(len(columns), len(rows)) < 2 or is_scattered or len(columns) * len(rows) > MOST_CELLS:
         return None
     with canvas(height=1.6 + 0.42 * len(rows)) as drawn:
         axes = drawn.axes

@@ -214,15 +214,18 @@ def varying(entries: Sequence[Entry]) -> list[str]:
     swept = list(dict.fromkeys(key for entry in entries for key in entry.swept))
     every = dict.fromkeys([FOLDER, *swept, *(key for entry in entries for key in entry.settings)])
     added = {key for entry in entries for key in entry.added}
-    chosen: dict[tuple[int, ...], str] = {}
+    chosen: list[str] = []
+    first: dict[tuple[int, ...], str] = {}
     for key in every:
         if key == SEED or (key not in swept and _is_no_difference(key)):
             continue
         if len({_identity(entry, key) for entry in entries if key in added or _has(entry, key)}) < 2:
             continue
         if key in swept or any(_setting(entry, key) not in (entry.seed, None) for entry in entries):
-            chosen.setdefault(_pattern(_identity(entry, key) for entry in entries), key)
-    return list(chosen.values())
+            other = first.setdefault(_pattern(_identity(entry, key) for entry in entries), key)
+            if other == key or (key in swept and other != FOLDER):  # all keys of a search differ from trial to trial
+                chosen.append(key)
+    return chosen
 
 
 @cache

@@ -152,6 +152,11 @@ def read_jobs(folder: Path) -> dict[Path, Identity]:
     return found
 
 
+def read_words(folder: Path) -> list[str]:
+    """The overrides of a job; empty if it is not recorded. Raises ValueError if the record is damaged."""
+    return list(map(str, read_facts(folder / JOB, {"words": list}, _JOB_REMEDY).get("words", ())))
+
+
 # --- attempts --------------------------------------------------------------------------------------------------------
 
 

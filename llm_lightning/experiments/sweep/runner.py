@@ -62,10 +62,13 @@ def config_files(config: Any, task: Any) -> SharedCompositions:
         task: what Hydra calls for each job.
 
     Raises:
-        ValueError: if the sweep was started by a launcher of processes, or its settings would reach no job.
+        ValueError: if the sweep was started by a launcher of processes, or its settings would reach no job or train
+            nothing.
     """
     if not is_main_process() or os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("a sweep starts the processes of each job itself: type it once, without a launcher")
+    if config.get("plot_lr"):  # its jobs would draw one over the other, and end without having trained
+        raise ValueError("plot_lr=true draws the schedule of one run, not of a sweep: leave -m or plot_lr out")
     dirs = SharedCompositions(config_dirs(task.own_config_dir, task.config_dir).folders)
     _refuse_other_keys(dirs, config.hydra.runtime.choices.get("sweep"))
     _refuse_subdir(config.hydra.overrides.hydra)

@@ -49,8 +49,8 @@ def run_sweep(options: Mapping[str, Any], typed: Sequence[str], config: Any, hyd
         ChildProcessError: if jobs failed.
     """
     dirs = config_files(config, task)
-    for key in ("n_trials", "timeout", "pruner"):
-        if options[key] is not None:
+    for key, default in (("n_trials", None), ("timeout", None), ("pruner", None), ("n_jobs", None), ("seeds", 1)):
+        if options[key] != default:
             raise ValueError(f"hydra.sweeper.{key} has no effect without a search: add hydra/sweeper=optuna")
     listed = list_jobs(options, typed, dirs)
     if config.run_name is None:

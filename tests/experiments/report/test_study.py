@@ -13,6 +13,7 @@ from scipy import stats
 
 from llm_lightning.experiments.report.commands import that_repeat
 from llm_lightning.experiments.report.entries import read_entries
+from llm_lightning.experiments.report.plots import pictures_of
 from llm_lightning.experiments.report.study import Study, studies_of
 from llm_lightning.experiments.report.tables import NONE, best_line, comparisons_table, groups_table
 
@@ -158,6 +159,18 @@ def test_a_run_alone_is_a_seed_of_the_setting_of_a_sweep(tmp_path: Path) -> None
     (tmp_path / "3" / "job.json").unlink()
     (study,) = studied(tmp_path)
     assert [(group.name, list(group.values)) for group in study.groups] == [("one setting", [1, 2, 3])]
+
+
+def test_every_key_of_a_search_counts_though_all_differ_from_trial_to_trial(tmp_path: Path) -> None:
+    for trial, (rate, decay) in enumerate([(1e-3, 0.3), (2e-3, 0.1), (4e-3, 0.2)]):
+        for seed in (1, 2):
+            swept = {"optimizer__lr": rate, "optimizer__weight_decay": decay, "seed": seed}
+            make_job(tmp_path / f"trial_{trial}-seed_{seed}", "finished", rate, rows=8, **swept)
+    (study,) = studied(tmp_path)
+    assert study.keys == ["optimizer.lr", "optimizer.weight_decay"]
+    titles = [picture.title for picture in pictures_of(study)]
+    assert "val/loss by optimizer.weight_decay" in titles
+    assert not any(" and " in title for title in titles), "a heat map of a diagonal says nothing"
 
 
 def test_other_tasks_and_metrics_are_never_compared(tmp_path: Path) -> None:

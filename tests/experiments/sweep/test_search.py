@@ -40,6 +40,8 @@ OPTIONS: dict[str, Any] = {
     "pruner": "median",
     "pruner_startup": 3,
     "pruner_warmup": 1,
+    "seed": 1,
+    "n_jobs": None,
 }
 WORDS = ["model.n_layer=2", "lr=tag(log, interval(1e-5, 1e-1))", "dropout=interval(0, 0.5)", "size=8,16"]
 
@@ -364,10 +366,13 @@ def test_what_failed_counts_and_a_search_in_which_all_fails_ends(
     other = machine("other")
     hopeless = plan("lr=interval(0.05, 0.06)", "dropout=0")
     with pytest.raises(
-        ChildProcessError, match=r"3 failed in this start, the last: trial_2-seed_5: loss is not finite"
+        ChildProcessError, match=r"3 failed, the last: trial_2-seed_5: loss is not finite.*same command continues"
     ):
         other.run(hopeless)
     assert len(trials_in(other.folder)) == 3
+    for _ in range(2):
+        with pytest.raises(ChildProcessError, match=r"4 failed, .*and a larger hydra.sweeper.n_trials"):
+            other.run(hopeless, n_trials=4)
 
 
 def test_an_error_of_the_system_ends_the_search_and_leaves_its_trial_open(
@@ -432,6 +437,22 @@ def test_another_search_in_the_same_folder_is_refused_by_its_key(machine: Callab
         with pytest.raises(ValueError, match=rf"^{key}: .*begin another search with run_name=NAME") as error:
             keep_plan(folder, other)
         assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_another_trial_is_refused(machine: Callable[[str], Machine]) -> None:
+    one = machine("one")
+    trials = one.run(plan(), n_trials=2)
+    for job in one.folder.glob("trial_*"):
+        words = plan().words(trials[int(job.name[6])][2], int(job.name[-1]))
+        record = {"words": list(words), "settings": {}, "content": {}, "swept": []}
+        (job / "job.json").write_text(json.dumps(record))
+    one.launched.clear()
+    (one.folder / JOURNAL).rename(one.folder / "moved")
+    assert one.run(plan(), n_trials=2) == trials, "the same suggestions, whose jobs have ended"
+    assert one.launched == []
+    (one.folder / JOURNAL).unlink()
+    with pytest.raises(ValueError, match=r"trial_0-seed_5 holds another trial \(dropout=.* size=.*\); move it away"):
+        one.run(plan(), n_trials=2, seed=2)
 
 
 def test_a_damaged_journal_is_named_with_its_line(machine: Callable[[str], Machine]) -> None:
@@ -503,11 +524,30 @@ def test_a_search_that_trains_counts_what_its_runs_say_of_themselves(
         ({"pruner": "hyperband"}, "hydra.sweeper.pruner=hyperband: there are median and null"),
         ({"n_trials": 0}, "hydra.sweeper.n_trials=0 must be a number above 0"),
         ({"n_trials": None}, "a search needs an end"),
+        ({"n_jobs": -1}, "hydra.sweeper.n_jobs=-1 must be a number above 0, or null"),
+        ({"pruner_warmup": -1}, "hydra.sweeper.pruner_warmup=-1 must not be negative"),
     ],
 )
 def test_a_wrong_limit_is_refused_by_its_key(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Limits.of(OPTIONS | options)
+
+
+@pytest.mark.parametrize("word", ["hydra.sweeper.seeds=3", "hydra.sweeper.n_jobs=2", "hydra.sweeper.pruner=median"])
+def test_options_of_a_search_are_refused_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = train_here(["-m", "optimizer.lr=1e-3,2e-3", word])
+    assert outcome.code != 0
+    assert f"{word.partition('=')[0]} has no effect without a search: add hydra/sweeper=optuna" in outcome.err
+
+
+def test_a_drawing_of_the_schedule_is_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = train_here(["-m", "optimizer.lr=1e-3,2e-3", "plot_lr=true"])
+    assert outcome.code != 0
+    assert "plot_lr=true draws the schedule of one run" in outcome.err
 
 
 def test_without_optuna_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 from llm_lightning.experiments.run_folder import owned
 from llm_lightning.experiments.run_records import refuse_links
 from llm_lightning.experiments.settings.compose import ConfigDirs
+from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.experiments.summary import shown_from
 from llm_lightning.experiments.sweep import folder as records
 from llm_lightning.experiments.sweep.folder import SweepRef
@@ -113,9 +114,13 @@ class Limits:
             raise ValueError(f"hydra.sweeper.sampler={sampler}: {hint}there are {', '.join(SAMPLERS)}")
         if pruner not in (None, "median"):
             raise ValueError(f"hydra.sweeper.pruner={pruner}: there are median and null")
-        for key, value, kinds in (("n_trials", n_trials, int), ("timeout", timeout, (int, float))):
+        for key, kinds in (("n_trials", int), ("timeout", (int, float)), ("n_jobs", int)):
+            value = options[key]
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or value <= 0):
                 raise ValueError(f"hydra.sweeper.{key}={value} must be a number above 0, or null")
+        for key in ("pruner_startup", "pruner_warmup", "seed"):
+            if options[key] < 0:
+                raise ValueError(f"hydra.sweeper.{key}={options[key]} must not be negative")
         if n_trials is None and timeout is None and sampler != "grid":
             raise ValueError("a search needs an end: add hydra.sweeper.n_trials=N, or timeout=SECONDS")
         median = MedianPruner(
@@ -209,10 +214,23 @@ class _Search:
                 jobs.append(Job(Listed(name, words, swept), identity, self.runner.folder / name))
         except ValueError as error:
             trial.fail(str(error))
+        for job in jobs:
+            self._refuse_another(job)
         trial.jobs = jobs
         said = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
         of = f" ({trial.number + 1} of {self.limits.n_trials})" if self.limits.n_trials else ""
         say(f"Search {self.name}: trial {trial.number}{of}: {said}", flush=True)
+
+    def _refuse_another(self, job: Job) -> None:
+        """Refuse the folder of other parameters, which a study that was moved away has left."""
+        recorded = records.read_words(job.folder)
+        keys = self.plan.space.dimensions
+        before, now = ({word for word in words if key_of(word) in keys} for words in (recorded, job.listed.words))
+        if recorded and before != now:
+            raise ValueError(
+                f"{job.folder} holds another trial ({' '.join(sorted(before))}); move it away, "
+                "or begin another search with run_name=NAME"
+            )
 
     def _run_jobs(self, trials: Sequence[SearchTrial], position: int, sweep: SweepRef) -> None:
         """Run the jobs with one of the seeds, of those trials that go on."""
@@ -275,11 +293,14 @@ class _Search:
         if stopped:
             numbers = ", ".join(str(trial.number) for trial in stopped)
             say(f"Search {self.name}: trial {numbers} was stopped before its end; the same command continues")
-        if self.failed >= FAILED_AT_FIRST:
-            told = self.study.told()
+        told = self.study.told()
+        if told and all(trial.state is TrialState.FAIL for trial in told):
+            n_trials = self.limits.n_trials
+            is_over = n_trials is not None and len(told) >= n_trials
+            again = "a larger hydra.sweeper.n_trials goes on" if is_over else "the same command continues"
             raise ChildProcessError(
-                f"no trial has a value, and {self.failed} failed in this start, the last: "
-                f"{told[-1].user_attrs.get('reason')}; mend the cause, and the same command continues"
+                f"no trial has a value, and {len(told)} failed, the last: "
+                f"{told[-1].user_attrs.get('reason')}; mend the cause, and {again}"
             )
 
 
