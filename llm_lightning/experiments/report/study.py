@@ -26,8 +26,9 @@ from llm_lightning.metrics.paired import Comparison, compare_all
 FOLDER = "folder"
 """The setting that tells the folders of a report apart."""
 SEED = "seed"
-TESTED = ("test/accuracy", "test/reward_accuracy", "test/exact_match", "test/perplexity")
-"""Metrics shown beside the tested counterpart of the monitored one."""
+TESTED = ("test/accuracy", "test/reward_accuracy", "test/exact_match")
+"""Metrics shown beside the tested counterpart of the monitored one. No perplexity: seeds are averaged, and a mean of
+exponentials is none."""
 
 
 class Estimate(NamedTuple):

@@ -78,9 +78,10 @@ def comparisons_table(study: Study) -> Table | None:
     headings += ["p, corrected", "gap that would have been found"]
     rows = [_compared(one) for one in study.comparisons[:MOST_COMPARED]]
     left_out = len(study.comparisons) - len(rows)
+    corrected = f"corrected (Holm) over all {n_pairs:,} pairs of settings, since the best was chosen by the data"
     note = (
-        f"Paired over common seeds; p of a paired t test, corrected (Holm) over all {counted(n_pairs, 'pair')} of "
-        f"settings, since the best was chosen by the data. Difference in {study.metric}: setting minus best."
+        f"Paired over common seeds; p of a paired t test, {corrected if n_pairs > 1 else 'of the only pair'}. "
+        f"Difference in {study.metric}: setting minus best."
     )
     note += f" {counted(left_out, 'setting')} more, further from the best, not shown." if left_out else ""
     return Table([*headings], rows, 2, (), note)
