@@ -157,15 +157,16 @@ def key_picture(study: Study, key: str) -> Picture | None:
         if is_log:
             axes.set_xscale("log")
         _draw_lines(drawn, lines, positions, key, [short[other] for other in others], study)
-        _set_ticks(drawn, positions, is_scale=is_scale)
+        _set_ticks(drawn, key, positions, is_scale=is_scale)
         cut = _limit_points(axes, [_mean(group) for group in groups])
         many = f" ({len(positions)} values)" if not is_scale and len(positions) > MOST_TICKS else ""
-        axes.set_xlabel(f"{label(key, 60)}{' (log scale)' if is_log else many}")
+        named = key.removesuffix("._target_")
+        axes.set_xlabel(f"{label(named, 60)}{' (log scale)' if is_log else many}")
         axes.set_ylabel(unit(study.metric, _item(study)))
         what = "Small points: seeds. Large points: means over seeds, with 95% t intervals over seeds."
         lost = " Hollow: a setting that lacks seeds." if any(not study.is_ranked(one) for one in groups) else ""
         grey = f" Settings of the best {MOST_LINES} have colours." if len(lines) > MOST_LINES else ""
-        return drawn.picture(f"{study.metric} by {key}", f"{what}{lost}{grey} {cut}".strip())
+        return drawn.picture(f"{study.metric} by {named}", f"{what}{lost}{grey} {cut}".strip())
 
 
 def _lines(groups: Sequence[Group], others: Sequence[str]) -> list[list[Group]]:
@@ -238,15 +239,19 @@ def _unevenness(values: Any) -> float:
     return float(np.std(steps) / np.mean(steps))
 
 
-def _set_ticks(drawn: Canvas, positions: Mapping[str, float], *, is_scale: bool) -> None:
-    """The values themselves, if there is room; texts have no other place on the axis."""
+def _set_ticks(drawn: Canvas, key: str, positions: Mapping[str, float], *, is_scale: bool) -> None:
+    """The values themselves, if there is room; texts have no other place on the axis, and numbers that of a scale."""
     axes = drawn.axes
     axes.margins(x=0.08)
-    if len(positions) > MOST_TICKS:
-        if not is_scale:
-            axes.set_xticks([])
+    texts = [f"{place:.4g}" if is_scale else shown(key, text) for text, place in positions.items()]
+    texts = [label(text, max(8, 72 // len(positions))) for text in texts]
+    is_full = len(positions) > MOST_TICKS
+    if is_scale and (is_full or _are_close(axes, list(positions.values()), texts)):
+        _set_round_ticks(axes)
         return
-    texts = [label(text, max(8, 72 // len(positions))) for text in positions]
+    if is_full:
+        axes.set_xticks([])
+        return
     axes.set_xticks(list(positions.values()), texts)
     axes.minorticks_off()
     if sum(map(len, texts)) > 72 or _are_close(axes, list(positions.values()), texts):
@@ -254,6 +259,16 @@ def _set_ticks(drawn: Canvas, positions: Mapping[str, float], *, is_scale: bool)
         for one in axes.get_xticklabels():
             one.set_horizontalalignment("right")
         drawn.fit_labels()
+
+
+def _set_round_ticks(axes: Any) -> None:
+    """Round numbers, also on a logarithmic axis, whose own labels are formulas."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    if axes.get_xscale() == "log":
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.minorticks_off()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
 def _are_close(axes: Any, places: Sequence[float], texts: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,15 @@ def test_units() -> None:
     assert unit("val/loss", "sequence") == "val/loss (nats)"
     assert unit("train/eval_bits_per_byte") == "train/eval_bits_per_byte (bits per byte)"
     assert unit("val/accuracy") == "val/accuracy"
+
+
+def test_values_without_room_for_labels_have_round_ticks_and_classes_short_names(tmp_path: Path) -> None:
+    for number, rate in enumerate(1.0234567e-4 * 1.45**power for power in range(14)):
+        target = f"llm_lightning.optim.{'muon.MuonConfig' if number % 2 else 'adamw.AdamWConfig'}"
+        make_job(tmp_path / str(number), "finished", 1.0 + rate, optimizer__lr=rate, optimizer___target_=target, seed=1)
+    [study] = studies_of(read_entries(tmp_path, ""))
+    drawn = {picture.title: picture.svg for picture in pictures_of(study)}
+    texts = {title: re.findall(r"<text[^>]*>([^<]*)</text>", svg) for title, svg in drawn.items()}
+    assert {"0.0002", "0.001", "0.005"} <= set(texts["val/loss by optimizer.lr"])
+    assert {"AdamWConfig", "MuonConfig"} <= set(texts["val/loss by optimizer"])
+    assert not any("math" in text for found in texts.values() for text in found)
