@@ -61,7 +61,7 @@ from llm_lightning.optim.clipping import scale_and_clip_gradients
 from llm_lightning.optim.schedules import ScheduleConfig
 from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
 from llm_lightning.tasks.memory import disable_malloc_trim, freeze_in_bfloat16, leave_fresh_memory_unfilled, trim_malloc
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 
 if TYPE_CHECKING:
