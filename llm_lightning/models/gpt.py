@@ -30,6 +30,16 @@ FREE_FIELDS = ("context_length", "embedding_dropout", "attention_dropout", "resi
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_length: int
+
+
+@dataclass(frozen=True)
 class GPTConfig:
     """The architecture. Every field is stored in every checkpoint, and required when one is loaded.
 
@@ -49,6 +59,29 @@ class GPTConfig:
     qkv_bias: bool = True
     tied_head: bool = True
     layer_norm_eps: float = 1e-5
+    norm: str = "layer"
+    position: str = "learned"
+    mlp: str = "gelu"
+    n_kv_head: int | None = None
+    head_dim: int | None = None
+    ffn_width: int | None = None
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        return self.ffn_width or 4 * self.n_embd
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
@@ -133,7 +166,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. Editing this line changes
         # what existing checkpoints compute, unnoticed; stored results of frozen parts are computed again. A setting
-        # would be a field of GPTConfig, a key of every conf/model file, both directions of weights/gpt2_names.py, and a
+        # would be a field of GPTConfig, a key of every conf/model file, both directions of weights/families/gpt2.py, and a
         # default for existing headers in weights/checks/header.py (`config_of`).
         return self.residual_dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
 
