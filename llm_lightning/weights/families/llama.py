@@ -151,7 +151,7 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
     if config.tied_head and HEAD not in theirs:
         names.pop(HEAD)
     expected = {name for several in names.values() for name in several}
-    check_names({name for name in theirs if not _BUFFER.fullmatch(name)}, expected, config_family(config))
+    check_names({name for name in theirs if not _BUFFER.fullmatch(name)}, expected, _name_of(config))
     result = {}
     for ours, several in names.items():
         rows = qkv_rows(config) if len(several) > 1 else shapes[ours][:1]
@@ -173,7 +173,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
             that contradicts `tied_head=True`.
     """
     shapes = shapes_of(config)
-    check_names(set(state), set(shapes), config_family(config))
+    check_names(set(state), set(shapes), _name_of(config))
     ours = {name: fitted(name, state[name], shape) for name, shape in shapes.items()}
     check_tie(ours, config)
     if config.tied_head:
@@ -212,7 +212,7 @@ def module_from_hf(theirs: str) -> tuple[str, int]:
     raise ValueError(f"{theirs} is not a linear layer of Llama, Qwen2 or Qwen3")
 
 
-def config_family(config: GPTConfig) -> str:
+def _name_of(config: GPTConfig) -> str:
     """The family's name in an error message."""
     return {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[_kind_of(config)]
 
@@ -255,8 +255,7 @@ def _rope_of(config_json: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     for node in nodes:
         if not isinstance(node, dict) or any(isinstance(value, dict) for value in node.values()):
             raise ValueError(
-                f"config.json: rope_parameters={shown(node)} is not supported; it must be one set of values for all "
-                "layers"
+                f"config.json: rope_parameters={shown(node)} must be an object, with one set of values for all layers"
             )
         check_supported(node, {"partial_rotary_factor": (1.0, None)})
     stated = {
@@ -293,6 +292,8 @@ def _refuse_sliding_windows(config_json: Mapping[str, Any]) -> None:
             raise ValueError(
                 "config.json: use_sliding_window=True is not supported: our GPT attends to the whole context"
             )
+    if not isinstance(layers, (list, type(None))):
+        raise ValueError(f"config.json: layer_types={shown(layers)} must be a list of names")
     strange = sorted(set(map(str, layers or [])) - {"full_attention"})
     if strange:
         raise ValueError(f"config.json: layer_types with {strange[0]!r} are not supported, only 'full_attention'")
