@@ -34,7 +34,7 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.schedules import ConstantConfig
 from llm_lightning.tasks.dpo import DPOModule
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights.families.gpt2 import to_hf
 
 BYTES, GPT2 = build_tokenizer("byte"), build_tokenizer("gpt2")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.models.shapes import linear_shapes, parameter_shapes
 from llm_lightning.weights.checks.header import HEADER, config_of, lora_of
 from llm_lightning.weights.checks.kinds import is_tensor, refuse_unknown, shape_of, word
-from llm_lightning.weights.families.shapes import linear_shapes, shapes_of
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
@@ -81,7 +81,7 @@ def _check_plain(header: Mapping[str, Any], found: Mapping[str, Tensor]) -> None
         blocks = len({match[1] for name in found if (match := _BLOCK.match(name.removeprefix(prefix)))})
         if blocks != config.n_layer:  # before a wrong number makes that many names
             raise ValueError(f"{HEADER}.model.n_layer={config.n_layer}, but its weights have {blocks} blocks")
-        expected = {f"{prefix}{name}": shape for name, shape in shapes_of(config).items()}
+        expected = {f"{prefix}{name}": shape for name, shape in parameter_shapes(config).items()}
     if prefix:
         labels = header["classifier"]["labels"]
         expected |= {"head.weight": (len(labels), config.n_embd), "head.bias": (len(labels),), "threshold": ()}
@@ -145,7 +145,7 @@ def _ends_with(path: str, target: str) -> bool:
 
 def _sizes(config: GPTConfig, n_layer: int) -> Iterable[int]:
     """Elements of each parameter of a model with `n_layer` blocks."""
-    for name, shape in shapes_of(replace(config, n_layer=n_layer)).items():
+    for name, shape in parameter_shapes(replace(config, n_layer=n_layer)).items():
         if name != "lm_head.weight" or not config.tied_head:
             yield shape[0] * (shape[1] if len(shape) > 1 else 1)
 
