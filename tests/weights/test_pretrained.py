@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.weights import hf_export
-from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
 from llm_lightning.weights.pretrained import GPT2_WEIGHTS, Release, load_pretrained
 
@@ -384,6 +384,6 @@ def test_a_config_of_another_model_is_refused_with_its_path(folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG, 0) | {"n_layer": 3}))
     with pytest.raises(ValueError, match=r"hub_folder: the weights do not fit this GPT-2; missing: h\.2\."):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='llama' is not supported"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='mistral' is not a family known here"):
         load_pretrained(folder)
