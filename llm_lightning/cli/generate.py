@@ -110,7 +110,7 @@ def _show(text: str) -> None:
 
 def _stream(loaded: LoadedModel, prompt: str, settings: dict[str, Any]) -> None:
     from llm_lightning.inference.text import generate_text
-    from llm_lightning.tokenizers import StreamDecoder
+    from llm_lightning.tokenizers.base import StreamDecoder
 
     decoder = StreamDecoder(loaded.tokenizer)
     _show(loaded.tokenizer.decode(loaded.tokenizer.encode(prompt)))

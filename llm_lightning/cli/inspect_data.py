@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llm_lightning.data.batches import Example, LMBatch
     from llm_lightning.data.templates import Template
     from llm_lightning.files.download import Pinned
-    from llm_lightning.tokenizers import Tokenizer
+    from llm_lightning.tokenizers.base import Tokenizer
 
 
 class Shown(NamedTuple):
@@ -90,7 +90,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
     from llm_lightning.data.records.rows import rows_of
     from llm_lightning.data.templates import choose_template
     from llm_lightning.files.download import file_of
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     if args.loss_on not in LOSS_ON:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")

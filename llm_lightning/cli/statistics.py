@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llm_lightning.data.records.json import JsonRecord
-    from llm_lightning.tokenizers import Tokenizer
+    from llm_lightning.tokenizers.base import Tokenizer
 
 FIELDS = ("instruction", "input", "output", "chosen", "rejected", "text")
 PROMPT = ("system", "instruction", "input")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from llm_lightning.data.reading import JSONL_SUFFIXES
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     if args.tokenizer in ("word", "bpe"):
         raise ValueError(f"--tokenizer {args.tokenizer} is trained on text; use gpt2, byte or an encoding of tiktoken")

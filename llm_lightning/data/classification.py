@@ -28,7 +28,7 @@ from llm_lightning.data.splits import book_split, grouped_split, normalized, und
 from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted, inline, visible
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 
 MOST_LISTED = 100
 """Classes that a log line names."""

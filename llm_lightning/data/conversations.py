@@ -22,7 +22,7 @@ from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, order_split
 from llm_lightning.data.templates import Conversation, Template, choose_template
 from llm_lightning.files.download import Pinned, check_name, file_of
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "split": ("grouped", "order"),

@@ -11,7 +11,7 @@ from llm_lightning.data.batches import LMBatch
 from llm_lightning.files.pages import render
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.terminal import GREEN, GREY, PLAIN, counted, visible
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 
 END, PAD = "<|endoftext|>", "\u00b7"
 TEMPLATE = Path(__file__).with_name("inspection.html")

@@ -20,7 +20,7 @@ from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
 from llm_lightning.terminal import counted
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 
 NAMED: dict[str, Path | Pinned] = {
     "short_answers": Path(__file__).with_name("embedded") / "short_answers.json",

@@ -25,7 +25,7 @@ from llm_lightning.data.records.preference import read_preferences
 from llm_lightning.data.templates import Conversation, Template
 from llm_lightning.files.download import Pinned
 from llm_lightning.terminal import counted
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 
 NAMED: dict[str, Path | Pinned] = {
     "short_preferences": Path(__file__).with_name("embedded") / "short_preferences.json",

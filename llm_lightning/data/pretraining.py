@@ -12,7 +12,7 @@ from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
 from llm_lightning.data.samples import Windows
 from llm_lightning.terminal import counted, visible
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 
 
 class PretrainingDataModule(BaseDataModule):

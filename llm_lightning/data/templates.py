@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_lightning.nearest import did_you_mean
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 
 SLOTS = ("system", "instruction", "input", "response")
 _TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{(\w*)\}|[\[\]{}]")

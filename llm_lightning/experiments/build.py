@@ -35,7 +35,8 @@ from llm_lightning.models.surgery import adapt, config_for, with_head_of
 from llm_lightning.optim.base import OptimizerConfig
 from llm_lightning.optim.torch_optim import TorchOptimConfig
 from llm_lightning.tasks.base import TaskModule
-from llm_lightning.tokenizers import Tokenizer, build_tokenizer, from_description
+from llm_lightning.tokenizers.base import Tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.weights.load import LoadedModel
 
 TRAINED_TOKENIZERS = ("bpe", "word")

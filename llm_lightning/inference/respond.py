@@ -21,7 +21,7 @@ from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, 
 from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT
 from llm_lightning.terminal import inline
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights.load import LoadedModel
 
 OnResponse = Callable[[int, str], None]

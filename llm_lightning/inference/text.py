@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llm_lightning.inference.defaults import MAX_NEW_TOKENS, TEMPERATURE, TOP_K
 from llm_lightning.inference.generation import OnToken, generate
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights.load import LoadedModel
 
 

@@ -61,7 +61,7 @@ from llm_lightning.optim.clipping import scale_and_clip_gradients
 from llm_lightning.optim.schedules import ScheduleConfig
 from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
 from llm_lightning.tasks.memory import disable_malloc_trim, freeze_in_bfloat16, leave_fresh_memory_unfilled, trim_malloc
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 
 if TYPE_CHECKING:
@@ -307,7 +307,10 @@ class TaskModule(L.LightningModule):
         self.total_steps = planned_steps(self.trainer, self.datamodule)
         self.schedule.check(self.total_steps)
         optimizer = self.optimizer_config.build(
-            self.model.named_parameters(), is_scaled=self._loss_scaler is not None, is_sharded=self.is_sharded
+            self.model.named_parameters(),
+            is_scaled=self._loss_scaler is not None,
+            is_sharded=self.is_sharded,
+            qkv_rows=self.trunk.config.qkv_rows,
         )
         peak = self.optimizer_config.lr
 

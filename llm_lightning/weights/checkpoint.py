@@ -22,7 +22,7 @@ import torch
 
 from llm_lightning.files.atomic import sync_folder
 from llm_lightning.models.gpt import GPTConfig
-from llm_lightning.tokenizers import Tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights.checks.archive import check_archive, check_state
 from llm_lightning.weights.checks.header import HEADER, TASKS, check_header, check_run
 from llm_lightning.weights.checks.resume import check_resumable, compare_with_run

@@ -18,7 +18,7 @@ from torch import Tensor
 from llm_lightning.files.atomic import naming
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.tokenizers import END_OF_TEXT, Tokenizer
+from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
 from llm_lightning.weights.export_folder import (
     NOTE,
     REPORT,

@@ -23,7 +23,8 @@ from llm_lightning.models.lora import (
     merge_and_unload,
     use_adapter,
 )
-from llm_lightning.tokenizers import Tokenizer, from_description
+from llm_lightning.tokenizers.base import Tokenizer
+from llm_lightning.tokenizers.build import from_description
 from llm_lightning.weights.adapters import refuse_other_base
 from llm_lightning.weights.checkpoint import HEADER, CheckpointError, describe, load_weights, refusing
 from llm_lightning.weights.checks.header import check_base

@@ -23,7 +23,7 @@ from torch import Tensor
 from llm_lightning.files.atomic import sha256_of
 from llm_lightning.files.hub import HubFile, fetch
 from llm_lightning.models.gpt import GPTConfig
-from llm_lightning.tokenizers import GPT2_VOCAB_BPE_SHA256
+from llm_lightning.tokenizers.tiktoken_encodings import GPT2_VOCAB_BPE_SHA256
 from llm_lightning.weights.export_folder import NOTE, Stated, read_json
 from llm_lightning.weights.gpt2_names import (
     MOST_PADDING,

@@ -117,7 +117,7 @@ def write_splits(folder: Path) -> None:
     import pandas
 
     from llm_lightning.data.classification import ClassificationDataModule
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     messages = folder / "messages.tsv"
     named = {"name": "sms_spam", "path": str(messages), "split": "book"} if messages.exists() else {}
@@ -133,7 +133,7 @@ def train(folder: Path, name: str, arguments: list[str]) -> tuple[float, float, 
     for module in IMPORTED:
         import_module(module)
     from llm_lightning.experiments.launch import main as train_main
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     build_tokenizer("gpt2").encode("warm")  # as for the book's loop
     baseline, clock = peak_mib(), folder / f"{name}.json"
@@ -179,7 +179,7 @@ def book(folder: Path, epochs: int) -> tuple[float, float, list[float]]:
     from llms_from_scratch.ch06 import SpamDataset, train_classifier_simple
     from torch.utils.data import DataLoader
 
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     encoding = build_tokenizer("gpt2").encoding  # type: ignore[attr-defined]
     encoding.encode("warm")

@@ -105,7 +105,7 @@ def prepare(folder: Path, batches: int) -> None:
 
     from llm_lightning.data.preference import PreferenceDataModule
     from llm_lightning.models.gpt import GPT, GPTConfig
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
     from llm_lightning.weights.hf_export import export_hf
 
     tokenizer = build_tokenizer("gpt2")
@@ -148,7 +148,7 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     from llm_lightning.optim.adamw import AdamWConfig
     from llm_lightning.optim.schedules import ConstantConfig
     from llm_lightning.tasks.dpo import DPOModule
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
     from llm_lightning.weights.load import load_model
 
     os.environ["LLM_LIGHTNING_CACHE"] = str(folder / "cache" / str(os.getpid()))
@@ -224,7 +224,7 @@ def book(folder: Path, batches: int) -> tuple[float, Clock]:
     from torch.nn.functional import logsigmoid
     from torch.nn.utils.rnn import pad_sequence
 
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     tokenizer = build_tokenizer("gpt2")
     rows = read_rows(folder)[: batches * BATCH]

@@ -231,7 +231,7 @@ def ours(*, compiled: bool, deterministic: bool = True) -> dict[str, float]:
     from llm_lightning.optim.adamw import AdamWConfig
     from llm_lightning.optim.schedules import WarmupCosineConfig
     from llm_lightning.tasks.pretraining import PretrainingModule
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     class RandomTokens(BaseDataModule):
         eval_samples: dict[str, Any] = {}  # noqa: RUF012

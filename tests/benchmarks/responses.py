@@ -82,7 +82,7 @@ def test_conversations() -> tuple[Any, Any, list[Any]]:
     from llm_lightning.data.splits import order_split
     from llm_lightning.data.templates import choose_template
     from llm_lightning.files.download import download
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     shared = os.environ.get("LLM_LIGHTNING_DATA")
     path = Path(shared) / "instruction-data.json" if shared else download(NAMED["book_instructions"])

@@ -231,7 +231,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.instruction import encode
     from llm_lightning.data.templates import Conversation, Turn, choose_template
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     one = Conversation(tuple(Turn(f"word {i}", "", "yes") for i in range(n)))
     return lambda: encode(build_tokenizer("byte"), choose_template("alpaca"), one)
@@ -240,7 +240,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 @case("one conversation of many turns: prompt", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.templates import Conversation, Turn, choose_template
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     one = Conversation(tuple(Turn(f"word {i}", "", "yes") for i in range(n)))
     return lambda: choose_template("alpaca").prompt_ids(build_tokenizer("byte"), one)
@@ -253,7 +253,7 @@ def built(kind: str, path: Path, **options: Any) -> Any:
     from llm_lightning.data.classification import ClassificationDataModule
     from llm_lightning.data.instruction import InstructionDataModule
     from llm_lightning.data.preference import PreferenceDataModule
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     kinds = {"labels": ClassificationDataModule, "sft": InstructionDataModule, "dpo": PreferenceDataModule}
     options = {"context_length": 256, "batch_size": 8, "path": str(path), **options}
@@ -368,7 +368,8 @@ for _name, _unit in SCRIPTS.items():
 
         @case(f"tokenizer {_tokenizer}: {_name}", 20_000)
         def _(n: int, folder: Path, unit: str = _unit, name: str = _tokenizer) -> Callable[[], Any]:
-            from llm_lightning.tokenizers import WordTokenizer, build_tokenizer
+            from llm_lightning.tokenizers.build import build_tokenizer
+            from llm_lightning.tokenizers.word import WordTokenizer
 
             tokenizer = WordTokenizer(["a", "fox"]) if name == "word" else build_tokenizer(name)
             text = unit * (n // len(unit))
@@ -377,7 +378,7 @@ for _name, _unit in SCRIPTS.items():
     @case(f"token files: {_name}", 2_000_000)
     def _(n: int, folder: Path, unit: str = _unit) -> Callable[[], Any]:
         from llm_lightning.data.corpus.encoding import in_pieces as _pieces
-        from llm_lightning.tokenizers import build_tokenizer
+        from llm_lightning.tokenizers.build import build_tokenizer
 
         text, tokenizer = unit * (n // len(unit)), build_tokenizer("gpt2")
         return lambda: sum(map(len, _pieces([text], tokenizer.split_point)))
@@ -387,7 +388,7 @@ for _name in ("word", "bpe"):
 
     @case(f"tokenizer {_name}: trained", 20_000)
     def _(n: int, folder: Path, name: str = _name) -> Callable[[], Any]:
-        from llm_lightning.tokenizers import build_tokenizer
+        from llm_lightning.tokenizers.build import build_tokenizer
 
         draw = random.Random(0)
         text = " ".join("".join(draw.choices("abcdef", k=draw.randint(1, 5))) for _ in range(n // 4))
@@ -395,7 +396,7 @@ for _name in ("word", "bpe"):
 
     @case(f"tokenizer {_name}: trained on many small texts", 2_000)
     def _(n: int, folder: Path, name: str = _name) -> Callable[[], Any]:
-        from llm_lightning.tokenizers import build_tokenizer
+        from llm_lightning.tokenizers.build import build_tokenizer
 
         texts = [f"ab {i % 7} cd" for i in range(n)]
         return lambda: build_tokenizer(name, vocab_size=300 if name == "bpe" else None, texts=texts)
@@ -403,7 +404,7 @@ for _name in ("word", "bpe"):
 
 @case("tokenizer bpe: trained on text without a space", 66_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     text = "".join(random.Random(0).choices("acgt", k=n))
     return lambda: build_tokenizer("bpe", vocab_size=300, texts=[text])
@@ -411,7 +412,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("tokenizer: many runs of white space just too short", 100_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.tokenizers import _split_long_white_space
+    from llm_lightning.tokenizers.tiktoken_encodings import _split_long_white_space
 
     text = ("a" + " " * 9_000) * (n // 9_000)
     return lambda: _split_long_white_space(text)
@@ -421,7 +422,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.corpus.sources import open_source
     from llm_lightning.data.corpus.token_files import build_token_files
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     path, runs = written(folder / "x.txt", "the quick brown fox.\n" * (n // 21)), iter(range(99))
     return lambda: build_token_files(open_source(path=path), build_tokenizer("gpt2"), cache=folder / str(next(runs)))
@@ -431,7 +432,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.corpus.sources import open_source
     from llm_lightning.data.corpus.token_files import build_token_files
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     texts, runs = folder / "texts", iter(range(99))
     texts.mkdir()
@@ -444,7 +445,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.corpus.sources import open_source
     from llm_lightning.data.corpus.token_files import build_token_files
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     path = written(folder / "x.jsonl", "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(n)))
     runs = iter(range(99))

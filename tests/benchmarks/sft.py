@@ -149,7 +149,7 @@ def read_batches(folder: Path) -> list[Batch]:
 def instruction_data(**options: Any) -> Any:
     """The book's records in the book's split."""
     from llm_lightning.data.instruction import InstructionDataModule
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     shared = os.environ.get("LLM_LIGHTNING_DATA")
     data = InstructionDataModule(
@@ -169,7 +169,7 @@ def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "a
     from llm_lightning.optim.adamw import AdamWConfig
     from llm_lightning.optim.schedules import ConstantConfig
     from llm_lightning.tasks.sft import SFTModule
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
     from llm_lightning.weights.gpt2_names import from_hf
 
     build_tokenizer("gpt2").encode("warm")

@@ -86,7 +86,7 @@ def ours(text: Path) -> dict[str, float]:
     """Build token files from scratch in an empty cache."""
     from llm_lightning.data.corpus.sources import open_source
     from llm_lightning.data.corpus.token_files import build_token_files
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     tokenizer = build_tokenizer("gpt2")
     tokenizer.encode("warm")
@@ -104,7 +104,7 @@ def ours(text: Path) -> dict[str, float]:
 
 def tiktoken(text: Path) -> dict[str, float]:
     """Encode the same text with `encode_ordinary_batch`, a thread per core, the text being in memory before."""
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     encoding = build_tokenizer("gpt2").encoding  # type: ignore[attr-defined]
     encoding.encode_ordinary("warm")

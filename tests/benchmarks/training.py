@@ -83,7 +83,7 @@ def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
     from llm_lightning.optim.adamw import AdamWConfig
     from llm_lightning.optim.schedules import WarmupCosineConfig
     from llm_lightning.tasks.pretraining import PretrainingModule
-    from llm_lightning.tokenizers import build_tokenizer
+    from llm_lightning.tokenizers.build import build_tokenizer
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     tokenizer = build_tokenizer("gpt2")

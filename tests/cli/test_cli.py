@@ -26,7 +26,7 @@ from llm_lightning.data.corpus.token_files import build_token_files
 from llm_lightning.inference.evaluate import evaluate_texts, windows
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.terminal import visible
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights.checkpoint import HEADER, describe, save
 from llm_lightning.weights.load import LoadedModel, load_model
 

@@ -13,7 +13,7 @@ from tiny_run import CONTEXT_LENGTH
 
 from llm_lightning.cli import lineage
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights.checkpoint import HEADER, describe, save
 from llm_lightning.weights.pretrained import GPT2_WEIGHTS
 

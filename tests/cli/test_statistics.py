@@ -13,7 +13,7 @@ import pytest
 
 from llm_lightning.cli import statistics
 from llm_lightning.cli.main import main
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 RECORDS: list[dict[str, Any]] = [
     {"instruction": "Name a colour.", "input": "", "output": "red"},

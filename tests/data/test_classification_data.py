@@ -19,7 +19,7 @@ from llm_lightning.data.leaks import leaked_texts
 from llm_lightning.data.order import BUCKET, bucketed_order
 from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
 from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 BYTES = build_tokenizer("byte")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.inspection import PAD, as_html, as_text
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 BYTES = build_tokenizer("byte")
 END = 256

@@ -18,7 +18,8 @@ from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.splits import order_split
 from llm_lightning.data.templates import Turn
 from llm_lightning.losses import IGNORE_INDEX
-from llm_lightning.tokenizers import ByteTokenizer, build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
+from llm_lightning.tokenizers.byte import ByteTokenizer
 
 BYTES = build_tokenizer("byte")
 SHORT = "[{input}]Q{instruction}A{response}|"

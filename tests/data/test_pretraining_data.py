@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm_lightning.data.pretraining import PretrainingDataModule, Windows, evenly_spaced
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 EMBEDDED = files("llm_lightning.data.embedded")
 TEXT = (EMBEDDED / "short_preferences.json").read_text(encoding="utf-8")

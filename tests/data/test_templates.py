@@ -10,7 +10,7 @@ import pytest
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.templates import TEMPLATES, Conversation, Segment, Template, Turn, choose_template
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 GPT2 = build_tokenizer("gpt2")
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."

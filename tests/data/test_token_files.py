@@ -29,7 +29,8 @@ from llm_lightning.data.corpus import token_files as module
 from llm_lightning.data.corpus.sources import InMemory, Source, open_source
 from llm_lightning.data.corpus.token_files import build_token_files
 from llm_lightning.files.atomic import commit, write_atomically
-from llm_lightning.tokenizers import Tokenizer, build_tokenizer
+from llm_lightning.tokenizers.base import Tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 WORDS = [
     "the",
@@ -404,7 +405,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, suffix: str) -> No
 import resource
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import build_token_files
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 tokenizer = build_tokenizer("byte")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 build_token_files(open_source(path={str(path)!r}), tokenizer, val_fraction=0)

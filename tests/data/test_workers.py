@@ -21,7 +21,7 @@ from llm_lightning.data.classification import ClassificationDataModule
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.data.preference import PreferenceDataModule
 from llm_lightning.data.pretraining import PretrainingDataModule
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 SCRIPT = """
 import signal, sys, time

@@ -221,7 +221,7 @@ NOT_A_KIND = """
     lightning.fabric.utilities.cloud_io._load lightning.pytorch.core.saving._load_state torchmetrics.functional.accuracy
     llm_lightning.weights.checkpoint.save llm_lightning.weights.checkpoint.load llm_lightning.files.download.download
     llm_lightning.inference.generation.generate llm_lightning.models.gpt.GPT llm_lightning.models.gpt llm_lightning
-    llm_lightning.tokenizers.build_tokenizer llm_lightning.experiments.launch.main
+    llm_lightning.tokenizers.build.build_tokenizer llm_lightning.experiments.launch.main
 """
 DISGUISES = [
     "оs.system",  # Cyrillic o  # noqa: RUF001

@@ -29,7 +29,7 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.classification import ClassificationModule
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights.load import LoadedModel
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, n_layer=1, n_head=2, n_embd=16)

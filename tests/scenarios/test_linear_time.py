@@ -28,7 +28,7 @@ from llm_lightning.data.splits import MOST_MARKS, normalized
 from llm_lightning.data.templates import Conversation, Turn, choose_template
 from llm_lightning.metrics.answers import rouge_l
 from llm_lightning.metrics.class_report import best_threshold
-from llm_lightning.tokenizers import ByteTokenizer
+from llm_lightning.tokenizers.byte import ByteTokenizer
 
 SCALING = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
 N = 300

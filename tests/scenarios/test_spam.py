@@ -11,7 +11,7 @@ from tiny_run import train_here
 
 from llm_lightning.data.classification import ClassificationDataModule
 from llm_lightning.metrics.intervals import wilson_interval
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 RECORDS = {"book": 5572, "grouped": 5574}
 

@@ -15,7 +15,7 @@ from llm_lightning.models.gpt import GPT
 from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 
 
 class AnswersDataModule(RaggedDataModule):

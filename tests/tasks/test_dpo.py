@@ -23,7 +23,7 @@ from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tasks.reference import AdapterOff, Copy
 from llm_lightning.terminal import visible
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import load_model
 

@@ -31,9 +31,10 @@ from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
+from tests.model_kinds import of_kind
 
 GPT2 = build_tokenizer("gpt2")
 CONFIG = GPTConfig(vocab_size=50257, context_length=128, n_layer=2, n_head=2, n_embd=32)
@@ -294,6 +295,8 @@ FORMS = {
     "checkpointing": (SMALL, None),
     "lora_fused": (SMALL, LoRAConfig(rank=3)),
     "lora_split": (SMALL, LoRAConfig(rank=3, qkv="split")),
+    "llama": (of_kind(SMALL, "llama"), LoRAConfig(rank=3, qkv="split")),
+    "qwen3": (of_kind(SMALL, "qwen3"), None),
     "lora_head": (
         GPTConfig(**{**SMALL.__dict__, "tied_head": False}),
         LoRAConfig(rank=3, targets=("qkv_proj", "lm_head")),

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from llm_lightning.models.gpt import GPT, GPTConfig
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import HEADER, CheckpointError
 from llm_lightning.weights.gpt2_names import to_hf

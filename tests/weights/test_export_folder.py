@@ -18,7 +18,7 @@ from test_pretrained import CONFIG, TEXT, random_gpt
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig, adapter_state, apply_lora
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights import export_folder, hf_export
 from llm_lightning.weights.hf_export import export_hf

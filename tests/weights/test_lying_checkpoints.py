@@ -25,7 +25,7 @@ from llm_lightning.cli.main import main
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig, apply_lora
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import HEADER, CheckpointError
 from llm_lightning.weights.load import load_model

