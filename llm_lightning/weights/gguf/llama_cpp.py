@@ -1,0 +1,100 @@
+"""What llama.cpp computes from a GGUF file, by `xllamacpp`, in a process of its own: it ends the process of a bad file.
+
+As a program it reads a question from standard input and answers on standard output; both are JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TOP = 10
+_SECONDS = 1800  # reading a file of many gigabytes from a slow disk
+
+
+class Prediction(NamedTuple):
+    """The next token after some tokens: natural logarithms of probabilities."""
+
+    actual: float
+    """Of the token that follows."""
+    top: dict[int, float]
+    """Of the `TOP` likeliest, likeliest first."""
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def predictions(file: Path, ids: Sequence[int], first: int, *, exact: bool = True) -> list[Prediction]:
+    """Predict `ids[first]` from those before it, then `ids[first + 1]`, and so on to the last.
+
+    Args:
+        exact: no flash attention, and a cache in float32. Llama.cpp's own settings (a cache in float16) differ from
+            exact ones by hundredths.
+
+    Raises:
+        ValueError: if llama.cpp does not read the file; with the last line that it writes.
+    """
+    question = {
+        "file": str(file), "ids": list(ids), "first": first, "exact": exact, "threads": torch.get_num_threads()
+    }  # fmt: skip
+    command = [sys.executable, "-m", "llm_lightning.weights.gguf.llama_cpp"]
+    done = subprocess.run(
+        command, input=json.dumps(question), capture_output=True, text=True, timeout=_SECONDS, check=False
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it wrote nothing"]
+        raise ValueError(f"llama.cpp does not read {file} (exit code {done.returncode}): {lines[-1]}")
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return [Prediction(actual, {int(token): value for token, value in top}) for actual, top in answers]
+
+
+def _server(file: str, n_ids: int, threads: int, exact: bool) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    params.n_ctx, params.n_parallel, params.warmup, params.fit_params = n_ids + 1, 1, False, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_gpu_layers = 0
+    if exact:
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    return xllamacpp.Server(params)
+
+
+def _answer(server: Any, ids: list[int], following: int) -> tuple[float, list[tuple[int, float]]]:
+    """One completion of one token: there are no probabilities of a prompt's tokens.
+
+    The bias makes it the token that follows; the probabilities stated are those without it.
+    """
+    request = {
+        "prompt": ids,
+        "n_predict": 1,
+        "n_probs": TOP,
+        "logit_bias": [[following, 1e4]],
+        "temperature": 0.0,
+        "cache_prompt": True,
+    }
+    (token,) = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+    assert token["id"] == following, "the bias does not choose the token"
+    return token["logprob"], [(top["id"], top["logprob"]) for top in token["top_logprobs"]]
+
+
+def _main() -> None:
+    question = json.load(sys.stdin)
+    ids = question["ids"]
+    server = _server(question["file"], len(ids), question["threads"], question["exact"])
+    answers = [_answer(server, ids[:at], ids[at]) for at in range(question["first"], len(ids))]
+    print(f"\n{json.dumps(answers)}", flush=True)
+
+
+if __name__ == "__main__":
+    _main()
