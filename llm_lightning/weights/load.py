@@ -255,7 +255,7 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
 def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
     from llm_lightning.weights.pretrained import load_pretrained
 
-    config, state, description, info, *_ = load_pretrained(name)
+    config, state, description, info = load_pretrained(name)
     if description is None:
         raise ValueError(
             f"{name} does not say which tokenizer its {config.vocab_size:,} tokens belong to; "

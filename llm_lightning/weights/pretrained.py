@@ -95,10 +95,6 @@ class Pretrained(NamedTuple):
     """A description for `tokenizers.from_description`; None if the files do not determine it."""
     info: dict[str, str]
     """`source`, `digest` (sha256) and `dtype`."""
-    template: dict[str, Any] | None = None
-    """A description of the model's own template; None if the files have none."""
-    generation: dict[str, Any] | None = None
-    """`eos_token_id` (a list), `bos_token_id`, `pad_token_id` and sampling values, as far as the files state them."""
 
 
 def load_pretrained(name_or_path: str | Path) -> Pretrained:
