@@ -29,7 +29,7 @@ from llm_lightning.weights.export_folder import (
     write_weights,
 )
 from llm_lightning.weights.families.gpt2 import module_from_hf, module_to_hf
-from llm_lightning.weights.pretrained import read_safetensors
+from llm_lightning.weights.safetensors_files import read_safetensors
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _PREFIX = "base_model.model."

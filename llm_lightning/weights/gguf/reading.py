@@ -31,7 +31,7 @@ from llm_lightning.weights.gguf.layout import (
 )
 from llm_lightning.weights.gguf.package import gguf_package
 from llm_lightning.weights.gguf.rope_factors import scaling_of
-from llm_lightning.weights.pretrained import Pretrained
+from llm_lightning.weights.contents import Pretrained
 
 _STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Keys of the ids that end an answer: of a text, of a turn, of a message."""
