@@ -1,6 +1,6 @@
 """Export our models as folders that transformers loads: `GPT2LMHeadModel`, or a sequence classifier.
 
-`gpt2_names.py` converts names and layouts; `pretrained.py` reads such folders.
+`families/gpt2.py` converts names and layouts; `pretrained.py` reads such folders.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llm_lightning.weights.export_folder import (
     write_text,
     write_weights,
 )
-from llm_lightning.weights.gpt2_names import MOST_PADDING, config_to_hf, from_hf, to_hf
+from llm_lightning.weights.families.gpt2 import MOST_PADDING, config_to_hf, from_hf, to_hf
 from llm_lightning.weights.pretrained import WEIGHTS, Pretrained, gpt2_merges, load_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

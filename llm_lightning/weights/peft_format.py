@@ -28,7 +28,7 @@ from llm_lightning.weights.export_folder import (
     write_json,
     write_weights,
 )
-from llm_lightning.weights.gpt2_names import module_from_hf, module_to_hf
+from llm_lightning.weights.families.gpt2 import module_from_hf, module_to_hf
 from llm_lightning.weights.pretrained import read_safetensors
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
@@ -106,10 +106,9 @@ def export_peft(
         a, b = layer.lora_A[name].detach(), layer.lora_B[name].detach()
         if len(layer.rows) > 1:
             b = torch.block_diag(*b.split(layer.rows))
-        ranks[module_to_hf(path)] = len(a)
-        tensors |= {
-            f"{_PREFIX}{module_to_hf(path)}.lora_{kind}.weight": m.contiguous() for kind, m in (("A", a), ("B", b))
-        }
+        (theirs,) = module_to_hf(path)
+        ranks[theirs] = len(a)
+        tensors |= {f"{_PREFIX}{theirs}.lora_{kind}.weight": m.contiguous() for kind, m in (("A", a), ("B", b))}
     _refuse_non_finite(tensors, "the adapter")
     with publishing(folder, overwrite=overwrite) as temporary, naming(folder):
         write_weights(temporary / WEIGHTS, tensors)
@@ -145,7 +144,7 @@ def import_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         if not match:
             raise ValueError(f"{folder / WEIGHTS}: {short(key)} is not a matrix of a LoRA adapter")
         try:
-            state[f"{module_from_hf(match[1])}.lora_{match[2]}"] = tensor
+            state[f"{module_from_hf(match[1])[0]}.lora_{match[2]}"] = tensor
         except ValueError as error:
             raise ValueError(f"{folder / WEIGHTS}: {error}") from None
     _refuse_non_finite(state, str(folder / WEIGHTS))

@@ -1,7 +1,7 @@
 """GPT-2 weights from the Hugging Face hub or a local folder; `hf_export.py` writes such folders.
 
 Only safetensors files are read: pickled weights can run code. The released weights are pinned by revision and sha256.
-`gpt2_names.py` converts names and layouts.
+`families/gpt2.py` converts names and layouts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llm_lightning.files.hub import HubFile, fetch
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tokenizers.tiktoken_encodings import GPT2_VOCAB_BPE_SHA256
 from llm_lightning.weights.export_folder import NOTE, Stated, read_json
-from llm_lightning.weights.gpt2_names import (
+from llm_lightning.weights.families.gpt2 import (
     MOST_PADDING,
     config_from_hf,
     from_hf,

@@ -23,7 +23,7 @@ from llm_lightning.models.lora import (
 )
 from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.gpt2_names import config_to_hf, module_from_hf, module_to_hf, to_hf
+from llm_lightning.weights.families.gpt2 import config_to_hf, module_from_hf, module_to_hf, to_hf
 from llm_lightning.weights.load import load_model
 from llm_lightning.weights.peft_format import export_peft, import_peft
 
@@ -88,7 +88,7 @@ def test_out_to_peft(tmp_path: Path, config: LoRAConfig) -> None:
     state = adapter_state(ours)
     for key, parameter in state.items():
         path, _, kind = key.rpartition(".lora_")
-        found = gradients[f"base_model.model.{module_to_hf(path)}.lora_{kind}.default.weight"]
+        found = gradients[f"base_model.model.{module_to_hf(path)[0]}.lora_{kind}.default.weight"]
         expected = parameter.grad
         assert expected is not None
         if config.qkv == "split" and path.endswith("qkv_proj") and kind == "B":
@@ -140,7 +140,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 def test_names_there_and_back() -> None:
     names = [f"blocks.7.{part}" for part in ("attn.qkv_proj", "attn.out_proj", "mlp.up_proj", "mlp.down_proj")]
-    assert [module_from_hf(module_to_hf(name)) for name in names] == names
+    assert [module_from_hf(module_to_hf(name)[0]) for name in names] == [(name, 0) for name in names]
     for wrong in ("transformer.h.0.ln_1", "model.layers.0.q_proj", "score"):
         with pytest.raises(ValueError, match="not a linear layer of GPT-2"):
             module_from_hf(wrong)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.weights import hf_export
-from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
 from llm_lightning.weights.pretrained import GPT2_WEIGHTS, Release, load_pretrained
 
