@@ -25,9 +25,9 @@ from llm_lightning.files.hub import HubFile, fetch
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tokenizers.tiktoken_encodings import GPT2_VOCAB_BPE_SHA256
 from llm_lightning.weights.export_folder import NOTE, Stated, read_json
+from llm_lightning.weights.families.choose import family_of, family_of_json
 from llm_lightning.weights.families.gpt2 import (
     MOST_PADDING,
-    config_from_hf,
     from_hf,
     infer_config,
 )
@@ -131,7 +131,7 @@ def _load_local(path: Path) -> Pretrained:
         state |= read_safetensors(file)
     with _naming(path):
         config = _local_config(folder, state)
-        views = from_hf(state, config)
+        views = family_of(config).from_hf(state, config)
         state.clear()
         ours = _owned(views, config)
         _refuse_non_finite(ours)
@@ -213,7 +213,8 @@ def _tensor(file: BinaryIO, start: int, *, dtype: str, shape: list[int], data_of
 
 def _local_config(folder: Path, state: Mapping[str, Tensor]) -> GPTConfig:
     if (folder / "config.json").is_file():
-        return config_from_hf(read_json(folder / "config.json"))
+        config_json = read_json(folder / "config.json")
+        return family_of_json(config_json).config_from_hf(config_json)
     config = infer_config(state)
     log.info("no config.json in %s: n_head=%d, because GPT-2's heads are 64 wide", folder, config.n_head)
     return config

@@ -384,6 +384,6 @@ def test_a_config_of_another_model_is_refused_with_its_path(folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG, 0) | {"n_layer": 3}))
     with pytest.raises(ValueError, match=r"hub_folder: the weights do not fit this GPT-2; missing: h\.2\."):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='llama' is not supported"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='mistral' is not a family known here"):
         load_pretrained(folder)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llm_lightning.models.gpt import GPTConfig
-from llm_lightning.weights.families.shapes import EMBEDDING, HEAD
+
+EMBEDDING, HEAD = "token_embedding.weight", "lm_head.weight"
 
 
 def check_names(actual: set[str], expected: set[str], family: str) -> None:

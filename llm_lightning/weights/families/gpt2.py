@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.models.shapes import parameter_shapes
 from llm_lightning.weights.families.checks import (
+    EMBEDDING,
+    HEAD,
     check_layers,
     check_names,
     check_supported,
@@ -26,7 +29,6 @@ from llm_lightning.weights.families.checks import (
     flag,
     number,
 )
-from llm_lightning.weights.families.shapes import EMBEDDING, HEAD, shapes_of
 
 _OUTER = {  # ours -> theirs, without the `transformer.` prefix
     "token_embedding.weight": "wte.weight",
@@ -126,7 +128,7 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
     """
     check_layers(config, len(state), "n_layer")
     theirs = {name.removeprefix("transformer."): name for name in state}
-    shapes = shapes_of(replace(config, qkv_bias=True))  # as theirs always are
+    shapes = parameter_shapes(replace(config, qkv_bias=True))  # as theirs always are
     names = {ours: _theirs(ours) for ours in shapes}
     if config.tied_head and HEAD not in theirs:
         names.pop(HEAD)
@@ -151,7 +153,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
         ValueError: for missing or unknown keys, wrong shapes, tensors that are not floating point, or a head
             that contradicts `tied_head=True`.
     """
-    shapes = shapes_of(config)
+    shapes = parameter_shapes(config)
     check_names(set(state), set(shapes), "GPT-2")
     ours = {name: fitted(name, _unpadded(name, state[name], shape), shape) for name, shape in shapes.items()}
     check_tie(ours, config)

@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_lightning.models.gpt import GPTConfig, RopeScaling
+from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.models.rope import RopeScaling
+from llm_lightning.models.shapes import parameter_shapes
 from llm_lightning.weights.families.checks import (
+    EMBEDDING,
+    HEAD,
     check_layers,
     check_names,
     check_supported,
@@ -28,7 +32,6 @@ from llm_lightning.weights.families.checks import (
     number,
     shown,
 )
-from llm_lightning.weights.families.shapes import EMBEDDING, HEAD, qkv_rows, shapes_of
 
 _OUTER = {EMBEDDING: "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight", HEAD: HEAD}
 _BLOCK = {  # ours -> theirs; several: ours has their rows one above the other
@@ -72,20 +75,22 @@ def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
     check_supported(config_json, _SUPPORTED)
     _refuse_sliding_windows(config_json)
     defaults = _DEFAULTS[kind]
+    heads, width = number(config_json, "num_attention_heads", 32), number(config_json, "hidden_size", 4096)
     theta, scaling = _rope_of(config_json)
+    own = width // max(heads, 1)
     biases = flag(config_json, "attention_bias", False) if kind != "qwen2" else False
     return GPTConfig(
         vocab_size=number(config_json, "vocab_size", defaults["vocab_size"]),
         context_length=number(config_json, "max_position_embeddings", defaults["max_position_embeddings"]),
         n_layer=number(config_json, "num_hidden_layers", 32),
-        n_head=number(config_json, "num_attention_heads", 32),
-        n_embd=number(config_json, "hidden_size", 4096),
+        n_head=heads,
+        n_embd=width,
         attention_dropout=0.0 if config_json.get("attention_dropout") is None else config_json["attention_dropout"],
         tied_head=flag(config_json, "tie_word_embeddings", False),
         layer_norm_eps=number(config_json, "rms_norm_eps", 1e-6),
         **_FIXED,
-        n_kv_head=_number_or_none(config_json, "num_key_value_heads", None if kind == "llama" else 32),
-        head_dim=_number_or_none(config_json, "head_dim", 128 if kind == "qwen3" else None),
+        n_kv_head=_number_or(config_json, "num_key_value_heads", heads, absent=heads if kind == "llama" else 32),
+        head_dim=_number_or(config_json, "head_dim", own, absent=128 if kind == "qwen3" else own),
         ffn_width=number(config_json, "intermediate_size", defaults["intermediate_size"]),
         qkv_bias=biases or kind == "qwen2",
         out_bias=biases,
@@ -146,15 +151,15 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
     """
     check_layers(config, len(state), "num_hidden_layers")
     theirs = {name if name == HEAD or name.startswith("model.") else f"model.{name}": name for name in state}
-    shapes = shapes_of(config)
+    shapes = parameter_shapes(config)
     names = {ours: _theirs(ours) for ours in shapes}
     if config.tied_head and HEAD not in theirs:
         names.pop(HEAD)
     expected = {name for several in names.values() for name in several}
-    check_names({name for name in theirs if not _BUFFER.fullmatch(name)}, expected, config_family(config))
+    check_names({name for name in theirs if not _BUFFER.fullmatch(name)}, expected, _name_of(config))
     result = {}
     for ours, several in names.items():
-        rows = qkv_rows(config) if len(several) > 1 else shapes[ours][:1]
+        rows = config.qkv_rows if len(several) > 1 else shapes[ours][:1]
         parts = [
             fitted(name, state[theirs[name]], (count, *shapes[ours][1:]))
             for name, count in zip(several, rows, strict=True)
@@ -172,8 +177,8 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
         ValueError: for missing or unknown keys, wrong shapes, tensors that are not floating point, or a head
             that contradicts `tied_head=True`.
     """
-    shapes = shapes_of(config)
-    check_names(set(state), set(shapes), config_family(config))
+    shapes = parameter_shapes(config)
+    check_names(set(state), set(shapes), _name_of(config))
     ours = {name: fitted(name, state[name], shape) for name, shape in shapes.items()}
     check_tie(ours, config)
     if config.tied_head:
@@ -184,7 +189,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
         if len(several) == 1:
             result[several[0]] = tensor.contiguous()
         else:  # each in its own memory, as safetensors wants
-            result |= {part: rows.clone() for part, rows in zip(several, tensor.split(qkv_rows(config)), strict=True)}
+            result |= {part: rows.clone() for part, rows in zip(several, tensor.split(config.qkv_rows), strict=True)}
     return result
 
 
@@ -212,7 +217,7 @@ def module_from_hf(theirs: str) -> tuple[str, int]:
     raise ValueError(f"{theirs} is not a linear layer of Llama, Qwen2 or Qwen3")
 
 
-def config_family(config: GPTConfig) -> str:
+def _name_of(config: GPTConfig) -> str:
     """The family's name in an error message."""
     return {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[_kind_of(config)]
 
@@ -255,8 +260,7 @@ def _rope_of(config_json: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     for node in nodes:
         if not isinstance(node, dict) or any(isinstance(value, dict) for value in node.values()):
             raise ValueError(
-                f"config.json: rope_parameters={shown(node)} is not supported; it must be one set of values for all "
-                "layers"
+                f"config.json: rope_parameters={shown(node)} must be an object, with one set of values for all layers"
             )
         check_supported(node, {"partial_rotary_factor": (1.0, None)})
     stated = {
@@ -293,11 +297,14 @@ def _refuse_sliding_windows(config_json: Mapping[str, Any]) -> None:
             raise ValueError(
                 "config.json: use_sliding_window=True is not supported: our GPT attends to the whole context"
             )
+    if not isinstance(layers, (list, type(None))):
+        raise ValueError(f"config.json: layer_types={shown(layers)} must be a list of names")
     strange = sorted(set(map(str, layers or [])) - {"full_attention"})
     if strange:
         raise ValueError(f"config.json: layer_types with {strange[0]!r} are not supported, only 'full_attention'")
 
 
-def _number_or_none(config_json: Mapping[str, Any], key: str, default: int | None) -> int | None:
-    value: int | None = config_json.get(key, default)
-    return value if value is None else number(config_json, key, 1 if default is None else default)
+def _number_or(config_json: Mapping[str, Any], key: str, null: int, *, absent: int) -> int:
+    """A number that may be null or absent, which mean `null` and `absent`."""
+    value: int = number(config_json, key, absent) if config_json.get(key, absent) is not None else null
+    return value
