@@ -12,7 +12,7 @@ An adapter is a pair of matrices: A (R, I) and B (O, R). Which layers differ:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as short
@@ -121,7 +121,11 @@ def export_peft(
     for path, layer in layers.items():
         assert isinstance(layer, LoRALinear)
         pairs |= _to_peft(path, layer, name, model.trunk.config)
-    tensors = {f"{_PREFIX}{path}.lora_{kind}.weight": m for path, pair in pairs.items() for kind, m in zip("AB", pair, strict=True)}
+    tensors = {
+        f"{_PREFIX}{path}.lora_{kind}.weight": m
+        for path, pair in pairs.items()
+        for kind, m in zip("AB", pair, strict=True)
+    }
     _refuse_non_finite(tensors, "the adapter")
     ranks = {path: len(pair.a) for path, pair in pairs.items()}
     is_conv1d = model.trunk.config.position == "learned"
@@ -205,9 +209,7 @@ def _filled(pair: Pair, rank: int) -> Pair:
     return Pair(F.pad(pair.a, (0, 0, 0, more)), F.pad(pair.b, (0, more))) if more else pair
 
 
-def _from_peft(
-    pairs: Mapping[str, Pair], config: LoRAConfig, model: GPTConfig
-) -> tuple[LoRAConfig, dict[str, Tensor]]:
+def _from_peft(pairs: Mapping[str, Pair], config: LoRAConfig, model: GPTConfig) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """Our settings and matrices from PEFT's."""
     layers: dict[str, dict[int, Pair]] = {}
     for theirs, pair in pairs.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -73,18 +73,15 @@ def config_from_peft(facts: Mapping[str, Any], ranks: Mapping[str, int], path: P
     if not isinstance(facts.get("use_rslora"), (bool, type(None))):
         raise ValueError(f"{path}: use_rslora={short(facts['use_rslora'])} must be true or false")
     patterns = {key: _patterns(facts, key, path) for key in ("rank_pattern", "alpha_pattern")}
-    kinds = {
-        theirs: (_matching(patterns["rank_pattern"], theirs, facts["r"]), _matching(patterns["alpha_pattern"], theirs,
-                 facts["lora_alpha"])) for theirs in ranks
-    }  # fmt: skip
-    configs = {kind: _config(facts, *kind, path) for kind in dict.fromkeys(kinds.values())}
+    configs = []
     for theirs, rank in ranks.items():
-        if rank != kinds[theirs][0]:
+        stated = _matching(patterns["rank_pattern"], theirs, facts["r"])
+        configs.append(_config(facts, stated, _matching(patterns["alpha_pattern"], theirs, facts["lora_alpha"]), path))
+        if rank != stated:
             raise ValueError(
-                f"{path}: the matrices of {theirs} have rank {rank}, but {ADAPTER} says r={kinds[theirs][0]}; get "
-                "them again"
+                f"{path}: the matrices of {theirs} have rank {rank}, but {ADAPTER} says r={stated}; get them again"
             )
-    return _joined(list(configs.values()), path)
+    return _joined(configs, path)
 
 
 def write_settings(
@@ -113,9 +110,7 @@ def write_settings(
         "bias": "none",
         "use_rslora": config.scaling == "rslora",
         "rank_pattern": {_exactly(path): rank for path, rank in wider.items()},
-        "alpha_pattern": {
-            _exactly(path): config.alpha * (rank / config.rank) ** power for path, rank in wider.items()
-        },
+        "alpha_pattern": {_exactly(path): config.alpha * (rank / config.rank) ** power for path, rank in wider.items()},
         "inference_mode": True,
     }
     write_json(folder / ADAPTER, facts)
@@ -123,7 +118,7 @@ def write_settings(
 
 def is_hub_name(name: str) -> bool:
     """Whether it is `ORG/NAME`, perhaps with a revision, and not a path of this machine."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)) and not name.startswith(".") and not Path(name).exists()
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", name)) and not Path(name).exists()
 
 
 def _config(facts: Mapping[str, Any], rank: Any, alpha: Any, path: Path) -> LoRAConfig:
@@ -142,7 +137,7 @@ def _config(facts: Mapping[str, Any], rank: Any, alpha: Any, path: Path) -> LoRA
         raise ValueError(f"{path}: {theirs}; {_AGAIN}") from None
 
 
-def _joined(configs: Iterable[LoRAConfig], path: Path) -> LoRAConfig:
+def _joined(configs: Sequence[LoRAConfig], path: Path) -> LoRAConfig:
     """The one of the largest rank, which must have the scale of every other."""
     largest = max(configs, key=lambda config: config.rank)
     for config in configs:

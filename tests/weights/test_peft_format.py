@@ -161,7 +161,7 @@ def test_an_adapter_on_the_head_stays_here(tmp_path: Path) -> None:
         ("use_dora", True),
         ("bias", "all"),
         ("peft_type", "IA3"),
-        ("rank_pattern", {"x": 2}),
+        ("init_lora_weights", "pissa"),
         ("modules_to_save", ["wte"]),
     ],
 )
