@@ -22,7 +22,8 @@ from llm_lightning.inference.defaults import ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.terminal import aligned, say_lines, visible
 
 if TYPE_CHECKING:
-    from llm_lightning.data.templates import Conversation, Template
+    from llm_lightning.data.templates.base import Template
+    from llm_lightning.data.templates.conversation import Conversation
     from llm_lightning.inference.curves import Curves
     from llm_lightning.metrics.judge.client import Judge
     from llm_lightning.weights.load import LoadedModel

@@ -20,7 +20,7 @@ from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, 
 from llm_lightning.terminal import say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.data.templates import Conversation
+    from llm_lightning.data.templates.conversation import Conversation
     from llm_lightning.weights.load import LoadedModel
 
 COLUMN = "model_response"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llm_lightning.data.templates import TEMPLATES, Conversation, Turn
+from llm_lightning.data.templates.conversation import Conversation, Turn
+from llm_lightning.data.templates.slots import TEMPLATES
 from llm_lightning.metrics.judge.client import Judge, Verdict
 from llm_lightning.metrics.judge.prompts import PAIR_PROMPT, PROMPTS, ScorePrompt, parse_choice, parse_score
 from llm_lightning.metrics.judge.summaries import Comparison, compared

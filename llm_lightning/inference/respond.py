@@ -15,7 +15,9 @@ from llm_lightning.data.of_checkpoint import settings_of
 from llm_lightning.data.records import instruction as instruction_records
 from llm_lightning.data.records import preference as preference_records
 from llm_lightning.data.records.json import read_json_records
-from llm_lightning.data.templates import Conversation, Template, choose_template
+from llm_lightning.data.templates.base import Template
+from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.inference.generation import generate
@@ -66,7 +68,7 @@ def respond(
     conversations = read_records(records, loaded) if isinstance(records, (str, Path)) else records
     chosen = template_of(loaded, template)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    key = [loaded.header.get("digest"), chosen.text, max_new_tokens, sampling, str(loaded.gpt.dtype)]
+    key = [loaded.header.get("digest"), chosen.digest_values(), max_new_tokens, sampling, str(loaded.gpt.dtype)]
     keys = [_key(key, chosen.prompt_ids(loaded.tokenizer, one)) for one in conversations]
     known = {} if progress_file is None else _read_progress(progress_file)
     missing = [index for index, one in enumerate(keys) if one not in known]
@@ -135,7 +137,7 @@ def answer(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop_ids=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+            stop_ids=template.stop_ids(tokenizer),
             never=never,
         )
         for index, ids in zip(batch, new_ids, strict=True):
