@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021): a query or key at position p is rotated by angles proportional to p.
 
 Component i of a head is rotated together with component i + D / 2, as in transformers' layout of weights. Tables and
-rotation are in float32 whatever the type of the weights: in bfloat16 the angles of distant positions are wrong.
+rotation are in float32 at least, whatever the type of the weights: in bfloat16 the angles of far positions are wrong.
 
 Tensor letters: B batch, T time, H heads, D head width.
 """
@@ -98,6 +98,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
-    first, second = heads[..., :n, :].float().chunk(2, dim=-1)
+    wide = heads[..., :n, :].to(torch.promote_types(heads.dtype, cos.dtype))
+    first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
     return turned if n == heads.size(-2) else torch.cat((turned, heads[..., n:, :]), dim=-2)
