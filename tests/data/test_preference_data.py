@@ -28,7 +28,7 @@ from llm_lightning.data.pairs import (
 )
 from llm_lightning.data.preference import PreferenceDataModule
 from llm_lightning.data.records.preference import read_preferences
-from llm_lightning.data.templates import Turn
+from llm_lightning.data.templates.conversation import Turn
 from llm_lightning.losses import preference_loss, sequence_log_probs, token_log_probs
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT, GPTConfig
