@@ -17,7 +17,7 @@ from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.data.batches import Example, LMBatch
-    from llm_lightning.data.templates import Template
+    from llm_lightning.data.templates.base import Template
     from llm_lightning.files.download import Pinned
     from llm_lightning.tokenizers.base import Tokenizer
 
@@ -88,7 +88,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
     from llm_lightning.data.batches import collate_padded
     from llm_lightning.data.instruction import LOSS_ON
     from llm_lightning.data.records.rows import rows_of
-    from llm_lightning.data.templates import choose_template
+    from llm_lightning.data.templates.choose import choose_template
     from llm_lightning.files.download import file_of
     from llm_lightning.tokenizers.build import build_tokenizer
 

@@ -20,7 +20,7 @@ from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, 
 from llm_lightning.terminal import say_lines
 
 if TYPE_CHECKING:
-    from llm_lightning.data.templates import Conversation
+    from llm_lightning.data.templates.conversation import Conversation
     from llm_lightning.weights.load import LoadedModel
 
 COLUMN = "model_response"
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         metavar="T",
-        help="alpaca, phi3, chatml, or a text with slots (default: the template of the training, else alpaca)",
+        help="a name such as alpaca, a text with slots, or a .jinja file (default: that of the training, else the "
+        "model's own, else alpaca)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     parser.add_argument(

@@ -20,7 +20,9 @@ from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.leaks import leaked_prompts, prompt_key
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, order_split
-from llm_lightning.data.templates import Conversation, Template, choose_template
+from llm_lightning.data.templates.base import Template
+from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.tokenizers.base import Tokenizer
 
@@ -63,7 +65,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         path: a file of your own; with a downloaded set, a local copy of it.
         columns: names of the fields in the records.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
-        template: `alpaca`, `phi3`, `chatml`, or a text with slots, see `templates.py`.
+        template: a name, a text with slots or a `.jinja` file, see `templates/`; None: the model's own, else alpaca.
+        template_date: the day that a Jinja template sees, YYYY-MM-DD; None: the own template's, else 2024-07-26.
+        own_template: the description of the model's own template.
         split: `grouped` (no prompt, and no group of records, appears in two splits) or `order` (the book's: the first
             records are for training, the next for test, the last for validation).
         val_fraction, test_fraction: of the records.
@@ -98,7 +102,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         hf_config: str | None = None,
         hf_split: str = "train",
         hf_revision: str | None = None,
-        template: str = "alpaca",
+        template: str | None = None,
+        template_date: str | None = None,
+        own_template: Mapping[str, Any] | None = None,
         split: str = "grouped",
         val_fraction: float = 0.05,
         test_fraction: float = 0.1,
@@ -117,7 +123,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         check_name(name, self.named)
         if path is not None and name is not None and isinstance(self.named[name], Path):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
-        self.template = choose_template(template)
+        self.template = choose_template(template, own=own_template, template_date=template_date)
         self.context_length, self.columns, self.too_long = context_length, columns, too_long
         self.limit = min(max_length or context_length, context_length)
         self.share_prefix, self.is_packed = share_prefix, packing is True
@@ -159,7 +165,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
     def read(self) -> None:
         """Read, check and split the records, without tokenising: enough for `conversations_of` and `data_digest`."""
         records, skipped = self.read_records(self._source())
-        check_slots(self.template, records)
+        self.template.check(records)
         parts = split_conversations(records, self._split, self._fractions, self._split_seed)
         # After the split: a pair that is left out moves no other record to another split.
         self.records = {
@@ -175,9 +181,8 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         self.read()
         make = self._make_tokenizer
         self.tokenizer = make if isinstance(make, Tokenizer) else make(self._training_texts())
-        if self.tokenizer.eot_id is None:
-            raise ValueError("this tokenizer has no end-of-text token, with which an answer ends; use another one")
-        self.pad_id = self.tokenizer.eot_id
+        self.template.check_tokenizer(self.tokenizer)
+        self.pad_id = self.tokenizer.eot_id or 0  # without effect: nothing sees a pad, and no mask looks at ids
         self._encode()
         self._report |= {"leaks": {split: leaked_prompts(self.records, split) for split in ("val", "test")}}
         self.choose_layout()
@@ -272,7 +277,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
 
     def _digest(self) -> str:
         content = {split: [_plain(record) for record in rows] for split, rows in self.records.items()}
-        values = [content, self.template.text, self.template.system, *self.digest_more()]
+        values = [content, *self.template.digest_values(), *self.digest_more()]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
@@ -308,15 +313,6 @@ def split_conversations(
         if not part:
             raise ValueError(f"{len(records)} records leave none for {name}; give more, or raise data.{name}_fraction")
     return parts
-
-
-def check_slots(template: Template, records: Sequence[Conversation]) -> None:
-    """Raise ValueError if the template has no slot for a part of a record."""
-    for one in records:
-        if "system" not in template.slots and one.system:
-            raise ValueError(f"{one.place} has a system message, but template {template.name} has no {{system}} slot")
-        if "input" not in template.slots and any(turn.input for turn in one.turns):
-            raise ValueError(f"{one.place} has an input, but template {template.name} has no {{input}} slot")
 
 
 def check_choices(allowed: Mapping[str, tuple[Any, ...]], **given: Any) -> None:

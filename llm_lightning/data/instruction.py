@@ -17,7 +17,8 @@ from llm_lightning.data.batches import Example, collate_packed, collate_padded, 
 from llm_lightning.data.conversations import ConversationDataModule, Layouts, check_choices
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.instruction import read_instructions
-from llm_lightning.data.templates import Conversation, Template
+from llm_lightning.data.templates.base import Template
+from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned
 from llm_lightning.terminal import counted
 from llm_lightning.tokenizers.base import Tokenizer
@@ -140,7 +141,7 @@ def encode(
     targets: list[np.ndarray] = []
     answers: list[np.ndarray] = []
     answer_at, n_ids, n_ends = 0, 0, 0
-    for piece, kind in template.tokens(tokenizer, template.segments(conversation)):
+    for piece, kind in template.tokens(tokenizer, template.segments(conversation, tokenizer)):
         is_target = trained is None or kind in trained
         if kind == "end":
             n_ends += 1

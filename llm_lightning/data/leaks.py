@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llm_lightning.data.splits import normalized
-from llm_lightning.data.templates import Conversation
+from llm_lightning.data.templates.conversation import Conversation
 
 
 def prompt_key(conversation: Conversation) -> str:

@@ -22,7 +22,8 @@ from llm_lightning.data.pairs import (
     packed_pairs_length,
 )
 from llm_lightning.data.records.preference import read_preferences
-from llm_lightning.data.templates import Conversation, Template
+from llm_lightning.data.templates.base import Template
+from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned
 from llm_lightning.terminal import counted
 from llm_lightning.tokenizers.base import Tokenizer
@@ -136,14 +137,19 @@ def encode_pair(
     score_header: bool = False,
 ) -> PairSample:
     """Token ids of a whole pair, however long; see `PreferenceDataModule` for what is scored."""
-    pieces = list(template.tokens(tokenizer, template.prompt(pair)))
+    pieces = list(template.tokens(tokenizer, template.prompt(pair, tokenizer)))
     prompt = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in pieces)])
-    end = [tokenizer.eot_id] if score_eos else []
     chosen, rejected = (
-        np.concatenate([tokenizer.encode_array(text), np.array(end, dtype=np.int64)])
-        for text in (pair.turns[-1].response, pair.rejected or "")
+        _answer(tokenizer, template, pair, text, score_eos) for text in (pair.turns[-1].response, pair.rejected or "")
     )
     return PairSample(index, prompt, chosen, rejected, _n_header(tokenizer, pieces) if score_header else 0)
+
+
+def _answer(tokenizer: Tokenizer, template: Template, pair: Conversation, text: str, score_eos: bool) -> np.ndarray:
+    """Token ids of one answer to the last question, with its end if that is scored."""
+    last = pair.turns[-1]._replace(response=text)
+    ids, end = template.answer_ids(tokenizer, pair._replace(turns=(*pair.turns[:-1], last)))
+    return np.concatenate([ids, end]) if score_eos else ids
 
 
 def titles_of_pairs(n_rows: int) -> list[str]:

@@ -80,7 +80,7 @@ def test_conversations() -> tuple[Any, Any, list[Any]]:
     from llm_lightning.data.instruction import NAMED
     from llm_lightning.data.records.instruction import read_instructions
     from llm_lightning.data.splits import order_split
-    from llm_lightning.data.templates import choose_template
+    from llm_lightning.data.templates.choose import choose_template
     from llm_lightning.files.download import download
     from llm_lightning.tokenizers.build import build_tokenizer
 

@@ -230,7 +230,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 @case("one conversation of many turns: encoded", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
     from llm_lightning.data.instruction import encode
-    from llm_lightning.data.templates import Conversation, Turn, choose_template
+    from llm_lightning.data.templates.choose import choose_template
+    from llm_lightning.data.templates.conversation import Conversation, Turn
     from llm_lightning.tokenizers.build import build_tokenizer
 
     one = Conversation(tuple(Turn(f"word {i}", "", "yes") for i in range(n)))
@@ -239,7 +240,8 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("one conversation of many turns: prompt", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.templates import Conversation, Turn, choose_template
+    from llm_lightning.data.templates.choose import choose_template
+    from llm_lightning.data.templates.conversation import Conversation, Turn
     from llm_lightning.tokenizers.build import build_tokenizer
 
     one = Conversation(tuple(Turn(f"word {i}", "", "yes") for i in range(n)))
@@ -454,7 +456,7 @@ def _(n: int, folder: Path) -> Callable[[], Any]:
 
 @case("template of your own", 1_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.templates import choose_template
+    from llm_lightning.data.templates.choose import choose_template
 
     text = "{instruction}" + "[[x]] {{y}} \\n" * n + "{response}"
     return lambda: choose_template(text)

@@ -22,7 +22,8 @@ from tiny_run import SETTINGS, fit_here
 from llm_lightning.cli import compare as comparing
 from llm_lightning.cli import main as entry
 from llm_lightning.cli.comparison_page import EMPTY
-from llm_lightning.data.templates import Conversation, Turn, choose_template
+from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.inference.comparison import repeats_itself
 from llm_lightning.inference.curves import draw_curves, read_curves
 from llm_lightning.inference.respond import answer

@@ -11,7 +11,8 @@ from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.cli.respond import progress_path
-from llm_lightning.data.templates import Conversation, Turn, choose_template
+from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.inference.generation import generate
 from llm_lightning.inference.respond import answer
 from llm_lightning.weights.load import load_model

@@ -16,7 +16,7 @@ import torch
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.splits import order_split
-from llm_lightning.data.templates import Turn
+from llm_lightning.data.templates.conversation import Turn
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.tokenizers.byte import ByteTokenizer

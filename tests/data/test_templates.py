@@ -9,7 +9,10 @@ import pytest
 
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.data.records.instruction import read_instructions
-from llm_lightning.data.templates import TEMPLATES, Conversation, Segment, Template, Turn, choose_template
+from llm_lightning.data.templates.base import Template
+from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.conversation import Conversation, Segment, Turn
+from llm_lightning.data.templates.slots import TEMPLATES, SlotTemplate
 from llm_lightning.tokenizers.build import build_tokenizer
 
 GPT2 = build_tokenizer("gpt2")
@@ -23,7 +26,7 @@ def asked(instruction: str, given: str = "", response: str = "") -> Conversation
 
 def rendered(template: Template, conversation: Conversation) -> str:
     """As text, every end of text as END."""
-    return "".join(END if kind == "end" else text for text, kind in template.segments(conversation))
+    return "".join(END if kind == "end" else text for text, kind, _ in template.segments(conversation, GPT2))
 
 
 def book_text(entry: dict[str, str]) -> str:
@@ -46,11 +49,11 @@ def test_alpaca_is_the_books_text(given: str) -> None:
 def test_parts_of_alpaca() -> None:
     prompt = f"{PREAMBLE}\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2"
     conversation = asked("Add.", "1, 2", "3")
-    assert TEMPLATES["alpaca"].segments(conversation) == [
+    assert TEMPLATES["alpaca"].segments(conversation, GPT2) == [
         Segment(prompt, "prompt"),
         Segment("\n\n### Response:\n", "header"),
         Segment("3", "response"),
-        Segment("", "end"),
+        Segment("", "end", (GPT2.eot_id,)),
     ]
     assert TEMPLATES["alpaca"].question(conversation) == prompt
     assert TEMPLATES["alpaca"].slots == {"system", "instruction", "input", "response"}
@@ -91,26 +94,28 @@ def test_the_system_is_said_once_and_every_answer_ends() -> None:
         f"S\n\n### Instruction:\na{header}1{END}"
         f"\n\n### Instruction:\nb{header}2{END}\n\n### Instruction:\nc{header}3{END}"
     )
-    kinds = [piece.kind for piece in TEMPLATES["alpaca"].segments(THREE_TURNS)]
+    kinds = [piece.kind for piece in TEMPLATES["alpaca"].segments(THREE_TURNS, GPT2)]
     turn = ["prompt", "header", "response", "end"]
     assert kinds == [*turn, "prompt", *turn, "prompt", *turn]
     assert TEMPLATES["alpaca"].question(THREE_TURNS) == "### Instruction:\nc"
 
 
 def test_a_prompt_holds_the_turns_before_and_the_last_header() -> None:
-    template = Template("mine", "Q{instruction}A{response}|")
+    template = SlotTemplate("mine", "Q{instruction}A{response}|")
     tokenizer = build_tokenizer("byte")
     parts = ["QaA1", END, "|QbA2", END, "|QcA"]
-    assert "".join(END if kind == "end" else text for text, kind in template.prompt(THREE_TURNS)) == "".join(parts)
+    assert "".join(
+        END if kind == "end" else text for text, kind, _ in template.prompt(THREE_TURNS, tokenizer)
+    ) == "".join(parts)
     ids = [id_ for part in parts for id_ in ([256] if part == END else tokenizer.encode(part))]
     assert template.prompt_ids(tokenizer, THREE_TURNS) == ids
 
 
 def test_the_prompt_is_the_same_with_and_without_an_answer() -> None:
     template = TEMPLATES["alpaca"]
-    assert template.prompt(asked("Add.", "1", "2")) == template.prompt(asked("Add.", "1"))
-    whole = template.segments(asked("Add.", "1", "2"))
-    assert whole[:-2] == template.prompt(asked("Add.", "1"))
+    assert template.prompt(asked("Add.", "1", "2"), GPT2) == template.prompt(asked("Add.", "1"), GPT2)
+    whole = template.segments(asked("Add.", "1", "2"), GPT2)
+    assert whole[:-2] == template.prompt(asked("Add.", "1"), GPT2)
 
 
 # --- your own ---------------------------------------------------------------------------------------------------------
@@ -131,13 +136,13 @@ def test_signs_line_breaks_and_values_that_look_like_slots() -> None:
     assert rendered(template, asked("{input}", "[a]", "{response}")) == text
     assert rendered(template, asked("i", "", "r")) == "{i}\n[x]{system} ]\n>r" + END
     assert template.slots == {"instruction", "input", "response"}
-    headers = [piece.text for piece in template.segments(asked("i", "", "r")) if piece.kind == "header"]
+    headers = [piece.text for piece in template.segments(asked("i", "", "r"), GPT2) if piece.kind == "header"]
     assert headers == [" ]\n>"], "the fixed text behind the last slot or section"
 
 
 def test_a_template_without_a_header() -> None:
-    pieces = choose_template("{instruction}{response}").segments(asked("a", "", "b"))
-    assert pieces == [Segment("a", "prompt"), Segment("b", "response"), Segment("", "end")]
+    pieces = choose_template("{instruction}{response}").segments(asked("a", "", "b"), GPT2)
+    assert pieces == [Segment("a", "prompt"), Segment("b", "response"), Segment("", "end", (GPT2.eot_id,))]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +206,7 @@ def test_pieces_and_whole_have_the_same_tokens(data_dir: Path) -> None:
     conversations, skipped = read_instructions(path)
     assert (len(conversations), skipped) == (1100, 0)
     for entry, conversation in zip(entries, conversations, strict=True):
-        pieces = [GPT2.encode(text) for text, _ in TEMPLATES["alpaca"].segments(conversation)]
+        pieces = [GPT2.encode(text) for text, *_ in TEMPLATES["alpaca"].segments(conversation, GPT2)]
         assert [token for piece in pieces for token in piece] == GPT2.encode(book_text(entry)), conversation.place
 
 

@@ -25,7 +25,8 @@ from llm_lightning.data.leaks import leaked_texts
 from llm_lightning.data.order import _interleave
 from llm_lightning.data.reading import unique_fields
 from llm_lightning.data.splits import MOST_MARKS, normalized
-from llm_lightning.data.templates import Conversation, Turn, choose_template
+from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.metrics.answers import rouge_l
 from llm_lightning.metrics.class_report import best_threshold
 from llm_lightning.tokenizers.byte import ByteTokenizer

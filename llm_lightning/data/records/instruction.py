@@ -12,7 +12,7 @@ from typing import Any
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.messages import messages_of, turns_of
 from llm_lightning.data.records.rows import SkippedError, collected, field_names, text_field
-from llm_lightning.data.templates import Conversation, Turn
+from llm_lightning.data.templates.conversation import Conversation, Turn
 
 FIELDS = ("instruction", "input", "output", "messages", "system", "group")
 EMPTY_OUTPUTS = ("refuse", "skip", "keep")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llm_lightning.data.templates import Turn
+from llm_lightning.data.templates.conversation import Turn
 
 ROLES = ("system", "user", "assistant")
 

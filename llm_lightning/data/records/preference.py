@@ -14,7 +14,7 @@ from typing import Any
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.messages import Message, messages_of, turns_of
 from llm_lightning.data.records.rows import SkippedError, collected, field_names, text_field
-from llm_lightning.data.templates import Conversation, Turn
+from llm_lightning.data.templates.conversation import Conversation, Turn
 
 FIELDS = ("instruction", "input", "prompt", "messages", "chosen", "rejected", "system", "group")
 EMPTY_ANSWERS = ("refuse", "skip")

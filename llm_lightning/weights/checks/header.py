@@ -51,10 +51,23 @@ _OPTIONAL: dict[str, Check] = {
     "lora": DICT,
     "base": TEXT,
     "rows": DICT,
+    "template": DICT,
+    "generation": DICT,
 }
+_GENERATION: dict[str, Check] = {"eos_token_id": list_of(COUNT), "bos_token_id": COUNT, "pad_token_id": COUNT}
 _LINEAGE: dict[str, Check] = {
     **dict.fromkeys(("data", "parent", "parent_name", "base", "base_of"), or_none(TEXT)),
     "places": DICT,
+}
+_TEMPLATE: dict[str, Check] = {
+    "kind": (lambda value: value in ("slots", "jinja"), "slots or jinja"),
+    "name": TEXT,
+    "text": TEXT,
+}
+_TEMPLATE_OPTIONAL: dict[str, Check] = {
+    **dict.fromkeys(("system", "date"), TEXT),
+    **dict.fromkeys(("tokens", "others"), dict_of(TEXT)),
+    "controls": list_of(TEXT),
 }
 _CLASSIFIER: dict[str, Check] = {
     "labels": list_of(TEXT),
@@ -75,8 +88,12 @@ def check_header(header: Mapping[str, Any]) -> None:
     check_keys(header.get("lineage", {}), f"{HEADER}.lineage", _LINEAGE, is_optional=True)
     settings = {"data": DICT, "monitor": or_none(TEXT)}
     check_keys(header.get("config", {}), f"{HEADER}.config", settings, is_optional=True)
+    check_keys(header.get("generation", {}), f"{HEADER}.generation", _GENERATION, is_optional=True)
     if "rows" in header:
         check_keys(header["rows"], f"{HEADER}.rows", {"count": COUNT, "sha256": TEXT})
+    if "template" in header:
+        check_keys(header["template"], f"{HEADER}.template", _TEMPLATE)
+        check_keys(header["template"], f"{HEADER}.template", _TEMPLATE_OPTIONAL, is_optional=True)
     if "base" in header and "lora" not in header:
         raise ValueError(f"{HEADER}.base names the weights under an adapter, but {HEADER}.lora describes none")
     if "classifier" in header:

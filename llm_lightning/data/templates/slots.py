@@ -1,4 +1,4 @@
-"""Prompt templates: how a conversation becomes text. Shared by instruction tuning, generation and the judge.
+"""Templates with slots, for models that were trained on no template: alpaca, phi3, chatml, and your own text.
 
 A template is one string with slots. The alpaca template, for example, is
 
@@ -13,55 +13,19 @@ ends with the end-of-text token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from llm_lightning.data.templates.base import Template
+from llm_lightning.data.templates.conversation import Conversation, Segment
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.tokenizers.base import Tokenizer
 
 SLOTS = ("system", "instruction", "input", "response")
 _TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{(\w*)\}|[\[\]{}]")
-
-
-class Turn(NamedTuple):
-    """One question and its answer."""
-
-    instruction: str
-    input: str
-    response: str
-
-
-class Conversation(NamedTuple):
-    """One record."""
-
-    turns: tuple[Turn, ...]
-    system: str = ""
-    place: str = ""
-    """file:line"""
-    group: str = ""
-    """Records of one group are in the same split; empty: the prompt is the group."""
-    record: Mapping[str, Any] = {}
-    """As it was read."""
-    rejected: str | None = None
-    """In preference data, the worse answer to the last question, whose response is the better one."""
-
-    @property
-    def has_equal_answers(self) -> bool:
-        """Whether chosen and rejected answer differ at most by white space at their ends."""
-        return self.rejected is not None and self.turns[-1].response.strip() == self.rejected.strip()
-
-
-class Segment(NamedTuple):
-    """A piece of a rendered conversation."""
-
-    text: str
-    kind: str
-    """prompt; header: the fixed text before an answer; response; end: the place of the end-of-text token."""
 
 
 class Part(NamedTuple):
@@ -73,7 +37,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Template:
+class SlotTemplate(Template):
     """A parsed template.
 
     Args:
@@ -98,8 +62,42 @@ class Template:
         inner = [part for outer in self._parts for part in (outer, *outer.section)]
         return {part.slot for part in inner if part.slot}
 
-    def segments(self, conversation: Conversation) -> list[Segment]:
-        """The whole conversation; every answer has its end."""
+    def segments(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
+        end = self.end_id(tokenizer)
+        ids = () if end is None else (end,)
+        return [piece._replace(ids=ids) if piece.kind == "end" else piece for piece in self._segments(conversation)]
+
+    def prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
+        answer = 2 if conversation.turns[-1].response else 1
+        return self.segments(conversation, tokenizer)[:-answer]
+
+    def text_of(self, conversation: Conversation) -> str:
+        return "".join(segment.text for segment in self._segments(conversation))
+
+    def question(self, conversation: Conversation) -> str:
+        return self._question(conversation, len(conversation.turns) - 1)[0].text
+
+    def check(self, records: Sequence[Conversation]) -> None:
+        for one in records:
+            if "system" not in self.slots and one.system:
+                raise ValueError(f"{one.place} has a system message, but template {self.name} has no {{system}} slot")
+            if "input" not in self.slots and any(turn.input for turn in one.turns):
+                raise ValueError(f"{one.place} has an input, but template {self.name} has no {{input}} slot")
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.eot_id is None:
+            raise ValueError("this tokenizer has no end-of-text token, with which an answer ends; use another one")
+
+    def end_id(self, tokenizer: Tokenizer) -> int | None:
+        return tokenizer.eot_id
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "slots", "name": self.name, "text": self.text, "system": self.system}
+
+    def digest_values(self) -> list[Any]:
+        return [self.text, self.system]
+
+    def _segments(self, conversation: Conversation) -> list[Segment]:
         pieces: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
             if number:
@@ -107,51 +105,6 @@ class Template:
             pieces += self._question(conversation, number)
             pieces += [Segment(turn.response, "response"), Segment("", "end")]
         return [piece for piece in pieces if piece.text or piece.kind == "end"]
-
-    def text_of(self, conversation: Conversation) -> str:
-        """The whole conversation as text, without end-of-text tokens."""
-        return "".join(segment.text for segment in self.segments(conversation))
-
-    def prompt(self, conversation: Conversation) -> list[Segment]:
-        """Everything before the last answer."""
-        whole = self.segments(conversation)
-        answer = 2 if conversation.turns[-1].response else 1
-        return whole[:-answer]
-
-    def tokens(self, tokenizer: Tokenizer, segments: Sequence[Segment]) -> Iterator[tuple[np.ndarray, str]]:
-        """Token ids and kind of each segment.
-
-        An answer is encoded by itself, so that the tokens before it are the same in training and generation. The header
-        is encoded together with the question: a token that spans both counts as question.
-        """
-        question: Segment | None = None
-        for segment in segments:
-            if segment.kind == "prompt":
-                question = Segment((question.text if question else "") + segment.text, "prompt")
-                continue
-            if segment.kind == "end":
-                yield np.array([tokenizer.eot_id]), "end"
-                continue
-            before = question.text if question else ""
-            if segment.kind == "header":
-                ids, n = tokenizer.encode_array(before + segment.text), len(tokenizer.encode_array(before))
-                yield ids[:n], "prompt"
-                yield ids[n:], "header"
-            else:
-                if before:
-                    yield tokenizer.encode_array(before), "prompt"
-                yield tokenizer.encode_array(segment.text), segment.kind
-            question = None
-        if question:
-            yield tokenizer.encode_array(question.text), "prompt"
-
-    def prompt_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-        """Token ids of everything before the last answer, exactly as in training."""
-        return [token for ids, _ in self.tokens(tokenizer, self.prompt(conversation)) for token in ids.tolist()]
-
-    def question(self, conversation: Conversation) -> str:
-        """The last question as text, without the header of its answer: the book shows this to a judge."""
-        return self._question(conversation, len(conversation.turns) - 1)[0].text
 
     @cached_property
     def _parts(self) -> tuple[Part, ...]:
@@ -265,36 +218,19 @@ ALPACA_SYSTEM = (
 )  # fmt: skip
 TEMPLATES = {
     # Taori et al. 2023, in the book's form: one preamble, with and without input.
-    "alpaca": Template(
+    "alpaca": SlotTemplate(
         "alpaca",
         "[{system}\n\n]### Instruction:\n{instruction}[\n\n### Input:\n{input}]\n\n### Response:\n{response}\n\n",
         ALPACA_SYSTEM,
     ),
     # The book's exercise 7.1, shorter by half.
-    "phi3": Template(
+    "phi3": SlotTemplate(
         "phi3", "[<|system|>\n{system}\n]<|user|>\n{instruction}[\n{input}]\n<|assistant|>:\n{response}\n"
     ),
-    # OpenAI's markup; an answer ends with our end-of-text token, OpenAI's models end with <|im_end|>.
-    "chatml": Template(
+    # OpenAI's markup as plain text: an answer ends with the end-of-text token, that of smollm2 with <|im_end|>.
+    "chatml": SlotTemplate(
         "chatml",
         "[<|im_start|>system\n{system}<|im_end|>\n]<|im_start|>user\n{instruction}[\n{input}]<|im_end|>\n"
         "<|im_start|>assistant\n{response}<|im_end|>\n",
     ),
 }
-
-
-def choose_template(template: str) -> Template:
-    """A template by name, or your own as a string with slots.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if template in TEMPLATES:
-        return TEMPLATES[template]
-    if "{" in template:
-        return Template("data.template", template)
-    hint = did_you_mean(template, TEMPLATES)
-    raise ValueError(
-        f"data.template={template!r} is unknown: {hint}use {', '.join(TEMPLATES)}, or a text with "
-        "{instruction} and {response}"
-    )

@@ -1,0 +1,44 @@
+"""A record as turns, and a piece of its rendering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Turn(NamedTuple):
+    """One question and its answer."""
+
+    instruction: str
+    input: str
+    response: str
+
+
+class Conversation(NamedTuple):
+    """One record."""
+
+    turns: tuple[Turn, ...]
+    system: str = ""
+    place: str = ""
+    """file:line"""
+    group: str = ""
+    """Records of one group are in the same split; empty: the prompt is the group."""
+    record: Mapping[str, Any] = {}
+    """As it was read."""
+    rejected: str | None = None
+    """In preference data, the worse answer to the last question, whose response is the better one."""
+
+    @property
+    def has_equal_answers(self) -> bool:
+        """Whether chosen and rejected answer differ at most by white space at their ends."""
+        return self.rejected is not None and self.turns[-1].response.strip() == self.rejected.strip()
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation."""
+
+    text: str
+    kind: str
+    """prompt; header: the fixed text before an answer; response; end: what ends an answer."""
+    ids: tuple[int, ...] = ()
+    """Control tokens, which `text` spells out; none: the text is encoded, and never becomes one."""
