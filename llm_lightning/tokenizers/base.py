@@ -91,6 +91,11 @@ class Tokenizer(ABC):
         """Encode to a list of ids; special tokens in the text are plain text."""
         return self.encode_array(text).tolist()
 
+    def encode_document(self, text: str) -> np.ndarray:
+        """Encode a text from its beginning on: (T,) ids of `dtype`, `bos_id` before them where there is one."""
+        ids = self.encode_array(text)
+        return ids if self.bos_id is None else np.concatenate([np.array([self.bos_id], dtype=self.dtype), ids])
+
     def decode(self, ids: Iterable[int]) -> str:
         """Decode; bytes that are not UTF-8, such as half a character, become U+FFFD.
 
