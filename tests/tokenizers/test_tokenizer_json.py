@@ -102,13 +102,26 @@ def test_llama2_adds_one_space_and_drops_one():
     assert ours.split_point("two words. " * 100) == 0
 
 
-@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "llama2", "llama2-metaspace"])
 def test_long_texts_are_cut_without_changing_an_id(kind, monkeypatch):
-    ours = tokenizer_of(byte_level(kind))
-    text = "".join(odd_texts(300)) + " " * 500 + CORPUS[:5000]
+    ours = tokenizer_of(content_of(kind))
+    text = "▁ a ▁b" + "".join(odd_texts(300)) + " " * 500 + CORPUS[:5000]
     whole = ours.encode(text)
     monkeypatch.setattr(tokenizer_json, "_PIECE", 40)
     assert len(list(ours._pieces(text))) > 100
+    assert ours.encode(text) == whole
+
+
+def test_llama2_is_not_cut_where_a_token_has_a_space_inside(monkeypatch):
+    content = llama2()
+    model = content["model"]
+    model["vocab"] |= {"e▁": 700, "e▁a": 701}
+    model["merges"] = [["e", "▁"], ["e▁", "a"], *model["merges"]]
+    ours = tokenizer_of(content)
+    text = "we are " * 50
+    whole = ours.encode(text)
+    assert 701 in whole
+    monkeypatch.setattr(tokenizer_json, "_PIECE", 40)
     assert ours.encode(text) == whole
 
 
