@@ -13,7 +13,7 @@ from made_tokenizers import CORPUS, CUTS, SPECIAL, byte_level, llama2
 from odd_texts import random_text
 from tokenizers import Tokenizer as Library
 
-from llm_lightning.tokenizers import tokenizer_json
+from llm_lightning.tokenizers import json_content, tokenizer_json
 from llm_lightning.tokenizers.base import END_OF_TEXT
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.tokenizers.json_content import read_content
@@ -265,6 +265,31 @@ def test_damaged_and_foreign_files_are_one_line_that_names_the_file(content, mes
         describe_folder(write_folder(tmp_path, content), eos_ids=())
     assert str(caught.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, byte_level("smollm"))
+    size = (folder / "tokenizer.json").stat().st_size
+    monkeypatch.setattr(tokenizer_json, "MOST_BYTES", size - 1)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {size} bytes are more than such a file has"):
+        describe_folder(folder, eos_ids=())
+    monkeypatch.setattr(json_content, "MOST_BYTES", size - 1)
+    with pytest.raises(ValueError, match=r"characters are more than a tokenizer\.json has"):
+        JsonTokenizer((folder / "tokenizer.json").read_text() + " ")
+
+
+def test_where_the_library_gives_up_there_is_one_line(monkeypatch):
+    class PanicException(BaseException):  # as pyo3 names it
+        pass
+
+    class Library:
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> None:
+            raise PanicException("retry-limit-in-match over")
+
+    ours = tokenizer_of(byte_level("qwen2"))
+    monkeypatch.setattr(ours, "_library", Library())
+    with pytest.raises(ValueError, match="gave up on a text of 4 characters: retry-limit-in-match over"):
+        ours.encode("text")
 
 
 def test_a_damaged_text_is_refused(tmp_path):
