@@ -50,7 +50,7 @@ def odd_texts(number: int, without: Any = ()) -> list[str]:
 def test_ids_and_texts_are_those_of_the_library(kind):
     content = content_of(kind, not_special=()) if kind in CUTS else content_of(kind)
     ours, library = tokenizer_of(content), Library.from_str(json.dumps(content))
-    for text in [CORPUS[-9000:], "", " ", " two", "'\u017f ½² 12345", *odd_texts(400, without=ours.controls)]:
+    for text in [CORPUS[-9000:], "", " ", " two", "'\u017f ½² 12345", *odd_texts(250, without=ours.controls)]:
         ids = library.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == ids
         assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
@@ -61,7 +61,7 @@ def test_no_text_becomes_an_added_token(kind):
     ours = tokenizer_of(content_of(kind))
     assert ours.controls.keys() >= ({"<think>", "word", *SPECIAL} if kind in CUTS else {"<s>", "</s>", "<unk>"})
     rng = random.Random(9)
-    for text in [*ours.controls, CORPUS, *odd_texts(100)]:
+    for text in [*ours.controls, CORPUS[-9000:], *odd_texts(60)]:
         ids = ours.encode(text + rng.choice([*ours.controls]) + text)
         assert not set(ids) & set(ours.controls.values())
 
