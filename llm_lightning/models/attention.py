@@ -1,7 +1,7 @@
 """Everything about attention but its weights: the context of a forward pass, key-value cache, packing, kernels.
 
-Tensor letters: B batch, T time (new positions), S all positions attended to, H heads, D head width; of packed rows
-N tokens, G sequences, M tokens whose hidden states are returned.
+Tensor letters: B batch, T time (new positions), S all positions attended to, H query heads, KV key and value heads,
+D head width; of packed rows N tokens, G sequences, M tokens whose hidden states are returned.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_lightning.models.rope import Rotation
+
 
 class KVCache:
     """Keys and values of the positions seen so far, allocated once.
 
-    `keys[layer]` and `values[layer]` are (B, H, capacity, D); the first `length` positions are filled.
+    `keys[layer]` and `values[layer]` are (B, KV, capacity, D); the first `length` positions are filled.
 
     Args:
         n_layer: number of layers.
-        shape: (B, H, capacity, D).
+        shape: (B, KV, capacity, D).
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new (B, H, T, D) keys and values; return all of them, (B, H, S, D)."""
+        """Store the new (B, KV, T, D) keys and values; return all of them, (B, KV, S, D)."""
         end = self.length + key.size(2)
         assert end <= self.capacity, f"{end} positions exceed the cache's capacity of {self.capacity}"
         self.keys[layer][:, :, self.length : end] = key
@@ -112,6 +114,9 @@ class Context(NamedTuple):
     """The positions whose hidden states are returned: (B,), one of each row, with a mask (B, 1, 1, T); or (M,) of
     packed tokens. None: all. The last block computes its MLP for these alone."""
 
+    rotation: Rotation | None = None
+    """Of rotary positions; the model computes it once for all of its blocks."""
+
     @classmethod
     def of(cls, packing: Packing | None) -> Context:
         """The context of a batch that may be packed."""
@@ -136,8 +141,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     """softmax(q k^T / sqrt(D)) v by the faster of two kernels.
 
     Args:
-        query: (B, H, T, D), the last T of the S positions; key, value: (B, H, S, D).
-        mask: bool, broadcast to (B, H, T, S), True = may attend; None: causal.
+        query: (B, H, T, D), the last T of the S positions; key, value: (B, KV, S, D), each head for H / KV query heads.
+        mask: bool, broadcast to (B, 1, T, S), True = may attend; None: causal.
         dropout: of the attention weights.
 
     Returns:
@@ -151,7 +156,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
         mask, is_causal = causal_mask(query.size(2), key.size(2), query.device), False
     if explicit:
         return attend_explicitly(query, key, value, mask, dropout)[0]
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
+    is_grouped = query.size(1) != key.size(1)
+    if is_grouped and query.size(2) == 1:
+        # One new position: the query heads of a group attend to the same keys, as positions of one head would.
+        folded = query.unflatten(1, (key.size(1), -1)).squeeze(3)  # (B, KV, H / KV, D)
+        return F.scaled_dot_product_attention(folded, key, value, mask, dropout).flatten(1, 2).unsqueeze(2)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, enable_gqa=is_grouped)
 
 
 def attend_explicitly(
@@ -162,12 +172,16 @@ def attend_explicitly(
     Returns:
         (B, H, T, D) and the attention weights (B, H, T, S) before dropout.
     """
-    scores = (query * query.size(-1) ** -0.5) @ key.transpose(-2, -1)  # (B, H, T, S)
+    # The query heads of a group are further rows beside their keys: nothing is repeated.
+    rows = (query * query.size(-1) ** -0.5).unflatten(1, (key.size(1), -1)).flatten(2, 3)  # (B, KV, H / KV T, D)
+    scores = (rows @ key.transpose(-2, -1)).view(*query.shape[:3], -1)  # (B, H, T, S)
     if mask is not None:
         # Added rather than filled in: one small tensor for all heads, and nothing kept for the backward pass.
         scores = scores + torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill(~mask, -math.inf)
     weights = scores.softmax(dim=-1)
-    return F.dropout(weights, dropout) @ value if dropout else weights @ value, weights
+    mixing = F.dropout(weights, dropout) if dropout else weights
+    mixed = mixing.unflatten(1, (key.size(1), -1)).flatten(2, 3) @ value  # (B, KV, H / KV T, D)
+    return mixed.view(query.shape), weights
 
 
 def explicit_is_faster(query: Tensor) -> bool:

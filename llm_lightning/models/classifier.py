@@ -86,10 +86,11 @@ class Classifier(nn.Module):
             is_real = (time < ends[:, None]).unsqueeze(-1).to(hidden.dtype)
             return (hidden * is_real).sum(1) / ends[:, None]
         output_positions = torch.zeros_like(ends) if self.pooling == "first" else ends - 1
-        x = trunk.run_blocks(x, Context(mask), start, trunk.config.n_layer - 1)
+        n_layer = trunk.config.n_layer
+        x = trunk.run_blocks(x, Context(mask), start, n_layer - 1)
         visible = time <= output_positions[:, None] if self.causal else time < ends[:, None]  # (B, T)
         last = Context(visible[:, None, None], output_positions=output_positions)
-        return trunk.final_norm(trunk.blocks[-1](x, last)).squeeze(1)
+        return trunk.final_norm(trunk.run_blocks(x, last, n_layer - 1)).squeeze(1)
 
     def predict(self, logits: Tensor) -> Tensor:
         """(B, K) -> the predicted class of each row, (B,): the likeliest one; with two classes, by `threshold`."""
@@ -143,7 +144,8 @@ def frozen_depth(model: Classifier) -> int | None:
         None if the whole trunk is frozen, so that only the pooled vector is needed.
     """
     trunk = model.trunk
-    if _is_trained(trunk.token_embedding.parameters()) or _is_trained(trunk.position_embedding.parameters()):
+    embeddings = [one for one in (trunk.token_embedding, trunk.position_embedding) if one is not None]
+    if any(_is_trained(embedding.parameters()) for embedding in embeddings):
         return 0
     depth = next((i for i, block in enumerate(trunk.blocks) if _is_trained(block.parameters())), trunk.config.n_layer)
     if depth == trunk.config.n_layer and not _is_trained(trunk.final_norm.parameters()):

@@ -1,12 +1,13 @@
-"""The GPT-2 architecture in plain PyTorch: config, attention layer, MLP, block, model. Read it top to bottom.
+"""The one core in plain PyTorch: config, attention layer, MLP, block, model. Read it top to bottom.
 
-`attention.py` has the attention kernels, the key-value cache and packing.
+`attention.py` has the attention kernels, the key-value cache and packing; `rope.py` rotary positions.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-LayerNorm blocks, learned positions,
-tanh GELU, optionally a head tied to the token embedding.
+The fields of `GPTConfig` say which architecture it is. Their defaults are GPT-2's (Radford et al. 2019, "Language
+Models are Unsupervised Multitask Learners"): pre-LayerNorm blocks, learned positions, tanh GELU, biases. Llama (Touvron
+et al. 2023), SmolLM2 and Qwen have RMS norms, rotary positions, SwiGLU, grouped heads and few biases.
 
-Tensor letters: B batch, T time (new positions), S time (all positions attended to), C width (n_embd), H heads,
-D head width (C / H), V vocabulary.
+Tensor letters: B batch, T time (new positions), S time (all positions attended to), C width (n_embd), H query heads,
+KV key and value heads, D head width, F width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_lightning.models.attention import CAUSAL, Context, KVCache, attend
 from llm_lightning.models.lora import effective_weight
+from llm_lightning.models.rope import RopeScaling, Rotation, rotate, rotation
 
 FREE_FIELDS = ("context_length", "embedding_dropout", "attention_dropout", "residual_dropout")
 """Fields of `GPTConfig` that a run may choose for given weights; every other one comes with them."""
@@ -31,11 +34,23 @@ FREE_FIELDS = ("context_length", "embedding_dropout", "attention_dropout", "resi
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. Every field is stored in every checkpoint, and required when one is loaded.
+    """The architecture. Every field is stored in every checkpoint.
+
+    Args:
+        norm: `layer` (LayerNorm) or `rms` (RMSNorm, Zhang and Sennrich 2019).
+        position: `learned` (a table) or `rope` (rotary).
+        mlp: `gelu` (two layers, tanh GELU) or `swiglu` (three layers, Shazeer 2020).
+        n_kv_head: key and value heads, each shared by n_head / n_kv_head query heads (Ainslie et al. 2023); None:
+            n_head.
+        head_dim: width of a head; None: n_embd / n_head.
+        ffn_width: inner width of the MLP; None: 4 n_embd.
+        qkv_bias, out_bias, mlp_bias: whether `attn.qkv_proj`, `attn.out_proj` and the layers of the MLP have a bias.
+        qk_norm: normalise each query and key head before it is rotated (Qwen3).
+        rope_theta, rope_scaling: of rotary positions; see `rope.py`.
+        layer_norm_eps: of every norm, RMS norms too.
 
     Raises:
-        ValueError: if a value is of another type, a size is not positive, `n_embd` is not a multiple of `n_head`, a
-            dropout is outside [0, 1), or `layer_norm_eps` is not positive and finite.
+        ValueError: if a value is of another type or out of range, or sizes do not fit each other.
     """
 
     vocab_size: int = 50257
@@ -49,23 +64,60 @@ class GPTConfig:
     qkv_bias: bool = True
     tied_head: bool = True
     layer_norm_eps: float = 1e-5
+    norm: str = "layer"
+    position: str = "learned"
+    mlp: str = "gelu"
+    n_kv_head: int | None = None
+    head_dim: int | None = None
+    ffn_width: int | None = None
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            self._require(name, int, "a whole number")
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+            self._require_size(name)
+        for name in ("n_kv_head", "head_dim", "ffn_width"):
+            if getattr(self, name) is not None:
+                self._require_size(name)
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             self._require(name, (int, float), "a number")
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("qkv_bias", "tied_head"):
+        for name in ("qkv_bias", "out_bias", "mlp_bias", "tied_head", "qk_norm"):
             self._require(name, bool, "true or false")
-        self._require("layer_norm_eps", (int, float), "a number")
-        if not 0 < self.layer_norm_eps < math.inf:
-            raise ValueError(f"model.layer_norm_eps={self.layer_norm_eps} must be positive and finite")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
+        for name in ("layer_norm_eps", "rope_theta"):
+            self._require(name, (int, float), "a number")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be positive and finite")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"model.{name}={reprlib.repr(getattr(self, name))} must be {' or '.join(choices)}")
+        self._check_heads()
+        self._check_scaling()
+
+    @property
+    def kv_heads(self) -> int:
+        """KV"""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """D"""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """F"""
+        return self.ffn_width or 4 * self.n_embd
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of the query, key and value matrices in the weight of `attn.qkv_proj`: H D, KV D, KV D."""
+        kv = self.kv_heads * self.head_width
+        return self.n_head * self.head_width, kv, kv
 
     @property
     def has_dropout(self) -> bool:
@@ -79,12 +131,44 @@ class GPTConfig:
         shown = ("vocab_size", "context_length", "n_layer", "n_embd", "qkv_bias", "tied_head")
         dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout")  # stored results have none
         rest = [field for field in fields(self) if field.name not in (*shown, *dropouts)]
-        return {f.name: getattr(self, f.name) for f in rest if f.name == "n_head" or getattr(self, f.name) != f.default}
+        values = asdict(self)
+        return {f.name: values[f.name] for f in rest if f.name == "n_head" or values[f.name] != f.default}
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}")
+        if self.position == "rope" and self.head_width % 2:
+            raise ValueError(f"model.position=rope rotates pairs, and heads are {self.head_width} wide; make it even")
+
+    def _check_scaling(self) -> None:
+        """Convert the mapping that a file or a setting holds."""
+        if isinstance(self.rope_scaling, Mapping):
+            names = {field.name for field in fields(RopeScaling)}
+            if wrong := sorted(map(str, set(self.rope_scaling) ^ names)):
+                raise ValueError(f"model.rope_scaling: {wrong[0]} is missing or unknown; it has {', '.join(names)}")
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        self._require("rope_scaling", (RopeScaling, type(None)), "null or the four numbers of Llama 3")
+
+    def _require_size(self, name: str) -> None:
+        self._require(name, int, "a whole number")
+        if getattr(self, name) < 1:
+            raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
 
     def _require(self, name: str, kinds: type | tuple[type, ...], what: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise ValueError(f"model.{name}={reprlib.repr(value)} must be {what}")
+
+
+CHOICES = {"norm": ("layer", "rms"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu")}
+
+
+def build_norm(config: GPTConfig, width: int | None = None) -> nn.Module:
+    """The norm of the architecture over `width` components; None: C."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(width or config.n_embd, eps=config.layer_norm_eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -93,19 +177,23 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer  # index into the key-value cache
-        self.n_head = config.n_head
+        self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
         self.dropout = config.attention_dropout
-        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv_rows = config.qkv_rows  # of query, key and value in the projection
+        self.qkv_proj = nn.Linear(config.n_embd, sum(self.qkv_rows), bias=config.qkv_bias)
+        self.q_norm, self.k_norm = None, None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = build_norm(config, self.head_width), build_norm(config, self.head_width)
+        self.out_proj = nn.Linear(self.n_head * self.head_width, config.n_embd, bias=config.out_bias)
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, context: Context = CAUSAL) -> Tensor:
         """(B, T, C) -> (B, T, C), or as many positions as `context.output_positions` names."""
-        qkv = self.qkv_proj(x)
+        heads = self._positioned(self.qkv_proj(x).unflatten(-1, (-1, self.head_width)), context)
         if context.packing is not None:
-            qkv = context.packing.spread(qkv)
-        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+            heads = context.packing.spread(heads.flatten(2)).unflatten(-1, (-1, self.head_width))
+        split = (self.n_head, self.kv_heads, self.kv_heads)
+        query, key, value = heads.transpose(1, 2).split(split, dim=1)  # (B, H, T, D), twice (B, KV, T, D)
         dtype = query.dtype
         if context.output_positions is not None and context.packing is None:
             assert context.mask is not None, "output positions need a mask that says what each may attend to"
@@ -115,27 +203,44 @@ class CausalSelfAttention(nn.Module):
             key, value = context.cache.append(self.layer, key, value)
             query = query.to(key.dtype)  # a cache may be kept in a wider type than the weights
         mixed = attend(query, key, value, context.mask, self.dropout if self.training else 0.0).to(dtype)
-        mixed = mixed.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H D)
         if context.packing is not None:
             mixed = context.packing.gather(mixed, context.output_positions)
         return self.residual_dropout(self.out_proj(mixed))
 
+    def _positioned(self, heads: Tensor, context: Context) -> Tensor:
+        """Normalise and rotate queries and keys, where the architecture does: (B, T, H + 2 KV, D) -> the same."""
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key, value = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+            heads = torch.cat((self.q_norm(query), self.k_norm(key), value), dim=2)
+        if context.rotation is not None:
+            heads = rotate(heads, context.rotation, self.n_head + self.kv_heads)
+        return heads
+
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them, or three: `swiglu` multiplies by an activated gate."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gate_proj = None
+        if config.mlp == "swiglu":
+            self.gate_proj = nn.Linear(config.n_embd, config.mlp_width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.n_embd, config.mlp_width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.mlp_bias)
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. Editing this line changes
-        # what existing checkpoints compute, unnoticed; stored results of frozen parts are computed again. A setting
-        # would be a field of GPTConfig, a key of every conf/model file, both directions of weights/gpt2_names.py, and a
-        # default for existing headers in weights/checks/header.py (`config_of`).
-        return self.residual_dropout(self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")))
+        return self.residual_dropout(self.down_proj(self._inner(x)))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, F)."""
+        # GPT-2 was trained with the tanh form; the exact GELU moves its logits by about 1e-2. Editing these lines
+        # changes what existing checkpoints compute, unnoticed; stored results of frozen parts are computed again.
+        # Another activation would be a value of `GPTConfig.mlp`, which weights/families and conf/model then name.
+        if self.gate_proj is not None:
+            return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return F.gelu(self.up_proj(x), approximate="tanh")
 
 
 class Block(nn.Module):
@@ -143,9 +248,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.attn_norm = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.mlp_norm = build_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context = CAUSAL) -> Tensor:
@@ -154,7 +259,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-STACKED = {"attn.qkv_proj": 3, "attn.out_proj": 1, "mlp.up_proj": 1, "mlp.down_proj": 1}
+STACKED = {"attn.qkv_proj": 3, "attn.out_proj": 1, "mlp.gate_proj": 1, "mlp.up_proj": 1, "mlp.down_proj": 1}
 """The linear layers of a block, and how many matrices the weight of each has, one above the other."""
 
 
@@ -182,10 +287,12 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
+        self.position_embedding = None
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.final_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.final_norm = build_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.token_embedding.weight
@@ -210,25 +317,28 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def embed(self, input_ids: Tensor, positions: Tensor | None = None, start: int = 0) -> Tensor:
-        """Token plus position embedding (B, T, C); the default positions are `start`..`start` + T - 1.
+        """Token embedding, with learned positions plus theirs: (B, T, C); by default `start`..`start` + T - 1.
 
         Raises:
             ValueError: if the sequence does not fit into `context_length`.
         """
         end = start + input_ids.size(1)
-        if positions is None:
-            if end > self.config.context_length:
-                raise ValueError(
-                    f"sequence of {end} tokens exceeds context_length={self.config.context_length}; "
-                    "shorten it or use a model with a longer context"
-                )
-            positions = torch.arange(start, end, device=input_ids.device)
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        if positions is None and end > self.config.context_length:
+            raise ValueError(
+                f"sequence of {end} tokens exceeds context_length={self.config.context_length}; "
+                "shorten it or use a model with a longer context"
+            )
+        x = self.token_embedding(input_ids)
+        if self.position_embedding is not None:
+            positions = torch.arange(start, end, device=input_ids.device) if positions is None else positions
+            x = x + self.position_embedding(positions)
         # A frozen embedding may be kept in a narrower type than what is trained; the residual stream is not.
         return self.embedding_dropout(x.to(self.final_norm.weight.dtype))
 
     def run_blocks(self, x: Tensor, context: Context = CAUSAL, start: int = 0, stop: int | None = None) -> Tensor:
         """Blocks `start`..`stop` - 1 (default: all) in turn: (B, T, C) -> (B, T, C), or the output positions."""
+        if self.config.position == "rope":
+            context = context._replace(rotation=self._rotation(x, context))
         for layer in range(start, self.config.n_layer if stop is None else stop):
             is_last = layer == self.config.n_layer - 1
             arguments = (x, context if is_last else context._replace(output_positions=None))
@@ -237,6 +347,13 @@ class GPT(nn.Module):
             else:
                 x = self.blocks[layer](*arguments)
         return x
+
+    def _rotation(self, x: Tensor, context: Context) -> Rotation:
+        """The rotation of the positions of `x` (B, T, C)."""
+        positions, start = context.positions, 0 if context.cache is None else context.cache.length
+        if positions is None:
+            positions = torch.arange(start, start + x.size(1), device=x.device)
+        return rotation(positions, self.config.head_width, self.config.rope_theta, self.config.rope_scaling)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., C) -> (..., V)."""
@@ -248,7 +365,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `capacity` positions of each row, by default in the type of the weights."""
-        shape = (batch_size, self.config.n_head, capacity, self.config.n_embd // self.config.n_head)
+        shape = (batch_size, self.config.kv_heads, capacity, self.config.head_width)
         return KVCache(self.config.n_layer, shape, dtype=dtype or self.dtype, device=self.device)
 
     @property
@@ -271,12 +388,14 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Forward and backward FLOPs per token: 6 N + 12 L C T (PaLM, appendix B), N without position embeddings."""
+        """Forward and backward FLOPs per token: 6 N + 12 L H D T (PaLM, appendix B), N without position embeddings."""
         config = self.config
-        matrices = self.num_parameters() - self.position_embedding.weight.numel()
+        matrices = self.num_parameters()
+        if self.position_embedding is not None:
+            matrices -= self.position_embedding.weight.numel()
         if not config.tied_head:  # an untied input embedding is a lookup, not a product
             matrices -= self.token_embedding.weight.numel()
-        return 6 * matrices + 12 * config.n_layer * config.n_embd * sequence_length
+        return 6 * matrices + 12 * config.n_layer * config.n_head * config.head_width * sequence_length
 
     def _init_gpt2(self) -> None:
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # GPT-2 paper, section 2.3

@@ -3,17 +3,17 @@
 `apply_lora` works on a built model and keeps the names of its parameters: `blocks.0.attn.qkv_proj.weight` stays, and
 gets `blocks.0.attn.qkv_proj.lora_A.default` beside it. Several adapters can share one base.
 
-Tensor letters: R rank, I inputs, O outputs, P parts of a split projection.
+Tensor letters: R rank, I inputs, O outputs, P parts of a split projection, part p with O[p] of the outputs.
 """
 
 from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +86,15 @@ class LoRALinear(nn.Linear):
     """A linear layer with adapters beside its frozen weight; at most one of them is active.
 
     A is (P * R, I), B is (O, R); P is 3 for a split qkv projection, of which part p is B[p] A[p], else 1.
+
+    Args:
+        rows: O[p] of each part; None: one part.
     """
 
-    def __init__(self, base: nn.Linear, parts: int = 1) -> None:
+    def __init__(self, base: nn.Linear, rows: Sequence[int] | None = None) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a second weight
-        self.in_features, self.out_features, self.parts = base.in_features, base.out_features, parts
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.rows = tuple(rows or (base.out_features,))
         self.weight, self.bias = base.weight, base.bias
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.configs: dict[str, LoRAConfig] = {}
@@ -102,7 +106,7 @@ class LoRALinear(nn.Linear):
         if config.rank > self.in_features:
             raise ValueError(f"lora.rank={config.rank} exceeds the {self.in_features} inputs of a layer; lower it")
         dtype, device = torch.promote_types(self.weight.dtype, torch.float32), self.weight.device
-        a = torch.empty(self.parts * config.rank, self.in_features, dtype=dtype, device=device)
+        a = torch.empty(len(self.rows) * config.rank, self.in_features, dtype=dtype, device=device)
         b = torch.zeros(self.out_features, config.rank, dtype=dtype, device=device)
         bound = 1 / math.sqrt(config.rank if config.init == "book" else self.in_features)
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b)
@@ -116,9 +120,8 @@ class LoRALinear(nn.Linear):
 
     def delta(self, name: str) -> Tensor:
         """scale * B A, (O, I)."""
-        a, b = self.lora_A[name], self.lora_B[name]
-        a, b = a.unflatten(0, (self.parts, -1)), b.unflatten(0, (self.parts, -1))  # (P, R, I), (P, O / P, R)
-        return self.configs[name].scale * (b @ a).flatten(0, 1)
+        pairs = zip(self.lora_A[name].chunk(len(self.rows)), self.lora_B[name].split(self.rows), strict=True)
+        return self.configs[name].scale * torch.cat([b @ a for a, b in pairs])
 
     def effective_weight(self) -> Tensor:
         """(O, I): the weight with the active adapter; see the function of the same name."""
@@ -131,9 +134,9 @@ class LoRALinear(nn.Linear):
     def _correction(self, x: Tensor, name: str) -> Tensor:
         config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
         low = F.linear(F.dropout(x, config.dropout, self.training).to(a.dtype), a)  # (..., P * R)
-        if self.parts == 1:
+        if len(self.rows) == 1:
             return config.scale * F.linear(low, b)
-        pieces = zip(low.chunk(self.parts, -1), b.chunk(self.parts, 0), strict=True)
+        pieces = zip(low.chunk(len(self.rows), -1), b.split(self.rows), strict=True)
         return config.scale * torch.cat([F.linear(part, matrix) for part, matrix in pieces], dim=-1)
 
 
@@ -163,11 +166,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> l
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
             assert isinstance(layer, nn.Linear)
-            is_split = config.qkv == "split" and path.endswith("qkv_proj")
-            layer = LoRALinear(layer, parts=3 if is_split else 1)
-            layer.train(model.training)
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+            is_split = config.qkv == "split" and leaf == "qkv_proj"
+            owner: Any = model.get_submodule(parent)
+            layer = LoRALinear(layer, owner.qkv_rows if is_split else None)
+            layer.train(model.training)
+            setattr(owner, leaf, layer)
         layer.add(name, config)
     return paths
 

@@ -27,15 +27,17 @@ def config_for(own: GPTConfig, wanted: GPTConfig, *, keep_head: bool = True) -> 
             f"model.context_length={wanted.context_length} exceeds the {own.context_length} positions of the weights "
             f"in init_from; set model.context_length={own.context_length} or less"
         )
-    if wanted.context_length < own.context_length:
-        log.info("model.context_length=%d cuts the %d of the weights", wanted.context_length, own.context_length)
     kept = [field.name for field in fields(own) if field.name not in (*FREE_FIELDS, "tied_head")]
+    if own.position == "rope":  # no table to cut: the setting limits the data, and the model keeps what it can do
+        kept.append("context_length")
+    elif wanted.context_length < own.context_length:
+        log.info("model.context_length=%d cuts the %d of the weights", wanted.context_length, own.context_length)
     if _is_untied(own, wanted, keep_head):
         log.info("model.tied_head=false: the head starts as a copy of the token embedding")
     elif keep_head:
         kept.append("tied_head")
     for name in kept:
-        if name == "vocab_size":  # the tokenizer comes with the weights
+        if name in ("vocab_size", "context_length"):  # the tokenizer comes with the weights
             continue
         ours, theirs = getattr(own, name), getattr(wanted, name)
         if ours != theirs:
@@ -51,7 +53,8 @@ def adapt(model: GPT, wanted: GPTConfig, *, activation_checkpointing: bool = Fal
     """
     config = config_for(model.config, wanted, keep_head=keep_head)
     state = dict(model.state_dict())
-    state["position_embedding.weight"] = state["position_embedding.weight"][: config.context_length].clone()
+    if model.position_embedding is not None:
+        state["position_embedding.weight"] = state["position_embedding.weight"][: config.context_length].clone()
     if not keep_head:
         state["lm_head.weight"] = state["token_embedding.weight"]
     if _is_untied(model.config, wanted, keep_head):

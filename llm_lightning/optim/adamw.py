@@ -24,7 +24,12 @@ class AdamWConfig(OptimizerConfig):
         check_adamw(self.betas, self.eps, self.weight_decay, self.fused)
 
     def build(
-        self, named_parameters: Iterable[Named], *, is_scaled: bool = False, is_sharded: bool = False
+        self,
+        named_parameters: Iterable[Named],
+        *,
+        is_scaled: bool = False,
+        is_sharded: bool = False,
+        qkv_rows: tuple[int, int, int] | None = None,
     ) -> torch.optim.AdamW:
         decayed, undecayed = self.by_decay(trainable(named_parameters))
         groups = [

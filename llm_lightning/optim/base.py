@@ -44,13 +44,19 @@ class OptimizerConfig:
         """
 
     def build(
-        self, named_parameters: Iterable[Named], *, is_scaled: bool = False, is_sharded: bool = False
+        self,
+        named_parameters: Iterable[Named],
+        *,
+        is_scaled: bool = False,
+        is_sharded: bool = False,
+        qkv_rows: tuple[int, int, int] | None = None,
     ) -> torch.optim.Optimizer:
         """The optimizer of the trainable parameters; its state holds every parameter's name.
 
         Args:
             is_scaled: whether a gradient scaler multiplies the loss (fp16).
             is_sharded: whether each process holds a part of every parameter.
+            qkv_rows: rows of query, key and value in a weight that stacks them; None: a third each.
         """
         raise NotImplementedError
 

@@ -75,7 +75,14 @@ class MuonConfig(OptimizerConfig):
                 "use accelerator=ddp or optimizer=adamw"
             )
 
-    def build(self, named_parameters: Iterable[Named], *, is_scaled: bool = False, is_sharded: bool = False) -> Muon:
+    def build(
+        self,
+        named_parameters: Iterable[Named],
+        *,
+        is_scaled: bool = False,
+        is_sharded: bool = False,
+        qkv_rows: tuple[int, int, int] | None = None,
+    ) -> Muon:
         self.check(is_sharded=is_sharded)
         pairs = trainable(named_parameters)
         stacked = [pair for pair in pairs if matrices_in(pair[0]) > 1]
@@ -84,15 +91,16 @@ class MuonConfig(OptimizerConfig):
             log.warning("optimizer=muon: no matrix of a block is trained here, and AdamW updates everything")
         decayed, undecayed = self.by_decay(pair for pair in pairs if not matrices_in(pair[0]))
         fused = is_fused(self.fused, is_scaled=is_scaled, is_sharded=is_sharded)
+        is_grouped = qkv_rows is not None and len(set(qkv_rows)) > 1
         groups = [
             self._muon_group("muon", single, parts=1),
-            self._muon_group("muon_qkv", stacked, parts=3),
+            self._muon_group("muon_qkv", stacked, parts=list(qkv_rows or ()) if is_grouped else 3),
             self._adamw_group("adamw", decayed, self.weight_decay, fused=fused),
             self._adamw_group("adamw_no_decay", undecayed, 0.0, fused=fused),
         ]
         return Muon([group for group in groups if group["params"]])
 
-    def _muon_group(self, name: str, pairs: list[Named], parts: int) -> dict[str, Any]:
+    def _muon_group(self, name: str, pairs: list[Named], parts: int | list[int]) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in ("lr", "weight_decay", "momentum", "nesterov", "ns_steps")}
         return {"name": name, "params": pairs, "parts": parts, "adjust_lr_fn": self.adjust_lr_fn, **own}
 
@@ -105,8 +113,8 @@ class Muon(torch.optim.Optimizer):
     """Muon for the groups that have `ns_steps`, AdamW for the others.
 
     Args:
-        groups: each complete, with its `name`; a Muon group has `parts`, the number of matrices that are stacked in
-            each of its parameters, one above the other.
+        groups: each complete, with its `name`; a Muon group has `parts`, the number of matrices of one shape that are
+            stacked in each of its parameters, one above the other; or a list, the rows of each matrix.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -138,12 +146,16 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         directions = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         stacked = torch.stack([direction.bfloat16() for direction in directions])
-        matrices = stacked.unflatten(1, (parts, -1)).flatten(0, 1)
-        step_size = lr * adjustment(group["adjust_lr_fn"], *matrices.shape[1:])
-        updates = orthogonalised(matrices, group["ns_steps"]).reshape(stacked.shape)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.add_(update, alpha=-step_size)
+        rows = parts if isinstance(parts, list) else [stacked.size(1)]
+        number = 1 if isinstance(parts, list) else parts
+        pieces = zip(*(parameter.split(rows) for parameter in parameters), strict=True)
+        for piece, of_parameters in zip(stacked.split(rows, 1), pieces, strict=True):
+            matrices = piece.unflatten(1, (number, -1)).flatten(0, 1)
+            step_size = lr * adjustment(group["adjust_lr_fn"], *matrices.shape[1:])
+            updates = orthogonalised(matrices, group["ns_steps"]).reshape(piece.shape)
+            for parameter, update in zip(of_parameters, updates, strict=True):
+                parameter.add_(update, alpha=-step_size)
 
     def _update_rest(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:

@@ -63,7 +63,12 @@ class TorchOptimConfig(OptimizerConfig):
         return f"{'torch.optim' if module.startswith('torch.optim.') else module}.{self.optimizer.__name__}"
 
     def build(
-        self, named_parameters: Iterable[Named], *, is_scaled: bool = False, is_sharded: bool = False
+        self,
+        named_parameters: Iterable[Named],
+        *,
+        is_scaled: bool = False,
+        is_sharded: bool = False,
+        qkv_rows: tuple[int, int, int] | None = None,
     ) -> torch.optim.Optimizer:
         is_fused(self.arguments.get("fused", False), is_scaled=is_scaled, is_sharded=is_sharded)
         decayed, undecayed = self.by_decay(trainable(named_parameters))

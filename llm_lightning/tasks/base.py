@@ -307,7 +307,10 @@ class TaskModule(L.LightningModule):
         self.total_steps = planned_steps(self.trainer, self.datamodule)
         self.schedule.check(self.total_steps)
         optimizer = self.optimizer_config.build(
-            self.model.named_parameters(), is_scaled=self._loss_scaler is not None, is_sharded=self.is_sharded
+            self.model.named_parameters(),
+            is_scaled=self._loss_scaler is not None,
+            is_sharded=self.is_sharded,
+            qkv_rows=self.trunk.config.qkv_rows,
         )
         peak = self.optimizer_config.lr
 

@@ -35,7 +35,9 @@ def digest_under(header: dict[str, Any], trunk: GPT) -> str:
 def base_weights(header: dict[str, Any], trunk: GPT) -> dict[str, torch.Tensor]:
     """The weights of a GPT without adapters, with as many positions as the model of `header`."""
     state = {name: tensor for name, tensor in trunk.state_dict().items() if "lora_" not in name}
-    state["position_embedding.weight"] = state["position_embedding.weight"][: header["model"]["context_length"]]
+    if trunk.position_embedding is not None:
+        positions = header["model"]["context_length"]
+        state["position_embedding.weight"] = state["position_embedding.weight"][:positions]
     return state
 
 

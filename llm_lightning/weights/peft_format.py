@@ -104,8 +104,8 @@ def export_peft(
     for path, layer in layers.items():
         assert isinstance(layer, LoRALinear)
         a, b = layer.lora_A[name].detach(), layer.lora_B[name].detach()
-        if layer.parts > 1:
-            b = torch.block_diag(*b.chunk(layer.parts, 0))
+        if len(layer.rows) > 1:
+            b = torch.block_diag(*b.split(layer.rows))
         ranks[module_to_hf(path)] = len(a)
         tensors |= {
             f"{_PREFIX}{module_to_hf(path)}.lora_{kind}.weight": m.contiguous() for kind, m in (("A", a), ("B", b))

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from model_kinds import KINDS, of_kind
 from torch import Tensor, nn
 
 from llm_lightning.data.pairs import (
@@ -426,12 +428,13 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("form", ["plain", "untied", "checkpointing"])
+@pytest.mark.parametrize("form", ["plain", "untied", "checkpointing", "llama", "qwen3"])
 @pytest.mark.parametrize("name", BATCHES)
 def test_all_layouts_give_what_each_sequence_gives_by_itself(
     name: str, form: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    model = randomized(GPTConfig(**{**SMALL.__dict__, "tied_head": form != "untied"})).to(dtype).train()
+    config = of_kind(SMALL, form) if form in KINDS else replace(SMALL, tied_head=form != "untied")
+    model = randomized(config).to(dtype).train()
     model.activation_checkpointing = form == "checkpointing"
     samples = BATCHES[name]
     expected, gradients = values_and_gradients(model, one_by_one(model, samples))
@@ -439,7 +442,9 @@ def test_all_layouts_give_what_each_sequence_gives_by_itself(
     for layout, batch in batches.items():
         found, ours = values_and_gradients(model, of_batch(model, batch))
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0, msg=layout)
-        assert_same_gradients(ours, gradients, tolerance)
+        # In float32 the gradient of a key's norm is the little that is left of terms that cancel: seen 3e-5.
+        loose = 10 if form == "qwen3" and dtype == torch.float32 else 1
+        assert_same_gradients(ours, gradients, loose * tolerance)
         for field in ("labels", "branch", "lengths"):
             assert torch.equal(getattr(batch, field), getattr(batches["padded"], field)), field
         assert (batch.n_targets, batch.sample_ids) == (len(samples), tuple(range(len(samples))))

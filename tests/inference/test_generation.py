@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from model_kinds import KINDS, of_kind
 
 from llm_lightning.inference.generation import PACKING_PAYS_FROM, Sampling, generate, next_ids, packed_linears
 from llm_lightning.models.gpt import GPT, GPTConfig
@@ -18,9 +19,13 @@ PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [60, 0, 60]]
 
 @pytest.fixture
 def model() -> GPT:
+    return drawn("gpt2")
+
+
+def drawn(kind: str) -> GPT:
     """Positions and biases drawn too; the matrices large enough that the next tokens differ clearly."""
     torch.manual_seed(0)
-    model = GPT(CONFIG)
+    model = GPT(of_kind(CONFIG, kind))
     for name, parameter in model.named_parameters():
         std = 1.0 if parameter.dim() > 1 else 0.1
         torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=std)
@@ -36,7 +41,9 @@ def uncached(model: GPT, prompt: list[int], max_new_tokens: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_each_row_of_a_mixed_batch_is_what_its_prompt_gives_alone(model: GPT) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_of_a_mixed_batch_is_what_its_prompt_gives_alone(kind: str) -> None:
+    model = drawn(kind)
     together = generate(model, PROMPTS, max_new_tokens=20)
     assert together == [uncached(model, prompt, 20) for prompt in PROMPTS]
     assert together == [generate(model, [prompt], max_new_tokens=20)[0] for prompt in PROMPTS]

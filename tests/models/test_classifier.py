@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from model_kinds import KINDS, of_kind
 from torch import Tensor
 
 from llm_lightning.models.attention import Context, causal_mask
@@ -16,9 +19,10 @@ LENGTHS = torch.tensor([5, 12, 1])
 IDS = torch.arange(3 * 12).remainder(97).view(3, 12)
 
 
-def randomized(pooling: str = "last", *, causal: bool = True, classes: int = 3) -> Classifier:
+def randomized(pooling: str = "last", *, causal: bool = True, classes: int = 3, kind: str = "gpt2") -> Classifier:
     """Every parameter drawn anew, biases and norms included."""
-    model = Classifier(GPT(CONFIG), classes, pooling=pooling, causal=causal).double().eval()
+    trunk = GPT(replace(of_kind(CONFIG, kind), tied_head=True))
+    model = Classifier(trunk, classes, pooling=pooling, causal=causal).double().eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,11 +43,12 @@ def plainly(model: Classifier, ids: Tensor, length: int) -> Tensor:
     return model.head(picked)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize("pooling", POOLINGS)
 @torch.no_grad()
-def test_every_pooling_equals_the_plain_computation(pooling: str, causal: bool) -> None:
-    model = randomized(pooling, causal=causal)
+def test_every_pooling_equals_the_plain_computation(pooling: str, causal: bool, kind: str) -> None:
+    model = randomized(pooling, causal=causal, kind=kind)
     expected = torch.stack([plainly(model, ids, length) for ids, length in zip(IDS, LENGTHS.tolist(), strict=True)])
     torch.testing.assert_close(model(IDS, LENGTHS), expected, rtol=0, atol=1e-12)
     for depth in range(CONFIG.n_layer):  # lower blocks apart

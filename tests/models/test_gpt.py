@@ -7,18 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_kinds import KINDS, of_kind
 
 from llm_lightning.models.attention import Context, attend, attend_explicitly, causal_mask
 from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.rope import RopeScaling, frequencies, rotate, rotation
+from llm_lightning.models.shapes import linear_shapes, parameter_shapes
 
 CONFIG = GPTConfig(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_embd=32)
 SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
 IDS = torch.tensor([[5, 9, 60, 3, 3, 17, 0, 42, 11, 8, 1], [7, 7, 1, 30, 2, 50, 6, 12, 44, 10, 9]])
 
 
-def random_gpt(config: GPTConfig = CONFIG, **options: bool) -> GPT:
+def random_gpt(config: GPTConfig = CONFIG, kind: str = "gpt2", **options: bool) -> GPT:
     """A float64 model, so that two ways to a number agree to 1e-12; every parameter is drawn at random."""
-    model = GPT(config, **options).double().eval()
+    model = GPT(of_kind(config, kind), **options).double().eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,6 +86,61 @@ def test_flops_per_token(tied: bool) -> None:
     assert model.flops_per_token(256) == 6 * matrices + 12 * 12 * 768 * 256
 
 
+def test_flops_of_grouped_heads_count_the_query_heads() -> None:
+    with torch.device("meta"):
+        model = random_shape("qwen3")
+    width, d, inner, vocabulary = 32, 6, 40, 61
+    block = width * (4 + 2 * 2) * d + 4 * d * width + 3 * width * inner
+    biases, norms = (4 + 2 * 2) * d, 2 * width + 2 * d
+    per_token = 2 * (block + biases + norms) + width + width * vocabulary
+    assert model.flops_per_token(100) == 6 * per_token + 12 * 2 * (4 * d) * 100
+
+
+def random_shape(kind: str) -> GPT:
+    return GPT(of_kind(CONFIG, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_by_arithmetic_are_those_of_the_model(kind: str) -> None:
+    config = of_kind(CONFIG, kind)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert parameter_shapes(config) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    linears = {name: module for name, module in model.blocks[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linear_shapes(config) == {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+
+
+def test_a_rotated_query_meets_a_rotated_key_by_their_distance_alone() -> None:
+    query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+
+    def score(query_at: int, key_at: int) -> torch.Tensor:
+        at = [rotation(torch.tensor([place]), 8, 100.0) for place in (query_at, key_at)]
+        return (rotate(query, at[0], 1) * rotate(key, at[1], 1)).sum()
+
+    torch.testing.assert_close(score(7, 3), score(1004, 1000), rtol=1e-4, atol=1e-4)  # float32 tables
+    torch.testing.assert_close(score(5, 5), (query * key).sum(), rtol=1e-6, atol=1e-6)
+    assert abs(score(7, 3) - score(7, 2)) > 0.05
+
+
+def test_llama_3_stretches_slow_rotations_and_leaves_fast_ones() -> None:
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192)
+    plain, scaled = frequencies(128, 500000.0), frequencies(128, 500000.0, scaling)
+    turns = 8192 * plain / (2 * math.pi)
+    assert torch.equal(scaled[turns >= 4], plain[turns >= 4])
+    torch.testing.assert_close(scaled[turns <= 1], plain[turns <= 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    assert between.any()
+    assert ((scaled < plain) & (scaled > plain / 8))[between].all()
+
+
+@torch.no_grad()
+def test_bfloat16_weights_keep_far_positions_apart() -> None:
+    """In bfloat16 the position 8,001 is 8,000, and 8,017 is the nearest that differs."""
+    model = GPT(replace(of_kind(CONFIG, "qwen3"), context_length=9000)).bfloat16()
+    far = [model.hidden_states(IDS, Context(positions=start + torch.arange(11))) for start in (8000, 0)]
+    torch.testing.assert_close(far[0], far[1], rtol=0.05, atol=0.05)
+
+
 def test_mlp_uses_the_tanh_gelu() -> None:
     mlp = random_gpt().blocks[0].mlp
     x = torch.randn(3, 32, dtype=torch.float64)
@@ -91,29 +149,39 @@ def test_mlp_uses_the_tanh_gelu() -> None:
     assert_same(mlp(x), mlp.down_proj(gelu))
 
 
+@pytest.mark.parametrize("new", [9, 1], ids=["all", "one_new"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "given_mask"])
-def test_attention_by_hand_equals_the_fast_one(masked: bool) -> None:
-    query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+def test_attention_by_hand_equals_the_fast_one(masked: bool, kv_heads: int, new: int) -> None:
+    query = torch.randn(2, 4, new, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, kv_heads, 9, 8, dtype=torch.float64)
     mask = torch.eye(9, dtype=torch.bool) | (torch.rand(9, 9) < 0.4) if masked else causal_mask(9, 9, "cpu")
+    mask = mask[-new:]
     mixed, weights = attend_explicitly(query, key, value, mask)
     assert_same(mixed, attend(query, key, value, mask if masked else None))
-    assert_same(weights.sum(-1), torch.ones(2, 4, 9, dtype=torch.float64))
+    repeated = key.repeat_interleave(4 // kv_heads, 1)
+    plain = (query @ repeated.mT / math.sqrt(8)).masked_fill(~mask, -math.inf).softmax(-1)
+    assert_same(weights, plain)
+    assert_same(mixed, plain @ value.repeat_interleave(4 // kv_heads, 1))
     assert not weights[..., ~mask].any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunks", [(11,), (1,) * 11, (5, 1, 1, 3, 1)], ids=["prefill", "one_by_one", "chunks"])
 @torch.no_grad()
-def test_kv_cache_in_chunks_equals_one_forward(chunks: tuple[int, ...]) -> None:
-    model = random_gpt()
+def test_kv_cache_in_chunks_equals_one_forward(chunks: tuple[int, ...], kind: str) -> None:
+    model = random_gpt(kind=kind)
     cache = model.new_cache(batch_size=2, capacity=11)
     logits = torch.cat([model(part, Context(cache=cache)) for part in IDS.split(list(chunks), dim=1)], dim=1)
     assert cache.length == 11
+    assert cache.keys[0].shape == (2, model.config.kv_heads, 11, model.config.head_width)
     assert_same(logits, model(IDS))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_left_padded_batch_equals_each_row_alone() -> None:
-    model, lengths, total = random_gpt(), [11, 4], 11
+def test_left_padded_batch_equals_each_row_alone(kind: str) -> None:
+    model, lengths, total = random_gpt(kind=kind), [11, 4], 11
     pads = total - torch.tensor(lengths)
     ids = torch.stack([IDS[0], IDS[1].roll(7)])  # the last four of row 1 are its first four tokens
     places = torch.arange(total)
@@ -126,27 +194,30 @@ def test_left_padded_batch_equals_each_row_alone() -> None:
     assert_same(logits[1, -4:], model(IDS[1:, :4])[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_later_token_does_not_change_earlier_logits() -> None:
-    model, changed = random_gpt(), IDS.clone()
+def test_a_later_token_does_not_change_earlier_logits(kind: str) -> None:
+    model, changed = random_gpt(kind=kind), IDS.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 61
     before, after = model(IDS), model(changed)
     assert torch.equal(before[:, :6], after[:, :6])
     assert (before[:, 6:] != after[:, 6:]).any(dim=-1).all()
 
 
-def test_head_on_chosen_positions_only() -> None:
-    model = random_gpt()
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_on_chosen_positions_only(kind: str) -> None:
+    model = random_gpt(kind=kind)
     hidden = model.hidden_states(IDS)
     assert hidden.shape == (2, 11, 32)
     assert_same(model.logits(hidden[:, -1]), model(IDS)[:, -1])
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
     config = replace(CONFIG, embedding_dropout=0.1, attention_dropout=0.1, residual_dropout=0.1)
     gradients = []
     for recompute in (False, True):
-        model = random_gpt(config, activation_checkpointing=recompute).train()
+        model = random_gpt(config, kind, activation_checkpointing=recompute).train()
         torch.manual_seed(0)
         model(IDS).logsumexp(-1).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -210,6 +281,12 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
         ({"n_layer": 0}, r"n_layer=0 must be at least 1"),
         ({"context_length": -1}, r"context_length=-1 must be at least 1"),
         ({"attention_dropout": 1.0}, r"attention_dropout=1.0 must be in \[0, 1\)"),
+        ({"n_kv_head": 3}, r"n_head=4 must be a multiple of model.n_kv_head=3"),
+        ({"n_kv_head": 0}, r"n_kv_head=0 must be at least 1"),
+        ({"norm": "batch"}, r"norm='batch' must be layer or rms"),
+        ({"position": "rope", "head_dim": 7}, r"position=rope rotates pairs, and heads are 7 wide"),
+        ({"rope_theta": 0.0}, r"rope_theta=0.0 must be positive"),
+        ({"rope_scaling": {"factor": 8.0}}, r"rope_scaling: high_freq_factor is missing or unknown"),
     ],
 )
 def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
@@ -219,6 +296,9 @@ def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
 
 def test_the_identity_of_gpt2_is_its_heads_and_of_others_all_that_differs() -> None:
     assert replace(CONFIG, n_head=8, tied_head=False).cache_key_fields() == {"n_head": 8}
+    llama = of_kind(CONFIG, "llama").cache_key_fields()
+    assert (llama["norm"], llama["position"], llama["n_kv_head"], llama["rope_theta"]) == ("rms", "rope", 1, 500.0)
+    assert llama["rope_scaling"]["original_context_length"] == 8
     assert replace(CONFIG, layer_norm_eps=1e-6).cache_key_fields() == {"n_head": CONFIG.n_head, "layer_norm_eps": 1e-6}
 
 

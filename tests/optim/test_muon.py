@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig, matrices_in
@@ -72,10 +73,23 @@ def test_adapters_are_adamws_and_it_says_so(caplog: pytest.LogCaptureFixture) ->
     ids=str,
 )
 def test_steps_equal_torchs_muon_on_three_parameters_and_adamw_on_the_rest(options: dict[str, Any]) -> None:
-    gpt = model()
-    optimizer = MuonConfig(lr=0.02, **options).build(gpt.named_parameters())
+    check_against_torchs_muon(model(), options)
+
+
+def test_grouped_heads_are_split_where_their_matrices_end() -> None:
+    check_against_torchs_muon(model(replace(CONFIG, n_kv_head=1)), {})
+
+
+def check_against_torchs_muon(gpt: GPT, options: dict[str, Any]) -> None:
+    rows = gpt.config.qkv_rows
+    optimizer = MuonConfig(lr=0.02, **options).build(gpt.named_parameters(), qkv_rows=rows)
+    start = copy.deepcopy(gpt.state_dict())
+
+    def split(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.split(rows) if matrices_in(name) == 3 else (tensor,)
+
     apart = {
-        name: [nn.Parameter(piece.detach().clone()) for piece in parameter.chunk(max(matrices_in(name), 1))]
+        name: [nn.Parameter(piece.detach().clone()) for piece in split(name, parameter)]
         for name, parameter in gpt.named_parameters()
     }
     used = {key: value for key, value in options.items() if key not in ("adamw_lr", "fused")}
@@ -98,14 +112,13 @@ def test_steps_equal_torchs_muon_on_three_parameters_and_adamw_on_the_rest(optio
         step_with_random_gradients(optimizer, list(gpt.parameters()), seed)
         for name, parameter in gpt.named_parameters():
             assert parameter.grad is not None
-            for piece, gradient in zip(apart[name], parameter.grad.chunk(len(apart[name])), strict=True):
+            for piece, gradient in zip(apart[name], split(name, parameter.grad), strict=True):
                 piece.grad = gradient.clone()
         theirs.step()
         adamw.step()
         for name, parameter in gpt.named_parameters():
             torch.testing.assert_close(parameter, torch.cat(apart[name]), atol=1e-6, rtol=0, msg=name)
-    changed = model().state_dict()
-    assert not any(torch.equal(parameter, changed[name]) for name, parameter in gpt.named_parameters())
+    assert not any(torch.equal(parameter, start[name]) for name, parameter in gpt.named_parameters())
 
 
 def test_the_three_parts_are_not_what_torchs_muon_makes_of_the_whole() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from model_kinds import of_kind
 from models.test_book_parity import book_model, ours_from
 from record_gradients import AnswersDataModule, tiny_sft_module, train
 from test_base import assert_close, record
@@ -294,6 +295,8 @@ FORMS = {
     "checkpointing": (SMALL, None),
     "lora_fused": (SMALL, LoRAConfig(rank=3)),
     "lora_split": (SMALL, LoRAConfig(rank=3, qkv="split")),
+    "llama": (of_kind(SMALL, "llama"), LoRAConfig(rank=3, qkv="split")),
+    "qwen3": (of_kind(SMALL, "qwen3"), None),
     "lora_head": (
         GPTConfig(**{**SMALL.__dict__, "tied_head": False}),
         LoRAConfig(rank=3, targets=("qkv_proj", "lm_head")),

@@ -32,6 +32,11 @@ from llm_lightning.weights.checks.kinds import (
 HEADER = "llm_lightning"
 TASKS = ("pretraining", "classification", "sft", "dpo")
 """Our tasks, whose checkpoints hold one model of ours and nothing else under that name."""
+FIRST_FIELDS = (
+    *("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "embedding_dropout", "attention_dropout"),
+    *("residual_dropout", "qkv_bias", "tied_head", "layer_norm_eps"),
+)
+"""The fields of `GPTConfig` that every header has. Older ones lack the others, whose defaults are GPT-2's."""
 _NEEDED: dict[str, Check] = {"task": TEXT, "model": DICT, "tokenizer": DICT}
 _OPTIONAL: dict[str, Check] = {
     "step": COUNT,
@@ -117,7 +122,7 @@ def check_run(header: Mapping[str, Any]) -> None:
 
 def config_of(header: Mapping[str, Any]) -> GPTConfig:
     names = [field.name for field in fields(GPTConfig)]
-    check_keys(header["model"], f"{HEADER}.model", dict.fromkeys(names, (lambda value: True, "")))
+    check_keys(header["model"], f"{HEADER}.model", dict.fromkeys(FIRST_FIELDS, (lambda value: True, "")))
     refuse_unknown(header["model"], f"{HEADER}.model", names)
     with _below_header():
         return GPTConfig(**header["model"])

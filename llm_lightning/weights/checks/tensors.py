@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.models.shapes import linear_shapes, parameter_shapes
 from llm_lightning.weights.checks.header import HEADER, config_of, lora_of
 from llm_lightning.weights.checks.kinds import is_tensor, refuse_unknown, shape_of, word
-from llm_lightning.weights.gpt2_names import shapes_of
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
@@ -81,7 +81,7 @@ def _check_plain(header: Mapping[str, Any], found: Mapping[str, Tensor]) -> None
         blocks = len({match[1] for name in found if (match := _BLOCK.match(name.removeprefix(prefix)))})
         if blocks != config.n_layer:  # before a wrong number makes that many names
             raise ValueError(f"{HEADER}.model.n_layer={config.n_layer}, but its weights have {blocks} blocks")
-        expected = {f"{prefix}{name}": shape for name, shape in _shapes(config).items()}
+        expected = {f"{prefix}{name}": shape for name, shape in parameter_shapes(config).items()}
     if prefix:
         labels = header["classifier"]["labels"]
         expected |= {"head.weight": (len(labels), config.n_embd), "head.bias": (len(labels),), "threshold": ()}
@@ -119,7 +119,7 @@ def _check_lora(header: Mapping[str, Any], found: Mapping[str, Tensor]) -> None:
         parts = 3 if lora.qkv == "split" and path.endswith("qkv_proj") else 1
         expected |= {f"{path}.lora_A": (parts * lora.rank, inputs), f"{path}.lora_B": (out, lora.rank)}
     _check_shapes(found, expected)
-    for part in _linear_shapes(config):
+    for part in linear_shapes(config):
         number = sum(_ends_with(path, part) for path in paths)
         if number != config.n_layer and any(_ends_with(part, target) for target in lora.targets):
             raise ValueError(f"{HEADER}.model.n_layer={config.n_layer}, but {number} blocks have an adapter on {part}")
@@ -132,7 +132,7 @@ def _linear_shape(path: str, header: Mapping[str, Any]) -> tuple[int, int]:
         return len(header["classifier"]["labels"]), config.n_embd
     if not is_classifier and path == "lm_head":
         return config.vocab_size, config.n_embd
-    shapes = _linear_shapes(config)
+    shapes = linear_shapes(config)
     found = re.fullmatch(r"(trunk\.)?blocks\.(0|[1-9]\d{0,8})\.(.+)", path)
     if found and bool(found[1]) == is_classifier and int(found[2]) < config.n_layer and found[3] in shapes:
         return shapes[found[3]]
@@ -143,26 +143,9 @@ def _ends_with(path: str, target: str) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
-def _linear_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each linear layer of a block."""
-    width = config.n_embd
-    return {
-        "attn.qkv_proj": (3 * width, width),
-        "attn.out_proj": (width, width),
-        "mlp.up_proj": (4 * width, width),
-        "mlp.down_proj": (width, 4 * width),
-    }
-
-
-def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a model without adapters."""
-    shapes = shapes_of(config)
-    return {n: shape for n, shape in shapes.items() if config.qkv_bias or not n.endswith("qkv_proj.bias")}
-
-
 def _sizes(config: GPTConfig, n_layer: int) -> Iterable[int]:
     """Elements of each parameter of a model with `n_layer` blocks."""
-    for name, shape in _shapes(replace(config, n_layer=n_layer)).items():
+    for name, shape in parameter_shapes(replace(config, n_layer=n_layer)).items():
         if name != "lm_head.weight" or not config.tied_head:
             yield shape[0] * (shape[1] if len(shape) > 1 else 1)
 
