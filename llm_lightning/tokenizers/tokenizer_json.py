@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_lightning.tokenizers.base import Tokenizer, last_start, without_surrogates
+from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer, last_start, without_surrogates
 from llm_lightning.tokenizers.json_content import BYTES, MOST_BYTES, SPACE, JsonContent, read_content
-from llm_lightning.tokenizers.tiktoken_encodings import PIECE_END, TiktokenTokenizer, byte_of_character, gpt2_merges
+from llm_lightning.tokenizers.tiktoken_encodings import PIECE_END, byte_of_character, gpt2_merges
 
 NAME = "tokenizer_json"
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -32,8 +32,8 @@ _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 class JsonTokenizer(Tokenizer):
     """A byte-level BPE, or Llama 2's, from a `tokenizer.json`.
 
-    Characters are lost where a vocabulary has neither them nor their bytes: SmolLM2 lacks the bytes of six control
-    characters. Llama 2's kind adds a space before a text, and decoding drops it.
+    Bytes that a vocabulary lacks are lost, such as six control characters in SmolLM2's. Llama 2's kind adds a space
+    before a text, and decoding drops it.
 
     Args:
         text: the content of tokenizer.json.
@@ -92,7 +92,8 @@ class JsonTokenizer(Tokenizer):
             if type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"the library tokenizers gave up on a text of {len(text)} characters: {error}") from None
-        return np.array(encoding.ids, dtype=self.dtype)
+        ids = np.array(encoding.ids, dtype=np.uint32)
+        return ids[ids != self.content.unknown_id].astype(self.dtype)
 
     def _pieces(self, text: str) -> Iterator[str]:
         """Cut a long text where that changes no id: memory stays small."""
@@ -192,10 +193,10 @@ def describe_folder(folder: Path, *, eos_ids: Iterable[int] = ()) -> dict[str, A
         return None
     settings = _json_object(folder / "special_tokens_map.json") | _json_object(folder / "tokenizer_config.json")
     try:
-        tokenizer = _with_settings(read_content(_read(path)), settings, eos_ids)
+        content = read_content(_read(path))
+        return {"name": "gpt2"} if is_gpt2(content) else _with_settings(content, settings, eos_ids).describe()
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix('tokenizer.json: ')}") from None
-    return {"name": "gpt2"} if _is_gpt2(tokenizer.content) else tokenizer.describe()
 
 
 def _with_settings(content: JsonContent, settings: Mapping[str, Any], eos_ids: Iterable[int]) -> JsonTokenizer:
@@ -210,7 +211,7 @@ def _with_settings(content: JsonContent, settings: Mapping[str, Any], eos_ids: I
     stops = [*eos_ids, *eos, *ends[:1]]
     return JsonTokenizer(
         text,
-        bos_id=_first_id(content, settings, ids.get(named.get("bos_token", ""))),
+        bos_id=content.first_id(),  # add_bos_token of the settings has no effect in transformers 5 either
         eot_id=next(iter([*ends, *eos, *stops]), None),
         stop_ids=stops,
         special_tokens=named,
@@ -224,12 +225,6 @@ def _named(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, str
         if key in named and named[key] not in ids:
             raise ValueError(f"it has no token {named[key]!r}, the {key} of tokenizer_config.json; get both again")
     return {key: word for key, word in named.items() if word in ids}
-
-
-def _first_id(content: JsonContent, settings: Mapping[str, Any], bos_id: int | None) -> int | None:
-    """What tokenizer_config.json says, else the post-processor, as transformers does."""
-    adds = settings.get("add_bos_token")
-    return content.first_id() if adds is None else bos_id if adds else None
 
 
 def _all_added(content: JsonContent, decoder: Any) -> list[dict[str, Any]]:
@@ -252,18 +247,13 @@ def _spelling(token: Any) -> str | None:
     return content if isinstance(content, str) and content else None
 
 
-def _is_gpt2(content: JsonContent) -> bool:
+def is_gpt2(content: JsonContent) -> bool:
     """Whether it is GPT-2's own: the same tokens, merges and cut, and no added token but the end of text."""
-    gpt2 = TiktokenTokenizer.from_description({"name": "gpt2"})
-    spellings = content.spellings()
-    return (
-        len(spellings) == gpt2.vocab_size
-        and content.added == gpt2.controls
-        and content.pre == "gpt-2"
-        and content.data.get("normalizer") is None
-        and [" ".join(pair) for pair in content.merges] == gpt2_merges()
-        and all(_byte_level_bytes(token or "") == gpt2.token_bytes(index) for index, token in enumerate(spellings))
-    )
+    if content.pre != "gpt-2" or content.data.get("normalizer") or content.added != {END_OF_TEXT: 50256}:
+        return False
+    merges = gpt2_merges()
+    tokens = [*byte_of_character(), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
+    return content.spellings() == tokens and [" ".join(pair) for pair in content.merges] == merges
 
 
 def _json_object(path: Path) -> dict[str, Any]:

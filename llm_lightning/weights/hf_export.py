@@ -1,6 +1,6 @@
 """Export our models as folders that transformers loads: `GPT2LMHeadModel`, or a sequence classifier.
 
-`gpt2_names.py` converts names and layouts; `pretrained.py` reads such folders.
+`families/gpt2.py` converts names and layouts; `folder.py` reads such folders.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from llm_lightning.files.atomic import naming
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
+from llm_lightning.weights.contents import Pretrained
 from llm_lightning.weights.export_folder import (
     NOTE,
     REPORT,
@@ -29,8 +30,10 @@ from llm_lightning.weights.export_folder import (
     write_text,
     write_weights,
 )
-from llm_lightning.weights.gpt2_names import MOST_PADDING, config_to_hf, from_hf, to_hf
-from llm_lightning.weights.pretrained import WEIGHTS, Pretrained, gpt2_merges, load_pretrained
+from llm_lightning.weights.families.gpt2 import MOST_PADDING, config_to_hf, from_hf, to_hf
+from llm_lightning.weights.folder import load_folder
+from llm_lightning.weights.folder_tokenizer import gpt2_merges
+from llm_lightning.weights.safetensors_files import WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -230,7 +233,7 @@ def _report(folder: Path, config: GPTConfig, tokenizer: Tokenizer, dtype: str, *
 
 def _read_back(folder: Path, weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Load the folder as a user would, and compare."""
-    expected, loaded = from_hf(weights, config), load_pretrained(folder)
+    expected, loaded = from_hf(weights, config), load_folder(folder)
     same = all(torch.equal(loaded.state[name], expected[name]) for name in expected)
     if not same or loaded.config != config or loaded.tokenizer != tokenizer.describe():
         raise OSError(

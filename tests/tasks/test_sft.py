@@ -33,7 +33,7 @@ from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tokenizers.build import build_tokenizer
-from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
 
 GPT2 = build_tokenizer("gpt2")

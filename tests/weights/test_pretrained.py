@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.weights import hf_export
-from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
-from llm_lightning.weights.pretrained import GPT2_WEIGHTS, Release, load_pretrained
+from llm_lightning.weights.pretrained import load_pretrained
+from llm_lightning.weights.releases import RELEASES, Pinned
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=128)
 TEXT = "It's 1,234 apples --  naïve café, ab!\n\tThe End of it." * 3
@@ -67,22 +68,22 @@ def hub(model: GPT, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         yield handler
 
 
-def release(sha256: str | None) -> Release:
-    return Release("openai-community/gpt2", COMMIT, sha256, CONFIG)
+def release(sha256: str | None) -> Pinned:
+    return Pinned("openai-community/gpt2", COMMIT, sha256, asdict(CONFIG))
 
 
 def test_the_table_has_the_released_sizes() -> None:
     parameters = {"gpt2-small": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
     for name, expected in (parameters | {"gpt2-xl": 1_557_611_200}).items():
         with torch.device("meta"):
-            assert GPT(GPT2_WEIGHTS[name].config).num_parameters() == expected
+            assert GPT(GPTConfig(**RELEASES[name].config)).num_parameters() == expected
 
 
 @pytest.mark.parametrize("pinned", [True, False], ids=["digest_in_source", "digest_of_the_hub"])
 def test_a_named_download_is_verified_once_and_then_needs_no_hub(
     hub: type[FakeHub], model: GPT, monkeypatch: pytest.MonkeyPatch, pinned: bool
 ) -> None:
-    monkeypatch.setitem(GPT2_WEIGHTS, "gpt2-small", release(hub.digest if pinned else None))
+    monkeypatch.setitem(RELEASES, "gpt2-small", release(hub.digest if pinned else None))
     loaded = load_pretrained("gpt2-small")
     assert_same_weights(loaded.state, model)
     assert loaded.config == CONFIG
@@ -103,7 +104,7 @@ def test_a_named_download_is_verified_once_and_then_needs_no_hub(
 def test_a_wrong_digest_is_refused(
     hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pinned: bool
 ) -> None:
-    monkeypatch.setitem(GPT2_WEIGHTS, "gpt2-small", release(hub.digest if pinned else None))
+    monkeypatch.setitem(RELEASES, "gpt2-small", release(hub.digest if pinned else None))
     hub.content = hub.content[:-1] + bytes([hub.content[-1] ^ 1])
     with pytest.raises(OSError, match=f"sha256 .*, expected {hub.digest}"):
         load_pretrained("gpt2-small")
@@ -384,6 +385,6 @@ def test_a_config_of_another_model_is_refused_with_its_path(folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG, 0) | {"n_layer": 3}))
     with pytest.raises(ValueError, match=r"hub_folder: the weights do not fit this GPT-2; missing: h\.2\."):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='llama' is not supported"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='mistral' is not a family known here"):
         load_pretrained(folder)
