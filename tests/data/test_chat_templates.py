@@ -278,6 +278,30 @@ def test_batches_have_the_masks_by_hand(tmp_path: Path, packing: bool, eot: str)
     assert batch.n_targets == len(labels)
 
 
+@pytest.mark.parametrize("name", ["llama3_training", "qwen3_training", "gemma3_training", "phi3_training"])
+def test_targets_are_those_that_the_template_marks(name: str) -> None:
+    """By `{% generation %}`, which transformers reads; it also has what the template writes behind an end."""
+    from transformers import PreTrainedTokenizerFast
+
+    text, tokenizer = published(name), made_tokenizer()
+    template = own_template(text)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=library(), bos_token="<|begin_of_text|>", eos_token="<|im_end|>"
+    )
+    for conversation in [*CONVERSATIONS[:3], CONVERSATIONS[4]]:
+        found = encode(tokenizer, template, conversation)
+        expected = reference.apply_chat_template(
+            as_messages(conversation), chat_template=text, return_dict=True, return_assistant_tokens_mask=True
+        )
+        n, end = len(found.ids), template.end_id(tokenizer)
+        assert found.ids.tolist() == expected["input_ids"][:n]
+        marked = [bool(one) for one in expected["assistant_masks"][:n]]
+        follows_end = [False, *(index == end for index in found.ids[:-1].tolist())]
+        wanted = [one and not behind for one, behind in zip(marked, follows_end, strict=True)]
+        assert found.is_target.tolist() == wanted
+        assert sum(wanted) >= len(conversation.turns)
+
+
 def test_an_answer_is_encoded_by_itself() -> None:
     """Its line break is not joined to that of the prompt, which generation will see alone."""
     found = encode(made_tokenizer(), choose_template("smollm2"), talk("a", "\nb", system="S"))
