@@ -22,7 +22,7 @@ from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.summaries import flat
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.data.base import BaseDataModule
-from llm_lightning.data.of_checkpoint import template_in
+from llm_lightning.data.templates.choose import template_in
 from llm_lightning.experiments import failures, whereabouts
 from llm_lightning.experiments.adapters import continued_lineage, mend_adapter, refuse_lost_adapters, write_adapter
 from llm_lightning.experiments.build import (
