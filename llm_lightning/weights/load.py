@@ -264,6 +264,11 @@ def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]
             "export the model with llm-lightning export, which writes the tokenizer beside the weights"
         )
     tokenizer = from_description(contents.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{name} has {config.vocab_size:,} rows for the {tokenizer.vocab_size:,} tokens of its tokenizer; they are "
+            "not from the same model"
+        )
     more = {"template": contents.template, "generation": contents.generation}
     more = {key: value for key, value in more.items() if value is not None}
     header = describe(

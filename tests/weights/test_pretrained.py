@@ -161,7 +161,7 @@ def test_the_tokenizer_of_a_folder_is_recognised(folder: Path, tmp_path: Path) -
     changed = json.loads((folder / "tokenizer.json").read_text())
     changed["model"]["merges"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(changed))
-    assert load_pretrained(folder).tokenizer is None
+    assert load_pretrained(folder).tokenizer["name"] == "tokenizer_json"
 
 
 @pytest.mark.parametrize("tied_head", [True, False], ids=["tied", "untied"])
