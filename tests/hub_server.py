@@ -79,6 +79,7 @@ class FakeRepository(http.server.BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     requests: list[str]
+    commit = COMMIT
     status = 200
     """Other statuses: the answer to everything."""
     page: bytes | None = None
@@ -104,11 +105,11 @@ class FakeRepository(http.server.BaseHTTPRequestHandler):
     def listing(self, path: str) -> None:
         if not path.startswith("/api/models/org/name/"):
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif path.rpartition("/")[2] not in ("main", COMMIT):
+        elif path.rpartition("/")[2] not in ("main", self.commit):
             self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         else:
             siblings = [entry(name, content) for name, content in self.files.items()]
-            self.answer(200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode(), {})
+            self.answer(200, json.dumps({"id": "org/name", "sha": self.commit, "siblings": siblings}).encode(), {})
 
     def file(self, path: str) -> None:
         name = path.removeprefix("/org/name/resolve/").partition("/")[2]
@@ -117,7 +118,7 @@ class FakeRepository(http.server.BaseHTTPRequestHandler):
             return
         facts = entry(name, self.files[name])
         digest = facts["lfs"]["sha256"] if "lfs" in facts else facts["blobId"]
-        self.answer(200, self.files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
+        self.answer(200, self.files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": self.commit})
 
     def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import fields, replace
 
-import torch
-
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import FREE_FIELDS, GPT, GPTConfig
 from llm_lightning.models.skeleton import skeleton

@@ -11,52 +11,32 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from hub_model import CONFIG, WHOLE, drawn_state, repository
 from hub_server import COMMIT, FakeRepository, serving_repository
 from huggingface_hub import constants
 from safetensors.torch import save
 
 from llm_lightning.files.download import DownloadError
-from llm_lightning.models.gpt import GPTConfig
-from llm_lightning.models.shapes import parameter_shapes
-from llm_lightning.weights.families.llama import config_to_hf, to_hf
+from llm_lightning.weights.families.llama import to_hf
 from llm_lightning.weights.load import load_model
 from llm_lightning.weights.pretrained import load_pretrained
 from llm_lightning.weights.releases import RELEASES, Repository
 
-CONFIG = GPTConfig(
-    257, 64, 2, 4, 32, norm="rms", position="rope", mlp="swiglu", n_kv_head=2, head_dim=8, ffn_width=52,
-    qkv_bias=False, out_bias=False, mlp_bias=False, tied_head=True,
-)  # fmt: skip
 NAME = "hf:org/name"
-WHOLE = "model.safetensors"
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-
-
-def state() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(CONFIG).items()}
-    return drawn | {"lm_head.weight": drawn["token_embedding.weight"]}
-
-
-def repository() -> dict[str, bytes]:
-    return {
-        WHOLE: save(to_hf(state(), CONFIG)),
-        "config.json": json.dumps(config_to_hf(CONFIG, 256)).encode(),
-        "generation_config.json": json.dumps({"eos_token_id": [256, 2], "pad_token_id": 2, "top_p": 0.9}).encode(),
-        "llm_lightning.json": json.dumps({"format": 1, "tokenizer": {"name": "byte"}}).encode(),
-        "chat_template.jinja": b"{{ messages[0]['content'] }}",
-        "additional_chat_templates/rag.jinja": b"rag",
-        "README.md": b"not asked for",
-        "pytorch_model.bin": b"not asked for",
-        "original/consolidated.00.pth": b"not asked for",
-        "original/model.safetensors": b"not asked for",
-        "onnx/model.safetensors": b"not asked for",
-        "modeling_custom.py": b"raise SystemExit",
-    }
+IN_THE_WAY = {
+    "additional_chat_templates/rag.jinja": b"rag",
+    "README.md": b"not asked for",
+    "pytorch_model.bin": b"not asked for",
+    "original/consolidated.00.pth": b"not asked for",
+    "original/model.safetensors": b"not asked for",
+    "onnx/model.safetensors": b"not asked for",
+    "modeling_custom.py": b"raise SystemExit",
+}
 
 
 def in_shards(files: dict[str, bytes]) -> dict[str, bytes]:
-    theirs = to_hf(state(), CONFIG)
+    theirs = to_hf(drawn_state(), CONFIG)
     names = sorted(theirs)
     parts = dict(zip(SHARDS, (names[::2], names[1::2]), strict=True))
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
@@ -71,13 +51,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeRe
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "client"))
     monkeypatch.setattr(constants, "DEFAULT_ETAG_TIMEOUT", 2)
-    with serving_repository(repository()) as (handler, address):
+    with serving_repository(repository() | IN_THE_WAY) as (handler, address):
         monkeypatch.setenv("HF_ENDPOINT", address)
         yield handler
 
 
 def assert_right(found: dict[str, torch.Tensor]) -> None:
-    expected = state()
+    expected = drawn_state()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
