@@ -231,7 +231,7 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
     if not isinstance(model, GPT):
         raise ValueError(f"{source}: an adapter goes on a GPT, not on a classifier; load the adapter alone instead")
     if is_peft_folder(source):
-        config, state = import_peft(source)
+        config, state = import_peft(source, model.config)
     else:
         path = resolve(source)
         checkpoint = load_weights(path) if path is not None else {HEADER: {}, "state_dict": {}}

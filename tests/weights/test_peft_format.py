@@ -117,7 +117,7 @@ def test_in_from_peft(tmp_path: Path, rslora: bool) -> None:
         if "lora_" in name:
             parameter.normal_(std=0.2, generator=generator)
     theirs.save_pretrained(tmp_path)
-    config, state = import_peft(tmp_path)
+    config, state = import_peft(tmp_path, CONFIG)
     load_adapter_state(ours, state, config, "theirs")
     torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=0, atol=1e-5)
     assert set(config.targets) == {
@@ -130,7 +130,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     config = FORMS[0]
     ours, _ = adapted(config)
     export_peft(ours, config, tmp_path / "adapter")
-    read, state = import_peft(tmp_path / "adapter")
+    read, state = import_peft(tmp_path / "adapter", CONFIG)
     other = GPT(CONFIG)
     randomize(other, 1)
     load_adapter_state(other, state, read)
@@ -161,7 +161,7 @@ def test_an_adapter_on_the_head_stays_here(tmp_path: Path) -> None:
         ("use_dora", True),
         ("bias", "all"),
         ("peft_type", "IA3"),
-        ("rank_pattern", {"x": 2}),
+        ("init_lora_weights", "pissa"),
         ("modules_to_save", ["wte"]),
     ],
 )
@@ -172,13 +172,13 @@ def test_other_kinds_of_adapters_are_refused(tmp_path: Path, key: str, value: An
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     file.with_name("export_report.json").unlink()
     with pytest.raises(ValueError, match=f"adapter_config.json: {key}="):
-        import_peft(tmp_path / "adapter")
+        import_peft(tmp_path / "adapter", CONFIG)
 
 
 def test_missing_and_occupied_folders(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"no adapter_model.safetensors; pickled adapters"):
-        import_peft(tmp_path)
+        import_peft(tmp_path, CONFIG)
     with pytest.raises(ValueError, match="is not empty"):
         export_peft(adapted(FORMS[0])[0], FORMS[0], tmp_path)
 
