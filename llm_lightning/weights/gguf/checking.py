@@ -28,7 +28,7 @@ from llm_lightning.weights.gguf.reading import read_gguf
 ROUNDING = {
     "f32": 0.0,
     "f16": 2.0**-11,  # half a unit in the last of 11 bits
-    "bf16": 2.0**-9,  # of 8 bits
+    "bf16": 2.0**-8,  # of 8 bits
     "q8_0": math.sqrt(32 / 12) / 127,  # root mean square of a block of 32, where a step is its largest / 127
 }
 FLOAT32 = 1e-3
