@@ -28,11 +28,11 @@ CONFIGS = {
     "qwen2": GPTConfig(**SMALL, **{**RMS, "qkv_bias": True}, rope_theta=1000.0),
     "qwen3": GPTConfig(**SMALL, **{**RMS, "head_dim": 32}, qk_norm=True, layer_norm_eps=1e-6),
 }
-MERGES = ["t h", "th e", "i n", "Ġ the", "e r", "Ġ a", "o n", "in g"]
+MERGES = ["t h", "th e", "i n", "Ġ the", "e r", "Ġ a", "o n", "in g", "1 0"]
 
 
 def tokenizer() -> TiktokenTokenizer:
-    """265 tokens, fewer than the rows of the models."""
+    """266 tokens, fewer than the rows of the models."""
     return TiktokenTokenizer.from_merges(MERGES)
 
 
@@ -41,9 +41,8 @@ def random_model(config: GPTConfig, seed: int = 0) -> GPT:
     model = GPT(config, init="torch").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 1.0 if "embedding" in name else 0.2
             drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * drawn if "norm.weight" in name else scale * drawn)
+            parameter.copy_(1 + 0.2 * drawn if "norm.weight" in name else 0.1 * drawn)
     return model
 
 
