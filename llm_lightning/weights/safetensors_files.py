@@ -6,7 +6,7 @@ Pickled weights (`.bin`, `.pt`, `.pth`) can run code and are never read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,11 +44,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def without_weights(names: Iterator[str]) -> str:
+def without_weights(names: Iterable[str]) -> str:
     """What to say of files without weights that are read."""
+    names = list(names)
     others = sorted((name for name in names if name.endswith(PICKLED)), key=lambda name: (name.count("/"), name))
-    hint = f"; {others[0]} is not read, because pickled weights can run code" if others else ""
-    return f"no {WEIGHTS}{hint}; save the model as safetensors"
+    if others:
+        return f"no {WEIGHTS}; {others[0]} is not read, because pickled weights can run code; save it as safetensors"
+    of_llama_cpp = sorted(name for name in names if name.endswith(".gguf"))
+    return f"no {WEIGHTS}" + (f"; give {of_llama_cpp[0]} itself, as a file" if of_llama_cpp else "")
 
 
 def shards_in(index: Path) -> list[str]:
