@@ -214,6 +214,11 @@ def test_a_missing_revision_or_repository_is_one_line(hub: type[FakeRepository])
         ("page", b"<html>log in</html>", r"http://127.0.0.1:\d+ does not answer as a hub does; check the network"),
         ("page", b"[]", "does not answer as a hub does"),
         ("page", b'{"sha": null, "siblings": [], "id": "x"}', "does not answer as a hub does"),
+        (
+            "page",
+            b'{"sha": "%s", "siblings": [{"rfilename": "config.json"}], "id": "x"}' % (b"1" * 40),
+            "as a hub does",
+        ),
         ("page", b'{"sha": "main", "siblings": [3], "id": "x"}', "does not answer as a hub does"),
     ],
 )

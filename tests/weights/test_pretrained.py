@@ -132,6 +132,26 @@ def test_folder_file_and_shards_give_the_same_weights(folder: Path, model: GPT) 
     assert_same_weights(load_pretrained(folder).state, model)
 
 
+@pytest.mark.parametrize("damage", ["missing", "short", "empty", "twice"])
+def test_a_damaged_shard_is_named(folder: Path, damage: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="500KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert load_pretrained(folder).config == CONFIG
+    content = shards[1].read_bytes()
+    if damage == "missing":
+        shards[1].unlink()
+    else:
+        size = {"short": len(content) - 1, "empty": 0, "twice": len(content)}[damage]
+        shards[1].write_bytes(shards[0].read_bytes() if damage == "twice" else content[:size])
+    with pytest.raises((FileNotFoundError, ValueError), match=shards[1].name) as caught:
+        load_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_weights_stay_when_their_file_goes(folder: Path, model: GPT) -> None:
     loaded = load_pretrained(folder)
     with (folder / "model.safetensors").open("r+b") as file:
