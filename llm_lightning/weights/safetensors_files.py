@@ -139,14 +139,15 @@ def _entries(path: Path) -> dict[str, _Entry]:
         with path.open("rb") as file:
             file.seek(8)
             facts = json.loads(file.read(header))
-        return {name: _entry(path, 8 + header, **fact) for name, fact in facts.items() if name != "__metadata__"}
+        facts.pop("__metadata__", None)
     except OSError:
         raise
     except Exception as error:  # the library raises many types for a damaged file
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from error
+    return {name: _entry(path, name, 8 + header, **fact) for name, fact in facts.items()}
 
 
-def _entry(path: Path, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
+def _entry(path: Path, name: str, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
     if dtype not in _DTYPES:
-        raise ValueError(f"a tensor is of type {dtype}, which no model here has")
+        raise ValueError(f"{path}: {name} is of type {dtype}; quantised weights are read from GGUF files alone")
     return _Entry(path, start + data_offsets[0], data_offsets[1] - data_offsets[0], _DTYPES[dtype], shape)

@@ -366,6 +366,14 @@ def test_damaged_and_hostile_files_give_one_clear_error(folder: Path, content: b
     assert len(str(caught.value)) < 600
 
 
+def test_quantised_weights_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model.safetensors: {name} is of type F8_E4M3; quantised weights are read"):
+        load_pretrained(folder)
+
+
 def test_every_truncation_is_noticed(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     for size in range(0, len(content), len(content) // 50):
