@@ -19,6 +19,7 @@ from llm_lightning.files.atomic import naming
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
+from llm_lightning.tokenizers.tiktoken_encodings import gpt2_merges
 from llm_lightning.weights.contents import Pretrained
 from llm_lightning.weights.export_folder import (
     NOTE,
@@ -32,7 +33,6 @@ from llm_lightning.weights.export_folder import (
 )
 from llm_lightning.weights.families.gpt2 import MOST_PADDING, config_to_hf, from_hf, to_hf
 from llm_lightning.weights.folder import load_folder
-from llm_lightning.weights.folder_tokenizer import gpt2_merges
 from llm_lightning.weights.safetensors_files import WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

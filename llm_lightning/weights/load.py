@@ -23,6 +23,7 @@ from llm_lightning.models.lora import (
     merge_and_unload,
     use_adapter,
 )
+from llm_lightning.models.skeleton import skeleton
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.build import from_description
 from llm_lightning.weights.adapters import refuse_other_base
@@ -163,7 +164,7 @@ def resolve(name_or_path: str | Path) -> Path | None:
 
 def described_model(header: dict[str, Any]) -> GPT | Classifier:
     """The model that a header describes, on the meta device: names and shapes, no values."""
-    with torch.device("meta"):
+    with skeleton():
         model: GPT | Classifier = GPT(GPTConfig(**header["model"]), init="torch")
         if head := header.get("classifier"):
             assert isinstance(model, GPT)
@@ -264,6 +265,11 @@ def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]
             "export the model with llm-lightning export, which writes the tokenizer beside the weights"
         )
     tokenizer = from_description(contents.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{name} has {config.vocab_size:,} rows for the {tokenizer.vocab_size:,} tokens of its tokenizer; they are "
+            "not from the same model"
+        )
     more = {"template": contents.template, "generation": contents.generation}
     more = {key: value for key, value in more.items() if value is not None}
     header = describe(

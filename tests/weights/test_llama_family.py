@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,64 @@ def test_absent_keys_mean_the_defaults_of_transformers(kind: str) -> None:
     full = config_from_hf(config.to_dict())
     assert config_from_hf({"model_type": kind}) == full
     assert full.rope_theta == config.rope_parameters["rope_theta"] == 10_000
+
+
+PUBLISHED = {  # config.json of the hub, without what says nothing of the architecture; the number of parameters
+    "SmolLM2-135M-Instruct": (
+        {
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+            "num_hidden_layers": 30, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+            "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "is_llama_config": True,
+            "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+            "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        },
+        134_515_008,
+    ),
+    "Llama-3.2-1B": (
+        {
+            "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+            "num_hidden_layers": 16, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+            "max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+            "eos_token_id": [128001, 128008, 128009], "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "tie_word_embeddings": True,
+        },
+        1_235_814_400,
+    ),
+    "Qwen2.5-0.5B-Instruct": (
+        {
+            "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+            "num_hidden_layers": 24, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+            "hidden_act": "silu", "max_window_layers": 21, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+            "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": True,
+        },
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        {
+            "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+            "num_hidden_layers": 28, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+            "max_position_embeddings": 40960, "attention_bias": False, "hidden_act": "silu", "max_window_layers": 28,
+            "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+            "use_sliding_window": False, "tie_word_embeddings": True,
+        },
+        596_049_920,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size(name: str) -> None:
+    config_json, expected = PUBLISHED[name]
+    config = family_of_json(config_json).config_from_hf(config_json)
+    sizes = {part: math.prod(shape) for part, shape in parameter_shapes(config).items()}
+    assert sum(sizes.values()) - sizes["lm_head.weight"] == expected
+    assert config.rope_theta == config_json["rope_theta"]
+    assert (config.rope_scaling is not None) == (config_json.get("rope_scaling") is not None)
 
 
 def tiny(**changes: Any) -> dict[str, Any]:
