@@ -35,7 +35,6 @@ from llm_lightning.weights.export_folder import (
     digests_of,
     publishing,
     write_json,
-    write_weights,
 )
 from llm_lightning.weights.families.choose import family_of
 from llm_lightning.weights.peft_settings import (
@@ -46,6 +45,7 @@ from llm_lightning.weights.peft_settings import (
     write_settings,
 )
 from llm_lightning.weights.pretrained import read_safetensors
+from llm_lightning.weights.safetensors_writing import write_weights
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _PREFIX = "base_model.model."
