@@ -151,9 +151,13 @@ def build_module(
         lineage = {
             "data": datamodule.data_digest,
             "parent": parent.header["digest"] if parent else None,
-            "parent_name": lasting_name(init_from) if parent and init_from else None,
+            "parent_name": lasting_name(init_from, parent) if parent and init_from else None,
             **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
+            **({"parent_files": files} if (files := _header_of(parent).get("lineage", {}).get("files")) else {}),
         }
+    # What the weights state about generation and chat stays with them, whatever they are trained for.
+    before = continued or _header_of(parent)
+    inherited = {key: before[key] for key in ("template", "generation") if key in before}
     # Not through instantiate(), which would build the targets in the header's copy of the settings.
     return task(
         model=model,
@@ -161,9 +165,13 @@ def build_module(
         optimizer=build_optimizer(settings["optimizer"]),
         scheduler=build(settings["scheduler"]),
         lora=lora,
-        header={"config": settings, "lineage": lineage},
+        header={"config": settings, "lineage": lineage, **inherited},
         **options,
     )
+
+
+def _header_of(parent: LoadedModel | None) -> dict[str, Any]:
+    return parent.header if parent is not None else {}
 
 
 def build_optimizer(node: Mapping[str, Any]) -> OptimizerConfig:

@@ -87,21 +87,6 @@ class Tokenizer(ABC):
         """The smallest unsigned type that holds every id of this vocabulary."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
-    @property
-    def controls(self) -> Mapping[str, int]:
-        """Spelling -> id of every added token; `encode` never produces one."""
-        return {} if self.eot_id is None else {END_OF_TEXT: self.eot_id}
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id with which every text begins, or None."""
-        return None
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The ids at which generation stops."""
-        return () if self.eot_id is None else (self.eot_id,)
-
     def encode(self, text: str) -> list[int]:
         """Encode to a list of ids; special tokens in the text are plain text."""
         return self.encode_array(text).tolist()

@@ -18,6 +18,7 @@ MOST_IDS = 1 << 22  # so that one lying id cannot take all memory
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
+_UNKNOWN = "\0unknown"  # no byte-level character has the first code point, and no merge yields it
 _DECODERS_OF_LLAMA2 = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
 
@@ -53,17 +54,27 @@ class JsonContent:
 
     def spellings(self) -> list[str | None]:
         """Return the spelling of every id, None for an id without a token."""
-        table: list[str | None] = [None] * (1 + max([*self.tokens.values(), *self.added.values()]))
+        table: list[str | None] = [None] * self.unknown_id
         for token, index in [*self.tokens.items(), *self.added.items()]:
             table[index] = token
         return table
 
+    @cached_property
+    def unknown_id(self) -> int:
+        """The id behind all others: what `without_added_tokens` yields for bytes that the vocabulary lacks."""
+        return 1 + max([*self.tokens.values(), *self.added.values()])
+
     def without_added_tokens(self) -> str:
-        """Return the text of a tokenizer.json that cannot yield an added token, nor anything at random."""
+        """Return the text of a tokenizer.json that cannot yield an added token, nor anything at random.
+
+        A byte without a token becomes `unknown_id`. Left to itself, the library drops it and joins its neighbours;
+        llama.cpp keeps them apart.
+        """
         tokens = {token: index for token, index in self.tokens.items() if token not in self.added}
         gone = self.added.keys() & self.tokens.keys()
         merges = [pair for pair in self.merges if not gone or not gone & {*pair, "".join(pair)}]
-        model = self.data["model"] | {"vocab": tokens, "merges": merges, "dropout": None, "unk_token": None}
+        tokens[_UNKNOWN] = self.unknown_id
+        model = self.data["model"] | {"vocab": tokens, "merges": merges, "dropout": None, "unk_token": _UNKNOWN}
         plain: dict[str, Any] = {
             "added_tokens": [],
             "post_processor": None,

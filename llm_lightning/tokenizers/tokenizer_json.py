@@ -32,8 +32,8 @@ _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 class JsonTokenizer(Tokenizer):
     """A byte-level BPE, or Llama 2's, from a `tokenizer.json`.
 
-    Characters are lost where a vocabulary has neither them nor their bytes: SmolLM2 lacks the bytes of six control
-    characters. Llama 2's kind adds a space before a text, and decoding drops it.
+    Bytes that a vocabulary lacks are lost, such as six control characters in SmolLM2's. Llama 2's kind adds a space
+    before a text, and decoding drops it.
 
     Args:
         text: the content of tokenizer.json.
@@ -92,7 +92,8 @@ class JsonTokenizer(Tokenizer):
             if type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"the library tokenizers gave up on a text of {len(text)} characters: {error}") from None
-        return np.array(encoding.ids, dtype=self.dtype)
+        ids = np.array(encoding.ids, dtype=np.uint32)
+        return ids[ids != self.content.unknown_id].astype(self.dtype)
 
     def _pieces(self, text: str) -> Iterator[str]:
         """Cut a long text where that changes no id: memory stays small."""

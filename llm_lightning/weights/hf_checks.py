@@ -20,9 +20,10 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.shapes import parameter_shapes
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights.chat import Chat
+from llm_lightning.weights.contents import Pretrained
 from llm_lightning.weights.families.choose import family_of
+from llm_lightning.weights.folder import load_folder
 from llm_lightning.weights.load import rebuild_model
-from llm_lightning.weights.pretrained import Pretrained, load_pretrained
 from llm_lightning.weights.tokenizer_files import is_known_there
 
 _TOLERANCE = 1e-3  # relative to the largest logit; two correct fp32 implementations differ by about 1e-6
@@ -37,7 +38,7 @@ def check_model(
         OSError: if it reads back differently.
         ValueError: if transformers computes other logits.
     """
-    loaded, family = load_pretrained(folder), family_of(config)
+    loaded, family = load_folder(folder), family_of(config)
     same = all(
         torch.equal(loaded.state[name], state[name][: shape[0]].to("cpu", dtype))
         for name, shape in parameter_shapes(config).items()

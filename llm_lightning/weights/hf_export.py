@@ -2,7 +2,7 @@
 
 State dict and config -> the family's names and layout (`families/`), as views -> shards, written tensor by tensor;
 beside them config.json, the tokenizer and the chat template, settings of generation, our own note, and a report. Then
-the folder is read back (`hf_checks.py`), and only then it appears. `pretrained.py` reads such folders.
+the folder is read back (`hf_checks.py`), and only then it appears. `folder.py` reads such folders.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llm_lightning.weights.families.architecture import architecture_of
 from llm_lightning.weights.families.choose import family_of
 from llm_lightning.weights.families.gpt2 import MOST_PADDING
 from llm_lightning.weights.hf_checks import check_chat, check_classifier, check_model
-from llm_lightning.weights.pretrained import WEIGHTS
+from llm_lightning.weights.safetensors_files import WEIGHTS
 from llm_lightning.weights.safetensors_writing import write_shards
 from llm_lightning.weights.tokenizer_files import is_known_there, write_tokenizer
 

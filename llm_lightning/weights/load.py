@@ -87,7 +87,8 @@ def load_model(
 
     Args:
         name_or_path: a checkpoint of ours, an adapter alone (`adapter.ckpt`, or a folder of PEFT's), a run folder, a
-            folder or .safetensors file of GPT-2 weights, or `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
+            folder or file of published weights (safetensors or GGUF), a repository of the hub (`hf:ORG/NAME`), or a
+            short name of `releases.RELEASES`, such as `gpt2-small`.
         device: where to put the model.
         dtype: of the weights; default: as stored.
         base: where the weights under an adapter are now; default: where they were in training.
@@ -144,7 +145,7 @@ def _with(above: tuple[str, ...], name_or_path: str | Path) -> tuple[str, ...]:
 
 
 def resolve(name_or_path: str | Path) -> Path | None:
-    """The checkpoint file, the best one of a run folder; None for GPT-2 weights.
+    """The checkpoint file, the best one of a run folder; None for published weights.
 
     Raises:
         FileNotFoundError: if a .ckpt file does not exist.
@@ -157,7 +158,7 @@ def resolve(name_or_path: str | Path) -> Path | None:
         return None
     if path.suffix == ".ckpt" and not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    return path if path.is_file() and path.suffix != ".safetensors" else None
+    return path if path.is_file() and path.suffix not in (".safetensors", ".gguf") else None
 
 
 def described_model(header: dict[str, Any]) -> GPT | Classifier:
@@ -255,12 +256,22 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
 def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
     from llm_lightning.weights.pretrained import load_pretrained
 
-    config, state, description, info = load_pretrained(name)
-    if description is None:
+    contents = load_pretrained(name)
+    config, info = contents.config, contents.info
+    if contents.tokenizer is None:
         raise ValueError(
             f"{name} does not say which tokenizer its {config.vocab_size:,} tokens belong to; "
             "export the model with llm-lightning export, which writes the tokenizer beside the weights"
         )
-    tokenizer = from_description(description)
-    header = describe(task="pretraining", model_config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"])
-    return header, state, tokenizer
+    tokenizer = from_description(contents.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{name} has {config.vocab_size:,} rows for the {tokenizer.vocab_size:,} tokens of its tokenizer; they are "
+            "not from the same model"
+        )
+    more = {"template": contents.template, "generation": contents.generation}
+    more = {key: value for key, value in more.items() if value is not None}
+    header = describe(
+        task="pretraining", model_config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"], **more
+    )
+    return header, contents.state, tokenizer

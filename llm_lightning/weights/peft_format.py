@@ -44,7 +44,7 @@ from llm_lightning.weights.peft_settings import (
     refuse_other_kinds,
     write_settings,
 )
-from llm_lightning.weights.pretrained import read_safetensors
+from llm_lightning.weights.safetensors_files import read_safetensors
 from llm_lightning.weights.safetensors_writing import write_weights
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
+from llm_lightning.tokenizers.tiktoken_encodings import gpt2_merges
 from llm_lightning.tokenizers.tokenizer_json import JsonTokenizer
 from llm_lightning.weights.chat import Chat
 from llm_lightning.weights.export_folder import NOTE, write_json, write_text
-from llm_lightning.weights.pretrained import gpt2_merges
 
 _KNOWN_THERE = ("gpt2", "bpe", "tokenizer_json")
 

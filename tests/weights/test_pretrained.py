@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.weights import hf_checks
 from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
-from llm_lightning.weights.pretrained import GPT2_WEIGHTS, Release, load_pretrained
+from llm_lightning.weights.pretrained import load_pretrained
+from llm_lightning.weights.releases import RELEASES, Pinned
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=128)
 TEXT = "It's 1,234 apples --  naïve café, ab!\n\tThe End of it." * 3
@@ -68,22 +69,22 @@ def hub(model: GPT, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         yield handler
 
 
-def release(sha256: str | None) -> Release:
-    return Release("openai-community/gpt2", COMMIT, sha256, CONFIG)
+def release(sha256: str | None) -> Pinned:
+    return Pinned("openai-community/gpt2", COMMIT, sha256, asdict(CONFIG))
 
 
 def test_the_table_has_the_released_sizes() -> None:
     parameters = {"gpt2-small": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
     for name, expected in (parameters | {"gpt2-xl": 1_557_611_200}).items():
         with torch.device("meta"):
-            assert GPT(GPT2_WEIGHTS[name].config).num_parameters() == expected
+            assert GPT(GPTConfig(**RELEASES[name].config)).num_parameters() == expected
 
 
 @pytest.mark.parametrize("pinned", [True, False], ids=["digest_in_source", "digest_of_the_hub"])
 def test_a_named_download_is_verified_once_and_then_needs_no_hub(
     hub: type[FakeHub], model: GPT, monkeypatch: pytest.MonkeyPatch, pinned: bool
 ) -> None:
-    monkeypatch.setitem(GPT2_WEIGHTS, "gpt2-small", release(hub.digest if pinned else None))
+    monkeypatch.setitem(RELEASES, "gpt2-small", release(hub.digest if pinned else None))
     loaded = load_pretrained("gpt2-small")
     assert_same_weights(loaded.state, model)
     assert loaded.config == CONFIG
@@ -104,7 +105,7 @@ def test_a_named_download_is_verified_once_and_then_needs_no_hub(
 def test_a_wrong_digest_is_refused(
     hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pinned: bool
 ) -> None:
-    monkeypatch.setitem(GPT2_WEIGHTS, "gpt2-small", release(hub.digest if pinned else None))
+    monkeypatch.setitem(RELEASES, "gpt2-small", release(hub.digest if pinned else None))
     hub.content = hub.content[:-1] + bytes([hub.content[-1] ^ 1])
     with pytest.raises(OSError, match=f"sha256 .*, expected {hub.digest}"):
         load_pretrained("gpt2-small")
@@ -161,7 +162,7 @@ def test_the_tokenizer_of_a_folder_is_recognised(folder: Path, tmp_path: Path) -
     changed = json.loads((folder / "tokenizer.json").read_text())
     changed["model"]["merges"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(changed))
-    assert load_pretrained(folder).tokenizer is None
+    assert load_pretrained(folder).tokenizer["name"] == "tokenizer_json"
 
 
 @pytest.mark.parametrize("tied_head", [True, False], ids=["tied", "untied"])

@@ -105,7 +105,7 @@ class ChatTemplate(Template):
 
     def text_of(self, conversation: Conversation) -> str:
         messages = _messages(conversation)
-        return self._render(conversation.place, [{"messages": messages, **self._variables(None)}])[0]
+        return self._render(conversation.place, [{"messages": messages, **_variables(self, None)}])[0]
 
     def question(self, conversation: Conversation) -> str:
         return _messages(conversation)[-2]["content"]
@@ -115,7 +115,7 @@ class ChatTemplate(Template):
         if first is None:
             return
         probe = _messages(Conversation((Turn("a", "", "b"),), system=_MARK))
-        if _MARK not in self._render(first.place, [{"messages": probe, **self._variables(None)}])[0]:
+        if _MARK not in self._render(first.place, [{"messages": probe, **_variables(self, None)}])[0]:
             raise ValueError(f"{first.place} has a system message, but template {self.name} leaves it out")
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -210,23 +210,13 @@ class ChatTemplate(Template):
 
     def _jobs(self, messages: Messages, tokenizer: Tokenizer) -> list[dict[str, Any]]:
         """Up to each question, with the generation prompt; then up to each answer."""
-        variables = self._variables(tokenizer)
+        variables = _variables(self, tokenizer)
         return [
             {"messages": messages[: index + 1], "add_generation_prompt": role == "user", **variables}
             for role in ("user", "assistant")
             for index, message in enumerate(messages)
             if message["role"] == role
         ]
-
-    def _variables(self, tokenizer: Tokenizer | None) -> dict[str, str]:
-        """What a program may name beside the messages: special tokens, and Llama's `date_string`."""
-        spelling = {index: text for text, index in tokenizer.controls.items()} if tokenizer is not None else {}
-        ids = (tokenizer.bos_id, tokenizer.eot_id) if tokenizer is not None else (None, None)
-        tokens = {
-            name: "" if index is None else spelling.get(index, "")
-            for name, index in zip(("bos_token", "eos_token"), ids, strict=True)
-        }
-        return {**tokens, **dict(self.special), "date_string": day.fromisoformat(self.date).strftime("%d %b %Y")}
 
     def _render(self, place: str, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
         try:
@@ -266,7 +256,7 @@ def _messages(conversation: Conversation) -> Messages:
 def _shape(template: ChatTemplate, tokenizer: Tokenizer) -> Shape:
     """What a template writes around the answer of a conversation of one turn."""
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}
-    variables = template._variables(tokenizer)
+    variables = _variables(template, tokenizer)
     jobs = [
         {"messages": [question], "add_generation_prompt": False, **variables},
         {"messages": [question], "add_generation_prompt": True, **variables},
@@ -278,6 +268,18 @@ def _shape(template: ChatTemplate, tokenizer: Tokenizer) -> Shape:
     footer = answered.rpartition(_MARK)[2]
     ends = ((text, index) for text, index in _controls(tokenizer).split(footer) if index is not None)
     return Shape(begun[len(asked) :] if begun.startswith(asked) else "", footer, next(ends, None))
+
+
+@lru_cache(maxsize=16)
+def _variables(template: ChatTemplate, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """What a program may name beside the messages: special tokens, and Llama's `date_string`."""
+    tokens = {"bos_token": "", "eos_token": ""}
+    if tokenizer is not None:
+        spelling: dict[int | None, str] = {index: text for text, index in tokenizer.controls.items()}
+        tokens |= {"bos_token": spelling.get(tokenizer.bos_id, ""), "eos_token": spelling.get(tokenizer.eot_id, "")}
+        tokens |= getattr(tokenizer, "special_tokens", {})
+    date_string = day.fromisoformat(template.date).strftime("%d %b %Y")
+    return {**tokens, **dict(template.special), "date_string": date_string}
 
 
 @lru_cache(maxsize=16)
