@@ -123,7 +123,8 @@ class Samples(L.Callback):
         model, tokenizer = pl_module.model, pl_module.tokenizer
         room = model.config.context_length - max(map(len, self._prompt_ids))
         options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
-        stop_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
+        template = getattr(pl_module.trainer.datamodule, "template", None)
+        stop_ids = tokenizer.stop_ids if template is None else template.stop_ids(tokenizer)
         never = tokenizer.ids_without_token(model.config.vocab_size)
         # A compiled model would be compiled once more for every length.
         is_compiling = "torch._dynamo" in sys.modules

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         metavar="T",
-        help="alpaca, phi3, chatml, or a text with slots (default: the template of B's training)",
+        help="a name such as alpaca, a text with slots, or a .jinja file (default: the template of B's training)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     parser.add_argument(
@@ -224,11 +224,11 @@ def _is_adapter(path: str) -> bool:
 
 def _template(models: Sequence[LoadedModel], wanted: str | None) -> Template:
     """The wanted template, else the template of B's training, else of A's: both models get the same prompts."""
-    from llm_lightning.data.of_checkpoint import settings_of
+    from llm_lightning.data.of_checkpoint import template_in
     from llm_lightning.inference.respond import template_of
 
     a, b = models
-    is_known = wanted or settings_of(b).get("template") or not settings_of(a).get("template")
+    is_known = wanted or template_in(b.header) or not template_in(a.header)
     return template_of(b if is_known else a, wanted)
 
 

@@ -1,7 +1,9 @@
-"""Write the weights as a folder that transformers loads, adapters merged; or the adapter alone, in PEFT's format.
+"""Write the weights as a folder that transformers loads, or as GGUF for llama.cpp and Ollama, adapters merged; or the
+adapter alone, in PEFT's format.
 
 llm-lightning export outputs/pretraining/my_run exported --dtype bfloat16
 llm-lightning export outputs/classification/my_run exported
+llm-lightning export outputs/sft/my_run exported --format gguf --dtype q8_0
 llm-lightning export outputs/classification/my_lora_run adapter --format peft
 """
 
@@ -18,14 +20,23 @@ if TYPE_CHECKING:
     from llm_lightning.weights.load import LoadedModel
 
 
+_DTYPES = {"hf": ("float32", "bfloat16"), "gguf": ("f16", "f32", "bf16", "q8_0"), "peft": ()}
+"""The default is the first."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the export; must be new or empty")
     parser.add_argument(
-        "--format", choices=("hf", "peft"), default="hf", help="hf: the model (the default); peft: the adapter alone"
+        "--format",
+        choices=("hf", "gguf", "peft"),
+        default="hf",
+        help="hf: the model (the default); gguf: the model for llama.cpp; peft: the adapter alone",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
+        "--dtype",
+        choices=[dtype for dtypes in _DTYPES.values() for dtype in dtypes],
+        help="of the weights; hf: float32 (its default), bfloat16; gguf: f16 (its default), f32, bf16, q8_0",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export, in one step")
     add_base_argument(parser)
@@ -37,11 +48,15 @@ def run(args: argparse.Namespace) -> None:
     from llm_lightning.weights.hf_export import export_classifier, export_hf
     from llm_lightning.weights.load import load_model
 
+    dtype = _dtype(args)
     loaded = load_model(args.checkpoint, base=args.base)
     if args.format == "peft":
         _export_adapter(loaded, args.folder, overwrite=args.overwrite)
         return
-    trunk, options = merge_and_unload(loaded.model).trunk, {"dtype": args.dtype, "overwrite": args.overwrite}
+    if args.format == "gguf":
+        _export_gguf(loaded, args.folder, dtype, overwrite=args.overwrite)
+        return
+    trunk, options = merge_and_unload(loaded.model).trunk, {"dtype": dtype, "overwrite": args.overwrite}
     if isinstance(loaded.model, Classifier):
         report = export_classifier(loaded.model, loaded.labels, loaded.tokenizer, args.folder, **options)
     else:
@@ -52,7 +67,47 @@ def run(args: argparse.Namespace) -> None:
     alone = "read back by llm-lightning; transformers is not installed"
     checked = f"compared with transformers {version}" if version else alone
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    say_lines([f"{args.folder}: {n_parameters:,} parameters in {args.dtype}, {checked}"])
+    say_lines([f"{args.folder}: {n_parameters:,} parameters in {dtype}, {checked}"])
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    known: tuple[str, ...] = _DTYPES[args.format]
+    if args.dtype is not None and args.dtype not in known:
+        there = f"there are {', '.join(known)}" if known else "the adapter keeps its own; leave it out"
+        raise ValueError(f"--format {args.format} has no --dtype {args.dtype}; {there}")
+    return args.dtype or next(iter(known), "")
+
+
+def _export_gguf(loaded: LoadedModel, folder: Path, dtype: str, *, overwrite: bool) -> None:
+    from llm_lightning.models.classifier import Classifier
+    from llm_lightning.models.lora import merge_and_unload
+    from llm_lightning.weights.gguf.exporting import export_gguf
+
+    if isinstance(loaded.model, Classifier):
+        raise ValueError("GGUF has no form for this model, a classifier; leave --format gguf out")
+    model, header = merge_and_unload(loaded.model).trunk, loaded.header
+    lineage = header.get("lineage", {})
+    origin = {"digest": header.get("digest"), **{key: lineage.get(key) for key in ("source", "parent_name", "parent")}}
+    report = export_gguf(
+        model,
+        loaded.tokenizer,
+        folder,
+        dtype=dtype,
+        template=header.get("template"),
+        origin={key: value for key, value in origin.items() if isinstance(value, str)},
+        overwrite=overwrite,
+    )
+    for note in report["notes"]:
+        say(note)
+    version, foreign = report["xllamacpp"], report["llama_cpp_max_difference"]
+    by_other = f"by llama.cpp (xllamacpp {version}) by {foreign:.2g}" if version else "xllamacpp is not installed"
+    checked = f"log-probabilities differ by {report['max_difference']:.2g} read back, {by_other}"
+    say_lines(
+        [
+            f"{folder}: {report['architecture']}, {model.num_parameters():,} parameters in {dtype}; {checked} "
+            f"(at most {report['bound']:.2g})"
+        ]
+    )
 
 
 def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> None:

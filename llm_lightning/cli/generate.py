@@ -1,7 +1,8 @@
-"""Continue one or more prompts, all in one batch.
+"""Continue one or more prompts, all in one batch; with --chat, answer them as questions.
 
 llm-lightning generate outputs/pretraining/my_run "The value of"
 llm-lightning generate gpt2-small "Hello, I am" "Every effort moves you" --greedy --max-new-tokens 25
+llm-lightning generate outputs/sft/my_run "What is the capital of Japan?" --chat
 llm-lightning generate gpt2-small "Dear Sir" --adapter polite/checkpoints/adapter.ckpt --adapter rude_from_peft/
 
 A terminal shows control characters in the text as \\x1b; a file or a pipe gets the text as the model wrote it.
@@ -12,11 +13,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_lightning.cli.arguments import add_model_arguments, open_model
-from llm_lightning.inference.defaults import MAX_NEW_TOKENS, TEMPERATURE, TOP_K
+from llm_lightning.inference.defaults import ANSWER_TOKENS, MAX_NEW_TOKENS, TEMPERATURE, TOP_K
 from llm_lightning.terminal import say, say_lines, write_raw
 
 if TYPE_CHECKING:
@@ -35,20 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="for CHECKPOINT: an adapter.ckpt, a LoRA run, a folder of PEFT's; several: each prompt once with each",
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is a question, in the template of the model's training, else its own; show the answer alone",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message (default: the template's)")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=MAX_NEW_TOKENS,
         metavar="N",
-        help="per prompt, at most up to the model's context (default: %(default)s)",
+        help=f"per prompt, at most up to the context (default: {MAX_NEW_TOKENS}, with --chat {ANSWER_TOKENS})",
     )
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        help=f"below 1 sharper, above 1 more random (default: {TEMPERATURE})",
+        help=f"below 1 sharper, above 1 more random (default: {TEMPERATURE}, with --chat greedy)",
     )
     parser.add_argument(
         "--top-k",
@@ -73,9 +81,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError('no prompt: give one in quotes, such as "Every effort moves you", or --prompts-file FILE')
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one text as it grows, and there are {len(prompts)} prompts; give one")
-    settings = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, **_sampling(args)}
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is a message of a conversation; give --chat, too")
     adapters = {str(number): path for number, path in enumerate(args.adapter, start=1)}
     loaded = open_model(args, adapters)
+    if not args.chat:
+        _warn_of_template(loaded)
+    make = _texts_of(args)
     for name, path in adapters.items() or [(None, None)]:
         if name is not None:
             from llm_lightning.models.lora import use_adapter
@@ -83,17 +95,24 @@ def run(args: argparse.Namespace) -> None:
             use_adapter(loaded.model, name)
         if len(adapters) > 1:
             say_lines([f"=== {path}"])
-        _write(loaded, prompts, args.stream, settings)
+        _write(loaded, prompts, args, make)
 
 
-def _write(loaded: LoadedModel, prompts: list[str], stream: bool | None, settings: dict[str, Any]) -> None:
-    from llm_lightning.inference.text import generate_texts
+def _texts_of(args: argparse.Namespace) -> Callable[..., list[str]]:
+    """What makes texts of a model and prompts, with the settings that were typed."""
+    from llm_lightning.inference.text import answer_texts, generate_texts
 
+    settings = {"seed": args.seed, "max_new_tokens": args.max_new_tokens, **_sampling(args)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return partial(answer_texts, system=args.system or "", **given) if args.chat else partial(generate_texts, **given)
+
+
+def _write(loaded: LoadedModel, prompts: list[str], args: argparse.Namespace, make: Callable[..., list[str]]) -> None:
     on_terminal = sys.stdout.isatty()
-    if stream or (stream is None and on_terminal and len(prompts) == 1):
-        _stream(loaded, prompts[0], settings)
+    if args.stream or (args.stream is None and on_terminal and len(prompts) == 1):
+        _stream(loaded, prompts[0], args, make)
         return
-    texts = generate_texts(loaded, prompts, **settings)
+    texts = make(loaded, prompts)
     for number, text in enumerate(texts, start=1):
         if len(texts) > 1:
             say(f"--- {number}")
@@ -108,16 +127,26 @@ def _show(text: str) -> None:
         write_raw(text, flush=True)
 
 
-def _stream(loaded: LoadedModel, prompt: str, settings: dict[str, Any]) -> None:
-    from llm_lightning.inference.text import generate_text
+def _stream(loaded: LoadedModel, prompt: str, args: argparse.Namespace, make: Callable[..., list[str]]) -> None:
     from llm_lightning.tokenizers.base import StreamDecoder
 
     decoder = StreamDecoder(loaded.tokenizer)
-    _show(loaded.tokenizer.decode(loaded.tokenizer.encode(prompt)))
+    if not args.chat:
+        _show(loaded.tokenizer.decode(loaded.tokenizer.encode(prompt)))
     try:
-        generate_text(loaded, prompt, on_token=lambda _row, token: _show(decoder.feed(token)), **settings)
+        make(loaded, [prompt], on_token=lambda _row, token: _show(decoder.feed(token)))
     finally:
         _show(decoder.finish() + "\n")
+
+
+def _warn_of_template(loaded: LoadedModel) -> None:
+    from llm_lightning.data.of_checkpoint import template_in
+
+    if template := template_in(loaded.header):
+        log.warning(
+            "this model answers questions in the template %s, which generate does not send without --chat",
+            template["name"],
+        )
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -128,6 +157,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         if ignored:
             log.warning("greedy takes the likeliest token: %s is ignored", ", ".join(ignored))
         return {"temperature": 0.0}
+    if args.chat and any(given.values()):
+        given["temperature"] = args.temperature or TEMPERATURE
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         metavar="T",
-        help="alpaca, phi3, chatml, or a text with slots (default: the template of the training, else alpaca)",
+        help="a name such as alpaca, a text with slots, or a .jinja file (default: that of the training, else the "
+        "model's own, else alpaca)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     parser.add_argument(

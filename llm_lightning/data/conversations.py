@@ -65,7 +65,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         path: a file of your own; with a downloaded set, a local copy of it.
         columns: names of the fields in the records.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
-        template: `alpaca`, `phi3`, `chatml`, or a text with slots, see `templates.py`.
+        template: a name, a text with slots or a `.jinja` file, see `templates/`; None: the model's own, else alpaca.
+        template_date: the day that a Jinja template sees, YYYY-MM-DD; None: the own template's, else 2024-07-26.
+        own_template: the description of the model's own template.
         split: `grouped` (no prompt, and no group of records, appears in two splits) or `order` (the book's: the first
             records are for training, the next for test, the last for validation).
         val_fraction, test_fraction: of the records.
@@ -100,7 +102,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         hf_config: str | None = None,
         hf_split: str = "train",
         hf_revision: str | None = None,
-        template: str = "alpaca",
+        template: str | None = None,
+        template_date: str | None = None,
+        own_template: Mapping[str, Any] | None = None,
         split: str = "grouped",
         val_fraction: float = 0.05,
         test_fraction: float = 0.1,
@@ -119,7 +123,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         check_name(name, self.named)
         if path is not None and name is not None and isinstance(self.named[name], Path):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
-        self.template = choose_template(template)
+        self.template = choose_template(template, own=own_template, template_date=template_date)
         self.context_length, self.columns, self.too_long = context_length, columns, too_long
         self.limit = min(max_length or context_length, context_length)
         self.share_prefix, self.is_packed = share_prefix, packing is True

@@ -22,7 +22,8 @@ from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
-from llm_lightning.data.conversations import may_share_prefix
+from llm_lightning.data.conversations import ConversationDataModule, may_share_prefix
+from llm_lightning.data.of_checkpoint import template_in
 from llm_lightning.experiments.adapters import adapter_lineage
 from llm_lightning.experiments.monitors import missing_mode
 from llm_lightning.experiments.run_folder import RunFolder
@@ -74,13 +75,21 @@ def _escaped(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def build_datamodule(settings: Settings, tokenizer: Any, path: Any, digest: str | None = None) -> BaseDataModule:
+def build_datamodule(
+    settings: Settings,
+    tokenizer: Any,
+    path: Any,
+    digest: str | None = None,
+    *,
+    template: Mapping[str, Any] | None = None,
+) -> BaseDataModule:
     """The data module, built: read, checked and tokenised.
 
     Args:
         tokenizer: from `choose_tokenizer`.
         path: the current value of `data.path`.
         digest: the digest that the data must have.
+        template: the description of the model's own template, from `template_in`.
 
     Raises:
         OtherDataError: if the data are known to have another digest before they are read.
@@ -88,6 +97,8 @@ def build_datamodule(settings: Settings, tokenizer: Any, path: Any, digest: str 
     options = {key: value for key, value in settings["data"].items() if key != "preview"}
     if "path" in options:
         options["path"] = path
+    if "template" in options:
+        options["own_template"] = template
     if "packing" in options:
         options["share_prefix"] = may_share_prefix(settings["model"], settings.get("lora"))
     datamodule: BaseDataModule = build(
@@ -155,9 +166,9 @@ def build_module(
             **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
             **({"parent_files": files} if (files := _header_of(parent).get("lineage", {}).get("files")) else {}),
         }
-    # What the weights state about generation and chat stays with them, whatever they are trained for.
+    # What the weights state about generation stays with them, whatever they are trained for.
     before = continued or _header_of(parent)
-    inherited = {key: before[key] for key in ("template", "generation") if key in before}
+    stated = {"generation": before["generation"]} if "generation" in before else {}
     # Not through instantiate(), which would build the targets in the header's copy of the settings.
     return task(
         model=model,
@@ -165,13 +176,23 @@ def build_module(
         optimizer=build_optimizer(settings["optimizer"]),
         scheduler=build(settings["scheduler"]),
         lora=lora,
-        header={"config": settings, "lineage": lineage, **inherited},
+        header={"config": settings, "lineage": lineage, **stated, **_template(datamodule, continued, parent)},
         **options,
     )
 
 
 def _header_of(parent: LoadedModel | None) -> dict[str, Any]:
     return parent.header if parent is not None else {}
+
+
+def _template(
+    datamodule: BaseDataModule, continued: Mapping[str, Any] | None, parent: LoadedModel | None
+) -> dict[str, Any]:
+    """The template for the header of a run: that of its data, else the one that came with its weights."""
+    if isinstance(datamodule, ConversationDataModule):
+        return {"template": datamodule.template.describe()}
+    described = template_in(continued or _header_of(parent))
+    return {"template": described} if described else {}
 
 
 def build_optimizer(node: Mapping[str, Any]) -> OptimizerConfig:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.callbacks.summaries import flat
 from llm_lightning.callbacks.throughput import Throughput
 from llm_lightning.data.base import BaseDataModule
+from llm_lightning.data.of_checkpoint import template_in
 from llm_lightning.experiments import failures, whereabouts
 from llm_lightning.experiments.adapters import continued_lineage, mend_adapter, refuse_lost_adapters, write_adapter
 from llm_lightning.experiments.build import (
@@ -44,7 +45,7 @@ from llm_lightning.files.atomic import write_atomically
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, planned_steps
 from llm_lightning.terminal import say, say_lines
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.load import load_model
+from llm_lightning.weights.load import LoadedModel, load_model
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
             return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
+                keep_template(settings, run.header)
                 refuse_changes(run.header["config"], settings)
                 whereabouts.refuse_other_parent(run, settings["init_from"])
             best_value = fit(settings, run, start, whereabouts.find_weights(settings, run, start))
@@ -93,8 +95,9 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     is_new = run.checkpoint is None  # else the checkpoint has everything: the first weights may be missing
     parent = load_model(init_from) if init_from and is_new else None
     continued = None if is_new else {**run.header, "lineage": continued_lineage(run)}
-    tokenizer = choose_tokenizer(settings, run, parent)
-    datamodule, data_path = whereabouts.read_data(settings, run, start, partial(build_datamodule, settings, tokenizer))
+    tokenizer, template = choose_tokenizer(settings, run, parent), template_before(run, parent)
+    make_data = partial(build_datamodule, settings, tokenizer, template=template)
+    datamodule, data_path = whereabouts.read_data(settings, run, start, make_data)
     module = build_module(settings, datamodule, parent, init_from, continued)
     lineage = module.header["lineage"]
     lineage["places"] = whereabouts.places_of(settings, run, lineage, data_path, init_from)
@@ -261,10 +264,25 @@ def preview_lr(settings: Settings, run_dir: Path) -> None:
     say_lines(plot_lr(build(settings["scheduler"]), peak, steps, run_dir.parent / "lr.png"))
 
 
+def template_before(run: RunFolder, parent: LoadedModel | None) -> dict[str, Any] | None:
+    """The description of the template that a run had before, or that comes with its first weights."""
+    header = run.header if run.checkpoint is not None else parent.header if parent else {}
+    return template_in(header)
+
+
+def keep_template(settings: Settings, header: Mapping[str, Any]) -> None:
+    """Give an open `data.template` the value of a run of earlier versions, whose default was a name."""
+    before = header["config"].get("data", {}).get("template")
+    if before is not None and settings["data"].get("template", before) is None:
+        settings["data"]["template"] = before
+
+
 def read_new_data(settings: Settings) -> BaseDataModule:
     """The data of a run that has not begun."""
     parent = load_model(settings["init_from"]) if settings["init_from"] else None
-    return build_datamodule(settings, choose_tokenizer(settings, parent=parent), settings["data"].get("path"))
+    template = template_in(parent.header) if parent else None
+    tokenizer = choose_tokenizer(settings, parent=parent)
+    return build_datamodule(settings, tokenizer, settings["data"].get("path"), template=template)
 
 
 def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFolder) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm_lightning.data.of_checkpoint import settings_of
+from llm_lightning.data.of_checkpoint import settings_of, template_in
 from llm_lightning.data.records import instruction as instruction_records
 from llm_lightning.data.records import preference as preference_records
 from llm_lightning.data.records.json import read_json_records
 from llm_lightning.data.templates.base import Template
-from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.choose import choose_template, from_description
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, RECORDS_AT_ONCE
@@ -51,7 +51,7 @@ def respond(
     Args:
         loaded: what `load_model` returns.
         records: a .json or .jsonl file, or what `read_records` or `ConversationDataModule.conversations_of` returns.
-        template: a name or a text with slots; default: the template of the training, else alpaca.
+        template: see `template_of`.
         max_new_tokens: per answer; an answer also ends at the end of text and at the model's context length.
         batch_size: records at once.
         temperature, top_k, top_p, seed: see `generation.Sampling`; default: greedy.
@@ -177,13 +177,18 @@ def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
 
 
 def template_of(loaded: LoadedModel, wanted: str | Template | None) -> Template:
-    """The wanted template, else the template of the model's training, else alpaca, which is logged."""
+    """Choose the template of a model's prompts.
+
+    Args:
+        wanted: a name, a text with slots or a `.jinja` file; None: the template of the model's training, else its own,
+            else alpaca, which is logged.
+    """
     if isinstance(wanted, Template):
         return wanted
-    trained = settings_of(loaded).get("template")
-    if wanted is None and trained is None:
+    own = template_in(loaded.header)
+    if wanted is None and own is None:
         log.warning("this model was trained without a template: alpaca is used; --template names another")
-    return choose_template(wanted or trained or "alpaca")
+    return from_description(own) if wanted is None and own is not None else choose_template(wanted, own=own)
 
 
 def _key(settings: list[Any], prompt_ids: list[int]) -> str:

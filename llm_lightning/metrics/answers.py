@@ -1,4 +1,4 @@
-"""Similarity of a response to its reference: exact match, ROUGE-L and chrF.
+"""Similarity of a response, without its thinking, to its reference: exact match, ROUGE-L and chrF.
 
 They compare words and characters, not meaning, and need no judge.
 """
@@ -11,14 +11,25 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import LCSseq
 
+THINKING_BEGINS, THINKING_ENDS = "<think>", "</think>"
 CHRF_ORDER = 6
 CHRF_BETA = 2  # recall counts twice as much as precision; order and beta as in Popovic 2015 and sacrebleu
 _WORD = re.compile(r"[^\W_]+")
 
 
 def exact_match(response: str, reference: str) -> bool:
-    """Whether two texts are equal, ignoring case, white space and one final full stop."""
-    return _normalised(response) == _normalised(reference)
+    """Whether two texts are equal, ignoring thinking, case, white space and one final full stop."""
+    return _normalised(without_thinking(response)) == _normalised(reference)
+
+
+def without_thinking(response: str) -> str:
+    """Return what follows `<think>...</think>`; of thinking that never ended, nothing.
+
+    Some templates write the first of the two themselves, so that a response has only the other.
+    """
+    if THINKING_ENDS in response:
+        return response.rpartition(THINKING_ENDS)[2].lstrip()
+    return "" if response.lstrip().startswith(THINKING_BEGINS) else response
 
 
 def most_frequent_answer_score(references: Sequence[str]) -> tuple[str, float]:
@@ -41,7 +52,9 @@ def rouge_l(responses: Sequence[str], references: Sequence[str]) -> list[float]:
     Words are runs of letters and digits in lower case, not stemmed, as in Google's rouge_score and torchmetrics, but
     with letters of every script, not only a to z. For scripts without spaces, chrF is more informative.
     """
-    return [_rouge_l(_words(one), _words(other)) for one, other in zip(responses, references, strict=True)]
+    return [
+        _rouge_l(_words(without_thinking(one)), _words(other)) for one, other in zip(responses, references, strict=True)
+    ]
 
 
 def chrf(responses: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -50,7 +63,7 @@ def chrf(responses: Sequence[str], references: Sequence[str]) -> list[float]:
     As in sacrebleu, only orders count for which both texts are long enough. torchmetrics counts all six and so gives
     0.5 instead of 1 for "yes" and "yes".
     """
-    return [_chrf(one, other) for one, other in zip(responses, references, strict=True)]
+    return [_chrf(one, other) for one, other in zip(map(without_thinking, responses), references, strict=True)]
 
 
 def _normalised(text: str) -> str:

@@ -27,6 +27,8 @@ NOTE = "llm_lightning.json"
 """Our file in an exported model: describes the tokenizer, of any kind."""
 ADAPTER = "adapter_config.json"
 """PEFT's file in an exported adapter."""
+GGUF = "model.gguf"
+"""The file in an export for llama.cpp."""
 
 _HOST = re.sub(r"\W", "-", platform.node()) or "host"
 
@@ -119,8 +121,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{folder} is not empty; choose another folder, or allow overwriting")
-    is_adapter = (folder / REPORT).is_file() and (folder / ADAPTER).is_file()
-    if not is_adapter and not (folder / NOTE).is_file():
+    is_other = (folder / REPORT).is_file() and any((folder / name).is_file() for name in (ADAPTER, GGUF))
+    if not is_other and not (folder / NOTE).is_file():
         raise ValueError(f"{folder} is not an earlier export (it has no {NOTE}), so it is not replaced; choose another")
 
 

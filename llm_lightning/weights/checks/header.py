@@ -59,6 +59,16 @@ _LINEAGE: dict[str, Check] = {
     **dict.fromkeys(("data", "parent", "parent_name", "base", "base_of"), or_none(TEXT)),
     "places": DICT,
 }
+_TEMPLATE: dict[str, Check] = {
+    "kind": (lambda value: value in ("slots", "jinja"), "slots or jinja"),
+    "name": TEXT,
+    "text": TEXT,
+}
+_TEMPLATE_OPTIONAL: dict[str, Check] = {
+    **dict.fromkeys(("system", "date"), TEXT),
+    **dict.fromkeys(("tokens", "others"), dict_of(TEXT)),
+    "controls": list_of(TEXT),
+}
 _CLASSIFIER: dict[str, Check] = {
     "labels": list_of(TEXT),
     "pooling": (lambda value: value in POOLINGS, f"one of {', '.join(POOLINGS)}"),
@@ -81,6 +91,9 @@ def check_header(header: Mapping[str, Any]) -> None:
     check_keys(header.get("generation", {}), f"{HEADER}.generation", _GENERATION, is_optional=True)
     if "rows" in header:
         check_keys(header["rows"], f"{HEADER}.rows", {"count": COUNT, "sha256": TEXT})
+    if "template" in header:
+        check_keys(header["template"], f"{HEADER}.template", _TEMPLATE)
+        check_keys(header["template"], f"{HEADER}.template", _TEMPLATE_OPTIONAL, is_optional=True)
     if "base" in header and "lora" not in header:
         raise ValueError(f"{HEADER}.base names the weights under an adapter, but {HEADER}.lora describes none")
     if "classifier" in header:

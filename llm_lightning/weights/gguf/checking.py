@@ -33,10 +33,11 @@ ROUNDING = {
 }
 FLOAT32 = 1e-3
 TEXT = (
-    "The lighthouse keeper wrote down the weather every evening. On 3 March the wind came from the north, the sea was "
-    "rough, and no ship passed before eight. \"Tomorrow,\" he said to the cat, \"we shall need more oil, and you will "
-    "have to catch your own fish.\" The cat, who had heard this before, went back to sleep."
+    "The lighthouse keeper wrote down the weather every evening. On 3 March 1875 the wind came from the north, the sea "
+    'was rough, and no ship passed before half past eight. "Tomorrow," he said to the cat, "we\'ll need more oil, and '
+    "you'll have to catch your own fish.\"\n\n  The café was 4½ miles away; ÜBER 100,000 €, 東京!"
 )
+"""What ways of cutting a text differ in is in it: numbers, contractions, white space, letters of other alphabets."""
 LENGTH = 64  # ids of the text, of which llama.cpp predicts the second half: one completion for each
 
 
@@ -44,20 +45,20 @@ def check_file(file: Path, model: GPT, ids: Sequence[int], dtype: str) -> dict[s
     """Compare what the file computes with what the model computes in float32.
 
     Args:
-        ids: of `TEXT`, at least 2; as many as fit are used, `LENGTH` at most.
+        ids: of `TEXT`; the first `LENGTH`, or as many as fit, are predicted.
 
     Returns:
         `max_difference` of log-probabilities, `bound`, `xllamacpp` (its version) and `llama_cpp_max_difference`; both
         None where it is not installed.
 
     Raises:
-        ValueError: if a difference exceeds the bound, or llama.cpp does not read the file.
+        ValueError: if a difference exceeds the bound, or llama.cpp does not read the file or encodes otherwise.
     """
-    ids = list(ids[: min(LENGTH, model.config.context_length)])
-    logits = _logits(model, ids)
+    shown = ids[: min(LENGTH, model.config.context_length)]
+    logits = _logits(model, shown)
     spread = logits.std(dim=-1).mean().item()
     bound = max(FLOAT32, 6 * ROUNDING[dtype] * math.sqrt(2 * model.config.n_layer + 2) * spread)
-    expected, written = logits.log_softmax(-1), _logits(read_model(file), ids).log_softmax(-1)
+    expected, written = logits.log_softmax(-1), _logits(read_model(file), shown).log_softmax(-1)
     likeliest = expected.topk(min(llama_cpp.TOP, expected.size(-1))).indices
     difference = (expected - written).gather(-1, likeliest).abs().max().item()
     _refuse_beyond(bound, difference, "read back, it computes")
@@ -89,8 +90,14 @@ def _by_llama_cpp(file: Path, log_probabilities: Tensor, ids: Sequence[int], bou
     if not llama_cpp.is_installed():
         return {"xllamacpp": None, "llama_cpp_max_difference": None}
     version = importlib.metadata.version("xllamacpp")
-    theirs = llama_cpp.predictions(file, ids, len(ids) // 2, threads=torch.get_num_threads())
-    difference = largest_difference(log_probabilities, theirs)
+    n = len(log_probabilities)
+    theirs = llama_cpp.compute(file, TEXT, ids[:n], n // 2, threads=torch.get_num_threads())
+    if theirs.tokens != list(ids):
+        raise ValueError(
+            f"the GGUF file is wrong: llama.cpp (xllamacpp {version}) encodes a text of {len(ids)} tokens as "
+            f"{len(theirs.tokens)} others; nothing was written. Please report it"
+        )
+    difference = largest_difference(log_probabilities, theirs.predictions)
     _refuse_beyond(bound, difference, f"llama.cpp (xllamacpp {version}) computes from it")
     return {"xllamacpp": version, "llama_cpp_max_difference": difference}
 

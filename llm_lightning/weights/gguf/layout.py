@@ -1,8 +1,8 @@
 """What GGUF calls our parameters and the fields of our config, for the architectures that it shares with us.
 
-`parts` lists the tensors of a file, for reading and writing alike: GGUF splits `attn.qkv_proj` into three (`gpt2`: not),
-and stores the rows of queries and keys of `llama` pair by pair, because llama.cpp rotates neighbours there. Files with
-the two orders mixed up load without a word, and predict much worse.
+`parts` lists the tensors of a file, for reading and writing alike. GGUF splits `attn.qkv_proj` into three (`gpt2` does
+not), and stores the rows of queries and keys of `llama` pair by pair, because llama.cpp rotates neighbours there: files
+with the two orders mixed up load without a word, and predict much worse.
 """
 
 from __future__ import annotations

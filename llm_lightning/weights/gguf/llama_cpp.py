@@ -9,6 +9,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +29,18 @@ class Prediction(NamedTuple):
     """Of the `TOP` likeliest, likeliest first."""
 
 
+class Computed(NamedTuple):
+    tokens: list[int]
+    """Of the text, which begins with none that the tokenizer adds."""
+    predictions: list[Prediction]
+
+
 def is_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def predictions(
-    file: Path, ids: Sequence[int], first: int, *, threads: int = 1, exact: bool = True
-) -> list[Prediction]:
-    """Predict `ids[first]` from those before it, then `ids[first + 1]`, and so on to the last.
+def compute(file: Path, text: str, ids: Sequence[int], first: int, *, threads: int = 1, exact: bool = True) -> Computed:
+    """Encode `text`; predict `ids[first]` from those before it, then `ids[first + 1]`, and so on to the last.
 
     Tokens that are a part of a character are left out: llama.cpp's server states nothing before the character is whole.
 
@@ -46,16 +51,17 @@ def predictions(
     Raises:
         ValueError: if llama.cpp does not read the file; with the last line that it writes.
     """
-    question = {"file": str(file), "ids": list(ids), "first": first, "threads": threads, "exact": exact}
+    question = {"file": str(file), "text": text, "ids": list(ids), "first": first, "threads": threads, "exact": exact}
     command = [sys.executable, "-m", "llm_lightning.weights.gguf.llama_cpp"]
     done = subprocess.run(
         command, input=json.dumps(question), capture_output=True, text=True, timeout=_SECONDS, check=False
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it wrote nothing"]
-        raise ValueError(f"llama.cpp does not read {file} (exit code {done.returncode}): {lines[-1]}")
-    answers = json.loads(done.stdout.splitlines()[-1])
-    return [Prediction(at, actual, {token: value for token, value in top}) for at, actual, top in answers]
+        wrong = [line for line in lines if " E " in line] or lines
+        raise ValueError(f"llama.cpp does not read {file} (exit code {done.returncode}): {wrong[-1]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return Computed(answer["tokens"], [Prediction(at, actual, dict(top)) for at, actual, top in answer["predictions"]])
 
 
 def _server(file: str, n_ids: int, threads: int, exact: bool) -> Any:
@@ -72,7 +78,7 @@ def _server(file: str, n_ids: int, threads: int, exact: bool) -> Any:
     return xllamacpp.Server(params)
 
 
-def _answers(server: Any, ids: list[int], at: int) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+def _predictions(server: Any, ids: list[int], at: int) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
     """One completion of one token, because there are no probabilities of a prompt's tokens.
 
     A bias makes it the token that follows; the probabilities stated are those without the bias.
@@ -91,12 +97,20 @@ def _answers(server: Any, ids: list[int], at: int) -> Iterator[tuple[int, float,
         yield at, token["logprob"], [(top["id"], top["logprob"]) for top in token["top_logprobs"]]
 
 
+def _tokens(server: Any, text: str) -> list[int]:
+    content = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", content, {"Content-Type": "text/json"})
+    with urllib.request.urlopen(request) as response:
+        tokens: list[int] = json.load(response)["tokens"]
+    return tokens
+
+
 def _main() -> None:
     question = json.load(sys.stdin)
     ids = question["ids"]
     server = _server(question["file"], len(ids), question["threads"], question["exact"])
-    answers = [answer for at in range(question["first"], len(ids)) for answer in _answers(server, ids, at)]
-    print(f"\n{json.dumps(answers)}", flush=True)
+    found = [one for at in range(question["first"], len(ids)) for one in _predictions(server, ids, at)]
+    print(f"\n{json.dumps({'tokens': _tokens(server, question['text']), 'predictions': found})}", flush=True)
 
 
 if __name__ == "__main__":

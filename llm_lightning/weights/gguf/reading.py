@@ -18,6 +18,9 @@ from torch import Tensor
 
 from llm_lightning.files.atomic import sha256_of
 from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.tokenizers.gguf_vocabulary import PREFIX, description_from_gguf
+from llm_lightning.weights.chat_templates import describe_chat_template
+from llm_lightning.weights.contents import Pretrained
 from llm_lightning.weights.gguf.header import Header, StoredTensor, read_header
 from llm_lightning.weights.gguf.layout import (
     EMBEDDING,
@@ -31,10 +34,9 @@ from llm_lightning.weights.gguf.layout import (
 )
 from llm_lightning.weights.gguf.package import gguf_package
 from llm_lightning.weights.gguf.rope_factors import scaling_of
-from llm_lightning.weights.contents import Pretrained
 
-_STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""Keys of the ids that end an answer: of a text, of a turn, of a message."""
+_IDS = {"bos_token_id": "bos_token_id", "pad_token_id": "padding_token_id"}
+"""Names in a `generation_config.json` -> keys."""
 
 
 def read_gguf(path: str | Path) -> Pretrained:
@@ -47,22 +49,19 @@ def read_gguf(path: str | Path) -> Pretrained:
     path = Path(path)
     header = read_header(path)
     try:
+        tokenizer = description_from_gguf(header.metadata)
         with path.open("rb") as file:
             config = _config(file, header)
             state = dict(_state(file, _places(header, config)))
-        if config.tied_head:
-            state["lm_head.weight"] = state["token_embedding.weight"]
-        kinds = Counter(stored.kind for stored in header.tensors.values() if len(stored.shape) > 1)
-        info = {
-            "source": str(path),
-            "digest": sha256_of(path),
-            "dtype": "float32",
-            "kind": kinds.most_common(1)[0][0],
-        }
-        metadata = header.metadata
-        return Pretrained(config, state, _tokenizer(metadata), info, _template(metadata), _generation(metadata))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if config.tied_head:
+        state["lm_head.weight"] = state["token_embedding.weight"]
+    kinds = Counter(stored.kind for stored in header.tensors.values() if len(stored.shape) > 1)
+    kind = kinds.most_common(1)[0][0]
+    info = {"source": str(path), "digest": sha256_of(path), "dtype": "float32", "kind": kind}
+    template = _template(header.metadata, tokenizer)
+    return Pretrained(config, state, tokenizer, info, template, _generation(header.metadata, tokenizer))
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
@@ -152,21 +151,16 @@ def _read(file: BinaryIO, name: str, stored: StoredTensor) -> Tensor:
 # --- beside the model ----------------------------------------------------------------------------------------------
 
 
-def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    return None
-
-
-def _template(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+def _template(metadata: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
     """The description of the model's own template."""
     text = metadata.get("tokenizer.chat_template")
     if not isinstance(text, str) or not text:
         return None
-    return {"kind": "jinja", "name": "own", "text": text}
+    return describe_chat_template(text, tokenizer["special_tokens"])
 
 
-def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _generation(metadata: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """Ids as in a `generation_config.json`."""
-    ids = {key: metadata.get(f"tokenizer.ggml.{key}") for key in (*_STOPS, "bos_token_id", "padding_token_id")}
-    stops = list(dict.fromkeys(ids[key] for key in _STOPS if ids[key] is not None))
-    known = {"bos_token_id": ids["bos_token_id"], "pad_token_id": ids["padding_token_id"]}
-    return ({"eos_token_id": stops} if stops else {}) | {key: value for key, value in known.items() if value is not None}
+    ids = {name: metadata.get(f"{PREFIX}{key}") for name, key in _IDS.items()}
+    known = {name: index for name, index in ids.items() if index is not None}
+    return {"eos_token_id": list(tokenizer["stop_ids"]), **known}
