@@ -88,7 +88,7 @@ def check_chat(folder: Path, chat: Chat | None, tokenizer: Tokenizer) -> list[st
     except ImportError:
         return []
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    options = {"add_generation_prompt": True, "return_dict": False, **chat.variables}
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False, **chat.variables}
     for messages, ids in chat.prompts:
         found = list(theirs.apply_chat_template(messages, **options))
         if found != ids:

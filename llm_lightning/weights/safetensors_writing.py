@@ -57,7 +57,7 @@ def write_shards(
         write_weights(folder / name, weights, dtype)
         return
     stem, _, suffix = name.rpartition(".")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
         write_weights(folder / file, {tensor: weights[tensor] for tensor in names}, dtype)

@@ -182,7 +182,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     check_tie(ours, config)
     if config.tied_head:
         ours.pop(HEAD)
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         several = _theirs(name)
         parts = tensor.split(config.qkv_rows) if len(several) > 1 else (tensor,)
