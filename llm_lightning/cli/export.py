@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
         say(note)
     compared = "read back by llm-lightning; transformers is not installed"
     if version := report["transformers"]:
-        compared = f"compared with transformers {version}, logits differ by at most {report['max_logit_difference']:.2g}"
+        compared = (
+            f"compared with transformers {version}, logits differ by at most {report['max_logit_difference']:.2g}"
+        )
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     say_lines([f"{args.folder}: {n_parameters:,} parameters in {dtype}, {compared}"])
 

@@ -26,6 +26,7 @@ from llm_lightning.weights.folder import load_folder
 from llm_lightning.weights.load import rebuild_model
 from llm_lightning.weights.tokenizer_files import is_known_there
 
+_TEXT = "It's 2,048 words:\n\n\tnaïve ½ Größe 日本語  end "
 _TOLERANCE = 1e-3  # relative to the largest logit; two correct fp32 implementations differ by about 1e-6
 
 
@@ -79,25 +80,36 @@ def check_classifier(folder: Path, model: Classifier, architecture: str) -> dict
     return verdict | {"max_logit_difference": difference}
 
 
-def check_chat(folder: Path, chat: Chat | None, tokenizer: Tokenizer) -> list[str]:
-    """Notes on the chat template: whether transformers makes our ids of conversations."""
-    if chat is None or not is_known_there(tokenizer):
-        return []
+def check_tokens(folder: Path, tokenizer: Tokenizer, chat: Chat | None) -> list[str]:
+    """Notes on the tokenizer and the chat template: where transformers makes other ids than we do.
+
+    That refuses nothing: numbers are right, and a template may differ by design, as one that writes today's date.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError:
         return []
+    if not is_known_there(tokenizer):
+        return []
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    notes = _difference(theirs, "a text", theirs(_TEXT)["input_ids"], [*begin, *tokenizer.encode(_TEXT)])
+    if chat is None:
+        return notes
     options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False, **chat.variables}
     for messages, ids in chat.prompts:
-        found = list(theirs.apply_chat_template(messages, **options))
-        if found != ids:
-            place = next((i for i, pair in enumerate(zip(found, ids, strict=False)) if pair[0] != pair[1]), len(ids))
-            return [
-                f"transformers makes other tokens of the chat template, first at position {place}: "
-                f"{theirs.decode(found[place : place + 4])!r}, in training {theirs.decode(ids[place : place + 4])!r}"
-            ]
-    return [f"chat template: transformers makes our tokens of {len(chat.prompts)} conversations"]
+        different = _difference(theirs, "the chat template", theirs.apply_chat_template(messages, **options), ids)
+        if different:
+            return [*notes, *different]
+    return [*notes, f"chat template: transformers makes our tokens of {len(chat.prompts)} conversations"]
+
+
+def _difference(theirs: Any, what: str, found: list[int], ids: list[int]) -> list[str]:
+    if list(found) == ids:
+        return []
+    place = next((i for i, pair in enumerate(zip(found, ids, strict=False)) if pair[0] != pair[1]), 0)
+    there, here = (theirs.decode(several[place : place + 4]) for several in (found, ids))
+    return [f"transformers makes other tokens of {what}, first at position {place}: {there!r}, ours are {here!r}"]
 
 
 def _verdict(difference: float, largest: float) -> dict[str, Any]:

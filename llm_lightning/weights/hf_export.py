@@ -24,7 +24,7 @@ from llm_lightning.weights.export_folder import NOTE, REPORT, check_target, dige
 from llm_lightning.weights.families.architecture import architecture_of
 from llm_lightning.weights.families.choose import family_of
 from llm_lightning.weights.families.gpt2 import MOST_PADDING
-from llm_lightning.weights.hf_checks import check_chat, check_classifier, check_model
+from llm_lightning.weights.hf_checks import check_classifier, check_model, check_tokens
 from llm_lightning.weights.safetensors_files import WEIGHTS
 from llm_lightning.weights.safetensors_writing import write_shards
 from llm_lightning.weights.tokenizer_files import is_known_there, write_tokenizer
@@ -195,7 +195,7 @@ def _publish(
             _write_folder(temporary, weights, contents)
         report = _report(temporary, contents)
         report |= check(temporary)
-        report["notes"] += check_chat(temporary, contents.chat, contents.tokenizer)
+        report["notes"] += check_tokens(temporary, contents.tokenizer, contents.chat)
         with naming(folder):
             write_json(temporary / REPORT, report)
     return report
@@ -221,7 +221,8 @@ def _generation(contents: _Contents) -> dict[str, Any]:
     bos = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
     ids = {"bos_token_id": bos, "pad_token_id": tokenizer.eot_id}
     result = {key: index for key, index in ids.items() if index is not None} | dict(stated)
-    return result | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})
+    result |= {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
+    return dict(sorted(result.items()))
 
 
 def _report(folder: Path, contents: _Contents) -> dict[str, Any]:

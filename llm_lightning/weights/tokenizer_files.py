@@ -21,7 +21,8 @@ def is_known_there(tokenizer: Tokenizer) -> bool:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: Chat | None, context_length: int) -> None:
     """Write our own note, from which we rebuild tokenizer and template, and what transformers reads."""
-    note: dict[str, Any] = {"format": 1, "tokenizer": tokenizer.describe()}
+    description = {key: value for key, value in tokenizer.describe().items() if key != "json"}  # tokenizer.json has it
+    note: dict[str, Any] = {"format": 1, "tokenizer": description}
     write_json(folder / NOTE, note if chat is None else note | {"template": dict(chat.description)})
     if not is_known_there(tokenizer):
         return
@@ -42,10 +43,7 @@ def _write_json_tokenizer(folder: Path, tokenizer: Tokenizer, chat: Chat | None)
     known = {} if end_id is None or end_id not in spelling else {"eos_token": spelling[end_id]}
     named = known | tokenizer.special_tokens | (dict(chat.tokens) if chat else {})
     write_json(folder / "special_tokens_map.json", named)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
-    if tokenizer.content.first_id() != tokenizer.bos_id:  # else tokenizer.json itself says it
-        settings |= {"add_bos_token": tokenizer.bos_id is not None}
-    return settings
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
 
 
 def _write_gpt2_tokenizer(folder: Path, tokenizer: Tokenizer, chat: Chat | None) -> dict[str, Any]:
