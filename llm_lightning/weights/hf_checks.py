@@ -98,8 +98,8 @@ def check_tokens(folder: Path, tokenizer: Tokenizer, chat: Chat | None) -> list[
         return notes
     options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False, **chat.variables}
     for messages, ids in chat.prompts:
-        different = _difference(theirs, "the chat template", theirs.apply_chat_template(messages, **options), ids)
-        if different:
+        found: Any = theirs.apply_chat_template(messages, **options)
+        if different := _difference(theirs, "the chat template", found, ids):
             return [*notes, *different]
     return [*notes, f"chat template: transformers makes our tokens of {len(chat.prompts)} conversations"]
 

@@ -93,7 +93,7 @@ def _write(file: BinaryIO, weights: Mapping[str, Tensor], dtype: torch.dtype | N
     file.write(len(text).to_bytes(8, "little") + text)
     for name, tensor in weights.items():
         ready = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        if not ready.isfinite().all():
+        if ready.numel() and not torch.stack(ready.aminmax()).isfinite().all():  # NaN is both minimum and maximum
             kind = str(ready.dtype).removeprefix("torch.")
             raise ValueError(f"{name} has values that are not finite in {kind}; export an earlier checkpoint")
         file.write(ready.reshape(-1).view(torch.uint8).numpy().data)
