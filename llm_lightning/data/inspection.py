@@ -73,9 +73,10 @@ def as_html(tokenizer: Tokenizer, batch: LMBatch, title: str, *, titles: Sequenc
 
 def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     pieces = []
+    end = next((text for text, index in tokenizer.controls.items() if index == tokenizer.eot_id), END)
     for is_end, run in groupby(ids, key=lambda token: token == tokenizer.eot_id):
         tokens = list(run)
-        pieces.append(END * len(tokens) if is_end else tokenizer.decode(tokens))
+        pieces.append(end * len(tokens) if is_end else tokenizer.decode(tokens))
     return visible("".join(pieces))
 
 

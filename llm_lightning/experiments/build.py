@@ -166,9 +166,6 @@ def build_module(
             **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
             **({"parent_files": files} if (files := _header_of(parent).get("lineage", {}).get("files")) else {}),
         }
-    # What the weights state about generation stays with them, whatever they are trained for.
-    before = continued or _header_of(parent)
-    stated = {"generation": before["generation"]} if "generation" in before else {}
     # Not through instantiate(), which would build the targets in the header's copy of the settings.
     return task(
         model=model,
@@ -176,23 +173,20 @@ def build_module(
         optimizer=build_optimizer(settings["optimizer"]),
         scheduler=build(settings["scheduler"]),
         lora=lora,
-        header={"config": settings, "lineage": lineage, **stated, **_template(datamodule, continued, parent)},
+        header={"config": settings, "lineage": lineage, **_chat_of(datamodule, continued or _header_of(parent))},
         **options,
     )
 
 
+def _chat_of(datamodule: BaseDataModule, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The template of the data, else that of the weights, and what the weights state about generation."""
+    template = datamodule.template.describe() if isinstance(datamodule, ConversationDataModule) else template_in(before)
+    stated = {"template": template, "generation": before.get("generation")}
+    return {key: value for key, value in stated.items() if value}
+
+
 def _header_of(parent: LoadedModel | None) -> dict[str, Any]:
     return parent.header if parent is not None else {}
-
-
-def _template(
-    datamodule: BaseDataModule, continued: Mapping[str, Any] | None, parent: LoadedModel | None
-) -> dict[str, Any]:
-    """The template for the header of a run: that of its data, else the one that came with its weights."""
-    if isinstance(datamodule, ConversationDataModule):
-        return {"template": datamodule.template.describe()}
-    described = template_in(continued or _header_of(parent))
-    return {"template": described} if described else {}
 
 
 def build_optimizer(node: Mapping[str, Any]) -> OptimizerConfig:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
@@ -93,7 +94,8 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     started = time.monotonic()
     L.seed_everything(settings["seed"], workers=True, verbose=False)
     is_new = run.checkpoint is None  # else the checkpoint has everything: the first weights may be missing
-    parent = load_model(init_from) if init_from and is_new else None
+    # Cast as they are read: both types of the weights together would take half as much memory again.
+    parent = load_model(init_from, dtype=torch.float32) if init_from and is_new else None
     continued = None if is_new else {**run.header, "lineage": continued_lineage(run)}
     tokenizer, template = choose_tokenizer(settings, run, parent), template_before(run, parent)
     make_data = partial(build_datamodule, settings, tokenizer, template=template)

@@ -3,7 +3,8 @@
 In: the keys `tokenizer.ggml.*` become the text of a tokenizer.json, so that one class encodes all of them. Out: the
 same keys from any byte-level BPE here. What llama.cpp would read as another text is refused by name.
 
-llama.cpp differs in one point from `encode`: it finds added tokens that are not special in every text.
+llama.cpp differs from our `encode` in two points: it finds added tokens that are not special in every text, and it
+knows no normalizer, so that Qwen's tokenizer.json alone composes accents (NFC).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
 from llm_lightning.tokenizers.json_content import MOST_IDS
 from llm_lightning.tokenizers.splitting import KNOWN, pre_tokenizer_of
 from llm_lightning.tokenizers.tiktoken_encodings import TiktokenTokenizer, byte_of_character, gpt2_merges
-from llm_lightning.tokenizers.tokenizer_json import END_OF_DOCUMENT, JsonTokenizer
+from llm_lightning.tokenizers.tokenizer_json import END_OF_DOCUMENT, JsonTokenizer, is_gpt2
 
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -50,7 +51,7 @@ def description_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         stop_ids=stops,
         special_tokens={key: tokens[index] for key, index in named.items() if index is not None},
     )
-    return tokenizer.describe()
+    return {"name": "gpt2"} if is_gpt2(tokenizer.content) else tokenizer.describe()
 
 
 def _check_kind(metadata: Mapping[str, Any]) -> None:

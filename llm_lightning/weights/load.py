@@ -23,6 +23,7 @@ from llm_lightning.models.lora import (
     merge_and_unload,
     use_adapter,
 )
+from llm_lightning.models.skeleton import skeleton
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.build import from_description
 from llm_lightning.weights.adapters import refuse_other_base
@@ -166,7 +167,7 @@ def resolve(name_or_path: str | Path) -> Path | None:
 
 def described_model(header: dict[str, Any]) -> GPT | Classifier:
     """The model that a header describes, on the meta device: names and shapes, no values."""
-    with torch.device("meta"):
+    with skeleton():
         model: GPT | Classifier = GPT(GPTConfig(**header["model"]), init="torch")
         if head := header.get("classifier"):
             assert isinstance(model, GPT)

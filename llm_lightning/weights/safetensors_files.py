@@ -46,7 +46,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def without_weights(names: Iterator[str]) -> str:
     """What to say of files without weights that are read."""
-    others = sorted(name for name in names if name.endswith(PICKLED))
+    others = sorted((name for name in names if name.endswith(PICKLED)), key=lambda name: (name.count("/"), name))
     hint = f"; {others[0]} is not read, because pickled weights can run code" if others else ""
     return f"no {WEIGHTS}{hint}; save the model as safetensors"
 

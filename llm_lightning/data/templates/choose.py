@@ -46,6 +46,8 @@ def choose_template(
     if wanted in others:
         return ChatTemplate(wanted, others[wanted], date, special)
     if wanted.endswith(".jinja"):
+        if own and own["name"] == Path(wanted).name and not Path(wanted).exists():
+            return from_description(own, template_date=template_date)  # a run goes on without the file
         return ChatTemplate(Path(wanted).name, _read(Path(wanted)), date, special)
     if "{" in wanted:
         return SlotTemplate("data.template", wanted)
