@@ -188,6 +188,15 @@ def test_tokens_that_only_the_settings_name_are_added(tmp_path):
     assert ours.content.special == set(SPECIAL)
 
 
+@pytest.mark.parametrize("kind", ["llama-bpe", "qwen2", "llama2"])
+def test_a_written_description_comes_back(kind, tmp_path):
+    content = content_of(kind)
+    named = {"eos_token": content["added_tokens"][2]["content"], "unk_token": content["added_tokens"][0]["content"]}
+    description = describe_folder(write_folder(tmp_path, content, **named), eos_ids=[1, 2])
+    write_folder(tmp_path, json.loads(description["json"]), **description["special_tokens"])
+    assert describe_folder(tmp_path, eos_ids=description["stop_ids"]) == description
+
+
 def test_a_folder_without_the_file_has_no_description(tmp_path):
     assert describe_folder(tmp_path, eos_ids=()) is None
 
@@ -201,6 +210,9 @@ def gpt2_content() -> dict[str, Any]:
     content["model"] |= {"vocab": {token: index for index, token in enumerate([*tokens, END_OF_TEXT])}}
     content["model"]["merges"] = gpt2_merges()
     content["added_tokens"] = [content["added_tokens"][0] | {"id": 50256}]
+    for part, key in [("pre_tokenizer", "use_regex"), ("model", "type"), ("model", "ignore_merges")]:
+        del content[part][key]  # the published file is older
+    content["model"] |= {"unk_token": "", "continuing_subword_prefix": "", "end_of_word_suffix": ""}
     return content
 
 
@@ -230,6 +242,11 @@ def changed_model(**values: Any) -> dict[str, Any]:
     return content | {"model": content["model"] | values}
 
 
+def begins_with(ids: list[Any]) -> dict[str, Any]:
+    template = llama2()["post_processor"]
+    return template | {"special_tokens": {"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"]}}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -257,6 +274,9 @@ def changed_model(**values: Any) -> dict[str, Any]:
         (changed(pre_tokenizer={"type": "Nonsense"}), "the library tokenizers cannot read it"),
         (changed(post_processor={"type": "BertProcessing"}), "the post_processor BertProcessing is not implemented"),
         (changed(post_processor={"type": "TemplateProcessing"}), "post_processor has no readable template"),
+        (changed(post_processor=begins_with(ids=[1, 2])), "post_processor has no readable template"),
+        (changed(post_processor=begins_with(ids=[99999])), "bos_id=99999 has no token"),
+        (changed(post_processor=begins_with(ids=["1"])), "bos_id='1' has no token"),
         (llama2() | {"model": llama2()["model"] | {"byte_fallback": False}}, "its decoder is Replace"),
     ],
 )
