@@ -27,13 +27,13 @@ from llm_lightning.experiments.settings.overrides import (
 )
 from llm_lightning.experiments.settings.yaml_files import declared_settings
 from llm_lightning.terminal import one_line
-from llm_lightning.weights.renamed import MOVED, RENAMED
+from llm_lightning.weights.renamed import MOVED, RENAMED, REPLACED
 
 NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
 """Top-level keys of settings that start other runs or let code run."""
 WITH_DIGEST = ("data.path", "init_from")
 """Settings that name files outside the run folder, which are identified by their digest."""
-RELEASES = re.compile(r"null|None|gpt2-(small|medium|large|xl)")
+RELEASES = re.compile(r"null|None|gpt2-(small|medium|large|xl)|smollm2-135m-instruct(-q4)?|hf:[\w.-]+/[\w.-]+(@[\w.-]+)?")
 """Values of init_from that are not files."""
 TARGETS = re.compile(
     r"llm_lightning(\.\w+)+|torch\.optim\.[A-Z]\w+|lightning\.Trainer|lightning\.pytorch\.(callbacks\.[A-Z]\w+"
@@ -86,7 +86,8 @@ def _translated(word: str) -> str:
     key, value = key_of(word), word.partition("=")[2]
     if key.endswith("._target_") and value in MOVED:
         return f"{word.partition('=')[0]}={MOVED[value]}"
-    return word.replace(key, RENAMED[key], 1) if key in RENAMED else word
+    today = RENAMED.get(key) or REPLACED.get(key)
+    return word.replace(key, today, 1) if today else word
 
 
 def recorded_value(command: Mapping[str, Any], key: str) -> Any:

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from llm_lightning.experiments.settings import yaml_files
-from llm_lightning.experiments.settings.changes import refuse_removed, refuse_renamed
+from llm_lightning.experiments.settings.changes import refuse_removed, refuse_renamed, refuse_replaced
 from llm_lightning.experiments.settings.compose import (
     ConfigDirs,
     config_dirs,
@@ -210,6 +210,7 @@ def check_job(overrides: list[Override], dirs: ConfigDirs) -> Checked:
     if _listed(config.allow_targets) != allow:
         raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
     refuse_missing(config, {group: dirs.options(group) for group in groups}, _preset_of(choices))
+    refuse_replaced(plain(config, resolve=False), where)
     settle(config, dotted(plain(config)), dirs.folders, where)
     resolved = plain(config)
     _check_values(resolved, known, where)

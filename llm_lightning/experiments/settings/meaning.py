@@ -55,6 +55,7 @@ UNDECLARED: dict[str, Kind] = {
     "data.pad_to": "anything",
     "data.packing": "anything",
     "optimizer.fused": "anything",
+    "optimizer.lr": "anything",
     "optimizer.adamw_lr": "anything",
     "optimizer.weight_decay": "anything",
     "optimizer._target_": "text",
