@@ -98,7 +98,5 @@ def _row(rates: Rates, task: type[TaskModule]) -> str:
 
 def parameter_count(config: GPTConfig) -> int:
     """Parameters of a GPT, a tied head counted once."""
-    shapes = parameter_shapes(config)
-    if config.tied_head:
-        del shapes["lm_head.weight"]
-    return sum(map(math.prod, shapes.values()))
+    total = sum(map(math.prod, parameter_shapes(config).values()))
+    return total - config.vocab_size * config.n_embd if config.tied_head else total

@@ -88,9 +88,11 @@ class ConfigDirs(ConfigFiles):
             ValueError: one line: Hydra's, or ours where a group, option or key has a wrong name.
         """
         words = list(overrides)
-        config = self._composed(words)
-        if config.get("init_from") is None:  # ??? as well
-            return config
+        typed = [word.partition("=")[2] for word in words if key_of(word) == "init_from"]
+        if not typed or typed[-1] == "null":
+            config = self._composed(words)
+            if config.get("init_from") is None:  # ??? as well
+                return config
         kept = [word for word in words if key_of(word) not in BROUGHT]
         return self._composed([*kept, *(f"{group}={OF_WEIGHTS}" for group in BROUGHT)])
 
