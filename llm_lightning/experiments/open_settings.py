@@ -77,7 +77,9 @@ def take_rate(settings: Settings, rates: Rates, task: type[TaskModule], model: G
     row = _row(rates, task) + ("_lora" if settings.get("lora") else "")
     bounds, found = rates.get("up_to"), rates.get(row)
     if not bounds or not found:
-        raise ValueError(f"optimizer.lr=auto: optimizer.rates has no {'up_to' if found else row}; set optimizer.lr=NUMBER")
+        raise ValueError(
+            f"optimizer.lr=auto: optimizer.rates has no {'up_to' if found else row}; set optimizer.lr=NUMBER"
+        )
     if len(found) != len(bounds) + 1:
         raise ValueError(f"optimizer.rates.{row} has {len(found)} rates, but up_to divides {len(bounds) + 1} sizes")
     count = parameter_count(model)
