@@ -8,7 +8,9 @@ The post-processor does not run either: `bos_id` says what begins a text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ NAME = "tokenizer_json"
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 """What families write between documents, where they have it."""
 
+_SPACE_BEHIND = re.compile(f"(?<=[^ {SPACE}]) ")
 _PIECE = 1 << 18  # characters; the library needs about 150 bytes for each
 _ADDED = {
     "content": None, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
@@ -54,7 +57,7 @@ class JsonTokenizer(Tokenizer):
     ) -> None:
         try:
             self.content = read_content(text)
-            self._library = _library(self.content)
+            self._library = _library(self.content.without_added_tokens())
         except ValueError as error:
             raise ValueError(f"tokenizer.json: {error}") from None
         self._text = text
@@ -82,12 +85,21 @@ class JsonTokenizer(Tokenizer):
         return self._stop_ids
 
     def encode_array(self, text: str) -> np.ndarray:
-        pieces = [self._encode(piece) for piece in self._pieces(without_surrogates(text))]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        first, *rest = self._pieces(without_surrogates(text))
+        ids = self._encode(self._library, first)
+        return np.concatenate([ids, *(self._encode(self._continuing, piece) for piece in rest)]) if rest else ids
 
-    def _encode(self, text: str) -> np.ndarray:
+    @cached_property
+    def _continuing(self) -> Any:
+        """What encodes a text that is cut before its beginning; None if that is unknown."""
+        if self.content.byte_level:
+            return self._library
+        text = self.content.for_continuations()
+        return None if text is None else _library(text)
+
+    def _encode(self, library: Any, text: str) -> np.ndarray:
         try:  # as a batch, because only that releases the GIL
-            (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+            (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
@@ -99,12 +111,17 @@ class JsonTokenizer(Tokenizer):
         """Cut a long text where that changes no id: memory stays small."""
         start, size = 0, _PIECE
         while len(text) - start > size:
-            if cut := self.split_point(text[start : start + size]):
+            if cut := self._inner_cut(text[start : start + size]):
                 yield text[start : start + cut]
                 start, size = start + cut, _PIECE
             else:
                 size *= 2
         yield text[start:]
+
+    def _inner_cut(self, text: str) -> int:
+        if self.content.byte_level:
+            return self.split_point(text)
+        return 0 if self._continuing is None else last_start(_SPACE_BEHIND, text)
 
     def token_bytes(self, token_id: int) -> bytes:
         index = self._checked(token_id)
@@ -147,13 +164,11 @@ class JsonTokenizer(Tokenizer):
         return cls(text, bos_id=bos_id, eot_id=eot_id, stop_ids=stop_ids, special_tokens=named)
 
 
-def _library(content: JsonContent) -> Any:
+def _library(text: str) -> Any:
     from tokenizers import Tokenizer as Library
 
     try:
-        return Library.from_str(content.without_added_tokens())
-    except ValueError:
-        raise
+        return Library.from_str(text)
     except Exception as error:  # the library raises no type of its own
         raise ValueError(f"the library tokenizers cannot read it ({error}); get it again") from None
 

@@ -13,7 +13,7 @@ from made_tokenizers import CORPUS, CUTS, SPECIAL, byte_level, llama2
 from odd_texts import random_text
 from tokenizers import Tokenizer as Library
 
-from llm_lightning.tokenizers import tokenizer_json
+from llm_lightning.tokenizers import json_content, tokenizer_json
 from llm_lightning.tokenizers.base import END_OF_TEXT
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.tokenizers.json_content import read_content
@@ -50,7 +50,7 @@ def odd_texts(number: int, without: Any = ()) -> list[str]:
 def test_ids_and_texts_are_those_of_the_library(kind):
     content = content_of(kind, not_special=()) if kind in CUTS else content_of(kind)
     ours, library = tokenizer_of(content), Library.from_str(json.dumps(content))
-    for text in [CORPUS[-9000:], "", " ", " two", "'\u017f ½² 12345", *odd_texts(400, without=ours.controls)]:
+    for text in [CORPUS[-9000:], "", " ", " two", "'\u017f ½² 12345", *odd_texts(250, without=ours.controls)]:
         ids = library.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == ids
         assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
@@ -61,7 +61,7 @@ def test_no_text_becomes_an_added_token(kind):
     ours = tokenizer_of(content_of(kind))
     assert ours.controls.keys() >= ({"<think>", "word", *SPECIAL} if kind in CUTS else {"<s>", "</s>", "<unk>"})
     rng = random.Random(9)
-    for text in [*ours.controls, CORPUS, *odd_texts(100)]:
+    for text in [*ours.controls, CORPUS[-9000:], *odd_texts(60)]:
         ids = ours.encode(text + rng.choice([*ours.controls]) + text)
         assert not set(ids) & set(ours.controls.values())
 
@@ -102,13 +102,26 @@ def test_llama2_adds_one_space_and_drops_one():
     assert ours.split_point("two words. " * 100) == 0
 
 
-@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "llama2", "llama2-metaspace"])
 def test_long_texts_are_cut_without_changing_an_id(kind, monkeypatch):
-    ours = tokenizer_of(byte_level(kind))
-    text = "".join(odd_texts(300)) + " " * 500 + CORPUS[:5000]
+    ours = tokenizer_of(content_of(kind))
+    text = "▁ a ▁b" + "".join(odd_texts(300)) + " " * 500 + CORPUS[:5000]
     whole = ours.encode(text)
     monkeypatch.setattr(tokenizer_json, "_PIECE", 40)
     assert len(list(ours._pieces(text))) > 100
+    assert ours.encode(text) == whole
+
+
+def test_llama2_is_not_cut_where_a_token_has_a_space_inside(monkeypatch):
+    content = llama2()
+    model = content["model"]
+    model["vocab"] |= {"e▁": 700, "e▁a": 701}
+    model["merges"] = [["e", "▁"], ["e▁", "a"], *model["merges"]]
+    ours = tokenizer_of(content)
+    text = "we are " * 50
+    whole = ours.encode(text)
+    assert 701 in whole
+    monkeypatch.setattr(tokenizer_json, "_PIECE", 40)
     assert ours.encode(text) == whole
 
 
@@ -175,6 +188,15 @@ def test_tokens_that_only_the_settings_name_are_added(tmp_path):
     assert ours.content.special == set(SPECIAL)
 
 
+@pytest.mark.parametrize("kind", ["llama-bpe", "qwen2", "llama2"])
+def test_a_written_description_comes_back(kind, tmp_path):
+    content = content_of(kind)
+    named = {"eos_token": content["added_tokens"][2]["content"], "unk_token": content["added_tokens"][0]["content"]}
+    description = describe_folder(write_folder(tmp_path, content, **named), eos_ids=[1, 2])
+    write_folder(tmp_path, json.loads(description["json"]), **description["special_tokens"])
+    assert describe_folder(tmp_path, eos_ids=description["stop_ids"]) == description
+
+
 def test_a_folder_without_the_file_has_no_description(tmp_path):
     assert describe_folder(tmp_path, eos_ids=()) is None
 
@@ -188,6 +210,9 @@ def gpt2_content() -> dict[str, Any]:
     content["model"] |= {"vocab": {token: index for index, token in enumerate([*tokens, END_OF_TEXT])}}
     content["model"]["merges"] = gpt2_merges()
     content["added_tokens"] = [content["added_tokens"][0] | {"id": 50256}]
+    for part, key in [("pre_tokenizer", "use_regex"), ("model", "type"), ("model", "ignore_merges")]:
+        del content[part][key]  # the published file is older
+    content["model"] |= {"unk_token": "", "continuing_subword_prefix": "", "end_of_word_suffix": ""}
     return content
 
 
@@ -217,6 +242,11 @@ def changed_model(**values: Any) -> dict[str, Any]:
     return content | {"model": content["model"] | values}
 
 
+def begins_with(ids: list[Any]) -> dict[str, Any]:
+    template = llama2()["post_processor"]
+    return template | {"special_tokens": {"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"]}}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -244,6 +274,9 @@ def changed_model(**values: Any) -> dict[str, Any]:
         (changed(pre_tokenizer={"type": "Nonsense"}), "the library tokenizers cannot read it"),
         (changed(post_processor={"type": "BertProcessing"}), "the post_processor BertProcessing is not implemented"),
         (changed(post_processor={"type": "TemplateProcessing"}), "post_processor has no readable template"),
+        (changed(post_processor=begins_with(ids=[1, 2])), "post_processor has no readable template"),
+        (changed(post_processor=begins_with(ids=[99999])), "bos_id=99999 has no token"),
+        (changed(post_processor=begins_with(ids=["1"])), "bos_id='1' has no token"),
         (llama2() | {"model": llama2()["model"] | {"byte_fallback": False}}, "its decoder is Replace"),
     ],
 )
@@ -252,6 +285,31 @@ def test_damaged_and_foreign_files_are_one_line_that_names_the_file(content, mes
         describe_folder(write_folder(tmp_path, content), eos_ids=())
     assert str(caught.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, byte_level("smollm"))
+    size = (folder / "tokenizer.json").stat().st_size
+    monkeypatch.setattr(tokenizer_json, "MOST_BYTES", size - 1)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {size} bytes are more than such a file has"):
+        describe_folder(folder, eos_ids=())
+    monkeypatch.setattr(json_content, "MOST_BYTES", size - 1)
+    with pytest.raises(ValueError, match=r"characters are more than a tokenizer\.json has"):
+        JsonTokenizer((folder / "tokenizer.json").read_text() + " ")
+
+
+def test_where_the_library_gives_up_there_is_one_line(monkeypatch):
+    class PanicException(BaseException):  # as pyo3 names it
+        pass
+
+    class Library:
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> None:
+            raise PanicException("retry-limit-in-match over")
+
+    ours = tokenizer_of(byte_level("qwen2"))
+    monkeypatch.setattr(ours, "_library", Library())
+    with pytest.raises(ValueError, match="gave up on a text of 4 characters: retry-limit-in-match over"):
+        ours.encode("text")
 
 
 def test_a_damaged_text_is_refused(tmp_path):

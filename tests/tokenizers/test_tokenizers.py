@@ -159,6 +159,16 @@ def test_special_tokens_in_text_are_plain_text(any_tokenizer):
         assert max(ids) < any_tokenizer.vocab_size
 
 
+def test_controls_and_what_begins_and_ends_a_text(built):
+    assert built["gpt2"].controls == {END_OF_TEXT: 50256}
+    assert built["word"].controls == {END_OF_TEXT: built["word"].eot_id}
+    for name in ("gpt2", "byte", "word", "bpe"):
+        assert (built[name].bos_id, built[name].stop_ids) == (None, (built[name].eot_id,))
+        assert built[name].encode_document("a b").tolist() == built[name].encode("a b")
+    without = TiktokenTokenizer(tiktoken.Encoding("x", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={}), {})
+    assert (dict(without.controls), without.stop_ids) == ({}, ())
+
+
 def test_surrogates_become_replacement_characters(own):
     for text in ("\ud800", "a\udfffb", "\ud83d\ude00", "\udc80 end"):
         clean = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
