@@ -118,6 +118,8 @@ def test_respond_uses_it_and_names_the_record_that_it_refuses(
     capsys.readouterr()
     assert cli([*words, "--template", str(tmp_path / "strict.jinja")]) == 2
     assert "template strict.jinja refuses: I know no user" in capsys.readouterr().err
+    assert cli([*words, "--template", "llama3"]) == 2
+    assert "template llama3 writes <|begin_of_text|>, <|start_header_id|>" in capsys.readouterr().err
 
 
 # --- checkpoints of earlier versions ----------------------------------------------------------------------------------
