@@ -19,6 +19,7 @@ MOST_IDS = 1 << 22  # so that one lying id cannot take all memory
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
+_NO_CHANGE: dict[str, Any] = {"type": "Sequence", "normalizers": []}
 _SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, _SPACES]}
@@ -46,7 +47,7 @@ class JsonContent:
     @cached_property
     def pre(self) -> str | None:
         """How texts are cut, if `splitting.py` knows it and nothing but NFC changes a text before."""
-        known = self.data.get("normalizer") in (None, {"type": "NFC"})
+        known = self.data.get("normalizer") in (None, _NO_CHANGE, {"type": "NFC"})
         return name_of(self.data.get("pre_tokenizer")) if known and self.byte_level else None
 
     @cached_property
@@ -107,7 +108,7 @@ class JsonContent:
             if processor.get("type") == "TemplateProcessing":
                 try:
                     return _before_text(processor)
-                except (KeyError, IndexError, TypeError, AttributeError):
+                except (KeyError, IndexError, TypeError, ValueError):
                     raise ValueError("post_processor has no readable template; get it again") from None
         return None
 
@@ -215,7 +216,7 @@ def _before_text(template: dict[str, Any]) -> int | None:
     if "SpecialToken" not in first:
         return None
     (index,) = template["special_tokens"][first["SpecialToken"]["id"]]["ids"]
-    return int(index)
+    return index
 
 
 def _flat(node: Any, key: str) -> list[dict[str, Any]]:

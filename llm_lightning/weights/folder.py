@@ -20,7 +20,7 @@ from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.weights import chat_templates, folder_tokenizer, generation_config
 from llm_lightning.weights.chat_templates import read_chat_template
 from llm_lightning.weights.contents import Pretrained
-from llm_lightning.weights.export_folder import Stated, read_json
+from llm_lightning.weights.export_folder import NOTE, Stated, read_json
 from llm_lightning.weights.families.choose import family_of, family_of_json
 from llm_lightning.weights.families.gpt2 import infer_config
 from llm_lightning.weights.folder_tokenizer import tokenizer_of
@@ -61,7 +61,13 @@ def load_folder(path: Path, digests: Mapping[str, str] | None = None) -> Pretrai
     generation = read_generation(folder, config_json or {}, config.vocab_size)
     tokenizer = tokenizer_of(folder, config, generation.get("eos_token_id", ()))
     info = info_of(str(path), digest, state)
-    return Pretrained(config, state, tokenizer, info, read_chat_template(folder), generation or None)
+    return Pretrained(config, state, tokenizer, info, template_of(folder), generation or None)
+
+
+def template_of(folder: Path) -> dict[str, Any] | None:
+    """The description of a folder's template: ours if we wrote the folder, else that of its chat template."""
+    own = read_json(folder / NOTE).get("template") if (folder / NOTE).is_file() else None
+    return own if isinstance(own, dict) else read_chat_template(folder)
 
 
 def config_of(config_json: Mapping[str, Any]) -> GPTConfig:

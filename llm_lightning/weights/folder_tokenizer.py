@@ -10,7 +10,7 @@ from typing import Any
 from llm_lightning.files.atomic import sha256_of
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tokenizers.tiktoken_encodings import GPT2_VOCAB_BPE_SHA256
-from llm_lightning.tokenizers.tokenizer_json import describe_folder
+from llm_lightning.tokenizers.tokenizer_json import NAME, describe_folder
 from llm_lightning.weights.export_folder import NOTE, read_json
 from llm_lightning.weights.families.gpt2 import MOST_PADDING
 
@@ -32,7 +32,7 @@ def tokenizer_of(folder: Path, config: GPTConfig, eos_ids: Iterable[int] = ()) -
         description = read_json(folder / NOTE).get("tokenizer")
         if not isinstance(description, dict):
             raise ValueError(f"{folder / NOTE} has no tokenizer; export the model again")
-        return description
+        return description | _content(folder) if description.get("name") == NAME else description
     if (folder / "tokenizer.json").is_file():
         return describe_folder(folder, eos_ids=eos_ids)
     if (folder / "merges.txt").is_file():
@@ -41,3 +41,12 @@ def tokenizer_of(folder: Path, config: GPTConfig, eos_ids: Iterable[int] = ()) -
         log.info("no tokenizer in %s: taken for GPT-2's, because there are %d tokens", folder, config.vocab_size)
         return {"name": "gpt2"}
     return None
+
+
+def _content(folder: Path) -> dict[str, str]:
+    """The content of tokenizer.json, which an export writes once: it may have many megabytes."""
+    path = folder / "tokenizer.json"
+    try:
+        return {"json": path.read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}; export the model again") from None

@@ -31,7 +31,7 @@ from llm_lightning.weights.checkpoint import HEADER, CheckpointError, describe, 
 from llm_lightning.weights.checks.header import check_base
 from llm_lightning.weights.checks.tensors import of_model
 from llm_lightning.weights.digests import base_weights, digest_under
-from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft_folder
+from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft_folder, template_beside
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,10 @@ def _load_model(
     """`load_model`; `above`: the real paths of the adapters whose base this is."""
     above = _with(above, name_or_path)
     if is_peft_folder(name_or_path):
-        return _load_model(base or base_name_of(name_or_path), None, {"default": name_or_path} | dict(adapters), above)
+        under = base or base_name_of(name_or_path)
+        loaded = _load_model(under, None, {"default": name_or_path} | dict(adapters), above)
+        template = template_beside(name_or_path)
+        return replace(loaded, header=loaded.header | {"template": template}) if template else loaded
     path = resolve(name_or_path)
     if path is None:
         header, state, tokenizer = _from_pretrained(str(name_or_path))

@@ -11,12 +11,12 @@ import pytest
 from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.cli.main import main as cli
-from llm_lightning.data.of_checkpoint import conversations_of, template_in
+from llm_lightning.data.of_checkpoint import conversations_of
 from llm_lightning.data.templates.choose import from_description
 from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.experiments.run import keep_template
 from llm_lightning.inference.generation import generate
-from llm_lightning.inference.respond import template_of
+from llm_lightning.inference.template import template_of
 from llm_lightning.inference.text import answer_texts
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import read_header
@@ -100,7 +100,7 @@ def test_generate_answers_with_it_or_says_that_it_does_not(
     assert cli([*words, "--greedy"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Hi")
-    assert "in the template short.jinja, which generate does not send without --chat" in err + caplog.text
+    assert "in a template (short.jinja), which generate sends with --chat alone" in err + caplog.text
     assert cli([*words, "--system", "S"]) == 2
     assert "--system is a message of a conversation; give --chat, too" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ from llama_cpp_reference import loaded, write_tiny_model
 from made_tokenizers import CORPUS, CUTS, SPECIAL, byte_level, llama2
 from odd_texts import CORPUS as PROSE
 from odd_texts import FRAGMENTS, random_text
+from tokenizers import Tokenizer as Library
 
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
@@ -59,15 +60,12 @@ def test_a_vocabulary_comes_back(pre):
             assert back.encode(text) == ours.encode(text)
 
 
-def test_transformers_reads_the_description_of_a_file(tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
+def test_the_library_reads_the_description_of_a_file():
     description = described(vocabulary_to_gguf(made("llama-bpe"), 803))
-    (tmp_path / "tokenizer.json").write_text(description["json"], encoding="utf-8")
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    ours = from_description(description)
-    assert theirs("plain text 12345")["input_ids"] == [1, *ours.encode("plain text 12345")]
-    assert theirs.convert_tokens_to_ids("<think>") == ours.controls["<think>"]
+    library, ours = Library.from_str(description["json"]), from_description(description)
+    assert library.encode("plain text 12345").ids == [1, *ours.encode("plain text 12345")]
+    assert library.token_to_id("<think>") == ours.controls["<think>"]
+    assert library.encode("<think>", add_special_tokens=False).ids == [ours.controls["<think>"]]
 
 
 def test_types_of_tokens_and_rows_without_one():

@@ -95,9 +95,8 @@ def test_a_padded_vocabulary_is_cut_on_the_way_out() -> None:
     assert torch.equal(exported["transformer.wte.weight"], model.token_embedding.weight[:97])
 
 
-def test_exported_tensors_are_contiguous_and_named_as_transformers_names_them() -> None:
+def test_exported_tensors_are_named_as_transformers_names_them() -> None:
     exported = to_hf(GPT(CONFIG).state_dict(), CONFIG)
-    assert all(tensor.is_contiguous() for tensor in exported.values())
     assert exported.keys() == huggingface(CONFIG).state_dict().keys() - {"lm_head.weight"}
     assert exported["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)  # Conv1D: (in, out)
 

@@ -89,7 +89,6 @@ def test_a_folder_of_transformers_gives_its_logits_and_goes_back(case: str, tmp_
     expected = {n: t for n, t in theirs.state_dict().items() if n != "lm_head.weight" or not config.tied_head}
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in exported.values()}) == len(exported)
     written = config_to_hf(config, eot_id=3)
     assert written["model_type"] == theirs.config.model_type
     assert config_from_hf(written) == config
@@ -259,12 +258,12 @@ CONFIG = GPTConfig(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv_bias": True, "mlp_bias": True}, "mlp_bias=True is neither a Llama nor a Qwen2 nor a Qwen3"),
-        ({"out_bias": True}, "out_bias=True"),
-        ({"qk_norm": True, "qkv_bias": True}, "qk_norm=True with qkv_bias=True"),
-        ({"norm": "layer"}, "model.norm=layer has no form in transformers' Llama"),
-        ({"mlp": "gelu"}, "model.mlp=gelu has no form"),
-        ({"position": "learned"}, "model.norm=rms has no form in transformers' GPT-2"),
+        ({"qkv_bias": True, "mlp_bias": True}, "the nearest, Qwen2ForCausalLM, has no model.mlp_bias=True"),
+        ({"out_bias": True}, "LlamaForCausalLM, has no model.qkv_bias=False, no model.out_bias=True"),
+        ({"qk_norm": True, "qkv_bias": True}, "nearest, Qwen2ForCausalLM, has no model.qk_norm=True"),
+        ({"norm": "layer"}, "nearest, LlamaForCausalLM, has no model.norm=layer$"),
+        ({"mlp": "gelu"}, "nearest, LlamaForCausalLM, has no model.mlp=gelu$"),
+        ({"position": "learned"}, "nearest, LlamaForCausalLM, has no model.position=learned$"),
     ],
 )
 def test_a_model_without_a_form_in_transformers_is_refused(change: dict, message: str) -> None:

@@ -92,7 +92,7 @@ def test_out_to_peft(tmp_path: Path, kind: str, qkv: str) -> None:
     config = LoRAConfig(rank=4, alpha=6.0, qkv=qkv, targets=LINEAR, scaling="rslora" if kind == "qwen2" else "standard")
     apply_lora(ours, config)
     draw(adapter_state(ours), 2)
-    export_peft(ours, config, tmp_path / "adapter", base_name="org/base@abc")
+    export_peft(ours, config, tmp_path / "adapter", base_name="hf:org/base@abc")
     facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (facts["base_model_name_or_path"], facts["revision"]) == ("org/base", "abc")
     assert base_name_of(tmp_path / "adapter") == "hf:org/base@abc"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
-from llm_lightning.weights import hf_export
+from llm_lightning.weights import hf_checks
 from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
 from llm_lightning.weights.pretrained import load_pretrained
@@ -47,7 +47,8 @@ def folder(model: GPT, tmp_path: Path) -> Path:
     """A folder as the hub has them."""
     path = tmp_path / "hub_folder"
     path.mkdir()
-    save_file(to_hf(model.state_dict(), CONFIG), path / "model.safetensors")
+    weights = to_hf(model.state_dict(), CONFIG)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config_to_hf(CONFIG, 0)))
     return path
 
@@ -304,7 +305,7 @@ def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_one(
             export_hf(model, config, tokenizer, target, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.setattr(hf_export, "_compare_with_transformers", lambda *_: (1.0, 10.0))
+    monkeypatch.setattr(hf_checks, "_compare_with_transformers", lambda *_: (1.0, 10.0))
     with pytest.raises(ValueError, match="differ by 1; nothing was written"):
         export_hf(model, config, tokenizer, target, overwrite=True)
     with torch.no_grad():

@@ -80,6 +80,17 @@ def from_description(description: Mapping[str, Any], *, template_date: str | Non
     )
 
 
+def template_in(header: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The description of the template in a header: of the model's training, or its own; None: there is none.
+
+    Checkpoints of earlier versions name it in their settings alone.
+    """
+    if "template" in header:
+        return dict(header["template"])
+    wanted = (header.get("config", {}).get("data") or {}).get("template")
+    return choose_template(wanted).describe() if wanted is not None else None
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
