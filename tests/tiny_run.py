@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
+from model_kinds import of_kind
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer
@@ -109,7 +110,8 @@ def _composed(arguments: Sequence[str]) -> tuple[Any, Path]:
 
     groups = {folder.name for folder in (ROOT / "conf").iterdir()}
     chosen = tuple(word for word in arguments if word[0] in "+~" or word.partition("=")[0] in groups)
-    config = pickle.loads(_chosen(chosen))
+    given = [word for word in arguments if key_of(word) == "init_from" and parsed(word).value() is not None]
+    config = pickle.loads(_chosen((*chosen, *(["init_from=weights"] if given else []))))
     folder = ""
     for word in arguments:
         if key_of(word) == "hydra.run.dir":
@@ -196,10 +198,13 @@ def write_corpus(path: Path, n_words: int = 400) -> Path:
     return path
 
 
-def write_checkpoint(path: Path, n_layer: int = 1, context_length: int = CONTEXT_LENGTH, n_embd: int = 16) -> Path:
+def write_checkpoint(
+    path: Path, n_layer: int = 1, context_length: int = CONTEXT_LENGTH, n_embd: int = 16, kind: str = "gpt2"
+) -> Path:
     """An untrained model of the sizes above."""
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=257, context_length=context_length, n_layer=n_layer, n_head=2, n_embd=n_embd)
+    sizes = GPTConfig(vocab_size=257, context_length=context_length, n_layer=n_layer, n_head=2, n_embd=n_embd)
+    config = of_kind(sizes, kind)
     header = checkpoints.describe(task="pretraining", model_config=config, tokenizer=build_tokenizer("byte"), config={})
     state = {f"model.{name}": tensor for name, tensor in GPT(config).state_dict().items()}
     checkpoints.save(path, {"state_dict": state, checkpoints.HEADER: header})

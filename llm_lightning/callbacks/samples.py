@@ -71,7 +71,7 @@ class Samples(L.Callback):
             self._prompt_ids = _prompts_of(trainer, self.n_prompts)
             return
         context_length = pl_module.model.config.context_length
-        self._prompt_ids = [pl_module.tokenizer.encode(prompt) for prompt in self.prompts]
+        self._prompt_ids = [pl_module.tokenizer.encode_document(prompt).tolist() for prompt in self.prompts]
         for number, ids in enumerate(self._prompt_ids):
             if not 0 < len(ids) < context_length:
                 raise ValueError(

@@ -224,8 +224,8 @@ def _is_adapter(path: str) -> bool:
 
 def _template(models: Sequence[LoadedModel], wanted: str | None) -> Template:
     """The wanted template, else the template of B's training, else of A's: both models get the same prompts."""
-    from llm_lightning.data.of_checkpoint import template_in
-    from llm_lightning.inference.respond import template_of
+    from llm_lightning.data.templates.choose import template_in
+    from llm_lightning.inference.template import template_of
 
     a, b = models
     is_known = wanted or template_in(b.header) or not template_in(a.header)

@@ -140,11 +140,11 @@ def _stream(loaded: LoadedModel, prompt: str, args: argparse.Namespace, make: Ca
 
 
 def _warn_of_template(loaded: LoadedModel) -> None:
-    from llm_lightning.data.of_checkpoint import template_in
+    from llm_lightning.data.templates.choose import template_in
 
     if template := template_in(loaded.header):
         log.warning(
-            "this model answers questions in the template %s, which generate does not send without --chat",
+            "this model was trained on questions in a template (%s), which generate sends with --chat alone",
             template["name"],
         )
 

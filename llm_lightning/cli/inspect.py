@@ -36,7 +36,7 @@ def describe(name_or_path: str) -> dict[str, Any]:
     """
     from llm_lightning.weights.checkpoint import examine
     from llm_lightning.weights.load import load_model, resolve
-    from llm_lightning.weights.pretrained import GPT2_WEIGHTS
+    from llm_lightning.weights.releases import is_release
 
     path = resolve(name_or_path)
     if path is None:
@@ -44,7 +44,7 @@ def describe(name_or_path: str) -> dict[str, Any]:
         header, parameters = loaded.header, sum(parameter.numel() for parameter in loaded.model.parameters())
     else:
         header, parameters = examine(path)
-    verified = path is not None or name_or_path in GPT2_WEIGHTS
+    verified = path is not None or is_release(name_or_path)
     return {"path": str(path or name_or_path), "parameters": parameters, "verified": verified, **header}
 
 

@@ -54,11 +54,11 @@ def trace(name_or_path: str) -> Iterator[dict[str, Any]]:
 def _ancestor(name: str, expected: str) -> tuple[dict[str, Any], list[str]]:
     """The checkpoint at a place where a run may have found its first weights, whose digest was `expected`."""
     from llm_lightning.weights.checkpoint import CheckpointError
-    from llm_lightning.weights.pretrained import GPT2_WEIGHTS
+    from llm_lightning.weights.releases import RELEASES, is_release
 
     unread = {"path": name, "task": None, "digest": None, "parent": None, "parent_name": None}
-    if name in GPT2_WEIGHTS and not Path(name).exists():
-        pinned = GPT2_WEIGHTS[name].sha256  # reading them could start a download
+    if is_release(name) and not Path(name).exists():
+        pinned = getattr(RELEASES.get(name), "sha256", None)  # reading them could start a download
         state = "not read" if pinned is None else "same" if pinned == expected else "changed"
         return {**unread, "digest": pinned or expected, "state": state}, []
     try:

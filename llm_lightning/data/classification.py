@@ -243,7 +243,9 @@ class ClassificationDataModule(BaseDataModule):
         make = self._make_tokenizer
         self.tokenizer = make if isinstance(make, Tokenizer) else make(text for text, _ in self._texts["train"])
         self.pad_id = 0 if self.tokenizer.eot_id is None else self.tokenizer.eot_id
-        whole = {split: [self.tokenizer.encode_array(text) for text, _ in rows] for split, rows in self._texts.items()}
+        whole = {
+            split: [self.tokenizer.encode_document(text) for text, _ in rows] for split, rows in self._texts.items()
+        }
         limit = min(self._max_length or self.context_length, self.context_length)
         self.pad_to = self._padded_length(max(min(len(ids), limit) for ids in whole["train"]))
         limit = min(limit, self.pad_to or limit)

@@ -13,7 +13,7 @@ from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.terminal import GREEN, GREY, PLAIN, counted, visible
 from llm_lightning.tokenizers.base import Tokenizer
 
-END, PAD = "<|endoftext|>", "\u00b7"
+PAD = "\u00b7"
 TEMPLATE = Path(__file__).with_name("inspection.html")
 
 
@@ -72,10 +72,11 @@ def as_html(tokenizer: Tokenizer, batch: LMBatch, title: str, *, titles: Sequenc
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    spelling = {index: word for word, index in tokenizer.controls.items()}
     pieces = []
-    for is_end, run in groupby(ids, key=lambda token: token == tokenizer.eot_id):
+    for control, run in groupby(ids, key=spelling.get):
         tokens = list(run)
-        pieces.append(END * len(tokens) if is_end else tokenizer.decode(tokens))
+        pieces.append(tokenizer.decode(tokens) if control is None else control * len(tokens))
     return visible("".join(pieces))
 
 

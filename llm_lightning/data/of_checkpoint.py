@@ -6,7 +6,7 @@ The header names the settings, never the class: what is built depends on the tas
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from llm_lightning.data.classification import ClassificationDataModule
@@ -15,7 +15,7 @@ from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.data.preference import PreferenceDataModule
-from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.choose import template_in
 from llm_lightning.files.places import read_data_again
 from llm_lightning.weights.load import LoadedModel
 
@@ -28,17 +28,6 @@ Data = TypeVar("Data")
 def settings_of(loaded: LoadedModel) -> dict[str, Any]:
     """The settings `data.*` of the run that trained a model; empty where the checkpoint does not hold them."""
     return dict(loaded.header.get("config", {}).get("data") or {})
-
-
-def template_in(header: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The description of the template in a header: of the model's training, or its own; None: there is none.
-
-    Checkpoints of earlier versions name it in their settings alone.
-    """
-    if "template" in header:
-        return dict(header["template"])
-    wanted = (header.get("config", {}).get("data") or {}).get("template")
-    return choose_template(wanted).describe() if wanted is not None else None
 
 
 def conversations_of(loaded: LoadedModel, *, instead: str, texts_only: bool = False) -> ConversationDataModule[Any]:
@@ -93,12 +82,18 @@ def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str, texts_o
         options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
         if "template" in options:
             options |= {"template": None, "template_date": None, "own_template": template_in(loaded.header)}
-        context_length = loaded.model.trunk.config.context_length
-        data = make(tokenizer=loaded.tokenizer, context_length=context_length, **options)
+        data = make(tokenizer=loaded.tokenizer, context_length=_longest_input(loaded), **options)
         data.read() if texts_only else data.build()
         return data
 
     return _same(loaded, build, lambda data: data.data_digest, instead)
+
+
+def _longest_input(loaded: LoadedModel) -> int:
+    """The context length of the run: with rotary positions the model itself keeps a longer one."""
+    most = loaded.model.trunk.config.context_length
+    chosen = loaded.header.get("config", {}).get("model", {}).get("context_length")
+    return min(chosen, most) if isinstance(chosen, int) else most
 
 
 def _same(

@@ -23,7 +23,7 @@ from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.conversations import ConversationDataModule, may_share_prefix
-from llm_lightning.data.of_checkpoint import template_in
+from llm_lightning.data.templates.choose import template_in
 from llm_lightning.experiments.adapters import adapter_lineage
 from llm_lightning.experiments.monitors import missing_mode
 from llm_lightning.experiments.run_folder import RunFolder
@@ -120,9 +120,6 @@ def choose_tokenizer(settings: Settings, run: RunFolder | None = None, parent: L
     if run is not None and run.checkpoint is not None:
         return from_description(run.header["tokenizer"])
     if parent is not None:
-        own = parent.tokenizer.describe()["name"]
-        if own != name:
-            log.info("Tokenizer %s comes with the weights of init_from; tokenizer=%s is ignored", own, name)
         return parent.tokenizer
     if name in TRAINED_TOKENIZERS:
         return partial(_train_tokenizer, name, vocab_size)
@@ -147,7 +144,7 @@ def build_module(
         init_from: their current place; the settings have it as it was typed.
         continued: the header of the checkpoint that the run continues from; Lightning loads its weights.
     """
-    task: type[TaskModule] = get_class(settings["task"]["_target_"])
+    task = task_of(settings)
     options = {key: value for key, value in settings["task"].items() if key != "_target_"}
     options |= task.options_from(datamodule)
     trunk = build_model(settings, task, datamodule.tokenizer, parent, continued)
@@ -162,8 +159,9 @@ def build_module(
         lineage = {
             "data": datamodule.data_digest,
             "parent": parent.header["digest"] if parent else None,
-            "parent_name": lasting_name(init_from) if parent and init_from else None,
+            "parent_name": lasting_name(init_from, parent) if parent and init_from else None,
             **(adapter_lineage(model, parent) if parent and lora is not None else {"base": None}),
+            **({"parent_files": files} if (files := _header_of(parent).get("lineage", {}).get("files")) else {}),
         }
     # Not through instantiate(), which would build the targets in the header's copy of the settings.
     return task(
@@ -172,19 +170,26 @@ def build_module(
         optimizer=build_optimizer(settings["optimizer"]),
         scheduler=build(settings["scheduler"]),
         lora=lora,
-        header={"config": settings, "lineage": lineage, **_template(datamodule, continued, parent)},
+        header={"config": settings, "lineage": lineage, **_chat_of(datamodule, continued or _header_of(parent))},
         **options,
     )
 
 
-def _template(
-    datamodule: BaseDataModule, continued: Mapping[str, Any] | None, parent: LoadedModel | None
-) -> dict[str, Any]:
-    """The template for the header of a run: that of its data, else the one that came with its weights."""
-    if isinstance(datamodule, ConversationDataModule):
-        return {"template": datamodule.template.describe()}
-    described = template_in(continued or (parent.header if parent else {}))
-    return {"template": described} if described else {}
+def _chat_of(datamodule: BaseDataModule, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The template of the data, else that of the weights, and what the weights state about generation."""
+    template = datamodule.template.describe() if isinstance(datamodule, ConversationDataModule) else template_in(before)
+    stated = {"template": template, "generation": before.get("generation")}
+    return {key: value for key, value in stated.items() if value}
+
+
+def _header_of(parent: LoadedModel | None) -> dict[str, Any]:
+    return parent.header if parent is not None else {}
+
+
+def task_of(settings: Settings) -> type[TaskModule]:
+    """The class of the task."""
+    task: type[TaskModule] = get_class(settings["task"]["_target_"])
+    return task
 
 
 def build_optimizer(node: Mapping[str, Any]) -> OptimizerConfig:
@@ -208,11 +213,7 @@ def build_model(
     With `continued`, the header of a checkpoint, the model has the checkpoint's sizes.
     """
     chosen = settings["model"]
-    sizes = {field.name: chosen[field.name] for field in fields(GPTConfig) if field.name in chosen}
-    sizes["vocab_size"] = _vocabulary(chosen["vocab_size"], tokenizer)
-    if not task.uses_lm_head:
-        sizes["tied_head"] = True  # costs nothing
-    wanted, checkpointing = GPTConfig(**sizes), chosen["activation_checkpointing"]
+    wanted, checkpointing = model_config(settings, task, tokenizer), chosen["activation_checkpointing"]
     if parent is None:
         if continued is not None and settings["init_from"]:
             wanted = config_for(GPTConfig(**continued["model"]), wanted, keep_head=task.uses_lm_head)
@@ -221,6 +222,16 @@ def build_model(
         raise ValueError(f"init_from={settings['init_from']} is a classifier without a language-model head; give a GPT")
     trunk = merge_and_unload(parent.model).trunk
     return adapt(trunk, wanted, activation_checkpointing=checkpointing, keep_head=task.uses_lm_head)
+
+
+def model_config(settings: Settings, task: type[TaskModule], tokenizer: Tokenizer) -> GPTConfig:
+    """The architecture that the settings of the model describe."""
+    chosen = settings["model"]
+    sizes = {field.name: chosen[field.name] for field in fields(GPTConfig) if field.name in chosen}
+    sizes["vocab_size"] = _vocabulary(chosen["vocab_size"], tokenizer)
+    if not task.uses_lm_head:
+        sizes["tied_head"] = True  # costs nothing
+    return GPTConfig(**sizes)
 
 
 def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:

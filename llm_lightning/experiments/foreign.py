@@ -27,14 +27,13 @@ from llm_lightning.experiments.settings.overrides import (
 )
 from llm_lightning.experiments.settings.yaml_files import declared_settings
 from llm_lightning.terminal import one_line
-from llm_lightning.weights.renamed import MOVED, RENAMED
+from llm_lightning.weights.releases import RELEASES
+from llm_lightning.weights.renamed import MOVED, RENAMED, REPLACED
 
 NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
 """Top-level keys of settings that start other runs or let code run."""
 WITH_DIGEST = ("data.path", "init_from")
 """Settings that name files outside the run folder, which are identified by their digest."""
-RELEASES = re.compile(r"null|None|gpt2-(small|medium|large|xl)")
-"""Values of init_from that are not files."""
 TARGETS = re.compile(
     r"llm_lightning(\.\w+)+|torch\.optim\.[A-Z]\w+|lightning\.Trainer|lightning\.pytorch\.(callbacks\.[A-Z]\w+"
     r"|strategies\.(SingleDevice|DDP|FSDP|ModelParallel)Strategy|loggers\.(CSV|TensorBoard)Logger"
@@ -86,7 +85,8 @@ def _translated(word: str) -> str:
     key, value = key_of(word), word.partition("=")[2]
     if key.endswith("._target_") and value in MOVED:
         return f"{word.partition('=')[0]}={MOVED[value]}"
-    return word.replace(key, RENAMED[key], 1) if key in RENAMED else word
+    today = RENAMED.get(key) or REPLACED.get(key)
+    return word.replace(key, today, 1) if today else word
 
 
 def recorded_value(command: Mapping[str, Any], key: str) -> Any:
@@ -140,7 +140,7 @@ def _reason_of_value(key: str, value: Any, folder: Path, command: Mapping[str, A
 
 def _has_digest(key: str, text: str, folder: Path, command: Mapping[str, Any]) -> bool:
     """Whether a digest was recorded for this setting's file; it is compared when the file is read."""
-    if key == "init_from" and RELEASES.fullmatch(text):
+    if key == "init_from" and text in RELEASES:
         return True
     places = command.get("places")
     place = places.get(key) if isinstance(places, dict) else None

@@ -8,18 +8,19 @@ that is typed again for the same run is used as typed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_lightning.data.corpus.sources import absolute_paths
-from llm_lightning.experiments.foreign import RELEASES, recorded_value
+from llm_lightning.experiments.foreign import recorded_value
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.run_records import SHOWN, Settings, Start, read_command
 from llm_lightning.files.places import as_setting, candidates, existing, place_of
 from llm_lightning.terminal import one_line
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.load import load_model, resolve
+from llm_lightning.weights.load import LoadedModel, load_model, resolve
+from llm_lightning.weights.releases import HUB, is_release
 
 Built = TypeVar("Built")
 
@@ -79,8 +80,10 @@ def find_weights(settings: Settings, run: RunFolder, start: Start) -> str | None
         return typed
     place, folder = _recorded(start, "init_from", typed)
     digest = (place or {}).get("digest")
-    if place is None or digest is None or (RELEASES.fullmatch(typed) and not Path(typed).exists()):
+    if place is None or digest is None:
         return typed
+    if is_release(typed) and not Path(typed).exists():
+        return _commit_of(typed, place)
     options = [*candidates(place, run.path), [str(folder / typed)], [typed]]
     tried = []
     for paths in _existing_places("init_from", typed, options):
@@ -126,12 +129,21 @@ def places_of(
             places["init_from"] = kept
         elif init_from and Path(init_from).exists():
             places["init_from"] = place_of(typed, [str(Path(init_from).absolute())], run.path, lineage["parent"])
+        elif HUB.fullmatch(lineage["parent_name"] or ""):  # with its commit; other releases never change
+            name, digest = lineage["parent_name"], lineage["parent"]
+            places["init_from"] = {"typed": typed, "found": [name], "from_run": [], "digest": digest}
     return places
 
 
-def lasting_name(init_from: str) -> str:
-    """A name for weights that is valid in any folder: an absolute path, or a release's name."""
-    return str(Path(init_from).absolute()) if Path(init_from).exists() else init_from
+def lasting_name(init_from: str, parent: LoadedModel) -> str:
+    """A name for weights that is valid in any folder and at any time: an absolute path, or a release's name.
+
+    A repository of the hub is named with the commit that was loaded.
+    """
+    if Path(init_from).exists():
+        return str(Path(init_from).absolute())
+    name: str = parent.header["lineage"].get("name", init_from)
+    return name
 
 
 def digest_at(name: str) -> str:
@@ -151,6 +163,19 @@ def _recorded(start: Start, key: str, value: Any) -> tuple[dict[str, Any] | None
         return place, Path(command["folder"])
     is_recorded = value is not None and recorded_value(command, key) == value
     return {} if is_recorded else None, Path(command["folder"])
+
+
+def _commit_of(typed: str, place: Mapping[str, Any]) -> str:
+    """The name of a release that a run began with; of a repository of the hub, with its commit.
+
+    Raises:
+        ValueError: if its weights are not those that the run began with.
+    """
+    found = place.get("found")
+    name = found[0] if isinstance(found, list) and found and is_release(str(found[0])) else typed
+    if digest_at(name) != place["digest"]:
+        raise _nothing_fits("init_from", [name], place["digest"])
+    return str(name)
 
 
 def _existing_places(key: str, typed: Any, options: list[list[str]]) -> list[list[str]]:

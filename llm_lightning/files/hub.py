@@ -56,30 +56,40 @@ def fetch(file: HubFile, name: str) -> tuple[Path, str]:
             if (actual := sha256_of(target)) == digest:
                 return target, digest
             log.warning("%s has sha256 %s, expected %s: downloading it again", target, actual, digest)
-        copy = _in_client_cache(file)
+        copy = in_client_cache(file)
         if copy is not None and sha256_of(copy) == digest:
             return copy, digest
-        _download(file, target, digest, force=copy is not None)  # without force the client would copy its damaged file
+        download_to(file, target, digest, force=copy is not None)  # else the client would copy its damaged file
     return target, digest
 
 
-def _download(file: HubFile, target: Path, digest: str, *, force: bool) -> None:
+def download_to(file: HubFile, target: Path, digest: str, *, force: bool) -> None:
+    """Download a file and give it its name once its digest is right; `digest`: see `digest_like`."""
     from huggingface_hub import hf_hub_download
 
     folder = target.with_name(f"{target.name}.hub")  # keeps a partial download for the next attempt
-    remedy = f"put a copy with sha256 {digest} at {target}"
-    with _one_error(file, remedy), _without_xet():
-        options: dict[str, Any] = {"local_dir": folder, "endpoint": _endpoint(), "force_download": force}
+    remedy = f"put a copy with sha256 {digest} at {target}" if len(digest) == 64 else "try again later"
+    with one_error(file, remedy), _without_xet():
+        options: dict[str, Any] = {"local_dir": folder, "endpoint": endpoint(), "force_download": force}
         received = Path(hf_hub_download(file.repository, file.path, revision=file.revision, **options))
-    actual = sha256_of(received)
+    actual = digest_like(digest, received)
     if actual != digest:
         shutil.rmtree(folder)
-        raise DownloadError(f"cannot use {file}: its bytes have sha256 {actual}, expected {digest}; {remedy}")
+        kind = "sha256" if len(digest) == 64 else "git id"
+        raise DownloadError(f"cannot use {file}: its bytes have {kind} {actual}, expected {digest}; {remedy}")
     commit(received, target)
     shutil.rmtree(folder)
 
 
-def _in_client_cache(file: HubFile) -> Path | None:
+def digest_like(stated: str, path: Path) -> str:
+    """The digest of a file of the kind that the hub states: sha256 of large files, git's id of small ones."""
+    if len(stated) == 64:
+        return sha256_of(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def in_client_cache(file: HubFile) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(file.repository, file.path, revision=file.revision)
@@ -99,9 +109,9 @@ def _stated(file: HubFile) -> str:
     """Request the sha256 of a large file, which is its ETag on the hub, and store it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    url = hf_hub_url(file.repository, file.path, revision=file.revision, endpoint=_endpoint())
-    with _one_error(file, "try again later"):
-        digest = get_hf_file_metadata(url, endpoint=_endpoint()).etag or ""
+    url = hf_hub_url(file.repository, file.path, revision=file.revision, endpoint=endpoint())
+    with one_error(file, "try again later"):
+        digest = get_hf_file_metadata(url, endpoint=endpoint()).etag or ""
     if not re.fullmatch(SHA256, digest):
         raise DownloadError(f"cannot verify {file}: the hub states no sha256 for it (got {digest!r})")
     _record(file).parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +124,7 @@ def _record(file: HubFile) -> Path:
     return cache_dir() / "digests" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
     return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None  # the client reads it once, at import
 
 
@@ -131,7 +141,7 @@ def _without_xet() -> Iterator[None]:
 
 
 @contextmanager
-def _one_error(file: HubFile, remedy: str) -> Iterator[None]:
+def one_error(file: object, remedy: str) -> Iterator[None]:
     """Turn the client's exceptions into a DownloadError that names the file, the reason and the remedy."""
     from huggingface_hub import errors
 
@@ -139,6 +149,12 @@ def _one_error(file: HubFile, remedy: str) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise DownloadError(f"cannot download {file}: it needs a permission; accept its terms, set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        hint = "correct it, or leave it out for the newest"
+        raise DownloadError(f"cannot download {file}: the hub has no such revision; {hint}") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "the hub has no such repository, or it needs a permission"
+        raise DownloadError(f"cannot download {file}: {reason}; correct the name, or set HF_TOKEN") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         remedy = f"unset HF_HUB_OFFLINE if it is set, or {remedy}"

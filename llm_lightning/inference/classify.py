@@ -75,7 +75,7 @@ def predicted_class(loaded: LoadedModel, probabilities: Tensor) -> int:
 
 def _encode(loaded: LoadedModel, number: int, text: str, length: int) -> tuple[np.ndarray, bool]:
     """The token ids that the model reads, and whether the text has more."""
-    ids = loaded.tokenizer.encode_array(text)
+    ids = loaded.tokenizer.encode_document(text)
     if len(ids) == 0:
         raise ValueError(f"text {number} is empty; a class needs at least one token")
     return ids[:length], len(ids) > length

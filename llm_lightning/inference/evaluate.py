@@ -68,15 +68,26 @@ def evaluate_texts(
     Raises:
         ValueError: if the model is a classifier, no text has two tokens, or the stride does not fit.
     """
-    documents = [loaded.tokenizer.encode_array(text) for text in texts]
+    documents = [loaded.tokenizer.encode_document(text) for text in texts]
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    return evaluate_tokens(loaded.gpt, documents, n_bytes, stride=stride, progress=progress)
+    n_begins = 0 if loaded.tokenizer.bos_id is None else len(texts)
+    return evaluate_tokens(loaded.gpt, documents, n_bytes, n_begins=n_begins, stride=stride, progress=progress)
 
 
 def evaluate_tokens(
-    model: GPT, documents: Sequence[np.ndarray], n_bytes: int, *, stride: int | None = None, progress: bool = False
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    n_bytes: int,
+    *,
+    n_begins: int = 0,
+    stride: int | None = None,
+    progress: bool = False,
 ) -> Evaluation:
-    """Score documents of token ids, (n,) each, that encode `n_bytes` of UTF-8; see `evaluate_texts`."""
+    """Score documents of token ids, (n,) each, that encode `n_bytes` of UTF-8; see `evaluate_texts`.
+
+    Args:
+        n_begins: how many of the ids begin a text and encode none of its bytes.
+    """
     length = model.config.context_length
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
@@ -89,7 +100,7 @@ def evaluate_tokens(
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=loss / math.log(2) * n_tokens / n_bytes,
+        bits_per_byte=loss / math.log(2) * (n_tokens - n_begins) / n_bytes,
         n_tokens=n_targets,
         n_bytes=n_bytes,
     )

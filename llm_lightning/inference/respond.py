@@ -11,16 +11,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm_lightning.data.of_checkpoint import settings_of, template_in
+from llm_lightning.data.of_checkpoint import settings_of
 from llm_lightning.data.records import instruction as instruction_records
 from llm_lightning.data.records import preference as preference_records
 from llm_lightning.data.records.json import read_json_records
 from llm_lightning.data.templates.base import Template
-from llm_lightning.data.templates.choose import choose_template, from_description
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.inference.generation import generate
+from llm_lightning.inference.template import template_of
 from llm_lightning.models.gpt import GPT
 from llm_lightning.terminal import inline
 from llm_lightning.tokenizers.base import Tokenizer
@@ -51,7 +51,7 @@ def respond(
     Args:
         loaded: what `load_model` returns.
         records: a .json or .jsonl file, or what `read_records` or `ConversationDataModule.conversations_of` returns.
-        template: see `template_of`.
+        template: see `template.template_of`.
         max_new_tokens: per answer; an answer also ends at the end of text and at the model's context length.
         batch_size: records at once.
         temperature, top_k, top_p, seed: see `generation.Sampling`; default: greedy.
@@ -174,21 +174,6 @@ def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
         return preference_records.read_preferences(path, columns=known)[0]
     known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
     return instruction_records.read_instructions(path, columns=known, empty_output="keep")[0]
-
-
-def template_of(loaded: LoadedModel, wanted: str | Template | None) -> Template:
-    """Choose the template of a model's prompts.
-
-    Args:
-        wanted: a name, a text with slots or a `.jinja` file; None: the template of the model's training, else its own,
-            else alpaca, which is logged.
-    """
-    if isinstance(wanted, Template):
-        return wanted
-    own = template_in(loaded.header)
-    if wanted is None and own is None:
-        log.warning("this model was trained without a template: alpaca is used; --template names another")
-    return from_description(own) if wanted is None and own is not None else choose_template(wanted, own=own)
 
 
 def _key(settings: list[Any], prompt_ids: list[int]) -> str:

@@ -9,7 +9,7 @@ from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, MAX_NEW_TOKENS, TEMPERATURE, TOP_K
 from llm_lightning.inference.generation import OnToken, generate
-from llm_lightning.inference.respond import template_of
+from llm_lightning.inference.template import template_of
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights.load import LoadedModel
 
@@ -91,7 +91,7 @@ def answer_texts(
     """Answer several questions in one batch, with the defaults of `llm-lightning generate --chat`.
 
     Args:
-        template: see `respond.template_of`.
+        template: see `template.template_of`.
         system: the system message; without it, that of the template, if it has one.
 
     For the others see `generate_texts`.

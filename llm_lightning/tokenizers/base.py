@@ -2,7 +2,8 @@
 
 All of them keep four promises. A special token spelled out in a text is plain text: it never becomes a control id
 and never raises; to mark the end of a text, insert `eot_id`. Encoding never raises: a surrogate code point, which
-UTF-8 cannot express, counts as U+FFFD. Decoding returns the text (but `word` drops white space and unknown words).
+UTF-8 cannot express, counts as U+FFFD. Decoding returns the text (but `word` drops white space and unknown words, and
+a model's own tokenizer may normalize accents or lack bytes).
 `describe()` holds everything that `from_description` needs, so that a checkpoint carries its tokenizer.
 """
 
@@ -90,6 +91,11 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Encode to a list of ids; special tokens in the text are plain text."""
         return self.encode_array(text).tolist()
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Encode a text from its beginning on: (T,) ids of `dtype`, `bos_id` before them where there is one."""
+        begin = np.array([] if self.bos_id is None else [self.bos_id], dtype=self.dtype)
+        return np.concatenate([begin, self.encode_array(text)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode; bytes that are not UTF-8, such as half a character, become U+FFFD.

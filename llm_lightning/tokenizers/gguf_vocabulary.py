@@ -3,7 +3,8 @@
 In: the keys `tokenizer.ggml.*` become the text of a tokenizer.json, so that one class encodes all of them. Out: the
 same keys from any byte-level BPE here. What llama.cpp would read as another text is refused by name.
 
-llama.cpp differs in one point from `encode`: it finds added tokens that are not special in every text.
+llama.cpp differs from our `encode` in two points: it finds added tokens that are not special in every text, and it
+knows no normalizer, so that Qwen's tokenizer.json alone composes accents (NFC).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
-from llm_lightning.tokenizers.json_content import MOST_IDS
+from llm_lightning.tokenizers.json_content import MOST_IDS, read_content
 from llm_lightning.tokenizers.splitting import KNOWN, pre_tokenizer_of
 from llm_lightning.tokenizers.tiktoken_encodings import TiktokenTokenizer, byte_of_character, gpt2_merges
-from llm_lightning.tokenizers.tokenizer_json import END_OF_DOCUMENT, JsonTokenizer
+from llm_lightning.tokenizers.tokenizer_json import END_OF_DOCUMENT, JsonTokenizer, is_gpt2
 
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -37,14 +38,16 @@ def description_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """
     _check_kind(metadata)
     tokens, types, merges = _vocabulary(metadata)
-    content = _tokenizer_json(metadata, tokens, types, merges)
+    text = _tokenizer_json(metadata, tokens, types, merges)
+    if metadata[f"{PREFIX}pre"] == "gpt-2" and is_gpt2(read_content(text)):
+        return {"name": "gpt2"}
     ids = {key: _role(metadata, key, tokens, types) for key in ("bos", "eos", "eot", "eom", "padding", "unknown")}
     ends = [tokens.index(word) for word in _ENDS if word in tokens and types[tokens.index(word)] == CONTROL]
     documents = [index for index in ends if tokens[index] in END_OF_DOCUMENT]
     stops = [index for index in (ids["eos"], ids["eot"], ids["eom"], *ends) if index is not None]
     named = {"bos_token": ids["bos"], "eos_token": ids["eos"], "pad_token": ids["padding"], "unk_token": ids["unknown"]}
     tokenizer = JsonTokenizer(
-        json.dumps(content, ensure_ascii=False, separators=(",", ":")),
+        text,
         bos_id=ids["bos"] if _adds_bos(metadata) else None,
         eot_id=next(iter([*documents, *stops]), None),
         stop_ids=stops,
@@ -88,9 +91,8 @@ def _list_of(kind: type, metadata: Mapping[str, Any], key: str) -> list[Any]:
     return values
 
 
-def _tokenizer_json(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], merges: list[str]
-) -> dict[str, Any]:
+def _tokenizer_json(metadata: Mapping[str, Any], tokens: list[str], types: list[int], merges: list[str]) -> str:
+    """The text of a tokenizer.json that encodes as llama.cpp does with this vocabulary."""
     pre = metadata[f"{PREFIX}pre"]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
@@ -106,7 +108,7 @@ def _tokenizer_json(
         "merges": merges,
     }  # fmt: skip
     bos_id = _role(metadata, "bos", tokens, types) if _adds_bos(metadata) else None
-    return {
+    content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -117,6 +119,7 @@ def _tokenizer_json(
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": model,
     }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ BPE writes characters, the space as `▁`, and bytes such as `<0x0A>` for the ch
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,12 @@ MOST_IDS = 1 << 22  # so that one lying id cannot take all memory
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
+_NO_CHANGE: dict[str, Any] = {"type": "Sequence", "normalizers": []}
+_SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, _SPACES]}
+_METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
+_SCHEMES = ("first", "always", "never")
 _UNKNOWN = "\0unknown"  # no byte-level character has the first code point, and no merge yields it
 _DECODERS_OF_LLAMA2 = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
@@ -40,7 +47,7 @@ class JsonContent:
     @cached_property
     def pre(self) -> str | None:
         """How texts are cut, if `splitting.py` knows it and nothing but NFC changes a text before."""
-        known = self.data.get("normalizer") in (None, {"type": "NFC"})
+        known = self.data.get("normalizer") in (None, _NO_CHANGE, {"type": "NFC"})
         return name_of(self.data.get("pre_tokenizer")) if known and self.byte_level else None
 
     @cached_property
@@ -64,8 +71,8 @@ class JsonContent:
         """The id behind all others: what `without_added_tokens` yields for bytes that the vocabulary lacks."""
         return 1 + max([*self.tokens.values(), *self.added.values()])
 
-    def without_added_tokens(self) -> str:
-        """Return the text of a tokenizer.json that cannot yield an added token, nor anything at random.
+    def without_added_tokens(self, **changes: Any) -> str:
+        """Return the text of a tokenizer.json, with changes, that cannot yield an added token, nor anything at random.
 
         A byte without a token becomes `unknown_id`. Left to itself, the library drops it and joins its neighbours;
         llama.cpp keeps them apart.
@@ -82,7 +89,18 @@ class JsonContent:
             "truncation": None,
             "padding": None,
         }
-        return json.dumps(self.data | plain | {"model": model})
+        return json.dumps(self.data | plain | {"model": model} | changes)
+
+    def for_continuations(self) -> str | None:
+        """Return the text of a tokenizer.json for the rest of a text that is cut before a space, as Llama 2's kind.
+
+        None where such a cut could change an id: another change of texts, or a token with a space behind its first.
+        """
+        changes = self.data.get("normalizer"), self.data.get("pre_tokenizer")
+        known = [(_PREPENDED, None), *((None, _METASPACE | {"prepend_scheme": scheme}) for scheme in _SCHEMES)]
+        if changes not in known or any(map(_SPACE_INSIDE.search, self.tokens)):
+            return None
+        return self.without_added_tokens(normalizer=_SPACES, pre_tokenizer=None)
 
     def first_id(self) -> int | None:
         """Return the id that the post-processor puts before a text, such as Llama's `<|begin_of_text|>`, or None."""
@@ -90,7 +108,7 @@ class JsonContent:
             if processor.get("type") == "TemplateProcessing":
                 try:
                     return _before_text(processor)
-                except (KeyError, IndexError, TypeError, AttributeError):
+                except (KeyError, IndexError, TypeError, ValueError):
                     raise ValueError("post_processor has no readable template; get it again") from None
         return None
 
@@ -198,7 +216,7 @@ def _before_text(template: dict[str, Any]) -> int | None:
     if "SpecialToken" not in first:
         return None
     (index,) = template["special_tokens"][first["SpecialToken"]["id"]]["ids"]
-    return int(index)
+    return index
 
 
 def _flat(node: Any, key: str) -> list[dict[str, Any]]:

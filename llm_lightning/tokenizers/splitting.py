@@ -48,8 +48,9 @@ def _known() -> list[tuple[str, dict[str, Any] | None]]:
 
 
 def _essence(node: Any) -> Any:
-    """Without `trim_offsets`, which concerns offsets alone."""
+    """Without `trim_offsets`, which concerns offsets alone; old files leave out a `use_regex` that is true."""
     if isinstance(node, dict):
+        node = {"use_regex": True} | node if node.get("type") == "ByteLevel" else node
         return {key: _essence(value) for key, value in node.items() if key != "trim_offsets"}
     return [_essence(item) for item in node] if isinstance(node, list) else node
 

@@ -8,20 +8,23 @@ The post-processor does not run either: `bos_id` says what begins a text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_lightning.tokenizers.base import Tokenizer, last_start, without_surrogates
+from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer, last_start, without_surrogates
 from llm_lightning.tokenizers.json_content import BYTES, MOST_BYTES, SPACE, JsonContent, read_content
-from llm_lightning.tokenizers.tiktoken_encodings import PIECE_END, TiktokenTokenizer, byte_of_character, gpt2_merges
+from llm_lightning.tokenizers.tiktoken_encodings import PIECE_END, byte_of_character, gpt2_merges
 
 NAME = "tokenizer_json"
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 """What families write between documents, where they have it."""
 
+_SPACE_BEHIND = re.compile(f"(?<=[^ {SPACE}]) ")
 _PIECE = 1 << 18  # characters; the library needs about 150 bytes for each
 _ADDED = {
     "content": None, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
@@ -54,7 +57,7 @@ class JsonTokenizer(Tokenizer):
     ) -> None:
         try:
             self.content = read_content(text)
-            self._library = _library(self.content)
+            self._library = _library(self.content.without_added_tokens())
         except ValueError as error:
             raise ValueError(f"tokenizer.json: {error}") from None
         self._text = text
@@ -82,12 +85,21 @@ class JsonTokenizer(Tokenizer):
         return self._stop_ids
 
     def encode_array(self, text: str) -> np.ndarray:
-        pieces = [self._encode(piece) for piece in self._pieces(without_surrogates(text))]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        first, *rest = self._pieces(without_surrogates(text))
+        ids = self._encode(self._library, first)
+        return np.concatenate([ids, *(self._encode(self._continuing, piece) for piece in rest)]) if rest else ids
 
-    def _encode(self, text: str) -> np.ndarray:
+    @cached_property
+    def _continuing(self) -> Any:
+        """What encodes a text that is cut before its beginning; None if that is unknown."""
+        if self.content.byte_level:
+            return self._library
+        text = self.content.for_continuations()
+        return None if text is None else _library(text)
+
+    def _encode(self, library: Any, text: str) -> np.ndarray:
         try:  # as a batch, because only that releases the GIL
-            (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+            (encoding,) = library.encode_batch_fast([text], add_special_tokens=False)
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
@@ -99,12 +111,17 @@ class JsonTokenizer(Tokenizer):
         """Cut a long text where that changes no id: memory stays small."""
         start, size = 0, _PIECE
         while len(text) - start > size:
-            if cut := self.split_point(text[start : start + size]):
+            if cut := self._inner_cut(text[start : start + size]):
                 yield text[start : start + cut]
                 start, size = start + cut, _PIECE
             else:
                 size *= 2
         yield text[start:]
+
+    def _inner_cut(self, text: str) -> int:
+        if self.content.byte_level:
+            return self.split_point(text)
+        return 0 if self._continuing is None else last_start(_SPACE_BEHIND, text)
 
     def token_bytes(self, token_id: int) -> bytes:
         index = self._checked(token_id)
@@ -147,13 +164,11 @@ class JsonTokenizer(Tokenizer):
         return cls(text, bos_id=bos_id, eot_id=eot_id, stop_ids=stop_ids, special_tokens=named)
 
 
-def _library(content: JsonContent) -> Any:
+def _library(text: str) -> Any:
     from tokenizers import Tokenizer as Library
 
     try:
-        return Library.from_str(content.without_added_tokens())
-    except ValueError:
-        raise
+        return Library.from_str(text)
     except Exception as error:  # the library raises no type of its own
         raise ValueError(f"the library tokenizers cannot read it ({error}); get it again") from None
 
@@ -193,10 +208,10 @@ def describe_folder(folder: Path, *, eos_ids: Iterable[int] = ()) -> dict[str, A
         return None
     settings = _json_object(folder / "special_tokens_map.json") | _json_object(folder / "tokenizer_config.json")
     try:
-        tokenizer = _with_settings(read_content(_read(path)), settings, eos_ids)
+        content = read_content(_read(path))
+        return {"name": "gpt2"} if is_gpt2(content) else _with_settings(content, settings, eos_ids).describe()
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix('tokenizer.json: ')}") from None
-    return {"name": "gpt2"} if _is_gpt2(tokenizer.content) else tokenizer.describe()
 
 
 def _with_settings(content: JsonContent, settings: Mapping[str, Any], eos_ids: Iterable[int]) -> JsonTokenizer:
@@ -211,7 +226,7 @@ def _with_settings(content: JsonContent, settings: Mapping[str, Any], eos_ids: I
     stops = [*eos_ids, *eos, *ends[:1]]
     return JsonTokenizer(
         text,
-        bos_id=_first_id(content, settings, ids.get(named.get("bos_token", ""))),
+        bos_id=content.first_id(),  # add_bos_token of the settings has no effect in transformers 5 either
         eot_id=next(iter([*ends, *eos, *stops]), None),
         stop_ids=stops,
         special_tokens=named,
@@ -225,12 +240,6 @@ def _named(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, str
         if key in named and named[key] not in ids:
             raise ValueError(f"it has no token {named[key]!r}, the {key} of tokenizer_config.json; get both again")
     return {key: word for key, word in named.items() if word in ids}
-
-
-def _first_id(content: JsonContent, settings: Mapping[str, Any], bos_id: int | None) -> int | None:
-    """What tokenizer_config.json says, else the post-processor, as transformers does."""
-    adds = settings.get("add_bos_token")
-    return content.first_id() if adds is None else bos_id if adds else None
 
 
 def _all_added(content: JsonContent, decoder: Any) -> list[dict[str, Any]]:
@@ -253,18 +262,13 @@ def _spelling(token: Any) -> str | None:
     return content if isinstance(content, str) and content else None
 
 
-def _is_gpt2(content: JsonContent) -> bool:
+def is_gpt2(content: JsonContent) -> bool:
     """Whether it is GPT-2's own: the same tokens, merges and cut, and no added token but the end of text."""
-    gpt2 = TiktokenTokenizer.from_description({"name": "gpt2"})
-    spellings = content.spellings()
-    return (
-        len(spellings) == gpt2.vocab_size
-        and content.added == gpt2.controls
-        and content.pre == "gpt-2"
-        and content.data.get("normalizer") is None
-        and [" ".join(pair) for pair in content.merges] == gpt2_merges()
-        and all(_byte_level_bytes(token or "") == gpt2.token_bytes(index) for index, token in enumerate(spellings))
-    )
+    if content.pre != "gpt-2" or content.data.get("normalizer") or content.added != {END_OF_TEXT: 50256}:
+        return False
+    merges = gpt2_merges()
+    tokens = [*byte_of_character(), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
+    return content.spellings() == tokens and [" ".join(pair) for pair in content.merges] == merges
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from llm_lightning.models.lora import (
     merge_and_unload,
     use_adapter,
 )
+from llm_lightning.models.skeleton import skeleton
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.build import from_description
 from llm_lightning.weights.adapters import refuse_other_base
@@ -30,7 +31,7 @@ from llm_lightning.weights.checkpoint import HEADER, CheckpointError, describe, 
 from llm_lightning.weights.checks.header import check_base
 from llm_lightning.weights.checks.tensors import of_model
 from llm_lightning.weights.digests import base_weights, digest_under
-from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft_folder
+from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft_folder, template_beside
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def load_model(
 
     Args:
         name_or_path: a checkpoint of ours, an adapter alone (`adapter.ckpt`, or a folder of PEFT's), a run folder, a
-            folder or .safetensors file of GPT-2 weights, or `gpt2-small`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`.
+            folder or file of published weights (safetensors or GGUF), a repository of the hub (`hf:ORG/NAME`), or a
+            short name of `releases.RELEASES`, such as `gpt2-small`.
         device: where to put the model.
         dtype: of the weights; default: as stored.
         base: where the weights under an adapter are now; default: where they were in training.
@@ -108,7 +110,10 @@ def _load_model(
     """`load_model`; `above`: the real paths of the adapters whose base this is."""
     above = _with(above, name_or_path)
     if is_peft_folder(name_or_path):
-        return _load_model(base or base_name_of(name_or_path), None, {"default": name_or_path} | dict(adapters), above)
+        under = base or base_name_of(name_or_path)
+        loaded = _load_model(under, None, {"default": name_or_path} | dict(adapters), above)
+        template = template_beside(name_or_path)
+        return replace(loaded, header=loaded.header | {"template": template}) if template else loaded
     path = resolve(name_or_path)
     if path is None:
         header, state, tokenizer = _from_pretrained(str(name_or_path))
@@ -144,7 +149,7 @@ def _with(above: tuple[str, ...], name_or_path: str | Path) -> tuple[str, ...]:
 
 
 def resolve(name_or_path: str | Path) -> Path | None:
-    """The checkpoint file, the best one of a run folder; None for GPT-2 weights.
+    """The checkpoint file, the best one of a run folder; None for published weights.
 
     Raises:
         FileNotFoundError: if a .ckpt file does not exist.
@@ -157,12 +162,12 @@ def resolve(name_or_path: str | Path) -> Path | None:
         return None
     if path.suffix == ".ckpt" and not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    return path if path.is_file() and path.suffix != ".safetensors" else None
+    return path if path.is_file() and path.suffix not in (".safetensors", ".gguf") else None
 
 
 def described_model(header: dict[str, Any]) -> GPT | Classifier:
     """The model that a header describes, on the meta device: names and shapes, no values."""
-    with torch.device("meta"):
+    with skeleton():
         model: GPT | Classifier = GPT(GPTConfig(**header["model"]), init="torch")
         if head := header.get("classifier"):
             assert isinstance(model, GPT)
@@ -229,7 +234,7 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
     if not isinstance(model, GPT):
         raise ValueError(f"{source}: an adapter goes on a GPT, not on a classifier; load the adapter alone instead")
     if is_peft_folder(source):
-        config, state = import_peft(source)
+        config, state = import_peft(source, model.config)
     else:
         path = resolve(source)
         checkpoint = load_weights(path) if path is not None else {HEADER: {}, "state_dict": {}}
@@ -255,12 +260,22 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
 def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
     from llm_lightning.weights.pretrained import load_pretrained
 
-    config, state, description, info = load_pretrained(name)
-    if description is None:
+    contents = load_pretrained(name)
+    config, info = contents.config, contents.info
+    if contents.tokenizer is None:
         raise ValueError(
             f"{name} does not say which tokenizer its {config.vocab_size:,} tokens belong to; "
             "export the model with llm-lightning export, which writes the tokenizer beside the weights"
         )
-    tokenizer = from_description(description)
-    header = describe(task="pretraining", model_config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"])
-    return header, state, tokenizer
+    tokenizer = from_description(contents.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{name} has {config.vocab_size:,} rows for the {tokenizer.vocab_size:,} tokens of its tokenizer; they are "
+            "not from the same model"
+        )
+    more = {"template": contents.template, "generation": contents.generation}
+    more = {key: value for key, value in more.items() if value is not None}
+    header = describe(
+        task="pretraining", model_config=config, tokenizer=tokenizer, lineage=info, digest=info["digest"], **more
+    )
+    return header, contents.state, tokenizer

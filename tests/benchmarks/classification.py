@@ -102,7 +102,7 @@ def prepare(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from llm_lightning.models.gpt import GPT, GPTConfig
-    from llm_lightning.weights.gpt2_names import to_hf
+    from llm_lightning.weights.families.gpt2 import to_hf
 
     torch.manual_seed(0)
     state = to_hf(GPT(GPTConfig()).state_dict(), GPTConfig())

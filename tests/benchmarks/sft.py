@@ -127,10 +127,11 @@ def prepare(folder: Path, shuffled: bool) -> None:
     from safetensors.torch import save_file
 
     from llm_lightning.models.gpt import GPT, GPTConfig
-    from llm_lightning.weights.gpt2_names import to_hf
+    from llm_lightning.weights.families.gpt2 import to_hf
 
     torch.manual_seed(0)
-    save_file(to_hf(GPT(GPTConfig()).state_dict(), GPTConfig()), folder / "gpt2.safetensors")
+    weights = to_hf(GPT(GPTConfig()).state_dict(), GPTConfig())
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "gpt2.safetensors")
     data = instruction_data(bucket=not shuffled)
     epoch = [[data.train_samples[index] for index in data.expected_samples(0, n)] for n in range(BATCHES)]
     rows = [
@@ -170,7 +171,7 @@ def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "a
     from llm_lightning.optim.schedules import ConstantConfig
     from llm_lightning.tasks.sft import SFTModule
     from llm_lightning.tokenizers.build import build_tokenizer
-    from llm_lightning.weights.gpt2_names import from_hf
+    from llm_lightning.weights.families.gpt2 import from_hf
 
     build_tokenizer("gpt2").encode("warm")
     baseline, clock = peak_mib(), Clock()

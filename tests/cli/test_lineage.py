@@ -15,7 +15,7 @@ from llm_lightning.cli import lineage
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights.checkpoint import HEADER, describe, save
-from llm_lightning.weights.pretrained import GPT2_WEIGHTS
+from llm_lightning.weights.releases import RELEASES
 
 
 def write(folder: Path, task: str, parent: str | None, parent_name: str | Path | None, seed: int = 0) -> str:
@@ -93,7 +93,7 @@ def test_published_weights_are_named_and_not_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    digest = GPT2_WEIGHTS["gpt2-small"].sha256
+    digest = RELEASES["gpt2-small"].sha256
     assert digest is not None
     write(tmp_path / "run", "sft", digest, "gpt2-small")
     assert shown(capsys, "run")[1] == f"└─ weights           weights {digest[:12]}  gpt2-small"

@@ -15,7 +15,7 @@ from llm_lightning.cli.main import main as cli
 from llm_lightning.inference.generation import generate
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.weights.checkpoint import HEADER, load, save
-from llm_lightning.weights.gpt2_names import to_hf
+from llm_lightning.weights.families.gpt2 import to_hf
 from llm_lightning.weights.load import load_model
 
 ROWS = 320  # of the head; the byte tokenizer has 257 tokens

@@ -9,6 +9,7 @@ import numpy as np
 from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.inspection import PAD, as_html, as_text
 from llm_lightning.tokenizers.build import build_tokenizer
+from llm_lightning.tokenizers.byte import ByteTokenizer
 
 BYTES = build_tokenizer("byte")
 END = 256
@@ -69,3 +70,14 @@ def test_a_spelt_out_end_of_text_is_text() -> None:
     assert as_text(BYTES, batch_of(([*ids, END], [13]))).endswith(
         f"14 tokens, loss on 1\n<|endoftext|>>><|endoftext|><<{PAD * 3}"
     )
+
+
+class ModelTokenizer(ByteTokenizer):
+    @property
+    def controls(self) -> dict[str, int]:
+        return {"<|end_of_text|>": END, "<|user|>": 1}
+
+
+def test_control_tokens_are_shown_by_their_own_names() -> None:
+    shown = as_text(ModelTokenizer(), batch_of(([1, 1, *b"ab", END], [3, 4])))
+    assert shown.split("\n")[1].rstrip(PAD) == "<|user|><|user|>a>>b<|end_of_text|><<"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from model_kinds import KINDS, of_kind
 from torch import Tensor, nn
 
 from llm_lightning.data.pairs import (
@@ -36,8 +37,7 @@ from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.schedules import ConstantConfig
 from llm_lightning.tasks.dpo import DPOModule
 from llm_lightning.tokenizers.build import build_tokenizer
-from llm_lightning.weights.gpt2_names import to_hf
-from tests.model_kinds import KINDS, of_kind
+from llm_lightning.weights.families.gpt2 import to_hf
 
 BYTES, GPT2 = build_tokenizer("byte"), build_tokenizer("gpt2")
 SHORT = "[{input}]Q{instruction}\nA{response}|"

@@ -180,9 +180,9 @@ def test_templates_that_cannot_be(text: str, message: str) -> None:
     [
         (
             "alpacca",
-            r"data.template='alpacca' is unknown: did you mean alpaca\? use alpaca, phi3, chatml, or a text with",
+            r"data.template='alpacca' is unknown: did you mean alpaca\? use alpaca, phi3, chatml, smollm2, llama3, qw",
         ),
-        ("???", r"is unknown: use alpaca, phi3, chatml, or a text with \{instruction\} and \{response\}"),
+        ("???", r"is unknown: use alpaca, .*, a text with \{instruction\} and \{response\}, or a .jinja file"),
     ],
 )
 def test_names_that_cannot_be(name: str, message: str) -> None:

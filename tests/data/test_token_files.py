@@ -90,6 +90,20 @@ def test_ids_are_those_of_whole_documents(name: str, piece: int, monkeypatch: py
         assert file.n_bytes == sum(len(document.encode()) for document in documents)
 
 
+def test_each_document_begins_with_the_id_that_the_tokenizer_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "PIECE", 50)
+    tokenizer, documents = build_tokenizer("byte"), [random_text(300, seed=n) for n in range(4)]
+    monkeypatch.setattr(tokenizer, "bos_id", 0, raising=False)
+    for add_eot in (True, False):
+        file = build_token_files(source_of("", *documents), tokenizer, val_fraction=0, add_eot=add_eot)["train"]
+        begun = [[0, *tokenizer.encode(document)] for document in documents]
+        expected = begun[0] + [token for ids in begun[1:] for token in [tokenizer.eot_id] * add_eot + ids]
+        assert file.tokens.tolist() == expected
+    parts = build_token_files(source_of(*documents), tokenizer, val_fraction=0.5, split="document")
+    assert [part.tokens[0] for part in parts.values()] == [0, 0]
+    assert sum(part.tokens.tolist().count(0) for part in parts.values()) == 4
+
+
 def test_a_document_without_any_split_point_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PIECE", 10)
     tokenizer = build_tokenizer("gpt2")

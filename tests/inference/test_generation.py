@@ -8,10 +8,10 @@ import random
 
 import pytest
 import torch
+from model_kinds import KINDS, of_kind
 
 from llm_lightning.inference.generation import PACKING_PAYS_FROM, Sampling, generate, next_ids, packed_linears
 from llm_lightning.models.gpt import GPT, GPTConfig
-from tests.model_kinds import KINDS, of_kind
 
 CONFIG = GPTConfig(vocab_size=61, context_length=32, n_layer=2, n_head=2, n_embd=16, tied_head=False)
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [60, 0, 60]]

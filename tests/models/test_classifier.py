@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from model_kinds import KINDS, of_kind
 from torch import Tensor
 
 from llm_lightning.models.attention import Context, causal_mask
 from llm_lightning.models.classifier import POOLINGS, Classifier, frozen_depth, train_only
 from llm_lightning.models.gpt import GPT, GPTConfig
-from tests.model_kinds import KINDS, of_kind
 
 CONFIG = GPTConfig(vocab_size=97, context_length=12, n_layer=3, n_head=4, n_embd=32)
 LENGTHS = torch.tensor([5, 12, 1])

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_kinds import KINDS, of_kind
 
 from llm_lightning.models.attention import Context, attend, attend_explicitly, causal_mask
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.rope import RopeScaling, frequencies, rotate, rotation
 from llm_lightning.models.shapes import linear_shapes, parameter_shapes
-from tests.model_kinds import KINDS, of_kind
 
 CONFIG = GPTConfig(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_embd=32)
 SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}

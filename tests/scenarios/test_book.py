@@ -26,7 +26,7 @@ from llm_lightning.experiments.sweep.words import list_jobs
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import apply_lora
-from llm_lightning.weights.gpt2_names import to_hf
+from llm_lightning.weights.families.gpt2 import to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 

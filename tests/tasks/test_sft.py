@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from model_kinds import of_kind
 from models.test_book_parity import book_model, ours_from
 from record_gradients import AnswersDataModule, tiny_sft_module, train
 from test_base import assert_close, record
@@ -32,9 +33,8 @@ from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.schedules import WarmupCosineConfig
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tokenizers.build import build_tokenizer
-from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
-from tests.model_kinds import of_kind
 
 GPT2 = build_tokenizer("gpt2")
 CONFIG = GPTConfig(vocab_size=50257, context_length=128, n_layer=2, n_head=2, n_embd=32)

@@ -20,6 +20,7 @@ FORMS = {
     "lora": ["lora=default"],
     "head": ["task.trained_blocks=0"],
     "all": ["task.trained_blocks=all"],
+    "llama": ["task.trained_blocks=all"],
 }
 
 
@@ -44,13 +45,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Callable[[str], Found]:
+def bases(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[str, Path]:
+    """The weights that each of `FORMS` begins with."""
+    llama = write_checkpoint(tmp_path_factory.mktemp("llama") / "base.ckpt", n_layer=3, kind="llama")
+    return dict.fromkeys(FORMS, base) | {"llama": llama}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Callable[[str], Found]:
     """What one process finds, for each of `FORMS`."""
 
     @functools.cache
     def of(form: str) -> Found:
         folder = tmp_path_factory.mktemp("alone") / "run"
-        return found(folder, fit_here(words(folder, base, *FORMS[form], "data.batch_size=6")))
+        return found(folder, fit_here(words(folder, bases[form], *FORMS[form], "data.batch_size=6")))
 
     return of
 
@@ -85,11 +93,11 @@ def test_two_processes_are_one_with_many_classes(tmp_path: Path, base: Path) -> 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_are_one(
-    tmp_path: Path, base: Path, alone: Callable[[str], Found], strategy: str, form: str
+    tmp_path: Path, bases: dict[str, Path], alone: Callable[[str], Found], strategy: str, form: str
 ) -> None:
     losses, metrics = alone(form)
     two = [f"accelerator={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=3"]
-    command = [word for word in words(tmp_path / "two", base, *FORMS[form], *two) if word != "accelerator=cpu"]
+    command = [word for word in words(tmp_path / "two", bases[form], *FORMS[form], *two) if word != "accelerator=cpu"]
     other_losses, other_metrics = found(tmp_path / "two", finish_two(command, tmp_path))
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
     assert [step for step, _ in losses] == [step for step, _ in other_losses] == [0, 1, 2, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -12,10 +13,14 @@ from tokenizers.trainers import BpeTrainer
 
 CORPUS = "\n".join(topics.values())[:60_000] + " naïve Größe слово 日本語 テキスト 한국어 ½ ² 😀 we're they'll" * 20
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-NOT_SPECIAL = ["<think>", "</think>", "word"]
+NOT_SPECIAL = ("<think>", "</think>", "word")
+"""The last one is a word of the corpus, so that merges would yield it."""
 
 # Published in the tokenizer.json of Llama 3 and of Qwen 2.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+    r"|\s+"
+)
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -29,8 +34,13 @@ CUTS = {
 }
 
 
-def byte_level(pre: str, vocab_size: int = 800, special_first: bool = True) -> dict[str, Any]:
-    """The content of a tokenizer.json with the cut `pre`; control tokens are its first ids, or its last ones."""
+def byte_level(pre: str, *, special_first: bool = True, not_special: tuple[str, ...] = NOT_SPECIAL) -> dict[str, Any]:
+    """The content of a tokenizer.json with the cut `pre`; special tokens are its first ids, or its last ones."""
+    return json.loads(_byte_level(pre, special_first, not_special))
+
+
+@cache
+def _byte_level(pre: str, special_first: bool, not_special: tuple[str, ...]) -> str:
     tokenizer = Tokenizer(BPE(ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = CUTS[pre]
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,10 +48,10 @@ def byte_level(pre: str, vocab_size: int = 800, special_first: bool = True) -> d
         tokenizer.normalizer = normalizers.NFC()
     first = SPECIAL if special_first else []
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=first, initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(vocab_size=800, special_tokens=first, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([CORPUS], trainer)
     tokenizer.add_special_tokens([] if special_first else SPECIAL)
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in NOT_SPECIAL])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in not_special])
     if pre == "llama-bpe":
         begin = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
         tokenizer.post_processor = processors.Sequence(
@@ -50,18 +60,22 @@ def byte_level(pre: str, vocab_size: int = 800, special_first: bool = True) -> d
                 processors.TemplateProcessing(single="<|im_start|> $A", pair="$A $B", special_tokens=[begin]),
             ]
         )
-    return json.loads(tokenizer.to_str())
+    return tokenizer.to_str()
 
 
-def llama2(legacy: bool = True, vocab_size: int = 700) -> dict[str, Any]:
-    """The content of a tokenizer.json as of Llama 2: characters with bytes behind them, and a space before a text."""
+def llama2(*, legacy: bool = True) -> dict[str, Any]:
+    """The content of a tokenizer.json as of Llama 2: characters, bytes for those it lacks, and a space before a text.
+
+    Args:
+        legacy: whether a normalizer adds the space, as in the published file, or a pre-tokenizer.
+    """
     tokenizer = Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True)
     tokenizer.pre_tokenizer = spaces
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     alphabet = [chr(code) for code in range(33, 127)]
     trainer = BpeTrainer(
-        vocab_size=vocab_size, special_tokens=first, initial_alphabet=alphabet, limit_alphabet=120, show_progress=False
+        vocab_size=700, special_tokens=first, initial_alphabet=alphabet, limit_alphabet=120, show_progress=False
     )
     tokenizer.train_from_iterator([CORPUS], trainer)
     prepend = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -12,27 +12,19 @@ import socket
 import tempfile
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import regex
 import tiktoken
+from made_tokenizers import CUTS, byte_level, llama2
+from odd_texts import CLASSES, CORPUS, random_text
 
 from llm_lightning.tokenizers import tiktoken_encodings, trained
 from llm_lightning.tokenizers.base import END_OF_TEXT, StreamDecoder, Tokenizer
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
 from llm_lightning.tokenizers.tiktoken_encodings import GPT2_PATTERN, TiktokenTokenizer, byte_of_character
-
-CORPUS = "\n".join(topics.values())[:150_000]
-CLASSES = [" ", "\t", "\n", "a", "s", "'", ".", "/", "1", "中", "。", "\u0301"]
-"""One character for each way in which the patterns treat characters."""
-FRAGMENTS = [
-    *CLASSES, "\r\n", "\r", "\0", "  ", "\n\n ", "\u00a0", "\u2028", "\u3000", "\x1c", "\x85", "\u200b", "\ufeff",
-    "\ufffd", "the", " the", "Hello", "don't", "we'LL", "it's", "'re", "42", "3.14", "1234567", "x_y", "--", "...",
-    "!?", "://", "naïve", "Größe", "слово", "日本語", "テキスト", "한국어", "، عربي", "ไทย", "हिन्दी", "ǅ", "Ⅷ", "²",
-    "e\u0301", "😀", "👩\u200d👧", "🇩🇪", "\U0010ffff", END_OF_TEXT, "<|unk|>", "<|im_start|>", "<|", "|>", "Ġ",
-]  # fmt: skip
+from llm_lightning.tokenizers.tokenizer_json import JsonTokenizer
 
 # The patterns of tiktoken 0.14; its encodings themselves would have to be downloaded.
 CL100K_PATTERN = (
@@ -65,29 +57,27 @@ def built() -> dict[str, Tokenizer]:
         "byte": build_tokenizer("byte"),
         "word": build_tokenizer("word", texts=[CORPUS]),
         "bpe": build_tokenizer("bpe", vocab_size=1000, texts=[CORPUS]),
+        **{pre: JsonTokenizer(json.dumps(byte_level(pre)), eot_id=0, stop_ids=[2, 0]) for pre in CUTS},
+        "llama2": JsonTokenizer(json.dumps(llama2()), eot_id=2),
         **{name: TiktokenTokenizer(encoding, {"name": name}) for name, encoding in foreign.items()},
     }
 
 
-@pytest.fixture(params=["gpt2", "byte", "word", "bpe", "cl100k_base", "o200k_base"])
+@pytest.fixture(
+    params=["gpt2", "byte", "word", "bpe", "cl100k_base", "o200k_base", "gpt-2", "smollm", "llama-bpe", "qwen2"]
+)
 def any_tokenizer(request, built) -> Tokenizer:
     return built[request.param]
 
 
-@pytest.fixture(params=["gpt2", "byte", "bpe"])
+@pytest.fixture(params=["gpt2", "byte", "bpe", "smollm", "llama-bpe"])
 def lossless(request, built) -> Tokenizer:
     return built[request.param]
 
 
-@pytest.fixture(params=["gpt2", "byte", "word", "bpe"])
+@pytest.fixture(params=["gpt2", "byte", "word", "bpe", "qwen2", "llama2"])
 def own(request, built) -> Tokenizer:
     return built[request.param]
-
-
-def random_text(rng: random.Random, longest: int = 12) -> str:
-    """Fragments that meet each other in unusual ways, and arbitrary code points among them."""
-    parts = rng.choices(FRAGMENTS, k=rng.randrange(longest))
-    return "".join(part if rng.random() < 0.9 else chr(rng.randrange(0xD800)) for part in parts)
 
 
 def real_text(name: str) -> str:
@@ -167,6 +157,16 @@ def test_special_tokens_in_text_are_plain_text(any_tokenizer):
         ids = any_tokenizer.encode(random_text(rng) + END_OF_TEXT + random_text(rng))
         assert any_tokenizer.eot_id not in ids
         assert max(ids) < any_tokenizer.vocab_size
+
+
+def test_controls_and_what_begins_and_ends_a_text(built):
+    assert built["gpt2"].controls == {END_OF_TEXT: 50256}
+    assert built["word"].controls == {END_OF_TEXT: built["word"].eot_id}
+    for name in ("gpt2", "byte", "word", "bpe"):
+        assert (built[name].bos_id, built[name].stop_ids) == (None, (built[name].eot_id,))
+        assert built[name].encode_document("a b").tolist() == built[name].encode("a b")
+    without = TiktokenTokenizer(tiktoken.Encoding("x", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={}), {})
+    assert (dict(without.controls), without.stop_ids) == ({}, ())
 
 
 def test_surrogates_become_replacement_characters(own):

@@ -27,7 +27,7 @@ from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.checkpoint import HEADER, CheckpointError
-from llm_lightning.weights.gpt2_names import to_hf
+from llm_lightning.weights.families.gpt2 import to_hf
 from llm_lightning.weights.load import load_model
 
 CONFIG = GPTConfig(vocab_size=257, context_length=8, n_layer=1, n_head=2, n_embd=8)

@@ -23,7 +23,7 @@ from llm_lightning.models.lora import (
 )
 from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
-from llm_lightning.weights.gpt2_names import config_to_hf, module_from_hf, module_to_hf, to_hf
+from llm_lightning.weights.families.gpt2 import config_to_hf, module_from_hf, module_to_hf, to_hf
 from llm_lightning.weights.load import load_model
 from llm_lightning.weights.peft_format import export_peft, import_peft
 
@@ -88,7 +88,7 @@ def test_out_to_peft(tmp_path: Path, config: LoRAConfig) -> None:
     state = adapter_state(ours)
     for key, parameter in state.items():
         path, _, kind = key.rpartition(".lora_")
-        found = gradients[f"base_model.model.{module_to_hf(path)}.lora_{kind}.default.weight"]
+        found = gradients[f"base_model.model.{module_to_hf(path)[0]}.lora_{kind}.default.weight"]
         expected = parameter.grad
         assert expected is not None
         if config.qkv == "split" and path.endswith("qkv_proj") and kind == "B":
@@ -117,7 +117,7 @@ def test_in_from_peft(tmp_path: Path, rslora: bool) -> None:
         if "lora_" in name:
             parameter.normal_(std=0.2, generator=generator)
     theirs.save_pretrained(tmp_path)
-    config, state = import_peft(tmp_path)
+    config, state = import_peft(tmp_path, CONFIG)
     load_adapter_state(ours, state, config, "theirs")
     torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=0, atol=1e-5)
     assert set(config.targets) == {
@@ -130,7 +130,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     config = FORMS[0]
     ours, _ = adapted(config)
     export_peft(ours, config, tmp_path / "adapter")
-    read, state = import_peft(tmp_path / "adapter")
+    read, state = import_peft(tmp_path / "adapter", CONFIG)
     other = GPT(CONFIG)
     randomize(other, 1)
     load_adapter_state(other, state, read)
@@ -140,7 +140,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 def test_names_there_and_back() -> None:
     names = [f"blocks.7.{part}" for part in ("attn.qkv_proj", "attn.out_proj", "mlp.up_proj", "mlp.down_proj")]
-    assert [module_from_hf(module_to_hf(name)) for name in names] == names
+    assert [module_from_hf(module_to_hf(name)[0]) for name in names] == [(name, 0) for name in names]
     for wrong in ("transformer.h.0.ln_1", "model.layers.0.q_proj", "score"):
         with pytest.raises(ValueError, match="not a linear layer of GPT-2"):
             module_from_hf(wrong)
@@ -161,7 +161,7 @@ def test_an_adapter_on_the_head_stays_here(tmp_path: Path) -> None:
         ("use_dora", True),
         ("bias", "all"),
         ("peft_type", "IA3"),
-        ("rank_pattern", {"x": 2}),
+        ("init_lora_weights", "pissa"),
         ("modules_to_save", ["wte"]),
     ],
 )
@@ -172,13 +172,13 @@ def test_other_kinds_of_adapters_are_refused(tmp_path: Path, key: str, value: An
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     file.with_name("export_report.json").unlink()
     with pytest.raises(ValueError, match=f"adapter_config.json: {key}="):
-        import_peft(tmp_path / "adapter")
+        import_peft(tmp_path / "adapter", CONFIG)
 
 
 def test_missing_and_occupied_folders(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"no adapter_model.safetensors; pickled adapters"):
-        import_peft(tmp_path)
+        import_peft(tmp_path, CONFIG)
     with pytest.raises(ValueError, match="is not empty"):
         export_peft(adapted(FORMS[0])[0], FORMS[0], tmp_path)
 

@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
-from llm_lightning.weights import hf_export
-from llm_lightning.weights.gpt2_names import config_to_hf, to_hf
+from llm_lightning.weights import hf_checks
+from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
-from llm_lightning.weights.pretrained import GPT2_WEIGHTS, Release, load_pretrained
+from llm_lightning.weights.pretrained import load_pretrained
+from llm_lightning.weights.releases import RELEASES, Pinned
 
 CONFIG = GPTConfig(vocab_size=300, context_length=16, n_layer=2, n_head=2, n_embd=128)
 TEXT = "It's 1,234 apples --  naïve café, ab!\n\tThe End of it." * 3
@@ -46,7 +47,8 @@ def folder(model: GPT, tmp_path: Path) -> Path:
     """A folder as the hub has them."""
     path = tmp_path / "hub_folder"
     path.mkdir()
-    save_file(to_hf(model.state_dict(), CONFIG), path / "model.safetensors")
+    weights = to_hf(model.state_dict(), CONFIG)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config_to_hf(CONFIG, 0)))
     return path
 
@@ -67,22 +69,22 @@ def hub(model: GPT, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         yield handler
 
 
-def release(sha256: str | None) -> Release:
-    return Release("openai-community/gpt2", COMMIT, sha256, CONFIG)
+def release(sha256: str | None) -> Pinned:
+    return Pinned("openai-community/gpt2", COMMIT, sha256, asdict(CONFIG))
 
 
 def test_the_table_has_the_released_sizes() -> None:
     parameters = {"gpt2-small": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
     for name, expected in (parameters | {"gpt2-xl": 1_557_611_200}).items():
         with torch.device("meta"):
-            assert GPT(GPT2_WEIGHTS[name].config).num_parameters() == expected
+            assert GPT(GPTConfig(**RELEASES[name].config)).num_parameters() == expected
 
 
 @pytest.mark.parametrize("pinned", [True, False], ids=["digest_in_source", "digest_of_the_hub"])
 def test_a_named_download_is_verified_once_and_then_needs_no_hub(
     hub: type[FakeHub], model: GPT, monkeypatch: pytest.MonkeyPatch, pinned: bool
 ) -> None:
-    monkeypatch.setitem(GPT2_WEIGHTS, "gpt2-small", release(hub.digest if pinned else None))
+    monkeypatch.setitem(RELEASES, "gpt2-small", release(hub.digest if pinned else None))
     loaded = load_pretrained("gpt2-small")
     assert_same_weights(loaded.state, model)
     assert loaded.config == CONFIG
@@ -103,7 +105,7 @@ def test_a_named_download_is_verified_once_and_then_needs_no_hub(
 def test_a_wrong_digest_is_refused(
     hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pinned: bool
 ) -> None:
-    monkeypatch.setitem(GPT2_WEIGHTS, "gpt2-small", release(hub.digest if pinned else None))
+    monkeypatch.setitem(RELEASES, "gpt2-small", release(hub.digest if pinned else None))
     hub.content = hub.content[:-1] + bytes([hub.content[-1] ^ 1])
     with pytest.raises(OSError, match=f"sha256 .*, expected {hub.digest}"):
         load_pretrained("gpt2-small")
@@ -129,6 +131,26 @@ def test_folder_file_and_shards_give_the_same_weights(folder: Path, model: GPT) 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     assert_same_weights(load_pretrained(folder).state, model)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "empty", "twice"])
+def test_a_damaged_shard_is_named(folder: Path, damage: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="500KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert load_pretrained(folder).config == CONFIG
+    content = shards[1].read_bytes()
+    if damage == "missing":
+        shards[1].unlink()
+    else:
+        size = {"short": len(content) - 1, "empty": 0, "twice": len(content)}[damage]
+        shards[1].write_bytes(shards[0].read_bytes() if damage == "twice" else content[:size])
+    with pytest.raises((FileNotFoundError, ValueError), match=shards[1].name) as caught:
+        load_pretrained(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_stay_when_their_file_goes(folder: Path, model: GPT) -> None:
@@ -160,7 +182,7 @@ def test_the_tokenizer_of_a_folder_is_recognised(folder: Path, tmp_path: Path) -
     changed = json.loads((folder / "tokenizer.json").read_text())
     changed["model"]["merges"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(changed))
-    assert load_pretrained(folder).tokenizer is None
+    assert load_pretrained(folder).tokenizer["name"] == "tokenizer_json"
 
 
 @pytest.mark.parametrize("tied_head", [True, False], ids=["tied", "untied"])
@@ -283,7 +305,7 @@ def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_one(
             export_hf(model, config, tokenizer, target, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.setattr(hf_export, "_compare_with_transformers", lambda *_: (1.0, 10.0))
+    monkeypatch.setattr(hf_checks, "_compare_with_transformers", lambda *_: (1.0, 10.0))
     with pytest.raises(ValueError, match="differ by 1; nothing was written"):
         export_hf(model, config, tokenizer, target, overwrite=True)
     with torch.no_grad():
@@ -345,6 +367,14 @@ def test_damaged_and_hostile_files_give_one_clear_error(folder: Path, content: b
     assert len(str(caught.value)) < 600
 
 
+def test_quantised_weights_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model.safetensors: {name} is of type F8_E4M3; quantised weights are read"):
+        load_pretrained(folder)
+
+
 def test_every_truncation_is_noticed(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     for size in range(0, len(content), len(content) // 50):
@@ -384,6 +414,6 @@ def test_a_config_of_another_model_is_refused_with_its_path(folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG, 0) | {"n_layer": 3}))
     with pytest.raises(ValueError, match=r"hub_folder: the weights do not fit this GPT-2; missing: h\.2\."):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='llama' is not supported"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    with pytest.raises(ValueError, match=r"hub_folder: config.json: model_type='mistral' is not a family known here"):
         load_pretrained(folder)

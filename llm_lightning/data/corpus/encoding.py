@@ -80,12 +80,16 @@ def before_last_space(text: str) -> int:
 
 def encoded(batches: Iterable[Batch], tokenizer: Tokenizer, add_eot: bool) -> Iterator[tuple[Batch, np.ndarray, int]]:
     """Encode on all cores, in order, with a few batches in memory; yields batch, ids and bytes of text."""
-    separator = np.array([tokenizer.eot_id] if add_eot else [], dtype=tokenizer.dtype)
+    begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=tokenizer.dtype)
+    separator = np.array([*([tokenizer.eot_id] if add_eot else []), *begin], dtype=tokenizer.dtype)
+    begun: set[str] = set()
     n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     running: deque[tuple[Batch, Future[tuple[np.ndarray, int]]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         for batch in batches:
-            running.append((batch, pool.submit(_encode, batch, tokenizer, separator)))
+            before = begin if batch.pieces and batch.part not in begun else begin[:0]
+            begun |= {batch.part} if batch.pieces else set()
+            running.append((batch, pool.submit(_encode, batch, tokenizer, separator, before)))
             if len(running) > 2 * n_threads:
                 done, future = running.popleft()
                 yield done, *future.result()
@@ -93,8 +97,8 @@ def encoded(batches: Iterable[Batch], tokenizer: Tokenizer, add_eot: bool) -> It
             yield done, *future.result()
 
 
-def _encode(batch: Batch, tokenizer: Tokenizer, separator: np.ndarray) -> tuple[np.ndarray, int]:
+def _encode(batch: Batch, tokenizer: Tokenizer, separator: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, int]:
     texts = [piece for piece in batch.pieces if piece is not None]
     n_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
     ids = [separator if piece is None else tokenizer.encode_array(piece) for piece in batch.pieces]
-    return np.concatenate([separator[:0], *ids]), n_bytes
+    return np.concatenate([before, *ids]), n_bytes

@@ -70,7 +70,8 @@ def build_token_files(
     Args:
         tokenizer: or a function that trains one on the texts of the training part. If it is a `functools.partial`, its
             arguments must determine the result, and the trained tokenizer is cached.
-        add_eot: put the tokenizer's end of text between two documents of a part.
+        add_eot: put the tokenizer's end of text between two documents of a part. Each begins with the tokenizer's
+            `bos_id`, where there is one.
 
     Raises:
         ValueError: bad text, a split or a part without tokens, or a tokenizer without an end of text.

@@ -112,7 +112,7 @@ def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Iterator[Piece
             continue
         if kind == "header" and not segment.ids:
             ids, n = tokenizer.encode_array(question + text), len(tokenizer.encode_array(question))
-            yield ids[:n], "prompt"
+            yield from ((ids[:n], "prompt"),) if n else ()
             yield ids[n:], "header"
         else:
             if question:

@@ -2,8 +2,11 @@
 
 Data flow: a conversation -> messages, control tokens in them hidden -> renderings of the whole conversation and of its
 beginnings -> segments -> token ids. The segments are cut by comparing renderings, so that they say what generation will
-see: the prompt is a rendering with the generation prompt, and the answer is what the whole rendering has behind it, up
-to the first control token that the template writes after an answer.
+see: the prompt is a rendering with the generation prompt, and the answer is what the whole rendering has behind it.
+
+Of the kinds of segments, `header` is the generation prompt, such as `<|im_start|>assistant`; `response` is all that
+generation writes before the end, thinking included; `end` goes up to the first control token that the template writes
+after an answer, or is the tokenizer's end of text where it writes none; `prompt` is the rest.
 
 A template may change earlier turns when a conversation goes on: Qwen3's removes their thinking. Then only the last
 answer is marked as an answer, because no prompt led to the others as they are.
@@ -12,6 +15,7 @@ answer is marked as an answer, because no prompt led to the others as they are.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date as day
@@ -27,6 +31,7 @@ from llm_lightning.tokenizers.base import Tokenizer
 DATE = "2024-07-26"
 """The day that a template sees, never today's: the one that Llama 3.1's and 3.2's name themselves."""
 Messages = list[dict[str, str]]
+_LIKE_CONTROLS = re.compile(r"<\|\w+\|>")
 _MARK = "\ue000"
 """Is in no template: a private character."""
 
@@ -125,6 +130,9 @@ class ChatTemplate(Template):
                 f"template {self.name} writes {', '.join(missing)}, which this tokenizer has no control token for; "
                 "choose another one, such as data.template=alpaca"
             )
+        shape = _shape(self, tokenizer)
+        if plain := set(_LIKE_CONTROLS.findall(shape.header + shape.footer)) - tokenizer.controls.keys():
+            log.warning("template %s writes %s, for this tokenizer plain text", self.name, ", ".join(sorted(plain)))
         if self.end_id(tokenizer) is None:
             raise ValueError(
                 f"template {self.name} ends an answer with no control token of this tokenizer, which has no "
@@ -229,7 +237,7 @@ class ChatTemplate(Template):
         try:
             return _strings_looked_for(self.text)
         except RenderError as error:
-            raise ValueError(f"template {self.name}: {error}") from None
+            raise ValueError(f"template {self.name} {error}") from None
 
 
 def _hidden(message: dict[str, str], hiding: Hiding, controls: Controls, kept: Collection[str]) -> dict[str, str]:

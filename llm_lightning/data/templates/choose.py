@@ -46,6 +46,8 @@ def choose_template(
     if wanted in others:
         return ChatTemplate(wanted, others[wanted], date, special)
     if wanted.endswith(".jinja"):
+        if own and own["name"] == Path(wanted).name and not Path(wanted).exists():
+            return from_description(own, template_date=template_date)  # a run goes on without the file
         return ChatTemplate(Path(wanted).name, _read(Path(wanted)), date, special)
     if "{" in wanted:
         return SlotTemplate("data.template", wanted)
@@ -76,6 +78,17 @@ def from_description(description: Mapping[str, Any], *, template_date: str | Non
         tuple(sorted(description.get("tokens", {}).items())),
         tuple(description.get("controls", ())),
     )
+
+
+def template_in(header: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The description of the template in a header: of the model's training, or its own; None: there is none.
+
+    Checkpoints of earlier versions name it in their settings alone.
+    """
+    if "template" in header:
+        return dict(header["template"])
+    wanted = (header.get("config", {}).get("data") or {}).get("template")
+    return choose_template(wanted).describe() if wanted is not None else None
 
 
 def _read(path: Path) -> str:

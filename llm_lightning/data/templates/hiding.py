@@ -24,7 +24,7 @@ class Controls:
     def __init__(self, ids: Mapping[str, int]) -> None:
         self.ids = {text: index for text, index in ids.items() if text}
         self._pattern = _any_of(self.ids)
-        # A message may also complete what the template begins, or begin what it completes.
+        # A message may also complete what the template begins, begin what it completes, or be a part in between.
         self._beginnings = {text[:n] for text in self.ids for n in range(1, len(text))}
         self._endings = {text[-n:] for text in self.ids for n in range(1, len(text))}
         self._longest = max(map(len, self.ids), default=0)
@@ -52,6 +52,8 @@ class Controls:
         while match := pattern.search(text, start):
             found.add(match.start())
             start = match.start() + 1  # the next one may begin inside
+        if text.strip() and any(text in control for control in self.ids):
+            found.add(0)
         for n in range(1, min(self._longest, len(text) + 1)):
             if text[-n:] in self._beginnings:
                 found.add(len(text) - n)

@@ -52,7 +52,9 @@ _OPTIONAL: dict[str, Check] = {
     "base": TEXT,
     "rows": DICT,
     "template": DICT,
+    "generation": DICT,
 }
+_GENERATION: dict[str, Check] = {"eos_token_id": list_of(COUNT), "bos_token_id": COUNT, "pad_token_id": COUNT}
 _LINEAGE: dict[str, Check] = {
     **dict.fromkeys(("data", "parent", "parent_name", "base", "base_of"), or_none(TEXT)),
     "places": DICT,
@@ -86,6 +88,7 @@ def check_header(header: Mapping[str, Any]) -> None:
     check_keys(header.get("lineage", {}), f"{HEADER}.lineage", _LINEAGE, is_optional=True)
     settings = {"data": DICT, "monitor": or_none(TEXT)}
     check_keys(header.get("config", {}), f"{HEADER}.config", settings, is_optional=True)
+    check_keys(header.get("generation", {}), f"{HEADER}.generation", _GENERATION, is_optional=True)
     if "rows" in header:
         check_keys(header["rows"], f"{HEADER}.rows", {"count": COUNT, "sha256": TEXT})
     if "template" in header:

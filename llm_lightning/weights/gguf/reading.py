@@ -156,11 +156,13 @@ def _template(metadata: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> dict
     text = metadata.get("tokenizer.chat_template")
     if not isinstance(text, str) or not text:
         return None
-    return describe_chat_template(text, tokenizer["special_tokens"])
+    return describe_chat_template(text, tokenizer.get("special_tokens", {}))
 
 
 def _generation(metadata: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """Ids as in a `generation_config.json`."""
     ids = {name: metadata.get(f"{PREFIX}{key}") for name, key in _IDS.items()}
     known = {name: index for name, index in ids.items() if index is not None}
-    return {"eos_token_id": list(tokenizer["stop_ids"]), **known}
+    eos_id = metadata.get(f"{PREFIX}eos_token_id")
+    stop_ids = tokenizer.get("stop_ids", [] if eos_id is None else [eos_id])  # the description of gpt2 has none
+    return {"eos_token_id": list(stop_ids), **known}
