@@ -59,7 +59,7 @@ def test_a_tuned_model_becomes_a_file_with_its_adapters_merged(
     assert metadata["llm_lightning.digest"] == checkpoint.verify(path)
     assert "<|im_start|>" in (tmp_path / "out" / "Modelfile").read_text()
     printed = capsys.readouterr()
-    assert "llama, 111,424 parameters in f32; log-probabilities differ by" in printed.out
+    assert "llama, 80,192 parameters in f32; log-probabilities differ by" in printed.out
     assert "chatml is only in the Modelfile" in printed.out + printed.err
 
 
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_one_line(
 
 def test_a_classifier_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Classifier(random_model(CONFIGS["llama"]), 2, pooling="last", causal=True)
-    head = {"labels": ["ham", "spam"], "pooling": "last", "causal": True, "pad_to": None}
+    head = {"labels": ["ham", "spam"], "pooling": "last", "causal": True, "pad_to": None, "pad_id": 0}
     path = write(tmp_path / "a.ckpt", model, classifier=head)
     assert cli(["export", str(path), str(tmp_path / "out"), "--format", "gguf"]) == 2
     assert "GGUF has no form for this model, a classifier" in capsys.readouterr().err
