@@ -33,7 +33,9 @@ NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
 """Top-level keys of settings that start other runs or let code run."""
 WITH_DIGEST = ("data.path", "init_from")
 """Settings that name files outside the run folder, which are identified by their digest."""
-RELEASES = re.compile(r"null|None|gpt2-(small|medium|large|xl)|smollm2-135m-instruct(-q4)?|hf:[\w.-]+/[\w.-]+(@[\w.-]+)?")
+RELEASES = re.compile(
+    r"null|None|gpt2-(small|medium|large|xl)|smollm2-135m-instruct(-q4)?|hf:[\w.-]+/[\w.-]+(@[\w.-]+)?", re.ASCII
+)
 """Values of init_from that are not files."""
 TARGETS = re.compile(
     r"llm_lightning(\.\w+)+|torch\.optim\.[A-Z]\w+|lightning\.Trainer|lightning\.pytorch\.(callbacks\.[A-Z]\w+"
