@@ -83,6 +83,7 @@ def settings(outside: Path) -> list[str]:
         "data.path=['/etc/passwd']",
         "data.path=${oc.env:HOME}",
         f"init_from='{here}/x.ckpt'",
+        "init_from=hf:org/name",
         f"task.reference='{here}/x.ckpt'",
         f"data.hf_dataset='{here}'",
         "data.hf_dataset=../data",

@@ -18,6 +18,7 @@ from torch.optim import SGD, NAdam
 
 from llm_lightning.experiments.build import build_optimizer
 from llm_lightning.experiments.monitors import fill_modes
+from llm_lightning.experiments.open_settings import parameter_count
 from llm_lightning.experiments.settings.checks import check_overrides
 from llm_lightning.experiments.settings.compose import PRESETS, prepare_hydra
 from llm_lightning.experiments.settings.help import help_text
@@ -29,6 +30,7 @@ from llm_lightning.optim.adamw import AdamWConfig
 from llm_lightning.optim.muon import MuonConfig
 from llm_lightning.optim.schedules import ConstantConfig, WarmupCosineConfig
 from llm_lightning.optim.torch_optim import TorchOptimConfig
+from llm_lightning.weights.renamed import ADDED
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -138,12 +140,18 @@ def test_two_runs_of_the_same_second_have_two_folders() -> None:
 
 # --- what the configs build ----------------------------------------------------------------------------------------
 
-SIZES = {
-    "nano": None,
-    "gpt2_small": 124_439_808,
-    "gpt2_medium": 354_823_168,
-    "gpt2_large": 774_030_080,
-    "gpt2_xl": 1_557_611_200,
+SIZES = {  # (tokens, parameters) as released
+    "nano": (2048, 1_071_872),
+    "nano_llama": (2048, 988_288),
+    "gpt2_small": (50257, 124_439_808),
+    "gpt2_medium": (50257, 354_823_168),
+    "gpt2_large": (50257, 774_030_080),
+    "gpt2_xl": (50257, 1_557_611_200),
+    "smollm2_135m": (49152, 134_515_008),
+    "smollm2_360m": (49152, 361_821_120),
+    "qwen2_5_0_5b": (151936, 494_032_768),
+    "qwen3_0_6b": (151936, 596_049_920),
+    "llama3_2_1b": (128256, 1_235_814_400),
 }
 
 
@@ -151,17 +159,27 @@ SIZES = {
 def test_models_have_the_published_number_of_parameters(name: str) -> None:
     import torch
 
-    model = composed(f"model={name}").model
+    model = plain(composed(f"model={name}"))["model"]
     fields = {key: value for key, value in model.items() if key in GPTConfig.__dataclass_fields__}
+    vocabulary, parameters = SIZES[name]
+    config = GPTConfig(**{**fields, "vocab_size": vocabulary})
     with torch.device("meta"):
-        built = GPT(GPTConfig(**{**fields, "vocab_size": 50257}), init=model.init)
-    if SIZES[name]:
-        assert built.num_parameters() == SIZES[name]
+        built = GPT(config, init=model["init"])
+    assert built.num_parameters() == parameter_count(config) == parameters
 
 
-def test_model_keys_are_those_of_gpt_config() -> None:
-    extra = {"dropout", "init", "activation_checkpointing", "peak_lr", "finetune_lr", "preference_lr"}
-    assert set(composed().model) - extra == set(GPTConfig.__dataclass_fields__) - {"layer_norm_eps"}
+@pytest.mark.parametrize("words", [*([f"model={name}"] for name in group_options(CONF, "model")), ["init_from=x"]])
+def test_model_keys_are_those_of_gpt_config(words: list[str]) -> None:
+    config = check_overrides(words, CONF)
+    assert set(config.model) - {"dropout", "init", "activation_checkpointing"} == set(GPTConfig.__dataclass_fields__)
+
+
+def test_files_of_gpt2_say_what_a_header_without_a_field_means() -> None:
+    fields = {name: field.default for name, field in GPTConfig.__dataclass_fields__.items()}
+    model = plain(composed())["model"]
+    assert {f"model.{name}" for name in ("norm", "n_kv_head", "mlp_bias")} < set(ADDED)
+    for key, value in ADDED.items():
+        assert fields[key.removeprefix("model.")] == model[key.removeprefix("model.")] == value
 
 
 def test_one_dropout_sets_all_three() -> None:
@@ -171,23 +189,31 @@ def test_one_dropout_sets_all_three() -> None:
 
 def test_our_optimizers_and_schedules_build() -> None:
     config = composed()
-    assert isinstance(instantiate(config.optimizer), AdamWConfig)
+    assert isinstance(build_optimizer(rated(config)), AdamWConfig)
     assert isinstance(instantiate(config.scheduler), WarmupCosineConfig)
     assert isinstance(instantiate(composed("scheduler=constant").scheduler), ConstantConfig)
-    assert set(config.optimizer) - {"_target_"} == set(AdamWConfig.__dataclass_fields__)
-    assert set(composed("optimizer=muon").optimizer) - {"_target_"} == set(MuonConfig.__dataclass_fields__)
+    assert set(config.optimizer) - {"_target_", "rates"} == set(AdamWConfig.__dataclass_fields__)
+    muon = composed("optimizer=muon").optimizer
+    assert set(muon) - {"_target_", "rates"} == set(MuonConfig.__dataclass_fields__)
     for name in group_options(CONF, "scheduler"):
         scheduler = composed(f"scheduler={name}").scheduler
         assert set(scheduler) - {"_target_"} == set(getattr(instantiate(scheduler), "__dataclass_fields__", ()))
 
 
+def rated(config: DictConfig) -> dict[str, Any]:
+    """The settings of the optimizer as a run of nano in pretraining has them."""
+    node = plain(config)["optimizer"]
+    table = node.pop("rates", None)
+    return node | ({"lr": table["pretraining"][0]} if node["lr"] == "auto" else {})
+
+
 def test_sgd_and_classes_of_torch_optim_build() -> None:
-    sgd = build_optimizer(plain(composed("optimizer=sgd"))["optimizer"])
+    sgd = build_optimizer(rated(composed("optimizer=sgd")))
     assert sgd == TorchOptimConfig(
         lr=0.3, optimizer=SGD, arguments={"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
     )
     typed = ["optimizer=torch", "optimizer._target_=torch.optim.NAdam", "+optimizer.momentum_decay=1e-2"]
-    nadam = build_optimizer(plain(composed(*typed))["optimizer"])
+    nadam = build_optimizer(rated(composed(*typed)))
     assert nadam == TorchOptimConfig(lr=3e-3, optimizer=NAdam, arguments={"momentum_decay": 1e-2})
 
 
@@ -276,7 +302,7 @@ def test_chapter_5_is_the_books_recipe() -> None:
     assert _parameters(fields) == 162_419_712
     data = {"split": "character", "stride": 256, "batch_size": 2, "drop_last": True, "last_window": "drop"}
     assert {key: config.data[key] for key in data} == data
-    assert instantiate(config.optimizer) == AdamWConfig(
+    assert build_optimizer(rated(config)) == AdamWConfig(
         lr=4e-4, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.1, decay="all", max_grad_norm=None
     )
     assert isinstance(instantiate(config.scheduler), ConstantConfig)

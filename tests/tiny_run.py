@@ -110,7 +110,8 @@ def _composed(arguments: Sequence[str]) -> tuple[Any, Path]:
 
     groups = {folder.name for folder in (ROOT / "conf").iterdir()}
     chosen = tuple(word for word in arguments if word[0] in "+~" or word.partition("=")[0] in groups)
-    config = pickle.loads(_chosen(chosen))
+    given = [word for word in arguments if key_of(word) == "init_from" and parsed(word).value() is not None]
+    config = pickle.loads(_chosen((*chosen, *(["init_from=weights"] if given else []))))
     folder = ""
     for word in arguments:
         if key_of(word) == "hydra.run.dir":

@@ -34,7 +34,7 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CHECKPOINT",
         help="a .ckpt file, a run folder (its best checkpoint), an adapter alone (adapter.ckpt or a folder of PEFT's), "
-        "a folder or .safetensors file of GPT-2 weights, or gpt2-small, gpt2-medium, gpt2-large, gpt2-xl",
+        "a folder of weights, a .safetensors or .gguf file, hf:ORG/NAME of the hub, or a short name such as gpt2-small",
     )
 
 

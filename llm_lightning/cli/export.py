@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_lightning.cli.arguments import add_base_argument, add_checkpoint_argument
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
+    from llm_lightning.weights.chat import Chat
     from llm_lightning.weights.load import LoadedModel
 
 
@@ -56,18 +57,22 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "gguf":
         _export_gguf(loaded, args.folder, dtype, overwrite=args.overwrite)
         return
-    trunk, options = merge_and_unload(loaded.model).trunk, {"dtype": dtype, "overwrite": args.overwrite}
+    trunk, origin = merge_and_unload(loaded.model).trunk, _origin_of(loaded)
+    options: dict[str, Any] = {"lineage": origin, "dtype": dtype, "overwrite": args.overwrite}
     if isinstance(loaded.model, Classifier):
         report = export_classifier(loaded.model, loaded.labels, loaded.tokenizer, args.folder, **options)
     else:
+        options |= {"chat": _chat_of(loaded), "generation": loaded.header.get("generation")}
         report = export_hf(trunk, trunk.config, loaded.tokenizer, args.folder, **options)
     for note in report["notes"]:
         say(note)
-    version = report["transformers"]
-    alone = "read back by llm-lightning; transformers is not installed"
-    checked = f"compared with transformers {version}" if version else alone
+    compared = "read back by llm-lightning; transformers is not installed"
+    if version := report["transformers"]:
+        compared = (
+            f"compared with transformers {version}, logits differ by at most {report['max_logit_difference']:.2g}"
+        )
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    say_lines([f"{args.folder}: {n_parameters:,} parameters in {dtype}, {checked}"])
+    say_lines([f"{args.folder}: {n_parameters:,} parameters in {dtype}, {compared}"])
 
 
 def _dtype(args: argparse.Namespace) -> str:
@@ -86,15 +91,13 @@ def _export_gguf(loaded: LoadedModel, folder: Path, dtype: str, *, overwrite: bo
     if isinstance(loaded.model, Classifier):
         raise ValueError("GGUF has no form for this model, a classifier; leave --format gguf out")
     model, header = merge_and_unload(loaded.model).trunk, loaded.header
-    lineage = header.get("lineage", {})
-    origin = {"digest": header.get("digest"), **{key: lineage.get(key) for key in ("source", "parent_name", "parent")}}
     report = export_gguf(
         model,
         loaded.tokenizer,
         folder,
         dtype=dtype,
         template=header.get("template"),
-        origin={key: value for key, value in origin.items() if isinstance(value, str)},
+        origin=_origin_of(loaded),
         overwrite=overwrite,
     )
     for note in report["notes"]:
@@ -119,5 +122,34 @@ def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> No
         raise ValueError("this model has no adapter (it was not trained with lora=...); leave --format peft out")
     config = LoRAConfig(**loaded.header["lora"])
     base = next(iter(parent_names(loaded.header, loaded.path)), "")
-    export_peft(loaded.model, config, folder, base_name=base, overwrite=overwrite)
+    export_peft(
+        loaded.model,
+        config,
+        folder,
+        base_name=base,
+        tokenizer=loaded.tokenizer,
+        chat=_chat_of(loaded),
+        overwrite=overwrite,
+    )
     say_lines([f"{folder}: adapter of rank {config.rank}{f' for {base}' if base else ''}"])
+
+
+def _origin_of(loaded: LoadedModel) -> dict[str, str]:
+    """Where the weights come from: the digest of their file, and what they were trained from."""
+    lineage = loaded.header.get("lineage", {})
+    keys = ("source", "parent_name", "parent", "base", "data")
+    facts = {"digest": loaded.header.get("digest"), **{key: lineage.get(key) for key in keys}}
+    return {key: value for key, value in facts.items() if isinstance(value, str)}
+
+
+def _chat_of(loaded: LoadedModel) -> Chat | None:
+    """The template of the model's training, or its own; None if there is none that its tokenizer can follow."""
+    from llm_lightning.data.templates.as_jinja import chat_of
+    from llm_lightning.data.templates.choose import from_description, template_in
+
+    description = template_in(loaded.header)
+    try:
+        return chat_of(from_description(description), loaded.tokenizer) if description else None
+    except ValueError as error:
+        say(f"the export has no chat template: {error}")
+        return None

@@ -120,9 +120,6 @@ def choose_tokenizer(settings: Settings, run: RunFolder | None = None, parent: L
     if run is not None and run.checkpoint is not None:
         return from_description(run.header["tokenizer"])
     if parent is not None:
-        own = parent.tokenizer.describe()["name"]
-        if own != name:
-            log.info("Tokenizer %s comes with the weights of init_from; tokenizer=%s is ignored", own, name)
         return parent.tokenizer
     if name in TRAINED_TOKENIZERS:
         return partial(_train_tokenizer, name, vocab_size)
@@ -147,7 +144,7 @@ def build_module(
         init_from: their current place; the settings have it as it was typed.
         continued: the header of the checkpoint that the run continues from; Lightning loads its weights.
     """
-    task: type[TaskModule] = get_class(settings["task"]["_target_"])
+    task = task_of(settings)
     options = {key: value for key, value in settings["task"].items() if key != "_target_"}
     options |= task.options_from(datamodule)
     trunk = build_model(settings, task, datamodule.tokenizer, parent, continued)
@@ -189,6 +186,12 @@ def _header_of(parent: LoadedModel | None) -> dict[str, Any]:
     return parent.header if parent is not None else {}
 
 
+def task_of(settings: Settings) -> type[TaskModule]:
+    """The class of the task."""
+    task: type[TaskModule] = get_class(settings["task"]["_target_"])
+    return task
+
+
 def build_optimizer(node: Mapping[str, Any]) -> OptimizerConfig:
     """The settings of an optimizer: a class of ours, or the arguments of a class of torch.optim."""
     named = get_object(node["_target_"])
@@ -210,11 +213,7 @@ def build_model(
     With `continued`, the header of a checkpoint, the model has the checkpoint's sizes.
     """
     chosen = settings["model"]
-    sizes = {field.name: chosen[field.name] for field in fields(GPTConfig) if field.name in chosen}
-    sizes["vocab_size"] = _vocabulary(chosen["vocab_size"], tokenizer)
-    if not task.uses_lm_head:
-        sizes["tied_head"] = True  # costs nothing
-    wanted, checkpointing = GPTConfig(**sizes), chosen["activation_checkpointing"]
+    wanted, checkpointing = model_config(settings, task, tokenizer), chosen["activation_checkpointing"]
     if parent is None:
         if continued is not None and settings["init_from"]:
             wanted = config_for(GPTConfig(**continued["model"]), wanted, keep_head=task.uses_lm_head)
@@ -223,6 +222,16 @@ def build_model(
         raise ValueError(f"init_from={settings['init_from']} is a classifier without a language-model head; give a GPT")
     trunk = merge_and_unload(parent.model).trunk
     return adapt(trunk, wanted, activation_checkpointing=checkpointing, keep_head=task.uses_lm_head)
+
+
+def model_config(settings: Settings, task: type[TaskModule], tokenizer: Tokenizer) -> GPTConfig:
+    """The architecture that the settings of the model describe."""
+    chosen = settings["model"]
+    sizes = {field.name: chosen[field.name] for field in fields(GPTConfig) if field.name in chosen}
+    sizes["vocab_size"] = _vocabulary(chosen["vocab_size"], tokenizer)
+    if not task.uses_lm_head:
+        sizes["tied_head"] = True  # costs nothing
+    return GPTConfig(**sizes)
 
 
 def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:

@@ -28,7 +28,7 @@ from llm_lightning.experiments.settings.overrides import (
 from llm_lightning.experiments.settings.yaml_files import declared_settings
 from llm_lightning.terminal import one_line
 from llm_lightning.weights.releases import RELEASES
-from llm_lightning.weights.renamed import MOVED, RENAMED
+from llm_lightning.weights.renamed import MOVED, RENAMED, REPLACED
 
 NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
 """Top-level keys of settings that start other runs or let code run."""
@@ -85,7 +85,8 @@ def _translated(word: str) -> str:
     key, value = key_of(word), word.partition("=")[2]
     if key.endswith("._target_") and value in MOVED:
         return f"{word.partition('=')[0]}={MOVED[value]}"
-    return word.replace(key, RENAMED[key], 1) if key in RENAMED else word
+    today = RENAMED.get(key) or REPLACED.get(key)
+    return word.replace(key, today, 1) if today else word
 
 
 def recorded_value(command: Mapping[str, Any], key: str) -> Any:

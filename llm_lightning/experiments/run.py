@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
@@ -33,9 +34,12 @@ from llm_lightning.experiments.build import (
     build_trainer,
     choose_precision,
     choose_tokenizer,
+    model_config,
+    task_of,
 )
 from llm_lightning.experiments.hparams import best_tag, shown_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
+from llm_lightning.experiments.open_settings import take_from_run, take_from_weights, take_rate
 from llm_lightning.experiments.plot_lr import plot_lr
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
 from llm_lightning.experiments.run_records import COMMAND, PRUNED, Settings, Start, damaged_summary
@@ -69,11 +73,12 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
     try:
         if show := what_to_show(settings, start):
             with leaving_nothing(run_dir):
-                show(settings, run_dir)
+                show(settings, run_dir, start)
             return None
         with open_run(run_dir, settings) as run:
             if run.checkpoint is not None:
                 keep_template(settings, run.header)
+                take_from_run(settings, run.header)
                 refuse_changes(run.header["config"], settings)
                 whereabouts.refuse_other_parent(run, settings["init_from"])
             best_value = fit(settings, run, start, whereabouts.find_weights(settings, run, start))
@@ -93,11 +98,15 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     started = time.monotonic()
     L.seed_everything(settings["seed"], workers=True, verbose=False)
     is_new = run.checkpoint is None  # else the checkpoint has everything: the first weights may be missing
-    parent = load_model(init_from) if init_from and is_new else None
+    # Cast as they are read: both types of the weights together would take half as much memory again.
+    parent = load_model(init_from, dtype=torch.float32) if init_from and is_new else None
     continued = None if is_new else {**run.header, "lineage": continued_lineage(run)}
     tokenizer, template = choose_tokenizer(settings, run, parent), template_before(run, parent)
+    if parent is not None:
+        take_from_weights(settings, parent.model.trunk.config, parent.tokenizer)
     make_data = partial(build_datamodule, settings, tokenizer, template=template)
     datamodule, data_path = whereabouts.read_data(settings, run, start, make_data)
+    take_rate(settings, start.rates, task_of(settings), model_config(settings, task_of(settings), datamodule.tokenizer))
     module = build_module(settings, datamodule, parent, init_from, continued)
     lineage = module.header["lineage"]
     lineage["places"] = whereabouts.places_of(settings, run, lineage, data_path, init_from)
@@ -236,7 +245,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def what_to_show(settings: Settings, start: Start) -> Callable[[Settings, Path], None] | None:
+def what_to_show(settings: Settings, start: Start) -> Callable[[Settings, Path, Start], None] | None:
     """What to print or draw instead of training, if the settings ask for it."""
     for key, wanted, show in (
         ("data.preview", settings["data"].get("preview"), preview),
@@ -249,14 +258,15 @@ def what_to_show(settings: Settings, start: Start) -> Callable[[Settings, Path],
     return None
 
 
-def preview(settings: Settings, run_dir: Path) -> None:
+def preview(settings: Settings, run_dir: Path, start: Start) -> None:
     """Show the first training samples as the model will see them."""
     say(read_new_data(settings).preview(3), colours=sys.stdout.isatty())
 
 
-def preview_lr(settings: Settings, run_dir: Path) -> None:
+def preview_lr(settings: Settings, run_dir: Path, start: Start) -> None:
     """Draw the learning rate of every step of the run beside its folder."""
     datamodule = read_new_data(settings)
+    take_rate(settings, start.rates, task_of(settings), model_config(settings, task_of(settings), datamodule.tokenizer))
     trainer = build(
         settings["trainer"], logger=False, enable_checkpointing=False, enable_model_summary=False, _convert_="all"
     )
@@ -281,6 +291,8 @@ def read_new_data(settings: Settings) -> BaseDataModule:
     """The data of a run that has not begun."""
     parent = load_model(settings["init_from"]) if settings["init_from"] else None
     template = template_in(parent.header) if parent else None
+    if parent is not None:
+        take_from_weights(settings, parent.model.trunk.config, parent.tokenizer)
     tokenizer = choose_tokenizer(settings, parent=parent)
     return build_datamodule(settings, tokenizer, settings["data"].get("path"), template=template)
 

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Start:
     """The run folder that `resume=` names."""
     notes: Sequence[str] = ()
     """Lines to log before training: typed settings without effect."""
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """`optimizer.rates`, the table behind `optimizer.lr=auto`; the run records the rate alone."""
 
     def record(self, places: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
         """The content of `command.json`; `places` locates the data and the first weights."""

@@ -90,13 +90,13 @@ def run_checked(configuration: Checked, run_dir: Path, arguments: Namespace, fol
 
     settings = plain(configuration.config)
     overrides = [word for word in arguments.overrides if key_of(word) != "resume" and not is_of_one_run(word)]
-    raw = plain(configuration.config, resolve=False)
     start = Start(
         folder=str(folder),
         config_dir=arguments.config_dir,
         overrides=overrides,
         resume=settings["resume"],
-        notes=list(ignored_settings(settings, raw, overrides)),
+        notes=list(ignored_settings(settings, overrides)),
+        rates=settings["optimizer"].pop("rates", {}),
     )
     return run.train(settings, run_dir, start)
 

@@ -129,7 +129,7 @@ def places_of(
             places["init_from"] = kept
         elif init_from and Path(init_from).exists():
             places["init_from"] = place_of(typed, [str(Path(init_from).absolute())], run.path, lineage["parent"])
-        elif HUB.fullmatch(lineage["parent_name"]):  # with its commit; other releases never change
+        elif HUB.fullmatch(lineage["parent_name"] or ""):  # with its commit; other releases never change
             name, digest = lineage["parent_name"], lineage["parent"]
             places["init_from"] = {"typed": typed, "found": [name], "from_run": [], "digest": digest}
     return places

@@ -117,7 +117,10 @@ def _checked(facts: Any) -> Listing:
     repository, commit, files = (facts[key] for key in ("repository", "commit", "files"))
     if not isinstance(repository, str) or not COMMIT.fullmatch(commit):
         raise ValueError("it does not name a commit")
-    return Listing(repository, commit, {name: one for name, one in files.items() if _DIGEST.fullmatch(one or "")})
+    known = {name: one for name, one in files.items() if _DIGEST.fullmatch(one or "")}
+    if files and not known:
+        raise ValueError("it states no digests")
+    return Listing(repository, commit, known)
 
 
 def _stored(repository: str, revision: str) -> Listing | None:

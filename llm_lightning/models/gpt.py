@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_lightning.models.attention import CAUSAL, Context, KVCache, attend
 from llm_lightning.models.lora import effective_weight
+from llm_lightning.models.norm import RMSNorm
 from llm_lightning.models.rope import RopeScaling, Rotation, rotate, rotation
 
 FREE_FIELDS = ("context_length", "embedding_dropout", "attention_dropout", "residual_dropout")
@@ -167,7 +168,7 @@ CHOICES = {"norm": ("layer", "rms"), "position": ("learned", "rope"), "mlp": ("g
 
 def build_norm(config: GPTConfig, width: int | None = None) -> nn.Module:
     """The norm of the architecture over `width` components; None: C."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(width or config.n_embd, eps=config.layer_norm_eps)
 
 
@@ -189,11 +190,14 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context = CAUSAL) -> Tensor:
         """(B, T, C) -> (B, T, C), or as many positions as `context.output_positions` names."""
-        heads = self._positioned(self.qkv_proj(x).unflatten(-1, (-1, self.head_width)), context)
+        heads = self._normed(self.qkv_proj(x).unflatten(-1, (-1, self.head_width)))
         if context.packing is not None:
             heads = context.packing.spread(heads.flatten(2)).unflatten(-1, (-1, self.head_width))
+        heads = heads.transpose(1, 2)
+        if context.rotation is not None:
+            heads = rotate(heads, context.rotation, self.n_head + self.kv_heads)
         split = (self.n_head, self.kv_heads, self.kv_heads)
-        query, key, value = heads.transpose(1, 2).split(split, dim=1)  # (B, H, T, D), twice (B, KV, T, D)
+        query, key, value = heads.split(split, dim=1)  # (B, H, T, D), twice (B, KV, T, D)
         dtype = query.dtype
         if context.output_positions is not None and context.packing is None:
             assert context.mask is not None, "output positions need a mask that says what each may attend to"
@@ -208,14 +212,12 @@ class CausalSelfAttention(nn.Module):
             mixed = context.packing.gather(mixed, context.output_positions)
         return self.residual_dropout(self.out_proj(mixed))
 
-    def _positioned(self, heads: Tensor, context: Context) -> Tensor:
-        """Normalise and rotate queries and keys, where the architecture does: (B, T, H + 2 KV, D) -> the same."""
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key, value = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
-            heads = torch.cat((self.q_norm(query), self.k_norm(key), value), dim=2)
-        if context.rotation is not None:
-            heads = rotate(heads, context.rotation, self.n_head + self.kv_heads)
-        return heads
+    def _normed(self, heads: Tensor) -> Tensor:
+        """Normalise queries and keys, where the architecture does: (B, T, H + 2 KV, D) -> the same."""
+        if self.q_norm is None or self.k_norm is None:
+            return heads
+        query, key, value = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        return torch.cat((self.q_norm(query), self.k_norm(key), value), dim=2)
 
 
 class MLP(nn.Module):
@@ -349,10 +351,12 @@ class GPT(nn.Module):
         return x
 
     def _rotation(self, x: Tensor, context: Context) -> Rotation:
-        """The rotation of the positions of `x` (B, T, C)."""
+        """The rotation of the positions of `x` (B, T, C), or of the places into which packed rows are spread."""
         positions, start = context.positions, 0 if context.cache is None else context.cache.length
         if positions is None:
             positions = torch.arange(start, start + x.size(1), device=x.device)
+        if context.packing is not None:
+            positions = positions[context.packing.rows]
         return rotation(positions, self.config.head_width, self.config.rope_theta, self.config.rope_scaling)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK_ELEMENTS = 2**18
+"""Elements that are rotated at once by each thread: 1 MB in float32."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -49,17 +52,18 @@ class RopeScaling:
 
 
 class Rotation(NamedTuple):
-    """The angles of some positions, float32."""
+    """The angles of some positions, float32. Heads come before time: (..., 1, T, D)."""
 
     cos: Tensor
-    """(..., T, D / 2)"""
     sin: Tensor
+    """Negative for the first D / 2 components of a head: y = x cos + (x with its halves swapped) sin."""
 
 
 def rotation(positions: Tensor, width: int, theta: float, scaling: RopeScaling | None = None) -> Rotation:
     """The rotation at `positions` (..., T) of heads of `width` D, which is even."""
     angles = positions[..., None].float() * frequencies(width, theta, scaling, positions.device)
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat((cos, cos), dim=-1).unsqueeze(-3), torch.cat((-sin, sin), dim=-1).unsqueeze(-3))
 
 
 def frequencies(
@@ -77,8 +81,8 @@ def frequencies(
 
 
 def rotate(heads: Tensor, by: Rotation, n: int) -> Tensor:
-    """Rotate the first `n` of the heads, (B, T, H, D); the others are copied."""
-    rotated: Tensor = _Rotate.apply(heads, by.cos.unsqueeze(-2), by.sin.unsqueeze(-2), n)
+    """Rotate the first `n` of the heads, (B, H, T, D); the others are copied."""
+    rotated: Tensor = _Rotate.apply(heads, by.cos, by.sin, n)
     return rotated
 
 
@@ -89,16 +93,24 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.n = n
-        return _rotated(heads, cos, sin, n)
+        return _rotated(heads, cos, sin, n, heads.new_empty(heads.shape))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(gradient, cos, -sin, ctx.n), None, None, None
+        b, h, t, d = gradient.shape
+        by_time = gradient.new_empty((b, t, h, d)).transpose(1, 2)  # as the projection before it wants it
+        return _rotated(gradient, cos, -sin, ctx.n, by_time), None, None, None
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
-    wide = heads[..., :n, :].to(torch.promote_types(heads.dtype, cos.dtype))
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
-    return turned if n == heads.size(-2) else torch.cat((turned, heads[..., n:, :]), dim=-2)
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, n: int, out: Tensor) -> Tensor:
+    """Fill `out`; the wide copies are of a few positions at a time, which stay in the cache."""
+    dtype, half = torch.promote_types(heads.dtype, cos.dtype), heads.size(-1) // 2
+    out[:, n:] = heads[:, n:]
+    step = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // max(1, heads[:, :n, :1].numel()))
+    blocks = (one.split(step, dim=-2) for one in (heads[:, :n], cos, sin, out[:, :n]))
+    for block, cos_of, sin_of, target in zip(*blocks, strict=True):
+        wide = block.to(dtype, memory_format=torch.contiguous_format)
+        swapped = torch.cat((wide[..., half:], wide[..., :half]), dim=-1)
+        target.copy_((wide * cos_of).add_(swapped.mul_(sin_of)))
+    return out

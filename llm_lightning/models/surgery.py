@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import fields, replace
 
-import torch
-
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import FREE_FIELDS, GPT, GPTConfig
+from llm_lightning.models.skeleton import skeleton
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def adapt(model: GPT, wanted: GPTConfig, *, activation_checkpointing: bool = Fal
         state["lm_head.weight"] = state["token_embedding.weight"]
     if _is_untied(model.config, wanted, keep_head):
         state["lm_head.weight"] = state["token_embedding.weight"].clone()
-    with torch.device("meta"):
+    with skeleton():
         adapted = GPT(config, init="torch", activation_checkpointing=activation_checkpointing)
     adapted.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     if config.tied_head:

@@ -89,7 +89,7 @@ def verify(path: str | Path) -> str:
         if not comment.startswith(_MARK):
             raise CheckpointError(
                 f"{path} is not a complete llm-lightning checkpoint (truncated, or written by another program); "
-                f"{_REMEDY}. Weights of GPT-2 are read from .safetensors files"
+                f"{_REMEDY}. Published weights are read from .safetensors and .gguf files"
             )
         file.seek(0)
         actual = _digest(file, size - _COMMENT_LENGTH - 2)

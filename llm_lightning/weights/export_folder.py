@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from llm_lightning.files.atomic import commit, sha256_of
 
 REPORT = "export_report.json"
@@ -131,29 +129,6 @@ def check_target(folder: Path, overwrite: bool) -> None:
 def digests_of(folder: Path) -> dict[str, str]:
     """File name -> sha256, as in a report."""
     return {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
-
-
-def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: if it cannot be written; names the path, the bytes needed and the bytes free.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(weights), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        reason = os.strerror(int(number[1])) if number else str(error)
-        needed = sum(tensor.nbytes for tensor in weights.values())
-        free = shutil.disk_usage(path.parent).free
-        reason = f"{reason} ({needed:,} bytes needed, {free:,} free)"
-        raise OSError(int(number[1]) if number else errno.EIO, reason, str(path)) from error
-    path.chmod(mode)  # the library makes it readable only for its owner
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:

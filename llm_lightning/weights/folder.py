@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.weights import chat_templates, folder_tokenizer, generation_config
+from llm_lightning.weights.chat_templates import read_chat_template
 from llm_lightning.weights.contents import Pretrained
-from llm_lightning.weights.export_folder import Stated, read_json
+from llm_lightning.weights.export_folder import NOTE, Stated, read_json
 from llm_lightning.weights.families.choose import family_of, family_of_json
 from llm_lightning.weights.families.gpt2 import infer_config
-from llm_lightning.weights.folder_tokenizer import tokenizer_files, tokenizer_of
+from llm_lightning.weights.folder_tokenizer import tokenizer_of
 from llm_lightning.weights.generation_config import read_generation
 from llm_lightning.weights.safetensors_files import StoredTensors, weight_files
 
@@ -46,7 +48,7 @@ def load_folder(path: Path, digests: Mapping[str, str] | None = None) -> Pretrai
     folder = path if path.is_dir() else path.parent
     stated, known = Stated(folder), digests or {}
     of_files = [known.get(file.name) or stated.digest_of(file) for file in files]
-    for name in (CONFIG, *tokenizer_files(folder)):
+    for name in {CONFIG, generation_config.FILE, *folder_tokenizer.FILES, *chat_templates.FILES}:
         if (folder / name).is_file():
             stated.digest_of(folder / name)
     with naming(path):
@@ -57,8 +59,15 @@ def load_folder(path: Path, digests: Mapping[str, str] | None = None) -> Pretrai
         _refuse_non_finite(state)
     digest = of_files[0] if len(files) == 1 else hashlib.sha256("\n".join(of_files).encode()).hexdigest()
     generation = read_generation(folder, config_json or {}, config.vocab_size)
+    tokenizer = tokenizer_of(folder, config, generation.get("eos_token_id", ()))
     info = info_of(str(path), digest, state)
-    return Pretrained(config, state, tokenizer_of(folder, config), info, None, generation)
+    return Pretrained(config, state, tokenizer, info, template_of(folder), generation or None)
+
+
+def template_of(folder: Path) -> dict[str, Any] | None:
+    """The description of a folder's template: ours if we wrote the folder, else that of its chat template."""
+    own = read_json(folder / NOTE).get("template") if (folder / NOTE).is_file() else None
+    return own if isinstance(own, dict) else read_chat_template(folder)
 
 
 def config_of(config_json: Mapping[str, Any]) -> GPTConfig:

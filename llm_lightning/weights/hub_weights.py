@@ -44,7 +44,7 @@ def _refuse_without_weights(listing: Listing) -> None:
     if CONFIG not in listing.files:
         raise FileNotFoundError(f"hf:{listing} has no {CONFIG}, which says what its weights are")
     if WEIGHTS not in listing.files and INDEX not in listing.files:
-        raise FileNotFoundError(f"hf:{listing} has {without_weights(iter(listing.files))}")
+        raise FileNotFoundError(f"hf:{listing} has {without_weights(listing.files)}")
 
 
 def _weights(listing: Listing) -> list[str]:

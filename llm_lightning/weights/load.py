@@ -23,6 +23,7 @@ from llm_lightning.models.lora import (
     merge_and_unload,
     use_adapter,
 )
+from llm_lightning.models.skeleton import skeleton
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.build import from_description
 from llm_lightning.weights.adapters import refuse_other_base
@@ -30,7 +31,7 @@ from llm_lightning.weights.checkpoint import HEADER, CheckpointError, describe, 
 from llm_lightning.weights.checks.header import check_base
 from llm_lightning.weights.checks.tensors import of_model
 from llm_lightning.weights.digests import base_weights, digest_under
-from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft_folder
+from llm_lightning.weights.peft_format import base_name_of, import_peft, is_peft_folder, template_beside
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def _load_model(
     """`load_model`; `above`: the real paths of the adapters whose base this is."""
     above = _with(above, name_or_path)
     if is_peft_folder(name_or_path):
-        return _load_model(base or base_name_of(name_or_path), None, {"default": name_or_path} | dict(adapters), above)
+        under = base or base_name_of(name_or_path)
+        loaded = _load_model(under, None, {"default": name_or_path} | dict(adapters), above)
+        template = template_beside(name_or_path)
+        return replace(loaded, header=loaded.header | {"template": template}) if template else loaded
     path = resolve(name_or_path)
     if path is None:
         header, state, tokenizer = _from_pretrained(str(name_or_path))
@@ -163,7 +167,7 @@ def resolve(name_or_path: str | Path) -> Path | None:
 
 def described_model(header: dict[str, Any]) -> GPT | Classifier:
     """The model that a header describes, on the meta device: names and shapes, no values."""
-    with torch.device("meta"):
+    with skeleton():
         model: GPT | Classifier = GPT(GPTConfig(**header["model"]), init="torch")
         if head := header.get("classifier"):
             assert isinstance(model, GPT)
@@ -264,6 +268,11 @@ def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]
             "export the model with llm-lightning export, which writes the tokenizer beside the weights"
         )
     tokenizer = from_description(contents.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{name} has {config.vocab_size:,} rows for the {tokenizer.vocab_size:,} tokens of its tokenizer; they are "
+            "not from the same model"
+        )
     more = {"template": contents.template, "generation": contents.generation}
     more = {key: value for key, value in more.items() if value is not None}
     header = describe(

@@ -27,29 +27,34 @@ from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig, LoRALinear, adapter_state
 from llm_lightning.models.shapes import linear_shapes
+from llm_lightning.tokenizers.base import Tokenizer
+from llm_lightning.weights import chat_templates
+from llm_lightning.weights.chat import Chat
 from llm_lightning.weights.export_folder import (
     ADAPTER,
+    NOTE,
     REPORT,
     Stated,
     check_target,
     digests_of,
     publishing,
     write_json,
-    write_weights,
 )
 from llm_lightning.weights.families.choose import family_of
+from llm_lightning.weights.folder import template_of
 from llm_lightning.weights.peft_settings import (
     config_from_peft,
-    is_hub_name,
+    name_from_peft,
     read_settings,
     refuse_other_kinds,
     write_settings,
 )
 from llm_lightning.weights.safetensors_files import read_safetensors
+from llm_lightning.weights.safetensors_writing import write_weights
+from llm_lightning.weights.tokenizer_files import write_tokenizer
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_GPT2_SIZES = {"gpt2": "gpt2-small"} | {name: name for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
 class Pair(NamedTuple):
@@ -72,17 +77,17 @@ def base_name_of(folder: str | Path) -> str:
     Raises:
         ValueError: if the folder does not name it.
     """
-    facts = read_settings(Path(folder))
-    name, revision = facts.get("base_model_name_or_path"), facts.get("revision")
-    if not isinstance(name, (str, type(None))) or "\0" in (name or ""):
-        raise ValueError(f"{Path(folder) / CONFIG}: base_model_name_or_path={short(name)} must be a name or a path")
-    if not name:
-        raise ValueError(f"{Path(folder) / CONFIG} does not name the base of the adapter; give it with base=")
-    if (size := name.removeprefix("openai-community/")) in _GPT2_SIZES:
-        return _GPT2_SIZES[size]
-    if not is_hub_name(name):
-        return name
-    return f"hf:{name}@{revision}" if isinstance(revision, str) and revision else f"hf:{name}"
+    return name_from_peft(read_settings(Path(folder)), Path(folder) / CONFIG)
+
+
+def template_beside(folder: str | Path) -> dict[str, Any] | None:
+    """The description of the template that an adapter was trained with, if its folder has one."""
+    folder = Path(folder)
+    stated = Stated(folder)
+    for name in (NOTE, *chat_templates.FILES):
+        if (folder / name).is_file():
+            stated.digest_of(folder / name)
+    return template_of(folder)
 
 
 def export_peft(
@@ -92,6 +97,8 @@ def export_peft(
     *,
     name: str = "default",
     base_name: str = "",
+    tokenizer: Tokenizer | None = None,
+    chat: Chat | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter that `peft.PeftModel.from_pretrained` can add to transformers' form of the base.
@@ -101,7 +108,9 @@ def export_peft(
     Args:
         model: the model with the adapter; of a classifier, its trunk is exported.
         name: of the adapter.
-        base_name: name or path under which PEFT looks for the base model.
+        base_name: name or path under which PEFT looks for the base model; of our names, the hub's is written.
+        tokenizer: written beside the adapter, as PEFT's users do; default: none.
+        chat: the template of the adapter's training, written with the tokenizer.
         overwrite: replace an earlier export.
 
     Raises:
@@ -132,6 +141,8 @@ def export_peft(
     with publishing(folder, overwrite=overwrite) as temporary, naming(folder):
         write_weights(temporary / WEIGHTS, tensors)
         write_settings(temporary, config, ranks, base_name=base_name, is_conv1d=is_conv1d)
+        if tokenizer is not None:
+            write_tokenizer(temporary, tokenizer, chat, model.trunk.config.context_length)
         write_json(temporary / REPORT, {"sha256": digests_of(temporary)})
 
 

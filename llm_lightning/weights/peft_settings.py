@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.weights.export_folder import ADAPTER, Stated, read_json, write_json
+from llm_lightning.weights.releases import HUB, RELEASES, Pinned, Repository
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # key -> values with which PEFT computes what our adapters do
     "peft_type": ("LORA",),
@@ -91,17 +92,17 @@ def write_settings(
 
     Args:
         ranks: their path -> rank.
-        base_name: name or path under which PEFT looks for the base model; a hub's may end in `@REVISION`.
+        base_name: of the base model; of our names, the hub's is written.
         is_conv1d: whether transformers stores the weights under the adapters as (in, out).
     """
     wider = {path: rank for path, rank in ranks.items() if rank != config.rank}
     power = 0.5 if config.scaling == "rslora" else 1.0
-    name, _, revision = base_name.partition("@") if is_hub_name(base_name) else (base_name, "", "")
+    name, revision = _name_for_peft(base_name)
     facts = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": name,
-        "revision": revision or None,
+        "revision": revision,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -116,9 +117,32 @@ def write_settings(
     write_json(folder / ADAPTER, facts)
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether it is `ORG/NAME`, perhaps with a revision, and not a path of this machine."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", name)) and not Path(name).exists()
+def name_from_peft(facts: Mapping[str, Any], path: Path) -> str:
+    """The base model that `adapter_config.json` names, as a name or path for `load_model`.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    name, revision = facts.get("base_model_name_or_path"), facts.get("revision")
+    if not isinstance(name, (str, type(None))) or "\0" in (name or ""):
+        raise ValueError(f"{path}: base_model_name_or_path={short(name)} must be a name or a path")
+    if not name:
+        raise ValueError(f"{path} does not name the base of the adapter; give it with base=")
+    pinned = {release.repository: word for word, release in RELEASES.items() if isinstance(release, Pinned)}
+    pinned |= {repository.rpartition("/")[2]: word for repository, word in pinned.items()}  # `gpt2`, on the hub as well
+    if Path(name).exists() or not HUB.fullmatch(f"hf:{name}"):
+        return pinned.get(name, name)
+    return pinned.get(name, f"hf:{name}@{revision}" if isinstance(revision, str) and revision else f"hf:{name}")
+
+
+def _name_for_peft(name: str) -> tuple[str, str | None]:
+    """Name and revision under which PEFT finds what we call `name`."""
+    release, place = RELEASES.get(name), HUB.fullmatch(name)
+    if place:
+        return place["repository"], place["revision"]
+    if isinstance(release, (Pinned, Repository)):
+        return release.repository, release.revision if isinstance(release, Pinned) else None
+    return name, None
 
 
 def _config(facts: Mapping[str, Any], rank: Any, alpha: Any, path: Path) -> LoRAConfig:

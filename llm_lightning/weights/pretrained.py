@@ -13,6 +13,7 @@ from llm_lightning.files.atomic import sha256_of
 from llm_lightning.files.download import DownloadError
 from llm_lightning.files.hub import HubFile, fetch
 from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.nearest import did_you_mean
 from llm_lightning.weights.contents import Pretrained
 from llm_lightning.weights.folder import convert, info_of, load_folder, naming
 from llm_lightning.weights.hub_weights import load_repository
@@ -38,8 +39,8 @@ def load_pretrained(name_or_path: str | Path) -> Pretrained:
     if path.exists():
         return _load_path(path)
     if not is_release(name):
-        known = ", ".join(RELEASES)
-        raise FileNotFoundError(f"no weights at {path}; give a folder or a file of weights, hf:ORG/NAME, or {known}")
+        hint, known = did_you_mean(name, RELEASES), ", ".join(RELEASES)
+        raise FileNotFoundError(f"no weights at {name}; {hint}give a folder, a file, hf:ORG/NAME, or {known}")
     release = RELEASES.get(name)
     if isinstance(release, Pinned):
         return _load_pinned(name, release)

@@ -6,7 +6,7 @@ Pickled weights (`.bin`, `.pt`, `.pth`) can run code and are never read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,11 +44,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def without_weights(names: Iterator[str]) -> str:
+def without_weights(names: Iterable[str]) -> str:
     """What to say of files without weights that are read."""
-    others = sorted(name for name in names if name.endswith(PICKLED))
-    hint = f"; {others[0]} is not read, because pickled weights can run code" if others else ""
-    return f"no {WEIGHTS}{hint}; save the model as safetensors"
+    names = list(names)
+    others = sorted((name for name in names if name.endswith(PICKLED)), key=lambda name: (name.count("/"), name))
+    if others:
+        return f"no {WEIGHTS}; {others[0]} is not read, because pickled weights can run code; save it as safetensors"
+    of_llama_cpp = sorted(name for name in names if name.endswith(".gguf"))
+    return f"no {WEIGHTS}" + (f"; give {of_llama_cpp[0]} itself, as a file" if of_llama_cpp else "")
 
 
 def shards_in(index: Path) -> list[str]:
@@ -136,14 +139,15 @@ def _entries(path: Path) -> dict[str, _Entry]:
         with path.open("rb") as file:
             file.seek(8)
             facts = json.loads(file.read(header))
-        return {name: _entry(path, 8 + header, **fact) for name, fact in facts.items() if name != "__metadata__"}
+        facts.pop("__metadata__", None)
     except OSError:
         raise
     except Exception as error:  # the library raises many types for a damaged file
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from error
+    return {name: _entry(path, name, 8 + header, **fact) for name, fact in facts.items()}
 
 
-def _entry(path: Path, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
+def _entry(path: Path, name: str, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
     if dtype not in _DTYPES:
-        raise ValueError(f"a tensor is of type {dtype}, which no model here has")
+        raise ValueError(f"{path}: {name} is of type {dtype}; quantised weights are read from GGUF files alone")
     return _Entry(path, start + data_offsets[0], data_offsets[1] - data_offsets[0], _DTYPES[dtype], shape)

@@ -130,7 +130,8 @@ def prepare(folder: Path, shuffled: bool) -> None:
     from llm_lightning.weights.families.gpt2 import to_hf
 
     torch.manual_seed(0)
-    save_file(to_hf(GPT(GPTConfig()).state_dict(), GPTConfig()), folder / "gpt2.safetensors")
+    weights = to_hf(GPT(GPTConfig()).state_dict(), GPTConfig())
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "gpt2.safetensors")
     data = instruction_data(bucket=not shuffled)
     epoch = [[data.train_samples[index] for index in data.expected_samples(0, n)] for n in range(BATCHES)]
     rows = [

@@ -37,6 +37,7 @@ def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
         (["evaluate", "x", "--split", ""], {"train", "val", "test"}),
         (["completion", ""], set(SHELLS)),
         (["inspect", "weig"], {"weights.ckpt"}),
+        (["inspect", "smollm2-360"], {"smollm2-360m", "smollm2-360m-instruct"}),
         (["export", "x", "--format", "p"], {"peft"}),
         (["runs", "--col"], {"--columns"}),
     ],
@@ -54,3 +55,4 @@ def test_every_shell_has_a_script(shell: str, capsys: pytest.CaptureFixture[str]
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert all(word in script for word in ("near-duplicates", "stride"))
+    assert "qwen3-0.6b" in script or shell == "tcsh"

@@ -57,6 +57,7 @@ OWN = [
     "data.hf_dataset=roneneldan/TinyStories",
     "data.path=null",
     "init_from=gpt2-medium",
+    "init_from=smollm2-135m-instruct-q4",
     "task.reference=cached",
     "callbacks.checkpoints.monitor=${monitor}",
     "+trainer.profiler=simple",

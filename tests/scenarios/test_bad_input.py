@@ -211,7 +211,7 @@ CASES: list[tuple[str, Prepare, str]] = [
     ("device", settings("accelerator=mps"), r"(?i)mps"),
     ("missing weights", settings("init_from=gpt3"), r"no weights at gpt3; give .*gpt2-small"),
     ("longer context", longer_context, r"model\.context_length=32 exceeds the 16 positions .*=16 or less"),
-    ("pickled weights", pickled_weights, r"pytorch_model\.bin is not read.*save the model as safetensors"),
+    ("pickled weights", pickled_weights, r"pytorch_model\.bin is not read.*save it as safetensors"),
     ("damaged safetensors", damaged_safetensors, r"model\.safetensors is damaged .*; get it again"),
     ("run folder is a file", run_folder_is_a_file, r"/file: File exists; choose another"),
 ]

@@ -121,7 +121,7 @@ def killed(action: Callable[[], None], patch: pytest.MonkeyPatch, target: Any, n
 
 
 STEPS = [
-    (hf_export, "write_weights", False),
+    (hf_export, "write_shards", False),
     (export_folder, "_put_in_place", False),
     (export_folder, "_swap", False),
     (export_folder, "_swap", True),

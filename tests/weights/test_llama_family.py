@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.shapes import parameter_shapes
@@ -56,7 +58,6 @@ def huggingface(case: str) -> torch.nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     output = model(IDS)
     return output if isinstance(output, torch.Tensor) else output.logits
@@ -76,11 +77,18 @@ def test_a_folder_of_transformers_gives_its_logits_and_goes_back(case: str, tmp_
     model.load_state_dict(loaded.state)
     assert_close(logits(model), logits(theirs))
 
+    targets = IDS.roll(-1, 1).flatten()
+    for one in (model, theirs):
+        F.cross_entropy(logits(one).flatten(0, 1), targets).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    ours_in_theirs = to_hf(gradients, config)
+    for name, parameter in theirs.named_parameters():
+        assert_close(ours_in_theirs[name], parameter.grad)
+
     exported = to_hf(model.state_dict(), config)
     expected = {n: t for n, t in theirs.state_dict().items() if n != "lm_head.weight" or not config.tied_head}
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in exported.values()}) == len(exported)
     written = config_to_hf(config, eot_id=3)
     assert written["model_type"] == theirs.config.model_type
     assert config_from_hf(written) == config
@@ -116,6 +124,64 @@ def test_absent_keys_mean_the_defaults_of_transformers(kind: str) -> None:
     full = config_from_hf(config.to_dict())
     assert config_from_hf({"model_type": kind}) == full
     assert full.rope_theta == config.rope_parameters["rope_theta"] == 10_000
+
+
+PUBLISHED = {  # config.json of the hub, without what says nothing of the architecture; the number of parameters
+    "SmolLM2-135M-Instruct": (
+        {
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+            "num_hidden_layers": 30, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+            "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "is_llama_config": True,
+            "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+            "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        },
+        134_515_008,
+    ),
+    "Llama-3.2-1B": (
+        {
+            "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+            "num_hidden_layers": 16, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+            "max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+            "eos_token_id": [128001, 128008, 128009], "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "tie_word_embeddings": True,
+        },
+        1_235_814_400,
+    ),
+    "Qwen2.5-0.5B-Instruct": (
+        {
+            "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+            "num_hidden_layers": 24, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+            "hidden_act": "silu", "max_window_layers": 21, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+            "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": True,
+        },
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        {
+            "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+            "num_hidden_layers": 28, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+            "max_position_embeddings": 40960, "attention_bias": False, "hidden_act": "silu", "max_window_layers": 28,
+            "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+            "use_sliding_window": False, "tie_word_embeddings": True,
+        },
+        596_049_920,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size(name: str) -> None:
+    config_json, expected = PUBLISHED[name]
+    config = family_of_json(config_json).config_from_hf(config_json)
+    sizes = {part: math.prod(shape) for part, shape in parameter_shapes(config).items()}
+    assert sum(sizes.values()) - sizes["lm_head.weight"] == expected
+    assert config.rope_theta == config_json["rope_theta"]
+    assert (config.rope_scaling is not None) == (config_json.get("rope_scaling") is not None)
 
 
 def tiny(**changes: Any) -> dict[str, Any]:
@@ -192,12 +258,12 @@ CONFIG = GPTConfig(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv_bias": True, "mlp_bias": True}, "mlp_bias=True is neither a Llama nor a Qwen2 nor a Qwen3"),
-        ({"out_bias": True}, "out_bias=True"),
-        ({"qk_norm": True, "qkv_bias": True}, "qk_norm=True with qkv_bias=True"),
-        ({"norm": "layer"}, "model.norm=layer has no form in transformers' Llama"),
-        ({"mlp": "gelu"}, "model.mlp=gelu has no form"),
-        ({"position": "learned"}, "model.norm=rms has no form in transformers' GPT-2"),
+        ({"qkv_bias": True, "mlp_bias": True}, "the nearest, Qwen2ForCausalLM, has no model.mlp_bias=True"),
+        ({"out_bias": True}, "LlamaForCausalLM, has no model.qkv_bias=False, no model.out_bias=True"),
+        ({"qk_norm": True, "qkv_bias": True}, "nearest, Qwen2ForCausalLM, has no model.qk_norm=True"),
+        ({"norm": "layer"}, "nearest, LlamaForCausalLM, has no model.norm=layer$"),
+        ({"mlp": "gelu"}, "nearest, LlamaForCausalLM, has no model.mlp=gelu$"),
+        ({"position": "learned"}, "nearest, LlamaForCausalLM, has no model.position=learned$"),
     ],
 )
 def test_a_model_without_a_form_in_transformers_is_refused(change: dict, message: str) -> None:

@@ -92,7 +92,7 @@ def test_out_to_peft(tmp_path: Path, kind: str, qkv: str) -> None:
     config = LoRAConfig(rank=4, alpha=6.0, qkv=qkv, targets=LINEAR, scaling="rslora" if kind == "qwen2" else "standard")
     apply_lora(ours, config)
     draw(adapter_state(ours), 2)
-    export_peft(ours, config, tmp_path / "adapter", base_name="org/base@abc")
+    export_peft(ours, config, tmp_path / "adapter", base_name="hf:org/base@abc")
     facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (facts["base_model_name_or_path"], facts["revision"]) == ("org/base", "abc")
     assert base_name_of(tmp_path / "adapter") == "hf:org/base@abc"
@@ -194,6 +194,7 @@ def test_ranks_and_alphas_of_single_layers(tmp_path: Path) -> None:
         import_peft(tmp_path, ours.config)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_what_has_no_form_here_is_refused_by_name(tmp_path: Path) -> None:
     """Folders that PEFT itself wrote."""
     ours, base = pair_of("qwen2")

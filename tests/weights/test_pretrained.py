@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
-from llm_lightning.weights import hf_export
+from llm_lightning.weights import hf_checks
 from llm_lightning.weights.families.gpt2 import config_to_hf, to_hf
 from llm_lightning.weights.hf_export import export_hf
 from llm_lightning.weights.pretrained import load_pretrained
@@ -47,7 +47,8 @@ def folder(model: GPT, tmp_path: Path) -> Path:
     """A folder as the hub has them."""
     path = tmp_path / "hub_folder"
     path.mkdir()
-    save_file(to_hf(model.state_dict(), CONFIG), path / "model.safetensors")
+    weights = to_hf(model.state_dict(), CONFIG)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config_to_hf(CONFIG, 0)))
     return path
 
@@ -132,6 +133,26 @@ def test_folder_file_and_shards_give_the_same_weights(folder: Path, model: GPT) 
     assert_same_weights(load_pretrained(folder).state, model)
 
 
+@pytest.mark.parametrize("damage", ["missing", "short", "empty", "twice"])
+def test_a_damaged_shard_is_named(folder: Path, damage: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="500KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert load_pretrained(folder).config == CONFIG
+    content = shards[1].read_bytes()
+    if damage == "missing":
+        shards[1].unlink()
+    else:
+        size = {"short": len(content) - 1, "empty": 0, "twice": len(content)}[damage]
+        shards[1].write_bytes(shards[0].read_bytes() if damage == "twice" else content[:size])
+    with pytest.raises((FileNotFoundError, ValueError), match=shards[1].name) as caught:
+        load_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_weights_stay_when_their_file_goes(folder: Path, model: GPT) -> None:
     loaded = load_pretrained(folder)
     with (folder / "model.safetensors").open("r+b") as file:
@@ -161,7 +182,7 @@ def test_the_tokenizer_of_a_folder_is_recognised(folder: Path, tmp_path: Path) -
     changed = json.loads((folder / "tokenizer.json").read_text())
     changed["model"]["merges"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(changed))
-    assert load_pretrained(folder).tokenizer is None
+    assert load_pretrained(folder).tokenizer["name"] == "tokenizer_json"
 
 
 @pytest.mark.parametrize("tied_head", [True, False], ids=["tied", "untied"])
@@ -284,7 +305,7 @@ def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_one(
             export_hf(model, config, tokenizer, target, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.setattr(hf_export, "_compare_with_transformers", lambda *_: (1.0, 10.0))
+    monkeypatch.setattr(hf_checks, "_compare_with_transformers", lambda *_: (1.0, 10.0))
     with pytest.raises(ValueError, match="differ by 1; nothing was written"):
         export_hf(model, config, tokenizer, target, overwrite=True)
     with torch.no_grad():
@@ -344,6 +365,14 @@ def test_damaged_and_hostile_files_give_one_clear_error(folder: Path, content: b
         load_pretrained(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_quantised_weights_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model.safetensors: {name} is of type F8_E4M3; quantised weights are read"):
+        load_pretrained(folder)
 
 
 def test_every_truncation_is_noticed(folder: Path) -> None:

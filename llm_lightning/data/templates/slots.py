@@ -118,15 +118,20 @@ class SlotTemplate(Template):
     def _answer_at(self) -> int:
         return next(index for index, part in enumerate(self._parts) if part.slot == "response")
 
+    @property
+    def pieces(self) -> tuple[Sequence[Part], str, str]:
+        """The parts of a question, the fixed text before an answer, and the fixed text between two turns."""
+        before = self._parts[: self._answer_at]
+        header = before[-1].text if before and not before[-1].slot and not before[-1].section else ""
+        return before[:-1] if header else before, header, self._after
+
     def _question(self, conversation: Conversation, number: int) -> list[Segment]:
         turn = conversation.turns[number]
         # Only at the beginning.
         system = (conversation.system or self.system) if number == 0 else ""
         values = {"system": system, "instruction": turn.instruction, "input": turn.input}
-        before = self._parts[: self._answer_at]
-        header = before[-1].text if before and not before[-1].slot and not before[-1].section else ""
-        text = _render(before[:-1] if header else before, values)
-        return [Segment(text, "prompt"), *([Segment(header, "header")] if header else [])]
+        parts, header, _ = self.pieces
+        return [Segment(_render(parts, values), "prompt"), *([Segment(header, "header")] if header else [])]
 
 
 def _render(parts: Sequence[Part], values: Mapping[str, str]) -> str:

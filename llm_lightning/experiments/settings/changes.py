@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from llm_lightning.experiments.settings.nodes import leaves
-from llm_lightning.weights.renamed import MOVED, REMOVED, RENAMED
+from llm_lightning.experiments.settings.nodes import dotted, leaves
+from llm_lightning.weights.renamed import MOVED, REMOVED, RENAMED, REPLACED
 
 MAY_CHANGE = (
     "trainer.max_epochs",  # a resumed run may train longer; its schedule is stretched to the new length
@@ -61,8 +61,25 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 def refuse_renamed(key: str) -> None:
     """Refuse an old key, naming the new one."""
+    if key in REPLACED:
+        raise ValueError(f"{key} was removed; write {REPLACED[key]}=VALUE, or leave it out for {REPLACED[key]}=auto")
     if key in RENAMED:
         raise ValueError(f"{key} is now called {RENAMED[key]}; write {RENAMED[key]}=VALUE")
+
+
+def refuse_replaced(raw: Mapping[str, Any], where: Callable[[str], str]) -> None:
+    """Refuse a file that sets a key of earlier versions, or refers to one.
+
+    Args:
+        raw: nested settings, interpolations as written.
+        where: key -> " in FILE" where a file sets it, else "".
+    """
+    for key, value in dotted(raw).items():
+        if key in REPLACED:
+            raise ValueError(f"{key}{where(key)} was removed; set {REPLACED[key]} instead, or leave it out")
+        named = value[2:-1] if isinstance(value, str) and value.startswith("${") else None
+        if named in REPLACED:
+            raise ValueError(f"{key}={value}{where(key)}: {named} was removed; leave {key} out, or give a number")
 
 
 def refuse_removed(values: Mapping[str, Any]) -> None:

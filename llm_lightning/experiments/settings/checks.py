@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from llm_lightning.experiments.settings import yaml_files
-from llm_lightning.experiments.settings.changes import refuse_removed, refuse_renamed
+from llm_lightning.experiments.settings.changes import refuse_removed, refuse_renamed, refuse_replaced
 from llm_lightning.experiments.settings.compose import (
     ConfigDirs,
     config_dirs,
@@ -200,6 +200,8 @@ def check_job(overrides: list[Override], dirs: ConfigDirs) -> Checked:
     if is_off(choices, config):
         config = switched_off(config, choices, typed, of_task)
         known |= {group: {} for group in OPTIONAL if group not in known}
+    if _listed(config.allow_targets) != allow:
+        raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
     for key, right in unknown_keys(plain(config, resolve=False), known, allow):
         option = option_with(key, dirs.folders, choices)
         if option:
@@ -207,9 +209,8 @@ def check_job(overrides: list[Override], dirs: ConfigDirs) -> Checked:
         raise ValueError(f"unknown key '{key}'{where(key)}; {hint(key, right)}")
     if wrong is not None:  # a plus is missing, or one too many
         raise wrong
-    if _listed(config.allow_targets) != allow:
-        raise ValueError("allow_targets lets code run: set it on the command line or in train.yaml, nowhere else")
     refuse_missing(config, {group: dirs.options(group) for group in groups}, _preset_of(choices))
+    refuse_replaced(plain(config, resolve=False), where)
     settle(config, dotted(plain(config)), dirs.folders, where)
     resolved = plain(config)
     _check_values(resolved, known, where)

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm_lightning.experiments.settings import yaml_files
 from llm_lightning.experiments.settings.nodes import dotted
-from llm_lightning.experiments.settings.overrides import parsed
+from llm_lightning.experiments.settings.overrides import key_of, parsed
 from llm_lightning.experiments.settings.yaml_files import ConfigFiles, package_of, read_defaults
 from llm_lightning.nearest import nearest
 
@@ -32,6 +32,9 @@ PRESETS = ("task", "experiment", "pipeline", "sweep", "debug")
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 """Launchers of the extra `sweep`."""
+
+BROUGHT, OF_WEIGHTS = ("model", "tokenizer"), "_of_weights"
+"""Groups that come with the weights of `init_from`, and the file that is then read instead of the chosen ones."""
 
 PLUGINS = Path(__file__).parents[1] / "sweep" / "plugins"
 """The folder of `hydra_plugins`, the package that Hydra looks for plugins in."""
@@ -79,11 +82,21 @@ class ConfigDirs(ConfigFiles):
         return keys | nodes | dotted(yaml_files.load(file), package)
 
     def compose(self, overrides: Iterable[str]) -> DictConfig:
-        """The config, Hydra's own part included.
+        """The config, Hydra's own part included; with `init_from`, of what the weights bring nothing but typed keys.
 
         Raises:
             ValueError: one line: Hydra's, or ours where a group, option or key has a wrong name.
         """
+        words = list(overrides)
+        typed = [word.partition("=")[2] for word in words if key_of(word) == "init_from"]
+        if not typed or typed[-1] == "null":
+            config = self._composed(words)
+            if config.get("init_from") is None:  # ??? as well
+                return config
+        kept = [word for word in words if key_of(word) not in BROUGHT]
+        return self._composed([*kept, *(f"{group}={OF_WEIGHTS}" for group in BROUGHT)])
+
+    def _composed(self, overrides: Iterable[str]) -> DictConfig:
         added = [f"hydra.searchpath=['file://{folder}']" for folder in self.folders[:-1]]
         try:
             with _no_other_hydra(), initialize_config_dir(str(self.folders[-1]), version_base="1.3"):
@@ -130,13 +143,13 @@ class SharedCompositions(ConfigDirs):
     composed: dict[tuple[str, ...], DictConfig] = field(default_factory=dict, compare=False)
     """The words that choose files -> the config."""
 
-    def compose(self, overrides: Iterable[str]) -> DictConfig:
+    def _composed(self, overrides: Iterable[str]) -> DictConfig:
         words = [parsed(word) for word in overrides]
         groups = self.groups()
         choose = [word for word in words if word.key_or_group in groups or "/" in word.key_or_group]
         files = tuple(str(word.input_line) for word in choose if not isinstance(word.value(), dict))
         if files not in self.composed:
-            self.composed[files] = super().compose(files)
+            self.composed[files] = super()._composed(files)
         config = copy.deepcopy(self.composed[files])
         try:
             ConfigLoaderImpl._apply_overrides_to_config(

@@ -60,7 +60,8 @@ RULES = (
     ),
     Rule(("data.split_seed",), lambda v: v.get("data.split") == "order", "data.split=order draws nothing"),
     Rule(("data.bucket",), lambda v: v.get("data.shuffle") is False, "data.shuffle=false keeps the order of the data"),
-    Rule(("tokenizer.*",), lambda v: v.get("init_from"), "the tokenizer comes with the weights of init_from"),
+    Rule(("model",), lambda v: v.get("init_from"), "the weights of init_from say what the model is"),
+    Rule(("tokenizer", "tokenizer.*"), lambda v: v.get("init_from"), "it comes with the weights of init_from"),
     Rule(("model.init", "model.vocab_size"), lambda v: v.get("init_from"), "the weights of init_from have their own"),
     Rule(("task.gamma",), lambda v: v.get("task.loss") != "simpo", "only task.loss=simpo has one"),
     Rule(("task.reference",), lambda v: v.get("task.loss") == "simpo", "task.loss=simpo has no reference"),
@@ -103,22 +104,18 @@ RULES = (
 )
 
 
-def ignored_settings(config: Mapping[str, Any], raw: Mapping[str, Any], typed: Iterable[str]) -> Iterator[str]:
+def ignored_settings(config: Mapping[str, Any], typed: Iterable[str]) -> Iterator[str]:
     """One line for each typed setting without effect in this run, and for the cost of a switched-off group.
 
     Args:
         config: the run's, resolved.
-        raw: the same, interpolations as written.
         typed: the words of the command line.
     """
     values = dotted(config)
-    rate = raw["optimizer"].get("lr")
-    for key in dict.fromkeys(key_of(word) for word in typed):
+    for key, word in {key_of(word): word for word in typed}.items():
         reason = next((rule.because for rule in RULES if _concerns(rule, key) and rule.holds(values)), None)
-        if key.startswith("model.") and key.endswith("_lr") and rate != f"${{{key}}}":
-            reason = f"optimizer.lr is {rate}"
         if reason and values.get(key) is not None:
-            yield f"{_shown(key, values)} is ignored: {reason}"
+            yield f"{_shown(word, values)} is ignored: {reason}"
     if values.get("callbacks.checkpoints") is None and not _one_batch(values):
         yield "No checkpoints are kept: the run leaves no weights, and cannot be continued"
     if values.get("callbacks.plots") is not None and not _has_metrics_file(values) and not _one_batch(values):
@@ -133,8 +130,9 @@ def _has_metrics_file(values: Values) -> bool:
     return any(str(target).endswith(".MetricsFile") for key, target in values.items() if key.startswith("logger."))
 
 
-def _shown(key: str, values: Values) -> str:
+def _shown(word: str, values: Values) -> str:
+    key = key_of(word)
     value = values.get(key)
     if isinstance(value, (Mapping, list)):
-        return key
+        return word if "." not in key else key
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"

@@ -12,6 +12,9 @@ from typing import Any
 
 from llm_lightning.experiments.settings.meaning import UNDECLARED
 
+OR_AUTO = ("optimizer.lr",)
+"""Numbers that may also be `auto`."""
+
 WORDS_ALLOWED = ("trainer.devices", "trainer.deterministic", "trainer.fast_dev_run")
 """Settings with a number or a switch as default that also accept another kind: `auto`, `warn`, a number."""
 
@@ -19,6 +22,11 @@ NUMBERS: dict[str, int | float] = {
     "data.max_length": 128,
     "data.stride": 128,
     "model.vocab_size": 50304,
+    "model.context_length": 1024,
+    **dict.fromkeys(("model.n_layer", "model.n_head", "model.n_embd"), 12),
+    **dict.fromkeys(("model.n_kv_head", "model.head_dim", "model.ffn_width"), 64),
+    **{f"model.{name}dropout": 0.1 for name in ("", "embedding_", "attention_", "residual_")},
+    "optimizer.lr": 3e-4,
     "tokenizer.vocab_size": 2048,
     "callbacks.throughput.peak_tflops": 100.0,
     "optimizer.adamw_lr": 3e-3,
@@ -44,7 +52,7 @@ LEAST: dict[str, tuple[float, str]] = {
 POSITIVE = ("trainer.val_check_interval",)
 
 MAY_BE_NULL = (
-    *(key for key in UNDECLARED if key not in ("tokenizer.name", "allow_targets")),
+    *(key for key in UNDECLARED if key not in ("tokenizer.name", "allow_targets", "optimizer.lr")),
     "data.name",
     "data.columns.*",
     "tokenizer.vocab_size",
@@ -74,6 +82,8 @@ def refuse_wrong_values(config: Mapping[str, Any], known: Mapping[str, Any], whe
         default = NUMBERS.get(key, known.get(key))
         if value is None:
             _refuse_null(key, known.get(key), where)
+        elif key in OR_AUTO and value == "auto":
+            continue
         elif isinstance(default, (bool, int, float)) and key not in WORDS_ALLOWED:
             _refuse_other_kind(key, value, default, where)
         _refuse_out_of_range(key, value, where)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments.settings.changes import MAY_CHANGE
-from llm_lightning.weights.renamed import MOVED, RENAMED
+from llm_lightning.weights.renamed import MOVED, RENAMED, REPLACED
 
 CONTENT = ("data.path", "init_from")
 """Settings that name files, which count by what is in them."""
@@ -37,6 +37,11 @@ class Identity:
     """Keys that the sweep varies."""
     is_recorded: bool = True
     """Whether it was recorded before the run; else it is what a run says of itself, with open settings filled in."""
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether `settings` have a value where today's are open until the run: null, auto."""
+        return not self.is_recorded or any(key in self.settings for key in REPLACED)
 
     def digest(self, swept: Iterable[str] = ()) -> str:
         """The digest of all that counts, for comparison with a job of a sweep over the keys `swept`."""
@@ -60,7 +65,7 @@ class Identity:
             return False
         return all(
             value == (theirs[key] if key in theirs else _normal(default(key)))
-            or (not other.is_recorded and value in (None, "auto"))
+            or (other.is_resolved and value in (None, "auto"))
             for key, value in mine.items()
         )
 
@@ -74,7 +79,8 @@ class Identity:
         )
 
     def _counting(self, swept: Iterable[str]) -> dict[str, Any]:
-        values = {RENAMED.get(key, key): _normal(value) for key, value in self.settings.items() if key not in CONTENT}
+        named = {key: value for key, value in self.settings.items() if key not in CONTENT and key not in REPLACED}
+        values = {RENAMED.get(key, key): _normal(value) for key, value in named.items()}
         return {key: value for key, value in values.items() if key in swept or not _may_change(key)}
 
     def _content(self, key: str) -> Any:

@@ -55,15 +55,6 @@ def check_supported(config_json: Mapping[str, Any], supported: Mapping[str, tupl
             raise ValueError(f"config.json: {key}={shown(config_json[key])} is not supported; it must be {wanted}")
 
 
-def check_writable(config: GPTConfig, fixed: Mapping[str, Any], family: str) -> None:
-    """Refuse a config that differs from what every model of transformers' family has."""
-    for name, value in fixed.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"model.{name}={getattr(config, name)} has no form in transformers' {family}, whose models have {value}"
-            )
-
-
 def number(config_json: Mapping[str, Any], key: str, default: Any) -> Any:
     """A number of `config.json`: whole if the default is."""
     value = config_json.get(key, default)

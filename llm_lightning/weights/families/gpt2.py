@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.models.shapes import parameter_shapes
+from llm_lightning.weights.families.architecture import architecture_of
 from llm_lightning.weights.families.checks import (
     EMBEDDING,
     HEAD,
@@ -24,7 +25,6 @@ from llm_lightning.weights.families.checks import (
     check_names,
     check_supported,
     check_tie,
-    check_writable,
     fitted,
     flag,
     number,
@@ -57,7 +57,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that mat
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
 }
-_FIXED = {"norm": "layer", "position": "learned", "mlp": "gelu", "out_bias": True, "mlp_bias": True, "qk_norm": False}
 
 
 def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
@@ -91,11 +90,10 @@ def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
     Raises:
         ValueError: if transformers' GPT-2 does not compute what the config says.
     """
-    check_writable(config, _FIXED, "GPT-2")
-    if config.kv_heads != config.n_head or config.head_width * config.n_head != config.n_embd:
-        raise ValueError("transformers' GPT-2 has as many key heads as query heads, of width n_embd / n_head")
+    architecture = architecture_of(config)
+    assert architecture == "GPT2LMHeadModel", f"this is a {architecture}"
     result = {
-        "architectures": ["GPT2LMHeadModel"],
+        "architectures": [architecture],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.context_length,
@@ -144,7 +142,7 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
 
 
 def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Convert our state dict to that of transformers' `GPT2LMHeadModel`, with contiguous tensors.
+    """Convert our state dict to that of transformers' `GPT2LMHeadModel`, as views of its tensors.
 
     A tied head is left out, as in transformers. A missing query-key-value bias is written as zeros, because GPT-2
     always has one. Rows of the vocabulary beyond `config.vocab_size` (padding) are cut.
@@ -162,7 +160,7 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     result = {}
     for name, tensor in ours.items():
         prefix = "" if name == HEAD else "transformer."
-        result[f"{prefix}{_theirs(name)}"] = (tensor.t() if _is_conv1d(name) else tensor).contiguous()
+        result[f"{prefix}{_theirs(name)}"] = tensor.t() if _is_conv1d(name) else tensor
         if not config.qkv_bias and name.endswith("qkv_proj.weight"):
             result[f"{prefix}{_theirs(name).removesuffix('weight')}bias"] = tensor.new_zeros(tensor.size(0))
     return result

@@ -19,6 +19,7 @@ from torch import Tensor
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.models.rope import RopeScaling
 from llm_lightning.models.shapes import parameter_shapes
+from llm_lightning.weights.families.architecture import architecture_of
 from llm_lightning.weights.families.checks import (
     EMBEDDING,
     HEAD,
@@ -26,7 +27,6 @@ from llm_lightning.weights.families.checks import (
     check_names,
     check_supported,
     check_tie,
-    check_writable,
     fitted,
     flag,
     number,
@@ -52,7 +52,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # transformers', for keys that a confi
     "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
     "qwen3": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
 }
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_KINDS = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that match what our model computes
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1.0, None),
@@ -62,7 +62,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that mat
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor")
 _ROPE_KINDS = ("default", "llama3")
 _THETA = 10_000.0  # transformers' own, where config.json states none
-_FIXED: dict[str, Any] = {"norm": "rms", "position": "rope", "mlp": "swiglu"}
+_OURS: dict[str, Any] = {"norm": "rms", "position": "rope", "mlp": "swiglu"}
 
 
 def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
@@ -88,7 +88,7 @@ def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
         attention_dropout=0.0 if config_json.get("attention_dropout") is None else config_json["attention_dropout"],
         tied_head=flag(config_json, "tie_word_embeddings", False),
         layer_norm_eps=number(config_json, "rms_norm_eps", 1e-6),
-        **_FIXED,
+        **_OURS,
         n_kv_head=_number_or(config_json, "num_key_value_heads", heads, absent=heads if kind == "llama" else 32),
         head_dim=_number_or(config_json, "head_dim", own, absent=128 if kind == "qwen3" else own),
         ffn_width=number(config_json, "intermediate_size", defaults["intermediate_size"]),
@@ -107,15 +107,14 @@ def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
     Raises:
         ValueError: if no model of the families computes what the config says.
     """
-    check_writable(config, _FIXED, "Llama, Qwen2 or Qwen3")
-    kind = _kind_of(config)
-    scaling = config.rope_scaling
+    architecture = architecture_of(config)
+    kind, scaling = _KINDS[architecture], config.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
         rope = {"rope_type": "llama3", **{key: getattr(scaling, key) for key in _SCALING}}
         rope["original_max_position_embeddings"] = scaling.original_context_length
     result = {
-        "architectures": [_ARCHITECTURES[kind]],
+        "architectures": [architecture],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
@@ -171,7 +170,7 @@ def from_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
 
 
 def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Convert our state dict to transformers', with contiguous tensors; a tied head is left out.
+    """Convert our state dict to transformers', as views of its tensors; a tied head is left out.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes, tensors that are not floating point, or a head
@@ -183,13 +182,11 @@ def to_hf(state: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     check_tie(ours, config)
     if config.tied_head:
         ours.pop(HEAD)
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         several = _theirs(name)
-        if len(several) == 1:
-            result[several[0]] = tensor.contiguous()
-        else:  # each in its own memory, as safetensors wants
-            result |= {part: rows.clone() for part, rows in zip(several, tensor.split(config.qkv_rows), strict=True)}
+        parts = tensor.split(config.qkv_rows) if len(several) > 1 else (tensor,)
+        result |= dict(zip(several, parts, strict=True))
     return result
 
 
@@ -226,19 +223,9 @@ def _kind_of(config: GPTConfig) -> str:
     """`model_type` in transformers of what a config of this kind describes.
 
     Raises:
-        ValueError: if transformers has no model with these biases.
+        ValueError: if transformers has no class that computes it.
     """
-    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
-    if config.qk_norm and biases in ((False, False, False), (True, True, False)):
-        return "qwen3"
-    if not config.qk_norm and biases == (True, False, False):
-        return "qwen2"
-    if not config.qk_norm and config.qkv_bias == config.out_bias:
-        return "llama"
-    raise ValueError(
-        f"model.qk_norm={config.qk_norm} with qkv_bias={config.qkv_bias}, out_bias={config.out_bias} and "
-        f"mlp_bias={config.mlp_bias} is neither a Llama nor a Qwen2 nor a Qwen3, so transformers cannot compute it"
-    )
+    return _KINDS[architecture_of(config)]
 
 
 def _theirs(ours: str) -> tuple[str, ...]:

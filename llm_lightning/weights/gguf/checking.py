@@ -28,10 +28,11 @@ from llm_lightning.weights.gguf.reading import read_gguf
 ROUNDING = {
     "f32": 0.0,
     "f16": 2.0**-11,  # half a unit in the last of 11 bits
-    "bf16": 2.0**-9,  # of 8 bits
+    "bf16": 2.0**-8,  # of 8 bits
     "q8_0": math.sqrt(32 / 12) / 127,  # root mean square of a block of 32, where a step is its largest / 127
 }
-FLOAT32 = 1e-3
+FLOAT32, GELU = 1e-3, ROUNDING["f16"]
+"""The least bound; how llama.cpp rounds the results of GELU, which it looks up in a table of float16."""
 TEXT = (
     "The lighthouse keeper wrote down the weather every evening. On 3 March 1875 the wind came from the north, the sea "
     'was rough, and no ship passed before half past eight. "Tomorrow," he said to the cat, "we\'ll need more oil, and '
@@ -48,8 +49,8 @@ def check_file(file: Path, model: GPT, ids: Sequence[int], dtype: str) -> dict[s
         ids: of `TEXT`; the first `LENGTH`, or as many as fit, are predicted.
 
     Returns:
-        `max_difference` of log-probabilities, `bound`, `xllamacpp` (its version) and `llama_cpp_max_difference`; both
-        None where it is not installed.
+        `max_difference` of log-probabilities, and `bound`, `xllamacpp` (its version) and `llama_cpp_max_difference`;
+        the last two are None where it is not installed.
 
     Raises:
         ValueError: if a difference exceeds the bound, or llama.cpp does not read the file or encodes otherwise.
@@ -57,12 +58,15 @@ def check_file(file: Path, model: GPT, ids: Sequence[int], dtype: str) -> dict[s
     shown = ids[: min(LENGTH, model.config.context_length)]
     logits = _logits(model, shown)
     spread = logits.std(dim=-1).mean().item()
-    bound = max(FLOAT32, 6 * ROUNDING[dtype] * math.sqrt(2 * model.config.n_layer + 2) * spread)
+    walk = 6 * math.sqrt(2 * model.config.n_layer + 2) * spread
+    bound = max(FLOAT32, walk * ROUNDING[dtype])
     expected, written = logits.log_softmax(-1), _logits(read_model(file), shown).log_softmax(-1)
     likeliest = expected.topk(min(llama_cpp.TOP, expected.size(-1))).indices
     difference = (expected - written).gather(-1, likeliest).abs().max().item()
     _refuse_beyond(bound, difference, "read back, it computes")
-    return {"max_difference": difference, "bound": bound} | _by_llama_cpp(file, written, ids, bound)
+    if model.config.mlp == "gelu":
+        bound = max(bound, walk * GELU)
+    return {"max_difference": difference} | _by_llama_cpp(file, written, ids, bound)
 
 
 def read_model(file: Path) -> GPT:
@@ -88,7 +92,7 @@ def _logits(model: GPT, ids: Sequence[int]) -> Tensor:
 def _by_llama_cpp(file: Path, log_probabilities: Tensor, ids: Sequence[int], bound: float) -> dict[str, Any]:
     """Compare our log-probabilities (T, V) of the file with llama.cpp's."""
     if not llama_cpp.is_installed():
-        return {"xllamacpp": None, "llama_cpp_max_difference": None}
+        return {"bound": bound, "xllamacpp": None, "llama_cpp_max_difference": None}
     version = importlib.metadata.version("xllamacpp")
     n = len(log_probabilities)
     theirs = llama_cpp.compute(file, TEXT, ids[:n], n // 2, threads=torch.get_num_threads())
@@ -99,7 +103,7 @@ def _by_llama_cpp(file: Path, log_probabilities: Tensor, ids: Sequence[int], bou
         )
     difference = largest_difference(log_probabilities, theirs.predictions)
     _refuse_beyond(bound, difference, f"llama.cpp (xllamacpp {version}) computes from it")
-    return {"xllamacpp": version, "llama_cpp_max_difference": difference}
+    return {"bound": bound, "xllamacpp": version, "llama_cpp_max_difference": difference}
 
 
 def largest_difference(log_probabilities: Tensor, theirs: Sequence[llama_cpp.Prediction]) -> float:

@@ -8,6 +8,7 @@ header, and needs seconds for the vocabulary.
 from __future__ import annotations
 
 import os
+import reprlib
 import struct
 from math import prod
 from pathlib import Path
@@ -21,6 +22,10 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # llama.cpp's GGML_MAX_DIMS
 _LEAST_KEY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8  # bytes: with an empty name, and without dimensions
+
+
+_QUOTED = reprlib.Repr()
+_QUOTED.maxstring = _QUOTED.maxother = _QUOTED.maxlong = 80
 
 
 class StoredTensor(NamedTuple):
@@ -39,6 +44,11 @@ class Header(NamedTuple):
     metadata: dict[str, Any]
     """Numbers, texts, booleans, and lists of one of them."""
     tensors: dict[str, StoredTensor]
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a message quotes it: a few words of it at most."""
+    return f"a list of {len(value)}" if isinstance(value, list) else _QUOTED.repr(value)
 
 
 def read_header(path: Path) -> Header:
@@ -124,20 +134,20 @@ def _header(cursor: _Cursor) -> Header:
     for _ in range(n_keys):
         key = cursor.text("the name of a key")
         if key in metadata:
-            raise ValueError(f"it has the key {key!r} twice")
-        metadata[key] = cursor.value(cursor.number("I", f"the type of {key!r}"), repr(key))
+            raise ValueError(f"it has the key {shown(key)} twice")
+        metadata[key] = cursor.value(cursor.number("I", f"the type of {shown(key)}"), shown(key))
     cursor.require(n_tensors, _LEAST_TENSOR, f"a list of {n_tensors:,} tensors")
     found = [_tensor(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment={alignment!r} must be a power of two")
+        raise ValueError(f"general.alignment={shown(alignment)} must be a power of two")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in found:
         if name in tensors:
-            raise ValueError(f"it has the tensor {name!r} twice")
+            raise ValueError(f"it has the tensor {shown(name)} twice")
         if tensor.start % alignment:
-            raise ValueError(f"the offset {tensor.start} of {name!r} is not a multiple of {alignment}")
+            raise ValueError(f"the offset {tensor.start} of {shown(name)} is not a multiple of {alignment}")
         tensors[name] = tensor._replace(start=start + tensor.start)
     _check_places(tensors, cursor.size)
     return Header(metadata, tensors)
@@ -146,14 +156,14 @@ def _header(cursor: _Cursor) -> Header:
 def _tensor(cursor: _Cursor) -> tuple[str, StoredTensor]:
     """A tensor's name and place; its start is still relative to the data."""
     name = cursor.text("the name of a tensor")
-    n_dimensions = cursor.number("I", f"the dimensions of {name!r}")
+    n_dimensions = cursor.number("I", f"the dimensions of {shown(name)}")
     if not 1 <= n_dimensions <= _MOST_DIMENSIONS:
-        raise ValueError(f"{name!r} has {n_dimensions} dimensions; there are 1 to {_MOST_DIMENSIONS}")
-    shape = tuple(cursor.number("Q", f"the shape of {name!r}") for _ in range(n_dimensions))[::-1]
+        raise ValueError(f"{shown(name)} has {n_dimensions} dimensions; there are 1 to {_MOST_DIMENSIONS}")
+    shape = tuple(cursor.number("Q", f"the shape of {shown(name)}") for _ in range(n_dimensions))[::-1]
     if 0 in shape:
-        raise ValueError(f"{name!r} has the shape {shape}, which holds nothing")
-    kind, n_bytes = _size(name, shape, cursor.number("I", f"the type of {name!r}"))
-    return name, StoredTensor(kind, shape, cursor.number("Q", f"the offset of {name!r}"), n_bytes)
+        raise ValueError(f"{shown(name)} has the shape {shape}, which holds nothing")
+    kind, n_bytes = _size(name, shape, cursor.number("I", f"the type of {shown(name)}"))
+    return name, StoredTensor(kind, shape, cursor.number("Q", f"the offset of {shown(name)}"), n_bytes)
 
 
 def _size(name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
@@ -163,9 +173,9 @@ def _size(name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
         known = constants.GGMLQuantizationType(kind)
         per_block, block_bytes = constants.GGML_QUANT_SIZES[known]
     except (ValueError, KeyError):
-        raise ValueError(f"{name!r} has the unknown type {kind}") from None
+        raise ValueError(f"{shown(name)} has the unknown type {kind}") from None
     if shape[-1] % per_block:
-        raise ValueError(f"{name!r} of type {known.name} has rows of {shape[-1]} values, not of whole {per_block}")
+        raise ValueError(f"{shown(name)} of type {known.name} has rows of {shape[-1]} values, not of whole {per_block}")
     return known.name, prod(shape) // per_block * block_bytes
 
 
@@ -174,7 +184,7 @@ def _check_places(tensors: dict[str, StoredTensor], size: int) -> None:
     end, before = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
         if tensor.start < end:
-            raise ValueError(f"the tensors {before!r} and {name!r} overlap")
+            raise ValueError(f"the tensors {shown(before)} and {shown(name)} overlap")
         end, before = tensor.start + tensor.n_bytes, name
         if end > size:
-            raise ValueError(f"{name!r} ends at byte {end:,}, and the file has {size:,}")
+            raise ValueError(f"{shown(name)} ends at byte {end:,}, and the file has {size:,}")

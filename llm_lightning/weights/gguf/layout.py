@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.nearest import did_you_mean
+from llm_lightning.weights.gguf.header import shown
 
 _LLAMA = {
     "norm": "rms", "position": "rope", "mlp": "swiglu", "qkv_bias": False, "out_bias": False, "mlp_bias": False,
@@ -127,7 +128,7 @@ def architecture_in(metadata: Mapping[str, Any]) -> str:
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         hint = did_you_mean(name, list(ARCHITECTURES)) if isinstance(name, str) else ""
-        raise ValueError(f"general.architecture={name!r} is not implemented; {hint}there are {known}")
+        raise ValueError(f"general.architecture={shown(name)} is not implemented; {hint}there are {known}")
     return name
 
 
@@ -190,30 +191,26 @@ class _Keys:
     def whole(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.full(key)}={_shown(value)} must be a whole number, at least 1")
+            raise ValueError(f"{self.full(key)}={shown(value)} must be a whole number, at least 1")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ValueError(f"{self.full(key)}={_shown(value)} must be a number")
+            raise ValueError(f"{self.full(key)}={shown(value)} must be a number")
         return float(str(np.float32(value)))  # 1e-05 where a float32 is 9.999999747378752e-06
 
     def refuse_unless_neutral(self) -> None:
         for key, neutral in _NEUTRAL.items():
             value = self.metadata.get(self.full(key), neutral)
             if value not in (neutral, 0) or isinstance(value, bool) != isinstance(neutral, bool):
-                raise ValueError(f"{self.full(key)}={_shown(value)} is not implemented, only {neutral}")
+                raise ValueError(f"{self.full(key)}={shown(value)} is not implemented, only {neutral}")
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.metadata.get(self.full(key), default)
         if value is None:
             raise ValueError(f"{self.full(key)} is missing")
         return value
-
-
-def _shown(value: Any) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:80]
 
 
 # --- from a config to keys -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tokenizers.gguf_vocabulary import PREFIX, description_from_gguf
 from llm_lightning.weights.chat_templates import describe_chat_template
 from llm_lightning.weights.contents import Pretrained
-from llm_lightning.weights.gguf.header import Header, StoredTensor, read_header
+from llm_lightning.weights.gguf.header import Header, StoredTensor, read_header, shown
 from llm_lightning.weights.gguf.layout import (
     EMBEDDING,
     HEAD,
@@ -76,7 +76,7 @@ class _Place(NamedTuple):
 
 def _config(file: BinaryIO, header: Header) -> GPTConfig:
     if (n := header.metadata.get("split.count", 1)) not in (0, 1):
-        raise ValueError(f"it is one of {n} files of a model; merge them with llama-gguf-split --merge")
+        raise ValueError(f"it is one of {shown(n)} files of a model; merge them with llama-gguf-split --merge")
     architecture = architecture_in(header.metadata)
     if EMBEDDING not in header.tensors:
         raise ValueError(f"the tensor {EMBEDDING!r} is missing")
@@ -105,7 +105,7 @@ def _places(header: Header, config: GPTConfig) -> list[_Place]:
     if config.rope_scaling is not None or architecture == "llama":
         left.pop(ROPE_FACTORS, None)
     if left:
-        raise ValueError(f"the tensor {next(iter(left))!r} has no place in {architecture}")
+        raise ValueError(f"the tensor {shown(next(iter(left)))} has no place in {architecture}")
     for kind in {place.stored.kind for place in places}:
         _refuse_unreadable(kind)
     return places

@@ -155,6 +155,16 @@ def test_what_a_run_filled_in_does_not_make_it_another_job() -> None:
     assert not now.is_same(Identity(ran, {}, ()), {}.get)
 
 
+def test_a_job_of_before_that_knows_its_rate_and_its_model_is_the_same() -> None:
+    now = identity("init_from=gpt2-small", "seed=2")
+    assert (now.settings["optimizer.lr"], now.settings["model.n_layer"]) == ("auto", None)
+    gone = {"model.peak_lr": 6e-4, "model.finetune_lr": 5e-5, "optimizer.lr": 6e-4, "model.n_layer": 12}
+    before = {key: value for key, value in now.settings.items() if not key.startswith("optimizer.rates.")} | gone
+    assert now.is_same(Identity(before, {}, ()), now.settings.get)
+    assert not now.is_same(Identity(before | {"seed": 3}, {}, ()), now.settings.get)
+    assert not identity("init_from=gpt2-small", "optimizer.lr=1e-4").is_same(Identity(before, {}, ()), now.settings.get)
+
+
 def test_first_weights_are_those_of_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     (tmp_path / "a" / "checkpoints" / "last.ckpt").write_bytes(b"last")
@@ -171,6 +181,7 @@ def test_first_weights_are_those_of_the_run_folder(tmp_path: Path) -> None:
     [
         ["task=dpo", "task.beta=0.3", "optimizer={lr:0.5}", "lora=default", "lora.rank=3", "seed=7"],
         ["experiment=book/ch06", "+trainer.profiler=simple", "~callbacks.plots", "trainer.devices=2"],
+        ["task=sft", "init_from=x", "model=gpt2_small", "tokenizer=byte", "model.context_length=64"],
         ["optimizer.lrr=1"],
         ["+optimizer.lr=1"],
         ["task=dppo"],
