@@ -14,6 +14,7 @@ import lightning as L
 import torch
 
 from llm_lightning.callbacks.run_logs import TensorBoard
+from llm_lightning.data.templates.base import Template
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.inference.generation import generate
 from llm_lightning.terminal import one_line, visible
@@ -65,7 +66,7 @@ class Samples(L.Callback):
         self.beside_start = beside_start
         self._prompt_ids: list[list[int]] = []
         self._at_start: list[str] = []
-        self._template: Any = None
+        self._template: Template | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._template = getattr(trainer.datamodule, "template", None)  # type: ignore[attr-defined]
