@@ -144,9 +144,8 @@ def _origin_of(loaded: LoadedModel) -> dict[str, str]:
 
 def _chat_of(loaded: LoadedModel) -> Chat | None:
     """The template of the model's training, or its own; None if there is none that its tokenizer can follow."""
-    from llm_lightning.data.of_checkpoint import template_in
     from llm_lightning.data.templates.as_jinja import chat_of
-    from llm_lightning.data.templates.choose import from_description
+    from llm_lightning.data.templates.choose import from_description, template_in
 
     description = template_in(loaded.header)
     try:

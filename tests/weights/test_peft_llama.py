@@ -194,6 +194,7 @@ def test_ranks_and_alphas_of_single_layers(tmp_path: Path) -> None:
         import_peft(tmp_path, ours.config)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_what_has_no_form_here_is_refused_by_name(tmp_path: Path) -> None:
     """Folders that PEFT itself wrote."""
     ours, base = pair_of("qwen2")
