@@ -90,18 +90,16 @@ def _export_gguf(loaded: LoadedModel, folder: Path, dtype: str, *, overwrite: bo
 
     if isinstance(loaded.model, Classifier):
         raise ValueError("GGUF has no form for this model, a classifier; leave --format gguf out")
-    model, header = merge_and_unload(loaded.model).trunk, loaded.header
+    model = merge_and_unload(loaded.model).trunk
     report = export_gguf(
         model,
         loaded.tokenizer,
         folder,
         dtype=dtype,
-        template=header.get("template"),
+        chat=_chat_of(loaded),
         origin=_origin_of(loaded),
         overwrite=overwrite,
     )
-    for note in report["notes"]:
-        say(note)
     version, foreign = report["xllamacpp"], report["llama_cpp_max_difference"]
     by_other = f"by llama.cpp (xllamacpp {version}) by {foreign:.2g}" if version else "xllamacpp is not installed"
     checked = f"log-probabilities differ by {report['max_difference']:.2g} read back, {by_other}"
