@@ -100,6 +100,8 @@ def _export_gguf(loaded: LoadedModel, folder: Path, dtype: str, *, overwrite: bo
         origin=_origin_of(loaded),
         overwrite=overwrite,
     )
+    for note in report["notes"]:
+        say(note)
     version, foreign = report["xllamacpp"], report["llama_cpp_max_difference"]
     by_other = f"by llama.cpp (xllamacpp {version}) by {foreign:.2g}" if version else "xllamacpp is not installed"
     checked = f"log-probabilities differ by {report['max_difference']:.2g} read back, {by_other}"

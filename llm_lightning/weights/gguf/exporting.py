@@ -72,14 +72,24 @@ def export_gguf(
     with publishing(folder, overwrite=overwrite) as temporary:
         with naming(folder):
             write_gguf(temporary / GGUF, model.state_dict(), model.config, metadata, dtype=dtype)
-        checked = check_file(temporary / GGUF, model, tokenizer.encode(TEXT), dtype)
+        prompts = () if chat is None else chat.prompts
+        checked = check_file(temporary / GGUF, model, tokenizer.encode(TEXT), dtype, prompts)
         with naming(folder):
             description = None if chat is None else chat.description
             text = modelfile(GGUF, description, _ends(tokenizer, chat), model.config.context_length)
             write_text(temporary / MODELFILE, text)
-            report = {"architecture": architecture, "dtype": dtype, **checked}
+            report = {"architecture": architecture, "dtype": dtype, "notes": _notes(checked, len(prompts)), **checked}
             write_json(temporary / REPORT, report | {"sha256": digests_of(temporary)})
     return report
+
+
+def _notes(checked: Mapping[str, Any], n_prompts: int) -> list[str]:
+    if not (others := checked["llama_cpp_other_prompts"]):
+        return []
+    return [
+        f"llama.cpp makes other tokens of {others} of {n_prompts} conversations: it runs the chat template otherwise, "
+        "or with another date"
+    ]
 
 
 def _ends(tokenizer: Tokenizer, chat: Chat | None) -> list[str]:
