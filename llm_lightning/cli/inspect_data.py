@@ -95,6 +95,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
     if args.loss_on not in LOSS_ON:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
     tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
+    template.check_tokenizer(tokenizer)
     path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
     first, _ = next(iter(rows_of(path)), ({}, ""))  # the reader refuses a file without records
     is_pairs = {"chosen", "rejected"} <= set(first)

@@ -77,9 +77,8 @@ def take_rate(settings: Settings, rates: Rates, task: type[TaskModule], model: G
     row = _row(rates, task) + ("_lora" if settings.get("lora") else "")
     bounds, found = rates.get("up_to"), rates.get(row)
     if not bounds or not found:
-        raise ValueError(
-            f"optimizer.lr=auto: optimizer.rates has no {'up_to' if found else row}; set optimizer.lr=NUMBER"
-        )
+        missing = "up_to" if found else row
+        raise ValueError(f"optimizer.lr=auto: optimizer.rates has no {missing}; set optimizer.lr=NUMBER")
     if len(found) != len(bounds) + 1:
         raise ValueError(f"optimizer.rates.{row} has {len(found)} rates, but up_to divides {len(bounds) + 1} sizes")
     count = parameter_count(model)
@@ -94,7 +93,7 @@ def _say(message: str, *values: Any) -> None:
 
 def _row(rates: Rates, task: type[TaskModule]) -> str:
     """The row of a task, or of the one that it is made from; pretraining's for others."""
-    names = [vars(parent).get("task") for parent in task.__mro__]
+    names = [str(vars(parent).get("task")) for parent in task.__mro__]
     return next((name for name in names if name in rates), "pretraining")
 
 

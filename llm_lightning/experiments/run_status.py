@@ -34,6 +34,7 @@ from llm_lightning.experiments.run_records import COMMAND, PRUNED, SUMMARY, read
 from llm_lightning.experiments.summary import duration
 from llm_lightning.files.metrics_csv import column, last_rows
 from llm_lightning.terminal import one_line
+from llm_lightning.weights.renamed import with_keys_of_today
 
 STATUSES = {
     "running": "its process lives",
@@ -134,7 +135,7 @@ def _read_files(path: Path, names: Names, problems: list[str]) -> _Files:
     settings = read(CONFIG_JSON, _from_json, nothing) if CONFIG_JSON in names else read(CONFIG, _from_yaml, nothing)
     command = read(COMMAND, lambda folder: read_facts(folder / COMMAND, {}, "delete it"), nothing)
     return _Files(
-        settings=_flat(settings),
+        settings=with_keys_of_today(_flat(settings)),
         summary=read(SUMMARY, read_summary, nothing),
         owner=read(OWNER, read_owner, nothing),
         failure=read(FAILURE, Failure.read, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from llm_lightning.data.templates.base import Template
+from llm_lightning.data.templates.chat import ChatTemplate
 from llm_lightning.data.templates.choose import choose_template, from_description, template_in
 from llm_lightning.weights.load import LoadedModel
 
@@ -17,10 +18,16 @@ def template_of(loaded: LoadedModel, wanted: str | Template | None) -> Template:
     Args:
         wanted: a name, a text with slots or a `.jinja` file; None: the template of the model's training, else its own,
             else alpaca, which is logged.
+
+    Raises:
+        ValueError: if there is no such template, or the model's tokenizer lacks its control tokens.
     """
     if isinstance(wanted, Template):
         return wanted
     own = template_in(loaded.header)
     if wanted is None and own is None:
         log.warning("this model was trained without a template: alpaca is used; --template names another")
-    return from_description(own) if wanted is None and own is not None else choose_template(wanted, own=own)
+    chosen = from_description(own) if wanted is None and own is not None else choose_template(wanted, own=own)
+    if isinstance(chosen, ChatTemplate):
+        chosen.check_tokenizer(loaded.tokenizer)
+    return chosen

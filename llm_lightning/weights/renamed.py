@@ -42,6 +42,15 @@ REMOVED = {
 """(key, value) of before -> the value of today that computes the same: a run is evaluated with it, but not resumed."""
 
 
+def with_keys_of_today(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run by dotted keys, with those of today; changed in place, since lists of runs are long."""
+    if "model.n_layer" in settings and "model.norm" not in settings:
+        for key in REPLACED:
+            settings.pop(key, None)
+        settings |= ADDED
+    return settings
+
+
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a header by their names of today, with the keys of today."""
     today = copy.deepcopy(dict(config))
@@ -53,7 +62,8 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     model = today.get("model")
     if isinstance(model, dict):
         today["model"] = {key: value for key, value in model.items() if f"model.{key}" not in REPLACED}
-        today["model"] |= {key[6:]: value for key, value in ADDED.items() if key[6:] not in model}
+        added = {key.removeprefix("model."): value for key, value in ADDED.items()}
+        today["model"] |= {key: value for key, value in added.items() if key not in model}
     for node in today.values():
         if isinstance(node, dict) and isinstance(node.get("_target_"), str):
             node["_target_"] = MOVED.get(node["_target_"], node["_target_"])

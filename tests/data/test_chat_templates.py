@@ -169,12 +169,12 @@ def test_prompts_have_the_ids_of_transformers(name: str) -> None:
 
 def test_markers_of_generations_loops_and_dates() -> None:
     text = (
-        "{%- for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+        "{%- for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
         "{% if m.role == 'assistant' %}{% generation %}[{{ m.content }}]{% endgeneration %}{% else %}{{ m.content }}"
         "{% endif %}{% endfor %}{{ strftime_now('%d.%m.%Y') }} {{ date_string }} {{ {'a': '<é>'} | tojson }}"
     )
     template = ChatTemplate("dated", text, date="2025-02-03")
-    assert template.text_of(talk("a", "b")) == 'a[b]03.02.2025 03 Feb 2025 {"a": "<é>"}'
+    assert template.text_of(talk("a", "b", system="S")) == 'a[b]03.02.2025 03 Feb 2025 {"a": "<é>"}'
     assert "26.07.2024 26 Jul 2024" in ChatTemplate("dated", text).text_of(talk("a", "b")), "never today"
 
 

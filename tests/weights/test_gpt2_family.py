@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.weights.families.gpt2 import config_from_hf, config_to_hf, from_hf, infer_config, to_hf
@@ -47,6 +48,12 @@ def test_weights_from_transformers_give_its_logits(tied_head: bool) -> None:
     theirs = randomized(huggingface(config))
     model = ours(config, from_hf(theirs.state_dict(), config_from_hf(theirs.config.to_dict())))
     torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
+    for one in (model(IDS), theirs(IDS).logits):
+        F.cross_entropy(one.flatten(0, 1), IDS.roll(-1, 1).flatten()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    ours_in_theirs = to_hf(gradients, config)
+    for name, parameter in theirs.named_parameters():
+        assert (ours_in_theirs[name] - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max(), name
 
 
 @pytest.mark.parametrize("tied_head", [True, False], ids=["tied", "untied"])

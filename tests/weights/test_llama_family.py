@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.shapes import parameter_shapes
@@ -57,7 +58,6 @@ def huggingface(case: str) -> torch.nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     output = model(IDS)
     return output if isinstance(output, torch.Tensor) else output.logits
@@ -76,6 +76,14 @@ def test_a_folder_of_transformers_gives_its_logits_and_goes_back(case: str, tmp_
     model = GPT(config, init="torch").eval()
     model.load_state_dict(loaded.state)
     assert_close(logits(model), logits(theirs))
+
+    targets = IDS.roll(-1, 1).flatten()
+    for one in (model, theirs):
+        F.cross_entropy(logits(one).flatten(0, 1), targets).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    ours_in_theirs = to_hf(gradients, config)
+    for name, parameter in theirs.named_parameters():
+        assert_close(ours_in_theirs[name], parameter.grad)
 
     exported = to_hf(model.state_dict(), config)
     expected = {n: t for n, t in theirs.state_dict().items() if n != "lm_head.weight" or not config.tied_head}

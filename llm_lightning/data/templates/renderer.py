@@ -17,8 +17,8 @@ SECONDS = 5.0
 """CPU time of one conversation; a common one takes a tenth of a millisecond."""
 _MOST_SHOWN = 300
 _CHILD = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+import sys
+sys.path[:] = sys.argv[1:]
 from llm_lightning.data.templates.sandbox import serve
 serve()
 """
@@ -97,7 +97,7 @@ class Renderer:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._child is None:
-            command = [sys.executable, "-c", _CHILD, json.dumps([path for path in sys.path if isinstance(path, str)])]
+            command = [sys.executable, "-c", _CHILD, *(path for path in sys.path if isinstance(path, str))]
             # In a session of its own: an interrupt from the keyboard is for this process.
             self._child = subprocess.Popen(
                 command,

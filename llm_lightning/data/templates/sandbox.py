@@ -41,9 +41,9 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):

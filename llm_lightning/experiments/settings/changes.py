@@ -79,9 +79,7 @@ def refuse_replaced(raw: Mapping[str, Any], where: Callable[[str], str]) -> None
             raise ValueError(f"{key}{where(key)} was removed; set {REPLACED[key]} instead, or leave it out")
         named = value[2:-1] if isinstance(value, str) and value.startswith("${") else None
         if named in REPLACED:
-            raise ValueError(
-                f"{key}={value}{where(key)}: {named} was removed; leave {key} out for auto, or give a number"
-            )
+            raise ValueError(f"{key}={value}{where(key)}: {named} was removed; leave {key} out, or give a number")
 
 
 def refuse_removed(values: Mapping[str, Any]) -> None:

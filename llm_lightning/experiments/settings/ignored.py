@@ -61,9 +61,7 @@ RULES = (
     Rule(("data.split_seed",), lambda v: v.get("data.split") == "order", "data.split=order draws nothing"),
     Rule(("data.bucket",), lambda v: v.get("data.shuffle") is False, "data.shuffle=false keeps the order of the data"),
     Rule(("model",), lambda v: v.get("init_from"), "the weights of init_from say what the model is"),
-    Rule(
-        ("tokenizer", "tokenizer.*"), lambda v: v.get("init_from"), "the tokenizer comes with the weights of init_from"
-    ),
+    Rule(("tokenizer", "tokenizer.*"), lambda v: v.get("init_from"), "it comes with the weights of init_from"),
     Rule(("model.init", "model.vocab_size"), lambda v: v.get("init_from"), "the weights of init_from have their own"),
     Rule(("task.gamma",), lambda v: v.get("task.loss") != "simpo", "only task.loss=simpo has one"),
     Rule(("task.reference",), lambda v: v.get("task.loss") == "simpo", "task.loss=simpo has no reference"),
