@@ -23,7 +23,7 @@ from llm_lightning.experiments.settings.nodes import plain
 from llm_lightning.models.gpt import GPTConfig
 from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tokenizers.build import build_tokenizer
-from llm_lightning.weights.renamed import REPLACED, translated
+from llm_lightning.weights.renamed import ADDED, REPLACED, translated, with_keys_of_today
 
 CONF = Path(__file__).parents[2] / "conf"
 BYTES, GPT2 = build_tokenizer("byte"), build_tokenizer("gpt2")
@@ -177,6 +177,13 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_rate_and_its_model(tmp_pat
     command = {"folder": "x", "config_dir": None, "overrides": ["task=sft", "model.finetune_lr=2e-3"]}
     (tmp_path / "command.json").write_text(json.dumps(command))
     assert "optimizer.lr=2e-3" in continued([f"resume={tmp_path}"], CONF)
+
+
+def test_runs_of_before_and_of_today_are_listed_with_the_same_keys() -> None:
+    before = {"model.n_layer": 4, "model.peak_lr": 3e-3, "seed": 1}
+    assert with_keys_of_today(before) == {"model.n_layer": 4, "seed": 1} | ADDED
+    today = {"model.n_layer": 4, "model.norm": "rms", "model.rope_scaling.factor": 8.0}
+    assert with_keys_of_today(dict(today)) == today
 
 
 # --- the whole run ---------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ UNDECLARED: dict[str, Kind] = {
     "data.hf_dataset": "text",
     "data.hf_config": "text",
     "data.hf_revision": "text",
+    "data.template": "text",
+    "data.template_date": "text",
     "data.labels": "texts",
     "data.max_length": "anything",
     "data.stride": "anything",
