@@ -1,6 +1,7 @@
 """Preference tuning at 124M: the book's pairs, ours through a real Trainer, TRL's DPOTrainer, the book's loop.
 
     python tests/benchmarks/run.py dpo [--quick]
+    python tests/benchmarks/dpo.py --model smollm2        SmolLM2-135M's sizes, without the book
 
 All start from the same random weights and read the same batches of 8 in the same order: training pairs of
 instruction-data-with-preference.json (from $LLM_LIGHTNING_DATA; without it, downloaded), the alpaca template, the ends
@@ -33,6 +34,7 @@ from typing import Any
 from clocked import SHARED_ARGUMENTS, Clock, clocked, train_ours
 from contest import Run, peak_mib, ratio, run_rounds, write_results
 from sft import as_book
+from sizes import config_of, theirs_from
 
 BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
 LR, WEIGHT_DECAY, BETA, RANK = 5e-6, 0.01, 0.1, 16
@@ -46,6 +48,7 @@ def main() -> None:
     """Run all contenders in turn, or one of them in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round of six batches")
+    parser.add_argument("--model", choices=["gpt2", "smollm2"], default="gpt2")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -53,13 +56,15 @@ def main() -> None:
         print(json.dumps(measure(options.contender, options.folder)))
         return
     n_rounds, batches = (1, QUICK_BATCHES) if options.quick else (3, BATCHES)
+    names = [name for name in CONTENDERS if name != "book" or options.model == "gpt2"]
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), batches)
-        rounds = run_rounds(__file__, list(CONTENDERS), n_rounds, ["--folder", folder])
-    report(rounds, SETTINGS | {"batches_measured": batches - WARMUP_BATCHES})
+        prepare(Path(folder), batches, options.model)
+        rounds = run_rounds(__file__, names, n_rounds, ["--folder", folder])
+    name = "dpo" + "_smollm2" * (options.model == "smollm2")
+    report(rounds, name, SETTINGS | {"model": options.model, "batches_measured": batches - WARMUP_BATCHES})
 
 
-def report(rounds: list[dict[str, Run]], settings: dict[str, Any]) -> None:
+def report(rounds: list[dict[str, Run]], name: str, settings: dict[str, Any]) -> None:
     """Ours over each peer."""
     ratios = {}
     for mine, peer in (
@@ -71,10 +76,12 @@ def report(rounds: list[dict[str, Run]], settings: dict[str, Any]) -> None:
         ("adapter_off", "trl_lora"),
         ("cached", "copy"),
     ):
+        if peer not in rounds[0]:
+            continue
         whose = f"{mine} to {peer}"
         ratios[f"times the pairs/s: {whose}"] = ratio(rounds, mine, peer, "pairs_per_second")
         ratios[f"of the peak memory: {whose}"] = ratio(rounds, mine, peer, "peak_mib_above_imports")
-    write_results("dpo", settings, rounds, ratios)
+    write_results(name, settings, rounds, ratios)
 
 
 def measure(name: str, folder: Path) -> Run:
@@ -99,18 +106,19 @@ def measure(name: str, folder: Path) -> Run:
     }
 
 
-def prepare(folder: Path, batches: int) -> None:
+def prepare(folder: Path, batches: int, model: str = "gpt2") -> None:
     """Write random weights as a folder of transformers', and the pairs of our first batches for everyone."""
     import torch
 
     from llm_lightning.data.preference import PreferenceDataModule
-    from llm_lightning.models.gpt import GPT, GPTConfig
+    from llm_lightning.models.gpt import GPT
     from llm_lightning.tokenizers.build import build_tokenizer
     from llm_lightning.weights.hf_export import export_hf
 
     tokenizer = build_tokenizer("gpt2")
     torch.manual_seed(0)
-    export_hf(GPT(GPTConfig()), GPTConfig(), tokenizer, folder / "gpt2")
+    config = config_of(model)
+    export_hf(GPT(config), config, tokenizer, folder / "model")
     shared = os.environ.get("LLM_LIGHTNING_DATA")
     path = str(Path(shared) / "instruction-data-with-preference.json") if shared else None
     data = PreferenceDataModule(
@@ -163,7 +171,7 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
     )  # fmt: skip
     data.build()
     module = DPOModule(
-        model=load_model(folder / "gpt2").gpt,
+        model=load_model(folder / "model").gpt,
         tokenizer=tokenizer,
         optimizer=AdamWConfig(lr=LR, weight_decay=WEIGHT_DECAY),
         scheduler=ConstantConfig(),
@@ -178,7 +186,7 @@ def ours(folder: Path, batches: int, *, reference: str) -> tuple[float, Clock]:
 def trl(
     folder: Path, batches: int, *, pure_bf16: bool = False, cached: bool = False, lora: bool = False
 ) -> tuple[float, Clock]:
-    """Train a GPT2LMHeadModel with a DPOTrainer.
+    """Train transformers' model with a DPOTrainer.
 
     Its defaults, but for gradient checkpointing, which costs time: SDPA, fused AdamW, clipping, and log-probabilities
     computed in chunks of the head.
@@ -186,7 +194,7 @@ def trl(
     import torch
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
-    from transformers import AutoTokenizer, GPT2LMHeadModel
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     names = ("prompt", "chosen", "rejected")
@@ -195,11 +203,8 @@ def trl(
     baseline, clock = peak_mib(), Clock()
 
     dtype = torch.bfloat16 if pure_bf16 else torch.float32
-    model = GPT2LMHeadModel.from_pretrained(
-        folder / "gpt2", dtype=dtype, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
-    targets = ["c_attn", "c_proj", "c_fc"]
-    adapters = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, fan_in_fan_out=True) if lora else None
+    model = theirs_from(folder / "model", dtype)
+    adapters = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear") if lora else None
     trainer = clocked(DPOTrainer, clock)(
         model=model,
         args=DPOConfig(
@@ -208,7 +213,7 @@ def trl(
             bf16=not pure_bf16,
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder / "gpt2"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         peft_config=adapters,
     )  # fmt: skip
     trainer.train()
@@ -235,7 +240,7 @@ def book(folder: Path, batches: int) -> tuple[float, Clock]:
             "drop_rate": 0.0, "qkv_bias": True,
         }
     )  # fmt: skip
-    (weights,) = (folder / "gpt2").glob("*.safetensors")
+    (weights,) = (folder / "model").glob("*.safetensors")
     load_weights_into_gpt(policy, as_book(load_file(weights)))
     reference = copies.deepcopy(policy).eval()
     policy.train()

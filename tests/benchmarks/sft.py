@@ -1,6 +1,7 @@
 """Instruction tuning at 124M: an epoch of the book's records, ours through a real Trainer, TRL's, the book's loop.
 
     python tests/benchmarks/run.py sft [--quick] [--shuffled]
+    python tests/benchmarks/sft.py --model smollm2        SmolLM2-135M's sizes, without the book
 
 All start from the same random weights and read the same batches of 8 in the same order: the book's 935 training
 records of instruction-data.json (from $LLM_LIGHTNING_DATA; without it, downloaded), the alpaca template, only the
@@ -35,6 +36,7 @@ from typing import Any
 
 from clocked import SHARED_ARGUMENTS, Clock, clocked, train_ours
 from contest import Run, peak_mib, ratio, run_rounds, write_results
+from sizes import config_of, theirs_from
 
 BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
 LR, WEIGHT_DECAY = 5e-5, 0.1
@@ -55,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round of six batches")
     parser.add_argument("--shuffled", action="store_true", help="batches of any lengths")
+    parser.add_argument("--model", choices=["gpt2", "smollm2"], default="gpt2")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=int, help=argparse.SUPPRESS)
@@ -63,16 +66,18 @@ def main() -> None:
         print(json.dumps(measure(options.contender, options.folder, options.batches, options.shuffled)))
         return
     n_rounds, batches = (1, QUICK_BATCHES) if options.quick else (3, BATCHES)
+    names = [name for name in CONTENDERS if name != "book" or options.model == "gpt2"]
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), options.shuffled)
+        prepare(Path(folder), options.shuffled, options.model)
         shared = ["--folder", folder, "--batches", str(batches), *(["--shuffled"] if options.shuffled else [])]
-        rounds = run_rounds(__file__, list(CONTENDERS), n_rounds, shared)
+        rounds = run_rounds(__file__, names, n_rounds, shared)
     measured = {
         "order": "shuffled" if options.shuffled else "by length",
         "batches_measured": batches - WARMUP_BATCHES,
         "of_the_book": min(batches, BOOK_BATCHES) - WARMUP_BATCHES,
     }
-    report(rounds, "sft_shuffled" if options.shuffled else "sft", SETTINGS | measured)
+    name = "sft" + "_smollm2" * (options.model == "smollm2") + "_shuffled" * options.shuffled
+    report(rounds, name, SETTINGS | {"model": options.model} | measured)
 
 
 def report(rounds: list[dict[str, Run]], name: str, settings: dict[str, Any]) -> None:
@@ -85,6 +90,8 @@ def report(rounds: list[dict[str, Run]], name: str, settings: dict[str, Any]) ->
         ("ours_padded", "trl_autocast"),
         ("ours", "ours_padded"),
     ):
+        if peer not in rounds[0]:
+            continue
         whose = f"{mine} to {peer}"
         ratios[f"times the records/s: {whose}"] = ratio(rounds, mine, peer, "records_per_second")
         ratios[f"of the peak memory: {whose}"] = ratio(rounds, mine, peer, "peak_mib_above_imports")
@@ -121,17 +128,17 @@ def weighted_mean(values: list[float], weights: list[int]) -> float:
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
-def prepare(folder: Path, shuffled: bool) -> None:
-    """Write random weights in GPT-2's layout, and the batches of our first epoch for the peers."""
+def prepare(folder: Path, shuffled: bool, model: str = "gpt2") -> None:
+    """Write random weights as a folder of transformers', and the batches of our first epoch for the peers."""
     import torch
-    from safetensors.torch import save_file
 
-    from llm_lightning.models.gpt import GPT, GPTConfig
-    from llm_lightning.weights.families.gpt2 import to_hf
+    from llm_lightning.models.gpt import GPT
+    from llm_lightning.tokenizers.build import build_tokenizer
+    from llm_lightning.weights.hf_export import export_hf
 
     torch.manual_seed(0)
-    weights = to_hf(GPT(GPTConfig()).state_dict(), GPTConfig())
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "gpt2.safetensors")
+    config = config_of(model)
+    export_hf(GPT(config), config, build_tokenizer("gpt2"), folder / "model")
     data = instruction_data(bucket=not shuffled)
     epoch = [[data.train_samples[index] for index in data.expected_samples(0, n)] for n in range(BATCHES)]
     rows = [
@@ -163,22 +170,18 @@ def instruction_data(**options: Any) -> Any:
 
 def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "auto") -> tuple[float, Clock]:
     """Train an SFTModule with a Trainer."""
-    from safetensors.torch import load_file
-
     from llm_lightning.data.instruction import InstructionDataModule  # noqa: F401
-    from llm_lightning.models.gpt import GPT, GPTConfig
     from llm_lightning.optim.adamw import AdamWConfig
     from llm_lightning.optim.schedules import ConstantConfig
     from llm_lightning.tasks.sft import SFTModule
     from llm_lightning.tokenizers.build import build_tokenizer
-    from llm_lightning.weights.families.gpt2 import from_hf
+    from llm_lightning.weights.load import load_model
 
     build_tokenizer("gpt2").encode("warm")
     baseline, clock = peak_mib(), Clock()
 
     data = instruction_data(bucket=not shuffled, packing=packing)
-    model = GPT(GPTConfig())
-    model.load_state_dict(from_hf(load_file(folder / "gpt2.safetensors"), model.config))
+    model = load_model(folder / "model").gpt
     module = SFTModule(
         model=model,
         tokenizer=data.tokenizer,
@@ -190,27 +193,24 @@ def ours(folder: Path, batches: int, shuffled: bool, *, packing: bool | str = "a
 
 
 def trl(folder: Path, batches: int, shuffled: bool, *, pure_bf16: bool) -> tuple[float, Clock]:
-    """Train a GPT2LMHeadModel with an SFTTrainer.
+    """Train transformers' model with an SFTTrainer.
 
     Its defaults, but for gradient checkpointing, which costs time: SDPA, fused AdamW, clipping, and its loss "nll",
     which never holds all logits ("chunked_nll" is its alias). Eager attention takes about as long at this length.
     Padding-free batches need FlashAttention, which a CPU has not.
     """
+    import torch
     from datasets import Dataset, disable_progress_bars
-    from safetensors.torch import load_file
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
     rows = [row for batch in read_batches(folder)[:batches] for row in batch]
     disable_progress_bars()
     baseline, clock = peak_mib(), Clock()
 
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    model.load_state_dict(load_file(folder / "gpt2.safetensors"), strict=False)  # the head is tied and left out
-    if pure_bf16:
-        model.bfloat16()
+    model = theirs_from(folder / "model", torch.bfloat16 if pure_bf16 else torch.float32).train()
     # Texts are tokens already; of the tokenizer only the id of the padding is read.
     words = {**{f"{index}": index for index in range(END_OF_TEXT)}, "<|endoftext|>": END_OF_TEXT}
     tokenizer = PreTrainedTokenizerFast(
@@ -245,7 +245,7 @@ def book(folder: Path, batches: int, shuffled: bool) -> tuple[float, Clock]:
             "drop_rate": 0.0, "qkv_bias": True,
         }
     )  # fmt: skip
-    load_weights_into_gpt(model, as_book(load_file(folder / "gpt2.safetensors")))
+    load_weights_into_gpt(model, as_book(load_file(folder / "model" / "model.safetensors")))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     model.train()
     for batch in rows:

@@ -72,8 +72,8 @@ def ours(steps: int) -> tuple[float, Run]:
     return train_ours(steps)
 
 
-def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
-    """Train a PretrainingModule with a Trainer, and time it from update to update."""
+def train_ours(steps: int, config: Any = None, precision: str = "bf16-mixed", **options: Any) -> tuple[float, Run]:
+    """Train a PretrainingModule (default: GPT-2 small) with a Trainer, and time it from update to update."""
     import lightning as L
     import torch
 
@@ -87,6 +87,7 @@ def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     tokenizer = build_tokenizer("gpt2")
+    config = config or GPTConfig()
     baseline = peak_mib()
 
     class RandomTokens(BaseDataModule):
@@ -95,7 +96,7 @@ def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
         eval_samples: dict[str, Any] = {}  # noqa: RUF012
 
         def build(self) -> None:
-            ids = torch.randint(0, VOCABULARY, ((WARMUP_STEPS + steps) * BATCH, TIME + 1)).numpy()
+            ids = torch.randint(0, config.vocab_size, ((WARMUP_STEPS + steps) * BATCH, TIME + 1)).numpy()
             self.train_samples = [Example(i, row) for i, row in enumerate(ids)]  # type: ignore[assignment]
 
         def collate(self, samples: Any) -> Any:
@@ -121,10 +122,10 @@ def train_ours(steps: int, **options: Any) -> tuple[float, Run]:
     data, clock = RandomTokens(batch_size=BATCH), Clock()
     data.build()
     module = PretrainingModule(
-        model=GPT(GPTConfig()), tokenizer=tokenizer, optimizer=AdamWConfig(), scheduler=WarmupCosineConfig(), **options
+        model=GPT(config), tokenizer=tokenizer, optimizer=AdamWConfig(), scheduler=WarmupCosineConfig(), **options
     )
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, precision="bf16-mixed", deterministic=True, max_epochs=1, logger=False,
+        accelerator="cpu", devices=1, precision=precision, deterministic=True, max_epochs=1, logger=False,
         callbacks=[clock], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, limit_val_batches=0,
     )  # fmt: skip
@@ -172,17 +173,25 @@ def transformers_bf16(steps: int) -> tuple[float, Run]:
 
 def transformers(steps: int, *, pure_bf16: bool) -> tuple[float, Run]:
     """Train a GPT2LMHeadModel as the Trainer of transformers does."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     baseline = peak_mib()
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
+    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    return baseline, train_theirs(model, VOCABULARY, steps, pure_bf16=pure_bf16)
+
+
+def train_theirs(model: Any, vocabulary: int, steps: int, *, pure_bf16: bool) -> Run:
+    """Time updates of a model of transformers, without a cache."""
+    import torch
+
+    model.train()
+    model.config.use_cache = False
     if pure_bf16:
         model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
 
     def step() -> None:
-        tokens = torch.randint(0, VOCABULARY, (BATCH, TIME))
+        tokens = torch.randint(0, vocabulary, (BATCH, TIME))
         with nullcontext() if pure_bf16 else torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -191,7 +200,7 @@ def transformers(steps: int, *, pure_bf16: bool) -> tuple[float, Run]:
         optimizer.zero_grad()
 
     timed(step, WARMUP_STEPS)
-    return baseline, timed(step, steps)
+    return timed(step, steps)
 
 
 CONTENDERS = {
