@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from made_export import LLAMA, json_tokenizer, random_gpt
 from safetensors.torch import load_file
-from test_pretrained import random_gpt
 
 from llm_lightning.data.templates.as_jinja import chat_of
 from llm_lightning.data.templates.choose import choose_template
 from llm_lightning.models.classifier import Classifier
-from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.gpt import GPT
 from llm_lightning.models.rope import RopeScaling
 from llm_lightning.tokenizers.build import build_tokenizer
 from llm_lightning.tokenizers.tokenizer_json import JsonTokenizer
@@ -25,10 +25,6 @@ from llm_lightning.weights.hf_export import export_classifier, export_hf
 from llm_lightning.weights.load import load_model
 from llm_lightning.weights.safetensors_writing import write_shards
 
-LLAMA = GPTConfig(
-    260, 48, 2, 4, 32, norm="rms", position="rope", mlp="swiglu", n_kv_head=2, ffn_width=52, qkv_bias=False,
-    out_bias=False, mlp_bias=False, rope_theta=77.0, residual_dropout=0.1,
-)  # fmt: skip
 CONFIGS = {
     "LlamaForCausalLM": replace(LLAMA, tied_head=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)),
     "Qwen2ForCausalLM": replace(LLAMA, qkv_bias=True),
@@ -36,29 +32,10 @@ CONFIGS = {
 }
 BYTES = build_tokenizer("byte")
 IDS = torch.arange(2 * 24).mul(31).remainder(257).view(2, 24)
-CONTROLS = ("<|end|>", "<|begin|>", "<|im_start|>", "<|im_end|>")
 
 
 def transformers() -> Any:
     return pytest.importorskip("transformers", reason="needs the dev extra: transformers")
-
-
-def json_tokenizer(begins: bool = False) -> JsonTokenizer:
-    """A byte-level BPE of 256 bytes, one merge and four control tokens; `begins`: each text with <|begin|>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    library = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "Ġa"])}, [("Ġ", "a")]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(list(CONTROLS))
-    if begins:
-        special = [("<|begin|>", 258)]
-        library.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=special)
-    named = {"eos_token": "<|im_end|>", "bos_token": "<|begin|>", "pad_token": "<|end|>"}
-    return JsonTokenizer(
-        library.to_str(), bos_id=258 if begins else None, eot_id=257, stop_ids=[260, 257], special_tokens=named
-    )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ was honest: anyone who writes a file can write its digest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from reprlib import repr as short
 from typing import Any
 
@@ -104,17 +104,23 @@ def check_header(header: Mapping[str, Any]) -> None:
 def check_base(header: Mapping[str, Any], base: GPTConfig) -> None:
     """Refuse an adapter for another model than its base."""
     config = config_of(header)
+    ours, theirs = _resolved(config), _resolved(base)
     for name in (field.name for field in fields(config) if field.name not in (*FREE_FIELDS, "tied_head")):
-        if getattr(config, name) != getattr(base, name):
+        if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
-                f"{HEADER}.model.{name}={getattr(config, name)}, but the weights under the adapter have "
-                f"{getattr(base, name)}"
+                f"{HEADER}.model.{name}={getattr(ours, name)}, but the weights under the adapter have "
+                f"{getattr(theirs, name)}"
             )
     if config.context_length > base.context_length:
         raise ValueError(
             f"{HEADER}.model.context_length={config.context_length}, but the weights under the adapter have "
             f"{base.context_length} positions"
         )
+
+
+def _resolved(config: GPTConfig) -> GPTConfig:
+    """The config with every width as a number: `None` and the number that it stands for are the same model."""
+    return replace(config, n_kv_head=config.kv_heads, head_dim=config.head_width, ffn_width=config.mlp_width)
 
 
 def check_run(header: Mapping[str, Any]) -> None:
