@@ -90,13 +90,13 @@ def _export_gguf(loaded: LoadedModel, folder: Path, dtype: str, *, overwrite: bo
 
     if isinstance(loaded.model, Classifier):
         raise ValueError("GGUF has no form for this model, a classifier; leave --format gguf out")
-    model, header = merge_and_unload(loaded.model).trunk, loaded.header
+    model = merge_and_unload(loaded.model).trunk
     report = export_gguf(
         model,
         loaded.tokenizer,
         folder,
         dtype=dtype,
-        template=header.get("template"),
+        chat=_chat_of(loaded),
         origin=_origin_of(loaded),
         overwrite=overwrite,
     )

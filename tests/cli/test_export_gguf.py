@@ -13,6 +13,7 @@ from made_gguf import CONFIGS, random_model
 from tiny_run import write_checkpoint
 
 from llm_lightning.cli.main import main as cli
+from llm_lightning.data.templates.slots import TEMPLATES
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.lora import LoRAConfig, apply_lora, merge_and_unload
 from llm_lightning.weights import checkpoint
@@ -41,7 +42,7 @@ def write(path: Path, model: torch.nn.Module, **more: Any) -> Path:
 def test_a_tuned_model_becomes_a_file_with_its_adapters_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, template = LoRAConfig(rank=2), {"kind": "slots", "name": "chatml", "text": "{instruction}{response}"}
+    config, template = LoRAConfig(rank=2), TEMPLATES["chatml"].describe()
     model = random_model(CONFIGS["llama"])
     apply_lora(model, config)
     with torch.no_grad():
@@ -58,9 +59,8 @@ def test_a_tuned_model_becomes_a_file_with_its_adapters_merged(
     assert metadata["llm_lightning.parent_name"] == "smollm2-135m-instruct"
     assert metadata["llm_lightning.digest"] == checkpoint.verify(path)
     assert "<|im_start|>" in (tmp_path / "out" / "Modelfile").read_text()
-    printed = capsys.readouterr()
-    assert "llama, 80,192 parameters in f32; log-probabilities differ by" in printed.out
-    assert "chatml is only in the Modelfile" in printed.out + printed.err
+    assert "'<|im_start|>user\\n'" in metadata["tokenizer.chat_template"]
+    assert "llama, 80,192 parameters in f32; log-probabilities differ by" in capsys.readouterr().out
 
 
 def test_a_second_export_replaces_the_first_only_when_allowed(

@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.rope import RopeScaling
 from llm_lightning.tokenizers.build import build_tokenizer
+from llm_lightning.weights.chat import Chat
 from llm_lightning.weights.gguf import llama_cpp, writing
 from llm_lightning.weights.gguf.checking import check_file, read_model
 from llm_lightning.weights.gguf.exporting import export_gguf
@@ -262,12 +263,11 @@ def test_a_model_without_an_architecture_is_refused(changes: dict[str, Any], mes
 
 @pytest.mark.usefixtures("alone")
 def test_an_export_has_a_file_a_modelfile_and_a_report(tmp_path: Path) -> None:
-    model, template = random_model(CONFIGS["llama"]), {"kind": "jinja", "name": "llama3", "text": "{{ messages }}"}
+    model, description = random_model(CONFIGS["llama"]), {"kind": "jinja", "name": "llama3", "text": "{{ messages }}"}
+    chat = Chat(description, "{{ messages }}", made_gguf.tokenizer().eot_id, {}, {}, ())
     folder = tmp_path / "export"
     for _ in range(2):
-        report = export_gguf(
-            model, made_gguf.tokenizer(), folder, template=template, origin={"digest": "abc"}, overwrite=True
-        )
+        report = export_gguf(model, made_gguf.tokenizer(), folder, chat=chat, origin={"digest": "abc"}, overwrite=True)
     assert {file.name for file in folder.iterdir()} == {"model.gguf", "Modelfile", "export_report.json"}
     assert [file.name for file in tmp_path.iterdir()] == ["export"]
     assert 0 < report["max_difference"] < report["bound"]

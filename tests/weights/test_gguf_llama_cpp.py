@@ -17,15 +17,17 @@ import torch
 from made_gguf import CONFIGS, random_model, write
 from torch import Tensor
 
+from llm_lightning.data.templates.as_jinja import chat_of
+from llm_lightning.data.templates.slots import TEMPLATES
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.build import from_description
-from llm_lightning.tokenizers.gguf_vocabulary import vocabulary_to_gguf
+from llm_lightning.tokenizers.gguf_vocabulary import description_from_gguf, vocabulary_to_gguf
 from llm_lightning.weights.gguf import writing
 from llm_lightning.weights.gguf.checking import TEXT, largest_difference, read_model
 from llm_lightning.weights.gguf.exporting import export_gguf
+from llm_lightning.weights.gguf.header import read_header
 from llm_lightning.weights.gguf.llama_cpp import Prediction, compute
-from llm_lightning.weights.gguf.reading import read_gguf
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,8 +57,7 @@ def smollm2_file() -> Path:
 
 @cache
 def smollm2() -> tuple[GPT, Tokenizer]:
-    description = read_gguf(smollm2_file()).tokenizer
-    assert description is not None
+    description = description_from_gguf(read_header(smollm2_file()).metadata)
     return read_model(smollm2_file()), from_description(description)
 
 
@@ -104,6 +105,16 @@ def test_an_export_is_within_its_bound(kind: str, dtype: str, tmp_path: Path) ->
     assert report["xllamacpp"]
     assert report["max_difference"] <= report["bound"] / 2
     assert 0 < report["llama_cpp_max_difference"] <= report["bound"] / 2 or dtype == "f32"
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "phi3"])
+def test_llama_cpp_makes_our_tokens_of_a_conversation(name: str, tmp_path: Path) -> None:
+    model, tokenizer = random_model(CONFIGS["llama"]), made_gguf.tokenizer()
+    chat = chat_of(TEMPLATES[name], tokenizer)
+    assert export_gguf(model, tokenizer, tmp_path / "right", chat=chat)["llama_cpp_other_prompts"] == 0
+    report = export_gguf(model, tokenizer, tmp_path / "wrong", chat=chat._replace(jinja="{{ messages[0].content }}"))
+    assert report["llama_cpp_other_prompts"] == len(chat.prompts) > 0
+    assert "llama.cpp makes other tokens of" in report["notes"][0]
 
 
 @pytest.mark.parametrize("wrong", ["order", "cut"])

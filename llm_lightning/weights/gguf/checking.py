@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llm_lightning.models.gpt import GPT
+from llm_lightning.weights.chat import Prompt
 from llm_lightning.weights.gguf import llama_cpp
 from llm_lightning.weights.gguf.reading import read_gguf
 
@@ -42,15 +43,18 @@ TEXT = (
 LENGTH = 64  # ids of the text, of which llama.cpp predicts the second half: one completion for each
 
 
-def check_file(file: Path, model: GPT, ids: Sequence[int], dtype: str) -> dict[str, Any]:
+def check_file(
+    file: Path, model: GPT, ids: Sequence[int], dtype: str, prompts: Sequence[Prompt] = ()
+) -> dict[str, Any]:
     """Compare what the file computes with what the model computes in float32.
 
     Args:
         ids: of `TEXT`; the first `LENGTH`, or as many as fit, are predicted.
+        prompts: conversations, and their ids by our template.
 
     Returns:
-        `max_difference` of log-probabilities, and `bound`, `xllamacpp` (its version) and `llama_cpp_max_difference`;
-        the last two are None where it is not installed.
+        `max_difference` of log-probabilities, and `bound`; `xllamacpp` (its version), `llama_cpp_max_difference`, and
+        `llama_cpp_other_prompts`, the number of prompts of which it makes other tokens: None where it is not installed.
 
     Raises:
         ValueError: if a difference exceeds the bound, or llama.cpp does not read the file or encodes otherwise.
@@ -66,7 +70,7 @@ def check_file(file: Path, model: GPT, ids: Sequence[int], dtype: str) -> dict[s
     _refuse_beyond(bound, difference, "read back, it computes")
     if model.config.mlp == "gelu":
         bound = max(bound, walk * GELU)
-    return {"max_difference": difference} | _by_llama_cpp(file, written, ids, bound)
+    return {"max_difference": difference} | _by_llama_cpp(file, written, ids, prompts, bound)
 
 
 def read_model(file: Path) -> GPT:
@@ -89,13 +93,16 @@ def _logits(model: GPT, ids: Sequence[int]) -> Tensor:
     return logits
 
 
-def _by_llama_cpp(file: Path, log_probabilities: Tensor, ids: Sequence[int], bound: float) -> dict[str, Any]:
+def _by_llama_cpp(
+    file: Path, log_probabilities: Tensor, ids: Sequence[int], prompts: Sequence[Prompt], bound: float
+) -> dict[str, Any]:
     """Compare our log-probabilities (T, V) of the file with llama.cpp's."""
     if not llama_cpp.is_installed():
-        return {"bound": bound, "xllamacpp": None, "llama_cpp_max_difference": None}
+        return {"bound": bound, "xllamacpp": None, "llama_cpp_max_difference": None, "llama_cpp_other_prompts": None}
     version = importlib.metadata.version("xllamacpp")
     n = len(log_probabilities)
-    theirs = llama_cpp.compute(file, TEXT, ids[:n], n // 2, threads=torch.get_num_threads())
+    chats = [prompt.messages for prompt in prompts]
+    theirs = llama_cpp.compute(file, TEXT, ids[:n], n // 2, chats=chats, threads=torch.get_num_threads())
     if theirs.tokens != list(ids):
         raise ValueError(
             f"the GGUF file is wrong: llama.cpp (xllamacpp {version}) encodes a text of {len(ids)} tokens as "
@@ -103,7 +110,9 @@ def _by_llama_cpp(file: Path, log_probabilities: Tensor, ids: Sequence[int], bou
         )
     difference = largest_difference(log_probabilities, theirs.predictions)
     _refuse_beyond(bound, difference, f"llama.cpp (xllamacpp {version}) computes from it")
-    return {"bound": bound, "xllamacpp": version, "llama_cpp_max_difference": difference}
+    others = sum(tokens != prompt.ids for tokens, prompt in zip(theirs.chats, prompts, strict=True))
+    found = {"llama_cpp_max_difference": difference, "llama_cpp_other_prompts": others}
+    return {"bound": bound, "xllamacpp": version, **found}
 
 
 def largest_difference(log_probabilities: Tensor, theirs: Sequence[llama_cpp.Prediction]) -> float:

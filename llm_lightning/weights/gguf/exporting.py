@@ -12,7 +12,8 @@ from typing import Any
 from llm_lightning.files.atomic import naming
 from llm_lightning.models.gpt import GPT
 from llm_lightning.tokenizers.base import Tokenizer
-from llm_lightning.tokenizers.gguf_vocabulary import vocabulary_to_gguf
+from llm_lightning.tokenizers.gguf_vocabulary import PREFIX, vocabulary_to_gguf
+from llm_lightning.weights.chat import Chat
 from llm_lightning.weights.export_folder import (
     GGUF,
     REPORT,
@@ -34,7 +35,7 @@ def export_gguf(
     folder: str | Path,
     *,
     dtype: str = "f16",
-    template: Mapping[str, Any] | None = None,
+    chat: Chat | None = None,
     origin: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def export_gguf(
     Args:
         model: its adapters merged.
         dtype: of `writing.KINDS`.
-        template: the description of the template that the model was trained with.
+        chat: how the model converses; the end of an answer becomes an end for llama.cpp, too.
         origin: plain texts that say where the weights come from; each becomes a key `llm_lightning.NAME`.
         overwrite: replace an earlier export.
 
@@ -64,25 +65,35 @@ def export_gguf(
         **{f"llm_lightning.{key}": value for key, value in (origin or {}).items()},
         **vocabulary_to_gguf(tokenizer, model.config.vocab_size),
     }
-    notes = []
-    if template is not None and template["kind"] == "jinja":
-        metadata["tokenizer.chat_template"] = template["text"]
-    elif template is not None:
-        notes.append(f"GGUF holds Jinja templates; {template['name']} is only in the {MODELFILE}")
+    if chat is not None:
+        metadata["tokenizer.chat_template"] = chat.jinja
+        if chat.end_id not in (None, metadata.get(f"{PREFIX}eos_token_id")):
+            metadata[f"{PREFIX}eot_token_id"] = chat.end_id
     with publishing(folder, overwrite=overwrite) as temporary:
         with naming(folder):
             write_gguf(temporary / GGUF, model.state_dict(), model.config, metadata, dtype=dtype)
-        checked = check_file(temporary / GGUF, model, tokenizer.encode(TEXT), dtype)
+        prompts = () if chat is None else chat.prompts
+        checked = check_file(temporary / GGUF, model, tokenizer.encode(TEXT), dtype, prompts)
         with naming(folder):
-            ends = _ends(tokenizer)
-            text = modelfile(GGUF, template, ends, model.config.context_length)
+            description = None if chat is None else chat.description
+            text = modelfile(GGUF, description, _ends(tokenizer, chat), model.config.context_length)
             write_text(temporary / MODELFILE, text)
-            report = {"architecture": architecture, "dtype": dtype, "notes": notes, **checked}
+            report = {"architecture": architecture, "dtype": dtype, "notes": _notes(checked, len(prompts)), **checked}
             write_json(temporary / REPORT, report | {"sha256": digests_of(temporary)})
     return report
 
 
-def _ends(tokenizer: Tokenizer) -> list[str]:
-    """The spelling of each token at which generation stops."""
+def _notes(checked: Mapping[str, Any], n_prompts: int) -> list[str]:
+    if not (others := checked["llama_cpp_other_prompts"]):
+        return []
+    return [
+        f"llama.cpp makes other tokens of {others} of {n_prompts} conversations: it runs the chat template otherwise, "
+        "or with another date"
+    ]
+
+
+def _ends(tokenizer: Tokenizer, chat: Chat | None) -> list[str]:
+    """The spelling of each token at which generation stops, the end of an answer first."""
     spelling = {index: word for word, index in tokenizer.controls.items()}
-    return [spelling[index] for index in tokenizer.stop_ids if index in spelling]
+    ids = [*(() if chat is None else (chat.end_id,)), *tokenizer.stop_ids]
+    return [spelling[index] for index in dict.fromkeys(ids) if index in spelling]

@@ -9,8 +9,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,25 +34,38 @@ class Computed(NamedTuple):
     tokens: list[int]
     """Of the text, which begins with none that the tokenizer adds."""
     predictions: list[Prediction]
+    chats: list[list[int] | None]
+    """Of each conversation, by the file's chat template; None where llama.cpp cannot run it."""
 
 
 def is_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def compute(file: Path, text: str, ids: Sequence[int], first: int, *, threads: int = 1, exact: bool = True) -> Computed:
+def compute(
+    file: Path,
+    text: str,
+    ids: Sequence[int],
+    first: int,
+    *,
+    chats: Sequence[Sequence[Mapping[str, str]]] = (),
+    threads: int = 1,
+    exact: bool = True,
+) -> Computed:
     """Encode `text`; predict `ids[first]` from those before it, then `ids[first + 1]`, and so on to the last.
 
     Tokens that are a part of a character are left out: llama.cpp's server states nothing before the character is whole.
 
     Args:
+        chats: conversations that wait for an answer, as messages of `role` and `content`.
         exact: no flash attention, and a cache in float32. Llama.cpp's own settings (a cache in float16) differ from
             exact ones by hundredths.
 
     Raises:
         ValueError: if llama.cpp does not read the file; with the last line that it writes.
     """
-    question = {"file": str(file), "text": text, "ids": list(ids), "first": first, "threads": threads, "exact": exact}
+    settings = {"threads": threads, "exact": exact}
+    question = {"file": str(file), "text": text, "ids": list(ids), "first": first, "chats": list(chats), **settings}
     command = [sys.executable, "-m", "llm_lightning.weights.gguf.llama_cpp"]
     done = subprocess.run(
         command, input=json.dumps(question), capture_output=True, text=True, timeout=_SECONDS, check=False
@@ -61,7 +75,8 @@ def compute(file: Path, text: str, ids: Sequence[int], first: int, *, threads: i
         wrong = [line for line in lines if " E " in line] or lines
         raise ValueError(f"llama.cpp does not read {file} (exit code {done.returncode}): {wrong[-1]}")
     answer = json.loads(done.stdout.splitlines()[-1])
-    return Computed(answer["tokens"], [Prediction(at, actual, dict(top)) for at, actual, top in answer["predictions"]])
+    predictions = [Prediction(at, actual, dict(top)) for at, actual, top in answer["predictions"]]
+    return Computed(answer["tokens"], predictions, answer["chats"])
 
 
 def _server(file: str, n_ids: int, threads: int, exact: bool) -> Any:
@@ -97,12 +112,25 @@ def _predictions(server: Any, ids: list[int], at: int) -> Iterator[tuple[int, fl
         yield at, token["logprob"], [(top["id"], top["logprob"]) for top in token["top_logprobs"]]
 
 
-def _tokens(server: Any, text: str) -> list[int]:
-    content = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
-    request = urllib.request.Request(f"{server.listening_address}/tokenize", content, {"Content-Type": "text/json"})
-    with urllib.request.urlopen(request) as response:
-        tokens: list[int] = json.load(response)["tokens"]
+def _tokens(server: Any, text: str, *, is_prompt: bool = False) -> list[int]:
+    """Ids of a text; of a prompt with its control tokens, and what begins it."""
+    found = _post(server, "tokenize", content=text, add_special=is_prompt, parse_special=is_prompt)
+    tokens: list[int] = found["tokens"]
     return tokens
+
+
+def _chat(server: Any, messages: list[dict[str, str]]) -> list[int] | None:
+    try:
+        return _tokens(server, _post(server, "apply-template", messages=messages)["prompt"], is_prompt=True)
+    except urllib.error.HTTPError:
+        return None
+
+
+def _post(server: Any, verb: str, **content: Any) -> dict[str, Any]:
+    body, kind = json.dumps(content).encode(), {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{server.listening_address}/{verb}", body, kind)) as response:
+        reply: dict[str, Any] = json.load(response)
+    return reply
 
 
 def _main() -> None:
@@ -110,7 +138,8 @@ def _main() -> None:
     ids = question["ids"]
     server = _server(question["file"], len(ids), question["threads"], question["exact"])
     found = [one for at in range(question["first"], len(ids)) for one in _predictions(server, ids, at)]
-    print(f"\n{json.dumps({'tokens': _tokens(server, question['text']), 'predictions': found})}", flush=True)
+    tokens, chats = _tokens(server, question["text"]), [_chat(server, messages) for messages in question["chats"]]
+    print(f"\n{json.dumps({'tokens': tokens, 'predictions': found, 'chats': chats})}", flush=True)
 
 
 if __name__ == "__main__":
