@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         report = export_hf(trunk, trunk.config, loaded.tokenizer, args.folder, **options)
     for note in report["notes"]:
         say(note)
-    compared = "read back by llm-lightning; transformers is not installed"
+    compared = "read back by llm-lightning; transformers is not installed, or lacks the class"
     if version := report["transformers"]:
         compared = (
             f"compared with transformers {version}, logits differ by at most {report['max_logit_difference']:.2g}"

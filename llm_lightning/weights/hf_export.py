@@ -234,6 +234,10 @@ def _report(folder: Path, contents: _Contents) -> dict[str, Any]:
     if not is_known_there(contents.tokenizer):
         notes.append(f"transformers has no tokenizer {contents.tokenizer.describe()['name']}; {NOTE} describes it")
         notes += ["nor therefore a chat template"] if contents.chat else []
+    chat = contents.chat
+    date = chat.variables.get("date_string") if chat else None
+    if chat and date and any(name in chat.jinja for name in ("date_string", "strftime_now")):
+        notes.append(f"the chat template writes a date: here {date}, elsewhere today's, unless date_string is given")
     return {
         "dtype": contents.dtype,
         "vocab_size": config.vocab_size,

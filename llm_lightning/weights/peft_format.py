@@ -226,7 +226,9 @@ def _from_peft(pairs: Mapping[str, Pair], config: LoRAConfig, model: GPTConfig) 
     for theirs, pair in pairs.items():
         path, part = family_of(model).module_from_hf(theirs)
         _check_fits(theirs, pair, _shape(path, part, model))
-        layers.setdefault(path, {})[part] = pair
+        if part in layers.setdefault(path, {}):
+            raise ValueError(f"{theirs} is named twice, with and without a prefix; get it again")
+        layers[path][part] = pair
     joint = [path for path in layers if len(family_of(model).module_to_hf(path)) > 1]
     is_fused = all(_share_a(layers[path]) for path in joint)
     config = replace(config, targets=tuple(layers), qkv="fused" if is_fused else "split")

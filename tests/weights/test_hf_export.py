@@ -13,6 +13,7 @@ from made_export import LLAMA, json_tokenizer, random_gpt
 from safetensors.torch import load_file
 
 from llm_lightning.data.templates.as_jinja import chat_of
+from llm_lightning.data.templates.chat import ChatTemplate
 from llm_lightning.data.templates.choose import choose_template
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
@@ -161,6 +162,16 @@ def test_a_tokenizer_json_and_a_template_travel(tmp_path: Path, begins: bool) ->
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not what was exported"):
         load_model(folder)
+
+
+def test_a_date_in_a_template_is_told(tmp_path: Path) -> None:
+    """Llama 3's writes today's date for other programs; ours is a setting."""
+    tokenizer, config = json_tokenizer(), replace(LLAMA, vocab_size=261)
+    text = "{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    template = ChatTemplate("dated", text, "1999-12-31")
+    report = export_hf(random_gpt(config), config, tokenizer, tmp_path / "export", chat=chat_of(template, tokenizer))
+    told = "the chat template writes a date: here 31 Dec 1999, elsewhere today's, unless date_string is given"
+    assert report["notes"][0] == told
 
 
 def test_other_tokens_than_ours_are_told(tmp_path: Path) -> None:
