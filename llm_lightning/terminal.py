@@ -59,6 +59,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
+def reply(value: object) -> None:
+    """Write a plain value as one line of JSON, for the process that started this one to answer it."""
+    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
 def say(
     text: object = "", *, file: TextIO | None = None, end: str = "\n", colours: bool = False, flush: bool = False
 ) -> None:

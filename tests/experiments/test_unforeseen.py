@@ -71,7 +71,7 @@ def test_too_little_memory_is_no_fault(tmp_path: Path, monkeypatch: pytest.Monke
         RuntimeError("DefaultCPUAllocator: can't allocate"),
     ):
 
-        def too_large(*_: object, error: Exception = error) -> None:
+        def too_large(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(runs, "build_datamodule", too_large)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import apply_lora
 from llm_lightning.weights.families.gpt2 import to_hf
+from llm_lightning.weights.releases import RELEASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,9 +179,10 @@ def test_chapter_7_and_its_exercises_train_as_many_parameters_as_the_book() -> N
     assert CHAPTER_7 == ["ch07", "ch07_alpaca52k", "ch07_lora", "ch07_masked", "ch07_phi3"]
     settings = check_overrides(["experiment=book/ch07_lora"], ROOT / "conf")
     assert settings.model.tied_head is False
-    sizes = {name: settings.model[name] for name in ("n_layer", "n_head", "n_embd", "context_length", "tied_head")}
+    assert settings.init_from == "gpt2-medium"
+    medium = GPTConfig(**RELEASES["gpt2-medium"].config)
     with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=50257, **sizes))
+        model = GPT(replace(medium, tied_head=settings.model.tied_head))
         assert model.num_parameters() == 406_286_336
         apply_lora(model, instantiate(settings.lora))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 7_898_384

@@ -26,6 +26,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from llm_lightning.terminal import reply
+
 MOST_CHARACTERS = 1 << 24
 """Of one rendering, 16 million; a template that writes more is stopped while it writes."""
 MOST_MEMORY = 1 << 30
@@ -77,8 +79,7 @@ def serve() -> None:
         request = json.loads(line)
         answer = _answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
-        sys.stdout.buffer.flush()
+        reply(answer)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

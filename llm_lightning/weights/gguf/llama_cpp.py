@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_lightning.terminal import reply, say
+
 TOP = 10
 _SECONDS = 1800  # reading a file of many gigabytes from a slow disk
 
@@ -139,7 +141,8 @@ def _main() -> None:
     server = _server(question["file"], len(ids), question["threads"], question["exact"])
     found = [one for at in range(question["first"], len(ids)) for one in _predictions(server, ids, at)]
     tokens, chats = _tokens(server, question["text"]), [_chat(server, messages) for messages in question["chats"]]
-    print(f"\n{json.dumps({'tokens': tokens, 'predictions': found, 'chats': chats})}", flush=True)
+    say(flush=True)  # after what llama.cpp may have left on the line
+    reply({"tokens": tokens, "predictions": found, "chats": chats})
 
 
 if __name__ == "__main__":
