@@ -14,6 +14,7 @@ import lightning as L
 import torch
 
 from llm_lightning.callbacks.run_logs import TensorBoard
+from llm_lightning.data.templates.base import Template
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.inference.generation import generate
 from llm_lightning.terminal import one_line, visible
@@ -65,8 +66,10 @@ class Samples(L.Callback):
         self.beside_start = beside_start
         self._prompt_ids: list[list[int]] = []
         self._at_start: list[str] = []
+        self._template: Template | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._template = getattr(trainer.datamodule, "template", None)  # type: ignore[attr-defined]
         if self.prompts is None:
             self._prompt_ids = _prompts_of(trainer, self.n_prompts)
             return
@@ -123,8 +126,7 @@ class Samples(L.Callback):
         model, tokenizer = pl_module.model, pl_module.tokenizer
         room = model.config.context_length - max(map(len, self._prompt_ids))
         options = {**self.options, "max_new_tokens": min(self.options["max_new_tokens"], room)}
-        template = getattr(pl_module.trainer.datamodule, "template", None)
-        stop_ids = tokenizer.stop_ids if template is None else template.stop_ids(tokenizer)
+        stop_ids = tokenizer.stop_ids if self._template is None else self._template.stop_ids(tokenizer)
         never = tokenizer.ids_without_token(model.config.vocab_size)
         # A compiled model would be compiled once more for every length.
         is_compiling = "torch._dynamo" in sys.modules

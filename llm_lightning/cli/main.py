@@ -34,7 +34,7 @@ VERBS = {
     "inspect-data": "show which tokens of records are trained on",
     "statistics": "count lengths and repetitions in a file",
     "near-duplicates": "find near-duplicate records, and remove them",
-    "export": "write the weights as a folder that transformers loads",
+    "export": "write the weights as a folder that transformers loads, or as GGUF for llama.cpp and Ollama",
     "inspect": "show what a checkpoint contains",
     "completion": "print a script for the completion of verbs and options in a shell",
 }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import signal
 import time
 from pathlib import Path
 
 import pytest
 from forked import Forked
-from tiny_run import assert_same
+from tiny_run import ROOT, assert_same
 
 from llm_lightning.cli.main import main
 from llm_lightning.data.templates.chat import ChatTemplate
@@ -30,9 +32,18 @@ pytestmark = [
 ]
 
 
-def test_it_knows_the_capital_of_japan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", NAME, "--chat", "What is the capital of Japan?", "--temperature", "0"]) in (0, None)
-    assert "Tokyo" in capsys.readouterr().out
+def test_the_readmes_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text()
+    first = re.findall(r"^llm-lightning generate smollm2-.*$", readme, flags=re.MULTILINE)
+    others = re.findall(r"`(llm-lightning [^`]*PRETRAINED[^`]*)`", readme)
+    assert len(first) == 1
+    assert len(others) == 2
+    words = {"PRETRAINED": NAME, "FOLDER": str(tmp_path / "exported")}
+    for command in (*first, *others):
+        assert main([words.get(word, word) for word in shlex.split(command)[1:]]) in (0, None)
+        if "generate" in command:
+            assert "Tokyo" in capsys.readouterr().out
+    assert (tmp_path / "exported" / "Modelfile").is_file()
 
 
 def test_it_knows_the_capital_of_france_without_a_system_message() -> None:

@@ -64,7 +64,7 @@ def write_folder(folder: Path, config: GPTConfig) -> int:
     theirs = family_of(config).to_hf(state, config)
     shards = {f"model-0000{number}-of-00002.safetensors": list(theirs)[number - 1 :: 2] for number in (1, 2)}
     for name, part in shards.items():
-        save_file({tensor: theirs[tensor] for tensor in part}, folder / name)
+        save_file({tensor: theirs[tensor].contiguous() for tensor in part}, folder / name)
     index = {"weight_map": {tensor: name for name, part in shards.items() for tensor in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(family_of(config).config_to_hf(config, None)))
