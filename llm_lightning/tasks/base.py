@@ -52,6 +52,7 @@ from torch import Tensor
 
 from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.order import limited
+from llm_lightning.malloc import disable_malloc_trim, trim_malloc
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
@@ -60,7 +61,7 @@ from llm_lightning.optim.base import OptimizerConfig
 from llm_lightning.optim.clipping import scale_and_clip_gradients
 from llm_lightning.optim.schedules import ScheduleConfig
 from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
-from llm_lightning.tasks.memory import disable_malloc_trim, freeze_in_bfloat16, leave_fresh_memory_unfilled, trim_malloc
+from llm_lightning.tasks.memory import freeze_in_bfloat16, leave_fresh_memory_unfilled
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from llm_lightning.data.batches import LabelledSample
 from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
 from llm_lightning.losses import IGNORE_INDEX
+from llm_lightning.malloc import trim_malloc
 from llm_lightning.models.classifier import Classifier, frozen_depth
-from llm_lightning.tasks.memory import trim_malloc
 from llm_lightning.weights.digests import code_digest, weights_digest
 
 if TYPE_CHECKING:

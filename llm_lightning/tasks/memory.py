@@ -1,9 +1,6 @@
-"""Memory settings of training: narrow frozen weights, and how PyTorch and the C library treat freed memory."""
+"""Memory settings of training: narrow frozen weights, and how PyTorch treats fresh memory; `malloc.py` has more."""
 
 from __future__ import annotations
-
-import ctypes
-import sys
 
 import torch
 from torch import nn
@@ -26,23 +23,3 @@ def leave_fresh_memory_unfilled() -> None:
     `tests/tasks/test_unwritten_memory.py` trains every task with it on, and gets the same bits.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def trim_malloc() -> None:
-    """Let glibc return freed memory between used blocks, such as the fp32 form of cast weights. Elsewhere: nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def disable_malloc_trim() -> None:
-    """Let glibc keep freed memory for the next step instead of returning it to the system. Elsewhere: nothing.
-
-    By default every large tensor is mapped afresh and zeroed page by page at its first touch: at 124M parameters half
-    a million page faults, and a third of the time, of each step on a CPU. Costs a few percent more memory.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in glibc's malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)  # as an unsigned size: never

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,7 +46,15 @@ def from_description(description: dict[str, Any]) -> Tokenizer:
         ValueError: if the description is damaged or names no tokenizer.
         OSError: if the files of an encoding cannot be read or downloaded.
     """
-    kinds: dict[Any, type[Tokenizer]] = {"byte": ByteTokenizer, "word": WordTokenizer, NAME: JsonTokenizer}
+    kinds: dict[Any, type[Tokenizer]] = {"byte": ByteTokenizer, "word": WordTokenizer}
     name = description.get("name")
+    if name == NAME:
+        return _json_tokenizer(json.dumps(description, default=repr))
     kind = kinds.get(name, TiktokenTokenizer) if isinstance(name, str) else TiktokenTokenizer
     return kind.from_description(description)
+
+
+@functools.lru_cache(maxsize=1)
+def _json_tokenizer(description: str) -> JsonTokenizer:
+    """The tokenizer of a description in JSON; the latest is kept, because it takes seconds and is often built twice."""
+    return JsonTokenizer.from_description(json.loads(description))

@@ -56,13 +56,15 @@ class JsonTokenizer(Tokenizer):
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         try:
-            self.content = read_content(text)
-            self._library = _library(self.content.without_added_tokens())
+            content = read_content(text)
+            self._library = _library(content.without_added_tokens())
         except ValueError as error:
             raise ValueError(f"tokenizer.json: {error}") from None
         self._text = text
-        self._spellings = self.content.spellings()
-        self._added = frozenset(self.content.added.values())
+        self._spellings = content.spellings()
+        self._controls, self._added = content.added, frozenset(content.added.values())
+        self._byte_level, self._strips_space = content.byte_level, content.strips_space
+        self._is_cut, self._unknown_id = content.pre is not None, content.unknown_id
         self.vocab_size = len(self._spellings)
         self.special_tokens = dict(special_tokens or {})
         self.bos_id, self.eot_id = self._known("bos_id", bos_id), self._known("eot_id", eot_id)
@@ -77,8 +79,13 @@ class JsonTokenizer(Tokenizer):
         return index
 
     @property
+    def content(self) -> JsonContent:
+        """What the file says, read again: kept, it would take as much memory as a layer of the model."""
+        return read_content(self._text)
+
+    @property
     def controls(self) -> Mapping[str, int]:
-        return self.content.added
+        return self._controls
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -92,7 +99,7 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def _continuing(self) -> Any:
         """What encodes a text that is cut before its beginning; None if that is unknown."""
-        if self.content.byte_level:
+        if self._byte_level:
             return self._library
         text = self.content.for_continuations()
         return None if text is None else _library(text)
@@ -105,7 +112,7 @@ class JsonTokenizer(Tokenizer):
                 raise
             raise ValueError(f"the library tokenizers gave up on a text of {len(text)} characters: {error}") from None
         ids = np.array(encoding.ids, dtype=np.uint32)
-        return ids[ids != self.content.unknown_id].astype(self.dtype)
+        return ids[ids != self._unknown_id].astype(self.dtype)
 
     def _pieces(self, text: str) -> Iterator[str]:
         """Cut a long text where that changes no id: memory stays small."""
@@ -119,7 +126,7 @@ class JsonTokenizer(Tokenizer):
         yield text[start:]
 
     def _inner_cut(self, text: str) -> int:
-        if self.content.byte_level:
+        if self._byte_level:
             return self.split_point(text)
         return 0 if self._continuing is None else last_start(_SPACE_BEHIND, text)
 
@@ -130,11 +137,11 @@ class JsonTokenizer(Tokenizer):
             return b""
         if index in self._added:
             return token.encode()
-        return _byte_level_bytes(token) if self.content.byte_level else _fallback_bytes(token)
+        return _byte_level_bytes(token) if self._byte_level else _fallback_bytes(token)
 
     def decode(self, ids: Iterable[int]) -> str:
         text = super().decode(ids)
-        return text.removeprefix(" ") if self.content.strips_space else text
+        return text.removeprefix(" ") if self._strips_space else text
 
     def ids_without_token(self, n_rows: int) -> list[int]:
         gaps = [index for index, token in enumerate(self._spellings[:n_rows]) if token is None]
@@ -142,7 +149,7 @@ class JsonTokenizer(Tokenizer):
 
     def split_point(self, text: str) -> int:
         """Return a safe cut for the known ways of cutting, else 0: Llama 2's kind begins each text with a space."""
-        return last_start(PIECE_END, text) if self.content.pre else 0
+        return last_start(PIECE_END, text) if self._is_cut else 0
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_lightning.malloc import trim_malloc
 from llm_lightning.models.gpt import GPTConfig
+from llm_lightning.tokenizers.build import from_description
 from llm_lightning.weights import chat_templates, folder_tokenizer, generation_config
 from llm_lightning.weights.chat_templates import read_chat_template
 from llm_lightning.weights.contents import Pretrained
@@ -55,11 +57,15 @@ def load_folder(path: Path, digests: Mapping[str, str] | None = None) -> Pretrai
         stored = StoredTensors(files)
         config_json = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
         config = _inferred(stored, folder) if config_json is None else config_of(config_json)
+    generation = read_generation(folder, config_json or {}, config.vocab_size)
+    tokenizer = tokenizer_of(folder, config, generation.get("eos_token_id", ()))
+    if tokenizer is not None:
+        from_description(tokenizer)  # before the weights are read: building it needs memory, most of it for a moment
+        trim_malloc()
+    with naming(path):
         state = convert(stored, config)
         _refuse_non_finite(state)
     digest = of_files[0] if len(files) == 1 else hashlib.sha256("\n".join(of_files).encode()).hexdigest()
-    generation = read_generation(folder, config_json or {}, config.vocab_size)
-    tokenizer = tokenizer_of(folder, config, generation.get("eos_token_id", ()))
     info = info_of(str(path), digest, state)
     return Pretrained(config, state, tokenizer, info, template_of(folder), generation or None)
 

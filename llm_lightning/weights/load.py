@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llm_lightning.files.places import parent_names
+from llm_lightning.malloc import returning_large_blocks
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import (
@@ -100,8 +101,9 @@ def load_model(
         FileNotFoundError: if there is nothing at the path.
         CheckpointError, ValueError: if what is there is damaged or not a GPT, or an adapter is for another model.
     """
-    loaded = _load_model(name_or_path, base, adapters or {}, ())
-    return replace(loaded, model=loaded.model.to(device=device, dtype=dtype).eval())
+    with returning_large_blocks():
+        loaded = _load_model(name_or_path, base, adapters or {}, ())
+        return replace(loaded, model=loaded.model.to(device=device, dtype=dtype).eval())
 
 
 def _load_model(
