@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.cli.main import main as cli
 from llm_lightning.data.of_checkpoint import conversations_of
+from llm_lightning.data.templates import renderer
 from llm_lightning.data.templates.choose import choose_template, from_description, template_in
 from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.experiments.run import keep_template
@@ -120,6 +122,27 @@ def test_respond_uses_it_and_names_the_record_that_it_refuses(
     assert "template strict.jinja refuses: I know no user" in capsys.readouterr().err
     assert cli([*words, "--template", "llama3"]) == 2
     assert "template llama3 writes <|begin_of_text|>, <|start_header_id|>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for m in messages %}\n{% if %}", r"template bad.jinja line 2: Expected an expression, got 'end of"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", r"computes for more than"),
+        ("{% if messages | length > 1 %}{{ raise_exception('One.') }}{% endif %}{{ messages[0].content }}",
+         r"template bad.jinja refuses: One\."),
+    ],
+)  # fmt: skip
+def test_a_run_is_refused_by_one_line(
+    file: Path, tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renderer, "SECONDS", 0.2)
+    (tmp_path / "bad.jinja").write_text(text)
+    bad = f"data.template={tmp_path / 'bad.jinja'}"
+    outcome = fit_here([*TUNING, *own_data(file), bad, f"hydra.run.dir={tmp_path / 'run'}"])
+    assert outcome.code == 2
+    [line] = [line for line in outcome.err.splitlines() if line.startswith("error:")]
+    assert re.search(message, line)
 
 
 # --- checkpoints of earlier versions ----------------------------------------------------------------------------------

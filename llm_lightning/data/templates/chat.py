@@ -2,7 +2,8 @@
 
 Data flow: a conversation -> messages, control tokens in them hidden -> renderings of the whole conversation and of its
 beginnings -> segments -> token ids. The segments are cut by comparing renderings, so that they say what generation will
-see: the prompt is a rendering with the generation prompt, and the answer is what the whole rendering has behind it.
+see: the prompt is a rendering with the generation prompt, and the answer is what the whole rendering has behind it. The
+time grows with the square of the number of turns.
 
 Of the kinds of segments, `header` is the generation prompt, such as `<|im_start|>assistant`; `response` is all that
 generation writes before the end, thinking included; `end` goes up to the first control token that the template writes
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import date as day
 from functools import cache, lru_cache
@@ -110,7 +111,7 @@ class ChatTemplate(Template):
 
     def text_of(self, conversation: Conversation) -> str:
         messages = _messages(conversation)
-        return self._render(conversation.place, [{"messages": messages, **_variables(self, None)}])[0]
+        return self._render(conversation.place, messages, [(len(messages), False)], None)[0]
 
     def question(self, conversation: Conversation) -> str:
         return _messages(conversation)[-2]["content"]
@@ -120,7 +121,7 @@ class ChatTemplate(Template):
         if first is None:
             return
         probe = _messages(Conversation((Turn("a", "", "b"),), system=_MARK))
-        if _MARK not in self._render(first.place, [{"messages": probe, **_variables(self, None)}])[0]:
+        if _MARK not in self._render(first.place, probe, [(len(probe), False)], None)[0]:
             raise ValueError(f"{first.place} has a system message, but template {self.name} leaves it out")
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -201,14 +202,16 @@ class ChatTemplate(Template):
         those that it looks for are not hidden in answers.
         """
         messages = _messages(conversation)[: None if is_answered else -1]
-        n_questions = len(conversation.turns)
+        roles, n_questions = [message["role"] for message in messages], len(conversation.turns)
+        cuts = [(n, True) for n, role in enumerate(roles, start=1) if role == "user"]
+        cuts += [(n, False) for n, role in enumerate(roles, start=1) if role == "assistant"]
         hiding = Hiding([self.text, *(message["content"] for message in messages)])
         direct = None
         for kept in ((), self._looked_for()):
             hidden = [_hidden(message, hiding, _controls(tokenizer), kept) for message in messages]
-            texts = self._render(conversation.place, self._jobs(hidden, tokenizer))
+            texts = self._render(conversation.place, hidden, cuts, tokenizer)
             if hidden != messages:
-                direct = direct or self._render(conversation.place, self._jobs(messages, tokenizer))
+                direct = direct or self._render(conversation.place, messages, cuts, tokenizer)
             if hidden == messages or list(map(hiding.reveal, texts)) == direct:
                 return Renderings(texts[:n_questions], texts[n_questions:], hiding)
         raise ValueError(
@@ -216,19 +219,11 @@ class ChatTemplate(Template):
             "something else; leave the record out, or give another template"
         )
 
-    def _jobs(self, messages: Messages, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Up to each question, with the generation prompt; then up to each answer."""
-        variables = _variables(self, tokenizer)
-        return [
-            {"messages": messages[: index + 1], "add_generation_prompt": role == "user", **variables}
-            for role in ("user", "assistant")
-            for index, message in enumerate(messages)
-            if message["role"] == role
-        ]
-
-    def _render(self, place: str, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _render(
+        self, place: str, messages: Messages, cuts: Sequence[tuple[int, bool]], tokenizer: Tokenizer | None
+    ) -> list[str]:
         try:
-            return RENDERER.render(self.text, self.date, jobs)
+            return RENDERER.render(self.text, self.date, messages, cuts, _variables(self, tokenizer))
         except RenderError as error:
             raise ValueError(f"{f'{place}: ' if place else ''}template {self.name} {error}") from None
 
@@ -263,14 +258,8 @@ def _messages(conversation: Conversation) -> Messages:
 @lru_cache(maxsize=16)
 def _shape(template: ChatTemplate, tokenizer: Tokenizer) -> Shape:
     """What a template writes around the answer of a conversation of one turn."""
-    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}
-    variables = _variables(template, tokenizer)
-    jobs = [
-        {"messages": [question], "add_generation_prompt": False, **variables},
-        {"messages": [question], "add_generation_prompt": True, **variables},
-        {"messages": [question, answer], "add_generation_prompt": False, **variables},
-    ]
-    asked, begun, answered = template._render("", jobs)
+    messages = _messages(Conversation((Turn("a", "", _MARK),)))
+    asked, begun, answered = template._render("", messages, [(1, False), (1, True), (2, False)], tokenizer)
     if _MARK not in answered:
         raise ValueError(f"template {template.name} leaves answers out; give another one")
     footer = answered.rpartition(_MARK)[2]

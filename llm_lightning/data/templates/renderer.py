@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 SECONDS = 5.0
-"""CPU time of one conversation; a common one takes a tenth of a millisecond."""
+"""CPU time of one rendering; a common one takes less than a tenth of a millisecond."""
 _MOST_SHOWN = 300
 _CHILD = """
 import sys
@@ -35,19 +35,28 @@ class Renderer:
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def render(self, template: str, date: str, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Render a template once with the variables of each job.
+    def render(
+        self,
+        template: str,
+        date: str,
+        messages: Sequence[Mapping[str, str]],
+        cuts: Sequence[tuple[int, bool]],
+        variables: Mapping[str, str],
+    ) -> list[str]:
+        """Render a conversation once for each cut.
 
         Args:
             template: a Jinja program.
             date: the day that the program sees, YYYY-MM-DD.
-            jobs: name -> plain value.
+            cuts: (number of first messages, whether the generation prompt follows).
+            variables: what the program may name beside the messages.
 
         Raises:
-            RenderError: if the template is no Jinja program, refuses a job, or exceeds the limits of time, memory or
-                output.
+            RenderError: if the template is no Jinja program, refuses the messages, or exceeds the limits of time,
+                memory or output.
         """
-        return self._ask({"template": template, "date": date, "jobs": list(jobs), "seconds": SECONDS})
+        conversation = {"messages": list(messages), "cuts": list(cuts), "variables": dict(variables)}
+        return self._ask({"template": template, "date": date, "seconds": SECONDS, **conversation})
 
     def strings_looked_for(self, template: str) -> list[str]:
         """Return the constants that a template compares texts with, or passes to a function or filter.
@@ -55,7 +64,7 @@ class Renderer:
         Raises:
             RenderError: if the template is no Jinja program.
         """
-        return self._ask({"template": template, "jobs": None, "seconds": SECONDS})
+        return self._ask({"template": template, "cuts": None, "seconds": SECONDS})
 
     def close(self) -> None:
         """End the child process."""

@@ -75,7 +75,6 @@ def serve() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         answer = _answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
@@ -83,12 +82,13 @@ def serve() -> None:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """`texts`, one of each job; or `error` with a `line` of the template."""
+    """`texts`, one for each cut; or `error` with a `line` of the template."""
     try:
-        if request["jobs"] is None:
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        if request["cuts"] is None:
             return {"texts": _strings_looked_for(request["template"])}
         template = _compiled(request["template"], request["date"])
-        return {"texts": [_rendered(template, job) for job in request["jobs"]]}
+        return {"texts": [_rendered(template, request, *cut) for cut in request["cuts"]]}
     except RaisedError as error:
         return {"error": f"refuses: {error}", "line": None}
     except TemplateSyntaxError as error:
@@ -99,10 +99,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error) or type(error).__name__, "line": _line_of(error)}
 
 
-def _rendered(template: jinja2.Template, variables: dict[str, Any]) -> str:
+def _rendered(template: jinja2.Template, request: dict[str, Any], n_messages: int, is_prompt: bool) -> str:
+    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
     pieces: list[str] = []
     length = 0
-    for piece in template.generate(tools=None, documents=None, **variables):
+    known = {"messages": request["messages"][:n_messages], "add_generation_prompt": is_prompt, **request["variables"]}
+    for piece in template.generate(tools=None, documents=None, **known):
         length += len(piece)
         if length > MOST_CHARACTERS:
             raise TemplateError(f"writes more than {MOST_CHARACTERS:,} characters")
