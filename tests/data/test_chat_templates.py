@@ -389,9 +389,14 @@ def test_no_text_of_a_message_becomes_a_control_token(name: str) -> None:
         assert found(f"{word} x {word}", f"{word[2:]} y {word[:-1]}") == expected
 
 
-def test_a_message_that_goes_on_with_a_control_token_of_the_template_is_text() -> None:
-    template = ChatTemplate("open", "{% for m in messages %}<|im_{{ m.content }}|>{% endfor %}")
-    ids = [index for segment in template.segments(talk("start", "end"), made_tokenizer()) for index in segment.ids]
+@pytest.mark.parametrize(
+    ("text", "question", "answer"),
+    [("<|im_{{ m.content }}|>", "start", "end"), ("<|im_{{ m.content }}.", "start|> a", "end|> b"),
+     (".{{ m.content }}end|>", "a <|im_", "b <|im_")],
+)  # fmt: skip
+def test_what_a_message_and_the_template_spell_out_together_is_text(text: str, question: str, answer: str) -> None:
+    template, tokenizer = ChatTemplate("t", f"{{% for m in messages %}}{text}{{% endfor %}}"), made_tokenizer()
+    ids = [index for segment in template.segments(talk(question, answer), tokenizer) for index in segment.ids]
     assert ids == ids_of("<|endoftext|>"), "the end of the answer alone"
 
 
