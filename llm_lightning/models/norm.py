@@ -27,7 +27,8 @@ class RMSNorm(nn.RMSNorm):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the vectors of `x` (..., C) and multiply them by `weight` (C,); shape and type stay those of `x`."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():  # one kernel there
+    is_small = not torch.is_grad_enabled() and x.numel() <= BLOCK_ELEMENTS  # in generation every call counts
+    if is_small or x.device.type != "cpu" or torch.compiler.is_compiling():  # one kernel, but on a CPU
         return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
     normalised: Tensor = _RMSNorm.apply(x, weight, eps)
     return normalised

@@ -82,6 +82,8 @@ def frequencies(
 
 def rotate(heads: Tensor, by: Rotation, n: int) -> Tensor:
     """Rotate the first `n` of the heads, (B, H, T, D); the others are copied."""
+    if not torch.is_grad_enabled() and heads.numel() <= BLOCK_ELEMENTS:  # in generation every call counts
+        return torch.cat((_turned(heads[:, :n], by.cos, by.sin).to(heads.dtype), heads[:, n:]), dim=1)
     rotated: Tensor = _Rotate.apply(heads, by.cos, by.sin, n)
     return rotated
 
@@ -105,12 +107,14 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, n: int, out: Tensor) -> Tensor:
     """Fill `out`; the wide copies are of a few positions at a time, which stay in the cache."""
-    dtype, half = torch.promote_types(heads.dtype, cos.dtype), heads.size(-1) // 2
     out[:, n:] = heads[:, n:]
     step = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // max(1, heads[:, :n, :1].numel()))
     blocks = (one.split(step, dim=-2) for one in (heads[:, :n], cos, sin, out[:, :n]))
     for block, cos_of, sin_of, target in zip(*blocks, strict=True):
-        wide = block.to(dtype, memory_format=torch.contiguous_format)
-        swapped = torch.cat((wide[..., half:], wide[..., :half]), dim=-1)
-        target.copy_((wide * cos_of).add_(swapped.mul_(sin_of)))
+        target.copy_(_turned(block, cos_of, sin_of))
     return out
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = heads.to(torch.promote_types(heads.dtype, cos.dtype), memory_format=torch.contiguous_format)
+    return (wide * cos).add_(wide.roll(heads.size(-1) // 2, -1).mul_(sin))

@@ -1,7 +1,7 @@
 """Run the side-by-side benchmarks and write their results to outputs/benchmarks/.
 
 pip install -e ".[bench]"
-python tests/benchmarks/run.py [training|generation|token_files|classification|lora|sft|dpo|responses|all] [--quick]
+python tests/benchmarks/run.py [NAME|all] [--quick]          the names are in BENCHMARKS
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ BENCHMARKS = {  # name -> arguments that make it quick
     "sft": ["--quick"],
     "dpo": ["--quick"],
     "responses": ["--quick"],
+    "real": ["--quick"],
 }
 
 
