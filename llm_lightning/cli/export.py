@@ -139,7 +139,12 @@ def _origin_of(loaded: LoadedModel) -> dict[str, str]:
     lineage = loaded.header.get("lineage", {})
     keys = ("source", "parent_name", "parent", "base", "data")
     facts = {"digest": loaded.header.get("digest"), **{key: lineage.get(key) for key in keys}}
-    return {key: value for key, value in facts.items() if isinstance(value, str)}
+    # What is published should not show where it was made.
+    return {key: _without_folders(value) for key, value in facts.items() if isinstance(value, str)}
+
+
+def _without_folders(value: str) -> str:
+    return Path(value).name if Path(value).is_absolute() else value
 
 
 def _chat_of(loaded: LoadedModel) -> Chat | None:

@@ -113,9 +113,7 @@ def _load_model(
     above = _with(above, name_or_path)
     if is_peft_folder(name_or_path):
         under = base or base_name_of(name_or_path)
-        loaded = _load_model(under, None, {"default": name_or_path} | dict(adapters), above)
-        template = template_beside(name_or_path)
-        return replace(loaded, header=loaded.header | {"template": template}) if template else loaded
+        return _load_model(under, None, {"default": name_or_path} | dict(adapters), above)
     path = resolve(name_or_path)
     if path is None:
         header, state, tokenizer = _from_pretrained(str(name_or_path))
@@ -135,10 +133,11 @@ def _load_model(
         elif base is not None:
             raise ValueError(f"{path} is not an adapter, so it needs no base; leave base= out")
     model = rebuild_model(header, state)
-    for name, adapter in adapters.items():
-        header = header | {"lora": _add_adapter(model, adapter, name)}
-    if adapters:
-        use_adapter(model, next(iter(adapters)))
+    added = {name: _add_adapter(model, adapter, name) for name, adapter in adapters.items()}
+    if added:
+        used = next(iter(added))
+        use_adapter(model, used)
+        header = header | added[used]
     return LoadedModel(model, tokenizer, header, path)
 
 
@@ -232,11 +231,12 @@ def _base_state(
 
 
 def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict[str, Any]:
-    """Add the adapter at `source` to a GPT; return its settings."""
+    """Add the adapter at `source` to a GPT; return its settings and the template of its training, for the header."""
     if not isinstance(model, GPT):
         raise ValueError(f"{source}: an adapter goes on a GPT, not on a classifier; load the adapter alone instead")
     if is_peft_folder(source):
         config, state = import_peft(source, model.config)
+        template = template_beside(source)
     else:
         path = resolve(source)
         checkpoint = load_weights(path) if path is not None else {HEADER: {}, "state_dict": {}}
@@ -247,7 +247,7 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
         with refusing(source):
             check_base(header, model.config)
         refuse_other_base(source, header.get("lineage", {}).get("base"), base_weights(header, model))
-        config = LoRAConfig(**header["lora"])
+        config, template = LoRAConfig(**header["lora"]), header.get("template")
         ours = of_model(checkpoint["state_dict"])
         state = {key.removesuffix(".default"): tensor for key, tensor in ours.items() if "lora_" in key}
     if name in adapter_names(model):
@@ -256,7 +256,7 @@ def _add_adapter(model: GPT | Classifier, source: str | Path, name: str) -> dict
         load_adapter_state(model, state, config, name)
     except ValueError as error:
         raise CheckpointError(f"{source} does not fit the model: {error}") from error
-    return asdict(config)
+    return {"lora": asdict(config)} | ({"template": template} if template else {})
 
 
 def _from_pretrained(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:

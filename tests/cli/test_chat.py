@@ -89,6 +89,15 @@ def test_the_next_stage_takes_it_and_goes_on_without_the_file(tuned: Path, file:
     assert read_header(copy / "checkpoints" / "last.ckpt")["step"] == 6
 
 
+def test_an_adapter_brings_the_template_of_its_training(tuned: Path, file: Path, tmp_path: Path) -> None:
+    words = [f"init_from={tuned}", "lora=default", "data.template='Q{instruction}A{response}'"]
+    outcome = fit_here([*TUNING, *own_data(file), *words, f"hydra.run.dir={tmp_path / 'run'}"])
+    assert outcome.code == 0, outcome.err
+    loaded = load_model(tuned, adapters={"x": tmp_path / "run" / "checkpoints" / "adapter.ckpt"})
+    assert template_of(loaded, None).describe()["text"] == "Q{instruction}A{response}"
+    assert template_of(load_model(tuned), None).describe()["text"] == DATED
+
+
 def test_generate_answers_with_it_or_says_that_it_does_not(
     tuned: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
