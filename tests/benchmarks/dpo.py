@@ -39,7 +39,7 @@ from sizes import config_of, theirs_from
 BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
 LR, WEIGHT_DECAY, BETA, RANK = 5e-6, 0.01, 0.1, 16
 WARMUP_BATCHES, BATCHES, QUICK_BATCHES, BOOK_BATCHES = 2, 32, 8, 6
-SETTINGS = {"parameters": "124M", "batch": f"{BATCH} pairs", "beta": BETA, "rank": RANK}
+SETTINGS = {"batch": f"{BATCH} pairs", "beta": BETA, "rank": RANK}
 HELD_OUT = 2
 """Pairs behind those that are read, because a data module wants some to validate and to test on."""
 

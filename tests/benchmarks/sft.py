@@ -41,7 +41,7 @@ from sizes import config_of, theirs_from
 BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
 LR, WEIGHT_DECAY = 5e-5, 0.1
 WARMUP_BATCHES, BATCHES, QUICK_BATCHES, BOOK_BATCHES = 2, 117, 8, 17
-SETTINGS = {"parameters": "124M", "records": 935, "batch": BATCH}
+SETTINGS = {"records": 935, "batch": BATCH}
 IGNORE_INDEX = -100
 
 Batch = list[dict[str, list[int]]]
