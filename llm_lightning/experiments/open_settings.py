@@ -21,6 +21,7 @@ from llm_lightning.experiments.run_folder import is_main_process
 from llm_lightning.experiments.run_records import Settings
 from llm_lightning.models.gpt import FREE_FIELDS, GPTConfig
 from llm_lightning.models.shapes import parameter_shapes
+from llm_lightning.models.surgery import check_context
 from llm_lightning.tasks.base import TaskModule
 from llm_lightning.tokenizers.base import Tokenizer
 
@@ -51,9 +52,12 @@ def take_from_run(settings: Settings, header: Mapping[str, Any]) -> None:
 def take_from_weights(settings: Settings, own: GPTConfig, tokenizer: Tokenizer) -> None:
     """Fill open settings with what given weights bring; log typed ones that they overrule.
 
-    A longer context than the weights' is left as it is: `models.surgery` refuses it.
+    Raises:
+        ValueError: if `model.context_length` is longer than the weights have positions for.
     """
     model = settings["model"]
+    if isinstance(model.get("context_length"), int):
+        check_context(own, model["context_length"])
     for name, value in asdict(own).items():
         chosen = model.get(name)
         if chosen is None or (name not in FREE_FIELDS and not (name == "tied_head" and value)):

@@ -21,11 +21,7 @@ def config_for(own: GPTConfig, wanted: GPTConfig, *, keep_head: bool = True) -> 
     Raises:
         ValueError: if the wanted context is longer than the weights have positions for.
     """
-    if wanted.context_length > own.context_length:
-        raise ValueError(
-            f"model.context_length={wanted.context_length} exceeds the {own.context_length} positions of the weights "
-            f"in init_from; set model.context_length={own.context_length} or less"
-        )
+    check_context(own, wanted.context_length)
     kept = [field.name for field in fields(own) if field.name not in (*FREE_FIELDS, "tied_head")]
     if own.position == "rope":  # no table to cut: the setting limits the data, and the model keeps what it can do
         kept.append("context_length")
@@ -42,6 +38,15 @@ def config_for(own: GPTConfig, wanted: GPTConfig, *, keep_head: bool = True) -> 
         if ours != theirs:
             log.info("model.%s=%s is ignored: the weights of init_from have %s", name, theirs, ours)
     return replace(wanted, **{name: getattr(own, name) for name in kept})
+
+
+def check_context(own: GPTConfig, wanted: int) -> None:
+    """Raise ValueError if a context of `wanted` tokens is longer than the weights have positions for."""
+    if wanted > own.context_length:
+        raise ValueError(
+            f"model.context_length={wanted} exceeds the {own.context_length} positions of the weights "
+            f"in init_from; set model.context_length={own.context_length} or less"
+        )
 
 
 def adapt(model: GPT, wanted: GPTConfig, *, activation_checkpointing: bool = False, keep_head: bool = True) -> GPT:

@@ -72,6 +72,12 @@ def test_typed_sizes_that_the_weights_overrule_are_named(caplog: pytest.LogCaptu
     assert "model.context_length=1024, although the weights allow 2048: set it for more" in caplog.messages
 
 
+def test_a_context_beyond_the_weights_is_refused_before_data_are_read() -> None:
+    settings = settings_of("init_from=x", "model.context_length=2049")
+    with pytest.raises(ValueError, match=r"context_length=2049 exceeds the 2048 positions .*=2048 or less"):
+        take_from_weights(settings, GIVEN, BYTES)
+
+
 @pytest.mark.parametrize("word", ["model.context_length=abc", "model.dropout=high", "model.n_layr=3", "optimizer.lr=x"])
 def test_a_wrong_key_or_kind_is_refused_although_the_weights_decide(word: str) -> None:
     key = re.escape(word.partition("=")[0])
