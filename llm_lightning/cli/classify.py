@@ -26,8 +26,8 @@ WIDTH = 80
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("texts", metavar="TEXT", nargs="*", help="text to classify")
-    parser.add_argument("--file", metavar="FILE", help="more texts, one per line, or a .jsonl file; -: standard input")
-    parser.add_argument("--text-field", default="text", metavar="KEY", help="of JSONL records (default: %(default)s)")
+    parser.add_argument("--file", metavar="FILE", help="more texts, one per line, or records; -: standard input")
+    parser.add_argument("--text-field", default="text", metavar="KEY", help="of records (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write one JSON object per text to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
 
@@ -59,14 +59,14 @@ def _row(result: Classification) -> str:
 
 def _read(name: str, text_field: str) -> list[str]:
     """The texts of a file, or of standard input."""
-    from llm_lightning.data.corpus.sources import JsonLines
-    from llm_lightning.data.reading import JSONL_SUFFIXES
+    from llm_lightning.data.corpus.sources import Records
+    from llm_lightning.data.files.form import form_of
 
     if name == "-":
         return _lines("standard input", sys.stdin.buffer.read())
     path = Path(name)
-    if path.suffix.lower() in JSONL_SUFFIXES:
-        return ["".join(document.chunks) for document in JsonLines(path, text_field).documents()]
+    if form_of(path).form != "text":
+        return ["".join(document.chunks) for document in Records(path, text_field).documents()]
     return _lines(name, path.read_bytes())
 
 

@@ -87,7 +87,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
     """The first records of a file, whether or not there are enough to train on."""
     from llm_lightning.data.batches import collate_padded
     from llm_lightning.data.instruction import LOSS_ON
-    from llm_lightning.data.records.rows import rows_of
+    from llm_lightning.data.records.placed import placed_records
     from llm_lightning.data.templates.choose import choose_template
     from llm_lightning.files.download import file_of
     from llm_lightning.tokenizers.build import build_tokenizer
@@ -97,7 +97,7 @@ def _of_records(args: argparse.Namespace) -> Shown:
     tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
     template.check_tokenizer(tokenizer)
     path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
-    first, _ = next(iter(rows_of(path)), ({}, ""))  # the reader refuses a file without records
+    first = placed_records(path)[0].record
     is_pairs = {"chosen", "rejected"} <= set(first)
     make = _pair_samples if is_pairs else _record_samples
     samples, titles = make(path, args, tokenizer, template)

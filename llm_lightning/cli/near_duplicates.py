@@ -28,7 +28,7 @@ from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.data.near_duplicates import NearDuplicates
-    from llm_lightning.data.records.json import JsonRecord
+    from llm_lightning.data.records.placed import PlacedRecord
 
 KEYS = ("instruction", "input", "output")
 REMOVED_BY = ("input", "output")
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     _check(args)
     from llm_lightning.data.near_duplicates import find_near_duplicates
-    from llm_lightning.data.records.json import read_json_records
+    from llm_lightning.data.records.placed import placed_records
 
-    records = read_json_records(args.file)
+    records = placed_records(args.file)
     keys = _present(args.file, records, args.keys)
     results = {}
     for key in keys:
@@ -83,9 +83,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
 
 
-def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
+def _present(file: Path, records: Sequence[PlacedRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to compare: the wanted ones, or the usual ones that occur."""
-    from llm_lightning.data.records.json import has_text
+    from llm_lightning.data.records.placed import has_text
 
     present = [key for key in wanted or KEYS if any(has_text(record, _sources(record, key)[0]) for record in records)]
     missing = [key for key in wanted or () if key not in present]
@@ -97,13 +97,13 @@ def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | 
     return list(dict.fromkeys(present))
 
 
-def _text(record: JsonRecord, key: str) -> str:
-    from llm_lightning.data.records.json import text_of
+def _text(record: PlacedRecord, key: str) -> str:
+    from llm_lightning.data.records.placed import text_of
 
     return "\n".join(filter(None, (text_of(record, source) for source in _sources(record, key))))
 
 
-def _sources(record: JsonRecord, key: str) -> tuple[str, ...]:
+def _sources(record: PlacedRecord, key: str) -> tuple[str, ...]:
     """The fields that make up a key."""
     return ("instruction", "input") if key == PROMPT and PROMPT not in record.record else (key,)
 
@@ -130,15 +130,15 @@ def _facts(duplicates: NearDuplicates, show: int) -> dict[str, Any]:
     return {"n_pairs": duplicates.n_pairs, "n_later": _n_later(duplicates), "pairs": pairs, "groups": groups}
 
 
-def _remove(output: Path, records: Sequence[JsonRecord], results: dict[str, NearDuplicates]) -> dict[str, Any]:
+def _remove(output: Path, records: Sequence[PlacedRecord], results: dict[str, NearDuplicates]) -> dict[str, Any]:
     """Write the remaining records; return their number and that of removed ones."""
+    from llm_lightning.data.files.form import named_form
     from llm_lightning.data.near_duplicates import keep_first
-    from llm_lightning.data.reading import JSONL_SUFFIXES
     from llm_lightning.files.atomic import write_atomically
 
     groups = chain.from_iterable(one.groups for one in results.values())
     kept = [records[index].record for index in keep_first(len(records), groups)]
-    if output.suffix.lower() in JSONL_SUFFIXES:
+    if named_form(output) == "jsonl":
         content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     else:
         content = json.dumps(kept, ensure_ascii=False, indent=4) + "\n"

@@ -25,7 +25,7 @@ from llm_lightning.terminal import say_json, say_lines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from llm_lightning.data.records.json import JsonRecord
+    from llm_lightning.data.records.placed import PlacedRecord
     from llm_lightning.tokenizers.base import Tokenizer
 
 FIELDS = ("instruction", "input", "output", "chosen", "rejected", "text")
@@ -47,17 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm_lightning.data.reading import JSONL_SUFFIXES
     from llm_lightning.tokenizers.build import build_tokenizer
 
     if args.tokenizer in ("word", "bpe"):
         raise ValueError(f"--tokenizer {args.tokenizer} is trained on text; use gpt2, byte or an encoding of tiktoken")
     tokenizer = build_tokenizer(args.tokenizer)
-    if args.file.suffix.lower() in {".json", *JSONL_SUFFIXES}:
+    if _holds_records(args.file):
         _report_records(args, tokenizer)
         return
     if args.plot or args.keys:
-        raise ValueError(f"--plot and --keys are for .json and .jsonl files; {args.file} is read as one text")
+        raise ValueError(f"--plot and --keys are for files of records; {args.file} is read as one text")
     facts = describe_text(args.file, tokenizer)
     if args.json:
         say_json(facts)
@@ -65,10 +64,17 @@ def run(args: argparse.Namespace) -> None:
         say_lines(_text_lines(facts))
 
 
-def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
-    from llm_lightning.data.records.json import read_json_records
+def _holds_records(file: Path) -> bool:
+    """Whether a file holds records of any form, and not one text."""
+    from llm_lightning.data.files.form import form_of
 
-    records = read_json_records(args.file)
+    return file.is_dir() or (file.is_file() and form_of(file).form != "text")
+
+
+def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    from llm_lightning.data.records.placed import placed_records
+
+    records = placed_records(args.file)
     keys = _present(args.file, records, args.keys)
     tokens = _token_lengths(records, keys, tokenizer)
     facts = {"file": str(args.file), **describe_records(records, tokens), "tokenizer": args.tokenizer}
@@ -80,10 +86,10 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         say_lines(_record_lines(facts))
 
 
-def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | None) -> list[str]:
+def _present(file: Path, records: Sequence[PlacedRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to measure: the wanted ones, or the usual ones that occur."""
-    from llm_lightning.data.records.json import has_text, text_of
     from llm_lightning.data.records.messages import ROLES
+    from llm_lightning.data.records.placed import has_text, text_of
 
     if wanted:
         present = [key for key in wanted if any(has_text(one, key) for one in records)]
@@ -97,24 +103,24 @@ def _present(file: Path, records: Sequence[JsonRecord], wanted: Sequence[str] | 
     return list(dict.fromkeys(present))
 
 
-def _token_lengths(records: Sequence[JsonRecord], keys: Sequence[str], tokenizer: Tokenizer) -> Lengths:
+def _token_lengths(records: Sequence[PlacedRecord], keys: Sequence[str], tokenizer: Tokenizer) -> Lengths:
     """Key -> number of tokens in each record."""
     from tqdm import tqdm
 
-    from llm_lightning.data.records.json import text_of
+    from llm_lightning.data.records.placed import text_of
 
     bar = tqdm(records, desc="encoding", unit="record", leave=False, disable=None)
     rows = [[len(tokenizer.encode_array(text_of(record, key))) for key in keys] for record in bar]
     return {key: list(column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
 
 
-def describe_records(records: Sequence[JsonRecord], tokens: Lengths) -> dict[str, Any]:
+def describe_records(records: Sequence[PlacedRecord], tokens: Lengths) -> dict[str, Any]:
     """The statistics of records, as plain values.
 
     Args:
         tokens: for each key to measure, the number of tokens in each record.
     """
-    from llm_lightning.data.records.json import text_of
+    from llm_lightning.data.records.placed import text_of
 
     prompts = Counter(tuple(text_of(record, key) for key in PROMPT) for record in records)
     whole = Counter(json.dumps(record.record, sort_keys=True) for record in records)
@@ -159,11 +165,12 @@ def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         FileNotFoundError: if the file does not exist.
         ValueError: if it is empty or not UTF-8.
     """
-    from llm_lightning.data.reading import TextFile
+    from llm_lightning.data.files.form import form_of
+    from llm_lightning.data.files.text import TextFile
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; give a .json, .jsonl or text file")
-    text = "".join(TextFile(path))
+    text = "".join(TextFile(path, form_of(path)))
     if not text:
         raise ValueError(f"{path} is empty; give a file with text")
     n_bytes, n_tokens = len(text.encode()), _n_tokens(text, tokenizer)

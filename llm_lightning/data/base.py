@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.workers import Loader, are_forked, begin_with
 from llm_lightning.tokenizers.base import Tokenizer
@@ -37,6 +38,7 @@ class BaseDataModule(L.LightningDataModule):
         bucket: batches of similar length instead of a plain shuffle; the samples then have `n_tokens`.
         eval_batches: number of training batches that are evaluated, without dropout, for `train/eval_loss`.
         seed: of the shuffle.
+        files: how files are read; see `FileOptions`.
     """
 
     tokenizer: Tokenizer
@@ -57,8 +59,10 @@ class BaseDataModule(L.LightningDataModule):
         bucket: bool = False,
         eval_batches: int = 8,
         seed: int = 0,
+        **files: Any,
     ) -> None:
         super().__init__()
+        self.file_options = FileOptions(**files)
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.batch_size, self.num_workers = batch_size, num_workers

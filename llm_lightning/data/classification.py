@@ -20,9 +20,12 @@ import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
+from llm_lightning.data.files.find import PathWords, words
+from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.leaks import duplicates, leaked_texts
-from llm_lightning.data.records.labelled import LabelledText, read_hugging_face, read_labelled, read_like_pandas
+from llm_lightning.data.records.labelled import LabelledText, in_order, read_labelled, read_like_pandas
+from llm_lightning.data.records.rows import Source
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
 from llm_lightning.files.download import Pinned, check_name, file_of
@@ -70,10 +73,11 @@ class ClassificationDataModule(BaseDataModule):
         tokenizer: or a function that trains one on the training texts.
         context_length: longest input of the model, in tokens.
         name: `short_messages` (embedded), or `sms_spam` (downloaded).
-        path: a file of your own; with `sms_spam`, a local copy of it.
+        path: files of your own, see `find_files`; with `sms_spam`, a local copy of it.
         text_column, label_column: of your file or Hugging Face dataset.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
-        labels: names of the classes in the order of their indices; default: sorted.
+        labels: names of the classes in the order of their indices; default: sorted, numbers by value.
+        fold_labels: take labels that differ only in case for one.
         split: `grouped` (texts that are equal but for case, digits, white space and punctuation stay together; digits
             count where a split would otherwise lack a class) or `book` (the book's own split of sms_spam, in which
             equal texts appear in two splits).
@@ -96,7 +100,7 @@ class ClassificationDataModule(BaseDataModule):
         tokenizer: Tokenizer | Callable[[Iterable[str]], Tokenizer],
         context_length: int,
         name: str | None = "short_messages",
-        path: str | None = None,
+        path: PathWords | None = None,
         text_column: str = "text",
         label_column: str = "label",
         hf_dataset: str | None = None,
@@ -104,6 +108,7 @@ class ClassificationDataModule(BaseDataModule):
         hf_split: str = "train",
         hf_revision: str | None = None,
         labels: Sequence[str] | None = None,
+        fold_labels: bool = False,
         split: str = "grouped",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
@@ -125,7 +130,8 @@ class ClassificationDataModule(BaseDataModule):
         self._name, self._path = name, path
         self._columns = (text_column, label_column)
         self._hub = HubDataset(hf_dataset, hf_config, hf_split, hf_revision) if hf_dataset is not None else None
-        self._labels, self._split, self._fractions = labels, split, (val_fraction, test_fraction)
+        self._labels, self._fold_labels = labels, fold_labels
+        self._split, self._fractions = split, (val_fraction, test_fraction)
         self._split_seed, self._balance = split_seed, balance
         self._max_length, self._pad_to = max_length, pad_to
         self._texts: dict[str, list[tuple[str, int]]] = {}
@@ -134,7 +140,7 @@ class ClassificationDataModule(BaseDataModule):
     def read(self) -> None:
         """Read, split and balance the texts, without tokenising: enough for `split_of` and `data_digest`."""
         records, merged = self._read()
-        self.labels = list(self._labels or self._named_labels() or sorted({record.label for record in records}))
+        self.labels = list(self._labels or self._named_labels() or in_order({record.label for record in records}))
         classes = _class_indices(records, self.labels)
         if self._split == "book":
             parts = book_split(classes, self._fractions, self._split_seed)
@@ -186,18 +192,26 @@ class ClassificationDataModule(BaseDataModule):
     def _read(self) -> tuple[list[LabelledText], list[str]]:
         """All records, and the places of lines that pandas merges into one."""
         if self._hub is not None:
-            return read_hugging_face(self._hub, *self._columns), []
+            return self._labelled(self._hub), []
         named = NAMED.get(self._name or "")
         if named is None:
             if self._path is None:
                 raise ValueError("data.name and data.path are both null; give data.path=FILE, .csv, .tsv or .jsonl")
-            return read_labelled(self._path, text_column=self._columns[0], label_column=self._columns[1]), []
+            return self._labelled(self._path), []
+        if self._path is not None and not isinstance(self._path, str):
+            raise ValueError(f"data.name={self._name} is one file; data.path names a copy of it, not {self._path}")
         file = Path(self._path) if self._path else file_of(named.file)
         if self._split == "book":
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist; check data.path")
             return read_like_pandas(file, named.columns or ())
-        return read_labelled(file, columns=named.columns), []
+        return read_labelled(file, options=FileOptions(quotes=False), columns=named.columns), []
+
+    def _labelled(self, source: Source) -> list[LabelledText]:
+        text, label = self._columns
+        return read_labelled(
+            source, options=self.file_options, text_column=text, label_column=label, fold_labels=self._fold_labels
+        )
 
     def _named_labels(self) -> tuple[str, ...] | None:
         return NAMED[self._name].labels if self._name and not self._hub else None
@@ -283,7 +297,7 @@ class ClassificationDataModule(BaseDataModule):
     # --- words -----------------------------------------------------------------------------------------------------
 
     def _source(self) -> str:
-        return self._hub.name if self._hub else self._name or str(self._path)
+        return self._hub.name if self._hub else self._name or ", ".join(words(self._path or ""))
 
     def _digest(self) -> str:
         content = {split: [[text, label] for text, label in rows] for split, rows in self._texts.items()}

@@ -16,8 +16,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, collate_padded
+from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.leaks import leaked_prompts, prompt_key
+from llm_lightning.data.records.rows import Source
 from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, order_split
 from llm_lightning.data.templates.base import Template
@@ -62,7 +64,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         tokenizer: or a function that trains one on the training texts.
         context_length: longest input of the model, in tokens.
         name: of a set in `named`.
-        path: a file of your own; with a downloaded set, a local copy of it.
+        path: files of your own, see `find_files`; with a downloaded set, a local copy of it.
         columns: names of the fields in the records.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
         template: a name, a text with slots or a `.jinja` file, see `templates/`; None: the model's own, else alpaca.
@@ -96,7 +98,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         tokenizer: Tokenizer | Callable[[Iterable[str]], Tokenizer],
         context_length: int,
         name: str | None,
-        path: str | None = None,
+        path: PathWords | None = None,
         columns: Mapping[str, str | None] | None = None,
         hf_dataset: str | None = None,
         hf_config: str | None = None,
@@ -138,7 +140,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
     # --- what a subclass defines -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def read_records(self, source: str | Path | HubDataset) -> tuple[list[Conversation], int]:
+    def read_records(self, source: Source) -> tuple[list[Conversation], int]:
         """The records of a file or dataset, and the number skipped."""
 
     @abstractmethod
@@ -233,7 +235,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         return as_text(self.tokenizer, batch, colour=sys.stdout.isatty(), titles=titles)
 
     def describe(self) -> str:
-        source = self._hub.name if self._hub else (f"{self._name}" if self._path is None else str(self._path))
+        source = (
+            self._hub.name if self._hub else (f"{self._name}" if self._path is None else ", ".join(words(self._path)))
+        )
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self.records.items())
         layout = "packed" if self.is_packed else "padded"
         return f"{source}: {sizes} {self.samples_are}; template {self.template.name}, {layout}"
@@ -243,13 +247,13 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
 
     # --- details ---------------------------------------------------------------------------------------------------
 
-    def _source(self) -> str | Path | HubDataset:
+    def _source(self) -> Source:
         if self._hub is not None:
             return self._hub
         if self._path is not None:
             return self._path
         if self._name is None:
-            raise ValueError("data.name and data.path are both null; give data.path=FILE, .json or .jsonl")
+            raise ValueError("data.name and data.path are both null; give data.path=FILE with records")
         return file_of(self.named[self._name])
 
     def _training_texts(self) -> Iterable[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.reading import checked_text
+from llm_lightning.data.files.bad_records import checked_text
 from llm_lightning.files.atomic import cache_dir, commit, locked, naming, sha256_of, write_atomically
 
 

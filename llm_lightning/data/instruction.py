@@ -15,8 +15,8 @@ import numpy as np
 
 from llm_lightning.data.batches import Example, collate_packed, collate_padded, packed_length
 from llm_lightning.data.conversations import ConversationDataModule, Layouts, check_choices
-from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.instruction import read_instructions
+from llm_lightning.data.records.rows import Source
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned
@@ -88,8 +88,10 @@ class InstructionDataModule(ConversationDataModule[Example]):
         check_choices(_CHOICES, loss_on=loss_on, eos_targets=eos_targets)
         self._empty_output, self._loss_on, self._eos_targets = empty_output, loss_on, eos_targets
 
-    def read_records(self, source: str | Path | HubDataset) -> tuple[list[Conversation], int]:
-        return read_instructions(source, columns=self.columns, empty_output=self._empty_output)
+    def read_records(self, source: Source) -> tuple[list[Conversation], int]:
+        return read_instructions(
+            source, options=self.file_options, columns=self.columns, empty_output=self._empty_output
+        )
 
     def samples_of(self, records: Sequence[Conversation], counts: Counter[str]) -> tuple[list[Example], dict[str, Any]]:
         options = {"loss_on": self._loss_on, "eos_targets": self._eos_targets}

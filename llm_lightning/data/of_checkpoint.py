@@ -13,6 +13,7 @@ from llm_lightning.data.classification import ClassificationDataModule
 from llm_lightning.data.conversations import ConversationDataModule
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
+from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.instruction import InstructionDataModule
 from llm_lightning.data.preference import PreferenceDataModule
 from llm_lightning.data.templates.choose import template_in
@@ -68,7 +69,12 @@ def tokens_of(loaded: LoadedModel, split: str, *, instead: str) -> TokenFile:
     if not set(SPLIT_SETTINGS) <= settings.keys():
         raise ValueError(f"this model does not say which text it was pretrained on; {instead}")
     names = inspect.signature(open_source).parameters
-    source = _same(loaded, lambda found: open_source(**_chosen(found, names)), lambda one: one.digest(), instead)
+    source = _same(
+        loaded,
+        lambda found: open_source(**_chosen(found, names), options=FileOptions.of(found)),
+        lambda one: one.digest(),
+        instead,
+    )
     files = build_token_files(source, loaded.tokenizer, **_chosen(settings, SPLIT_SETTINGS))
     if split not in files:
         raise ValueError("the model was trained without validation data (data.val_fraction=0); use --split train")

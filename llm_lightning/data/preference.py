@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from llm_lightning.data.conversations import ConversationDataModule, Layouts
-from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.pairs import (
     PairSample,
     collate_packed_pairs,
@@ -22,6 +21,7 @@ from llm_lightning.data.pairs import (
     packed_pairs_length,
 )
 from llm_lightning.data.records.preference import read_preferences
+from llm_lightning.data.records.rows import Source
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned
@@ -75,8 +75,10 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
         super().__init__(name=name, **common)
         self._empty_answer, self._score_eos, self._score_header = empty_answer, score_eos, score_header
 
-    def read_records(self, source: str | Path | HubDataset) -> tuple[list[Conversation], int]:
-        return read_preferences(source, columns=self.columns, empty_answer=self._empty_answer)
+    def read_records(self, source: Source) -> tuple[list[Conversation], int]:
+        return read_preferences(
+            source, options=self.file_options, columns=self.columns, empty_answer=self._empty_answer
+        )
 
     def samples_of(
         self, records: Sequence[Conversation], counts: Counter[str]

@@ -10,6 +10,7 @@ from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
+from llm_lightning.data.files.find import PathWords
 from llm_lightning.data.samples import Windows
 from llm_lightning.terminal import counted, visible
 from llm_lightning.tokenizers.base import Tokenizer
@@ -39,7 +40,7 @@ class PretrainingDataModule(BaseDataModule):
         tokenizer: Tokenizer | Callable[[Iterable[str]], Tokenizer],
         context_length: int,
         name: str | None = None,
-        path: str | list[str] | None = None,
+        path: PathWords | None = None,
         text_field: str = "text",
         hf_dataset: str | None = None,
         hf_config: str | None = None,
@@ -68,6 +69,7 @@ class PretrainingDataModule(BaseDataModule):
             hf_config=hf_config,
             hf_split=hf_split,
             hf_revision=hf_revision,
+            options=self.file_options,
         )
 
     def build(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_lightning.data.corpus.sources import absolute_paths
+from llm_lightning.data.files.find import absolute_paths
 from llm_lightning.experiments.foreign import recorded_value
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.run_records import SHOWN, Settings, Start, read_command

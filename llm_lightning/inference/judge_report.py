@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_lightning.data.reading import LISTED
-from llm_lightning.data.records.json import read_json_records
+from llm_lightning.data.files.bad_records import LISTED
+from llm_lightning.data.records.placed import placed_records
 from llm_lightning.files.atomic import write_atomically, write_figure
 from llm_lightning.inference.judging import compare_responses, score_responses
 from llm_lightning.metrics.answers import chrf, exact_match, most_frequent_answer_score, rouge_l
@@ -62,7 +62,7 @@ def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int 
         FileNotFoundError: if there is no such file.
         ValueError: naming file, record and field of everything that is wrong, the first ten.
     """
-    found = read_json_records(path)[:limit]
+    found = placed_records(path)[:limit]
     chosen = _columns(path, [one.record for one in found], columns)
     bad = []
     for number, (record, place) in enumerate(found, start=1):

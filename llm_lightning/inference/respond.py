@@ -14,7 +14,7 @@ from tqdm import tqdm
 from llm_lightning.data.of_checkpoint import settings_of
 from llm_lightning.data.records import instruction as instruction_records
 from llm_lightning.data.records import preference as preference_records
-from llm_lightning.data.records.json import read_json_records
+from llm_lightning.data.records.placed import placed_records
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.atomic import naming, write_atomically
@@ -167,7 +167,7 @@ def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     columns = settings_of(loaded).get("columns") or {}
-    first = read_json_records(path)[0].record
+    first = placed_records(path)[0].record
     pair = {columns.get(field) or field for field in ("chosen", "rejected")}
     if pair <= set(first) and (columns.get("output") or "output") not in first:
         known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}

@@ -106,55 +106,55 @@ def pairs(n: int) -> list[dict[str, Any]]:
 
 @case("json: one object of many fields, the last twice", 20_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.records.json import read_json_records
+    from llm_lightning.data.records.placed import placed_records
 
     fields = ", ".join(f'"k{i}": 1' for i in [*range(n), n - 1])
     path = written(folder / "x.jsonl", "{" + fields + "}\n")
-    return lambda: read_json_records(path)
+    return lambda: placed_records(path)
 
 
 for _suffix in ("json", "jsonl"):
 
     @case(f"json: many records, .{_suffix}", 3_000)
     def _(n: int, folder: Path, suffix: str = _suffix) -> Callable[[], Any]:
-        from llm_lightning.data.records.json import read_json_records
+        from llm_lightning.data.records.placed import placed_records
 
         rows = records(n)
         text = json.dumps(rows, indent=1) if suffix == "json" else "".join(json.dumps(one) + "\n" for one in rows)
         path = written(folder / f"x.{suffix}", text)
-        return lambda: read_json_records(path)
+        return lambda: placed_records(path)
 
 
 @case("json: many records on one line", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.records.json import read_json_records
+    from llm_lightning.data.records.placed import placed_records
 
     path = written(folder / "x.json", json.dumps(records(n)))
-    return lambda: read_json_records(path)
+    return lambda: placed_records(path)
 
 
 @case("json: every record bad", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.records.json import read_json_records
+    from llm_lightning.data.records.placed import placed_records
 
     path = written(folder / "x.jsonl", '{"a": NaN}\n{"a"\n{"a": 1, "a": 2}\n' * (n // 3))
-    return lambda: read_json_records(path)
+    return lambda: placed_records(path)
 
 
 @case("json: half a surrogate pair in every record", 3_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.records.json import read_json_records
+    from llm_lightning.data.records.placed import placed_records
 
     path = written(folder / "x.json", "[" + ",\n".join(['{"a": "\\ud83d"}'] * n) + "]")
-    return lambda: read_json_records(path)
+    return lambda: placed_records(path)
 
 
 @case("json: one long string", 300_000)
 def _(n: int, folder: Path) -> Callable[[], Any]:
-    from llm_lightning.data.records.json import read_json_records
+    from llm_lightning.data.records.placed import placed_records
 
     path = written(folder / "x.json", json.dumps([{"a": "word \n\u00e9 " * (n // 8)}]))
-    return lambda: read_json_records(path)
+    return lambda: placed_records(path)
 
 
 @case("labels: csv", 3_000)

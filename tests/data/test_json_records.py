@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_lightning.data.records.json import JsonRecord, has_text, read_json_records, text_of
+from llm_lightning.data.records.placed import PlacedRecord, has_text, placed_records, text_of
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -33,7 +33,7 @@ def test_an_array_is_what_json_reads(tmp_path: Path, indent: int | None, ascii_o
     draw = random.Random(0)
     records = [{"id": number, "value": random_value(draw)} for number in range(200)]
     file = put(tmp_path / "x.json", json.dumps(records, indent=indent, ensure_ascii=ascii_only))
-    assert [record for record, _ in read_json_records(file)] == records
+    assert [record for record, _ in placed_records(file)] == records
 
 
 def test_json_lines_are_what_json_reads(tmp_path: Path) -> None:
@@ -41,24 +41,24 @@ def test_json_lines_are_what_json_reads(tmp_path: Path) -> None:
     records = [{"id": number, "value": random_value(draw)} for number in range(200)]
     content = "\r\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     for name in ("x.jsonl", "x.NDJSON"):
-        assert [record for record, _ in read_json_records(put(tmp_path / name, content))] == records
+        assert [record for record, _ in placed_records(put(tmp_path / name, content))] == records
 
 
 def test_each_record_has_the_line_where_it_starts(tmp_path: Path) -> None:
     file = put(tmp_path / "x.json", '\n[ {"a": "1\\n"},\n\n {"a":\n 2}, \n{"a": 3}\n]\n')
-    assert [place for _, place in read_json_records(file)] == [f"{file}:{line}" for line in (2, 4, 6)]
+    assert [place for _, place in placed_records(file)] == [f"{file}:{line}" for line in (2, 4, 6)]
     file = put(tmp_path / "x.jsonl", '{"a": 1}\n\n{"a": 2}\n')
-    assert [place for _, place in read_json_records(file)] == [f"{file}:{line}" for line in (1, 3)]
+    assert [place for _, place in placed_records(file)] == [f"{file}:{line}" for line in (1, 3)]
 
 
 def test_records_on_one_line_are_numbered(tmp_path: Path) -> None:
     file = put(tmp_path / "x.json", '[{"a": 1}, {"a": 2}]')
-    assert [place for _, place in read_json_records(file)] == [f"{file}, record 1", f"{file}, record 2"]
+    assert [place for _, place in placed_records(file)] == [f"{file}, record 1", f"{file}, record 2"]
 
 
 def test_a_byte_order_mark_and_whole_surrogate_pairs(tmp_path: Path) -> None:
     file = put(tmp_path / "x.json", '\ufeff[{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}]')
-    assert read_json_records(file)[0].record == {"a": "\U0001f600", "b": "\\ud83d"}
+    assert placed_records(file)[0].record == {"a": "\U0001f600", "b": "\\ud83d"}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_byte_order_mark_and_whole_surrogate_pairs(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     file = put(tmp_path / name, content)
     with pytest.raises(ValueError, match=message) as error:
-        read_json_records(file)
+        placed_records(file)
     assert str(error.value).startswith(str(file))
     assert "\n" not in str(error.value)
 
@@ -117,21 +117,21 @@ def test_all_bad_records_are_counted_and_ten_are_shown(tmp_path: Path, name: str
     records = "\n".join("3" for _ in range(25))
     file = put(tmp_path / name, records if name == "x.jsonl" else "[" + records.replace("\n", ",\n") + "]")
     with pytest.raises(ValueError, match=r"25 bad records \(the first 10 of 25\)") as error:
-        read_json_records(file)
+        placed_records(file)
     assert str(error.value).count("line ") == 10
 
 
 def test_bytes_that_are_no_text_and_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x.json, line 2: byte 8 \(0xe9\)"):
-        read_json_records(put(tmp_path / "x.json", b'[{"a":\n"\xe9"}]'))
+        placed_records(put(tmp_path / "x.json", b'[{"a":\n"\xe9"}]'))
     for path in (tmp_path / "nowhere.json", tmp_path):
         with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
-            read_json_records(path)
+            placed_records(path)
 
 
 def test_the_real_file(data_dir: Path) -> None:
     file = data_dir / "instruction-data.json"
-    records = read_json_records(file)
+    records = placed_records(file)
     assert [record for record, _ in records] == json.loads(file.read_text(encoding="utf-8"))
     lines = file.read_text(encoding="utf-8").split("\n")
     for record, place in records:
@@ -142,7 +142,7 @@ def test_the_real_file(data_dir: Path) -> None:
 
 # -- texts -------------------------------------------------------------------------------------------------------------
 
-CHAT = JsonRecord(
+CHAT = PlacedRecord(
     {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -159,7 +159,7 @@ CHAT = JsonRecord(
 
 
 def test_the_text_of_a_field_and_of_a_role() -> None:
-    alpaca = JsonRecord({"instruction": "Go.", "input": None, "user": "somebody"}, "x.jsonl:1")
+    alpaca = PlacedRecord({"instruction": "Go.", "input": None, "user": "somebody"}, "x.jsonl:1")
     assert [text_of(alpaca, key) for key in ("instruction", "input", "output", "user")] == ["Go.", "", "", "somebody"]
     assert [has_text(alpaca, key) for key in ("instruction", "input", "output")] == [True, True, False]
     said = {"system": "Be brief.", "user": "Hi\nBye", "assistant": "\nBye!", "text": "x", "input": ""}
@@ -183,4 +183,4 @@ def test_the_text_of_a_field_and_of_a_role() -> None:
 )
 def test_what_is_no_text_is_named(record: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        text_of(JsonRecord(record, "x.jsonl:7"), "output")
+        text_of(PlacedRecord(record, "x.jsonl:7"), "output")

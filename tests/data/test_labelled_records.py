@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llm_lightning.data.hugging_face import HubDataset
-from llm_lightning.data.records.labelled import read_hugging_face, read_labelled, read_like_pandas
+from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
 
 
 def put(path: Path, content: str | bytes) -> Path:

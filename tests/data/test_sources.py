@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_lightning.data import reading
+from llm_lightning.data.files import text as text_of_files
 from llm_lightning.data.corpus.sources import NAMED, Source, open_source
 
 
@@ -46,7 +46,7 @@ def test_a_file_is_one_document_unchanged(tmp_path: Path, text: str) -> None:
 def test_characters_may_lie_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "aé日🧑\n" * 50
     for chunk in range(1, 9):
-        monkeypatch.setattr(reading, "CHUNK", chunk)
+        monkeypatch.setattr(text_of_files, "CHUNK", chunk)
         assert texts(open_source(path=write(tmp_path / "a.txt", text))) == [text]
 
 
@@ -127,7 +127,7 @@ def refused(read: Callable[[], object], error: type[Exception] = ValueError) -> 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
 def test_bad_utf8_is_named_by_byte_and_line(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(text_of_files, "CHUNK", chunk)
     file = write(tmp_path / "latin.txt", "é first\nsecond\n".encode() + b"caf\xe9 au lait\n")
     message = refused(open_source(path=file).survey)
     assert message.startswith(f"{file}, line 3: byte 19 (0xe9) is not valid UTF-8 (invalid continuation byte)")

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_lightning.cli.judge import _output_files
+from llm_lightning.data.files.strict_json import unique_fields
 from llm_lightning.data.instruction import encode
 from llm_lightning.data.leaks import leaked_texts
 from llm_lightning.data.order import _interleave
-from llm_lightning.data.reading import unique_fields
 from llm_lightning.data.splits import MOST_MARKS, normalized
 from llm_lightning.data.templates.choose import choose_template
 from llm_lightning.data.templates.conversation import Conversation, Turn

@@ -1,4 +1,4 @@
-"""Text sources: the embedded corpus, files, folders, globs, JSONL, pinned downloads, Hugging Face datasets.
+"""Text sources: the embedded corpus, files of any form, pinned downloads, Hugging Face datasets.
 
 Each becomes a `Source`: an ordered sequence of documents that can be read repeatedly and in constant memory. A document
 is read in chunks, so that a file may be larger than memory. `Source.survey()` reads everything once and strictly: bad
@@ -7,10 +7,7 @@ text is found before training, not during it.
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import logging
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from llm_lightning.data.files.bad_records import BadRecords, checked_text
+from llm_lightning.data.files.find import Found, PathWords, find_files
+from llm_lightning.data.files.form import PLAIN, FileForm, form_of
+from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
+from llm_lightning.data.files.rows import rows_of_files
+from llm_lightning.data.files.text import TextFile
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
-from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, checked_text, json_lines
 from llm_lightning.files.download import Pinned, download
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
-
-log = logging.getLogger(__name__)
 
 EMBEDDED = "python_reference"
 NAMED = {
@@ -42,9 +42,6 @@ NAMED = {
         "tinyshakespeare.txt",
     ),
 }
-
-FOLDER_SUFFIXES = {".txt", ".text", ".md", ".rst"} | JSONL_SUFFIXES
-"""Files that are taken from a folder; a file that is named or matches a glob is taken whatever its suffix."""
 
 
 @dataclass(frozen=True)
@@ -143,73 +140,73 @@ class InMemory:
 
 @dataclass(frozen=True)
 class WholeFile:
-    """A file that is one document."""
+    """A file of running text, which is one document."""
 
     path: Path
+    form: FileForm = PLAIN
+    keeps_ends: bool = False
 
     def documents(self) -> Iterator[Document]:
         """Yield the one document."""
-        yield Document(str(self.path), TextFile(self.path))
+        yield Document(str(self.path), TextFile(self.path, self.form, self.keeps_ends))
 
 
 @dataclass(frozen=True)
-class JsonLines:
-    """A file with one JSON object per line; the string under `text_field` is a document. Blank lines are skipped."""
+class Records:
+    """A file of records; the string under `text_field` of each is a document."""
 
     path: Path
     text_field: str
+    options: FileOptions = AS_THEY_ARE
 
     def documents(self) -> Iterator[Document]:
-        """Yield one document per line.
+        """Yield one document per record.
 
         Raises:
-            ValueError: after the last line, if lines were bad: counts all of them and lists the first ten.
+            ValueError: after the last record, if some were bad: counts all of them and lists the first ten.
         """
         bad = BadRecords()
-        for number, record, wrong in json_lines(self.path, (self.text_field,)):
-            place = f"{self.path}:{number}"
+        for row in rows_of_files(Found(str(self.path), [self.path]), self.options, fields=(self.text_field,)):
             try:
-                if wrong is not None:
-                    raise ValueError(wrong)
-                yield Document(place, (checked_text(record, self.text_field),))
+                if row.wrong is not None:
+                    raise ValueError(row.wrong)
+                yield Document(row.place, (checked_text(row.record, self.text_field),))
             except ValueError as error:
-                bad.add(place, error)
-        bad.refuse(
-            self.path, f"each line must be a JSON object with a string under '{self.text_field}' (data.text_field)"
-        )
+                bad.add(row.place, error)
+        bad.refuse(self.path, f"each record must have a text under '{self.text_field}' (data.text_field)")
 
 
 def open_source(
     name: str | None = None,
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    path: PathWords | None = None,
     text_field: str = "text",
     hf_dataset: str | None = None,
     hf_config: str | None = None,
     hf_split: str = "train",
     hf_revision: str | None = None,
+    options: FileOptions | None = None,
 ) -> Source:
     """Return the source that the settings name; `path` and `hf_dataset` win over `name`, which may be a default.
 
     Args:
-        path: a file, folder or glob, or several as a list or with commas. A folder gives its .txt, .text, .md, .rst,
-            .jsonl and .ndjson files, subfolders included, in the order of their paths; hidden ones are left out.
-            A file that occurs twice is taken once.
-        text_field: field of a JSONL record or a Hugging Face row that holds the text.
+        path: files, folders or globs; see `find_files`.
+        text_field: field of a record or a Hugging Face row that holds the text.
+        options: how the files are read.
 
     Raises:
         FileNotFoundError: no such file, or a folder or glob without text files.
-        ValueError: no source, more than one, or an unknown name.
+        ValueError: no source, more than one, an unknown name, or a file of no form that is read.
         DownloadError: a named data set could not be downloaded.
     """
     if path is not None and hf_dataset is not None:
         raise ValueError(f"data.path={path} and data.hf_dataset={hf_dataset} are both set; set one of them to null")
     if path is not None:
-        files = _find(path)
-        return Source(", ".join(_words(path)), [_reader(file, text_field) for file in files])
+        found = find_files(path)
+        return Source(found.label, [_reader(file, text_field, options or AS_THEY_ARE) for file in found.files])
     if hf_dataset is not None:
         file = hugging_face_file(HubDataset(hf_dataset, hf_config, hf_split, hf_revision), (text_field,))
         label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
-        return Source(f"Hugging Face dataset {label}", [JsonLines(file, text_field)])
+        return Source(f"Hugging Face dataset {label}", [Records(file, text_field)])
     if name == EMBEDDED:
         from llm_lightning.data.embedded import python_reference
 
@@ -222,60 +219,10 @@ def open_source(
     raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(known)}, or data.path or data.hf_dataset")
 
 
-def _reader(file: Path, text_field: str) -> Reader:
-    return JsonLines(file, text_field) if file.suffix.lower() in JSONL_SUFFIXES else WholeFile(file)
-
-
-def _words(
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] = ""
-) -> list[str]:
-    """Return the entries of a list or of a string with commas; a path that exists is one entry, commas and all."""
-    if isinstance(path, (str, os.PathLike)):
-        whole = os.fspath(path)
-        exists = os.path.exists(os.path.join(folder, whole))  # noqa: PTH110, PTH118 (Path.exists raises where a list is too long for a file name)
-        return [whole] if exists else [word.strip() for word in whole.split(",") if word.strip()]
-    return [os.fspath(word) for word in path]
-
-
-def absolute_paths(
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str] = ""
-) -> str | list[str]:
-    """`data.path`, typed in `folder` (default: here), as absolute paths."""
-    words = [str((folder / Path(word).expanduser()).absolute()) for word in _words(path, folder)]
-    return words[0] if len(words) == 1 else words
-
-
-def _find(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    files = [file for word in _words(path) for file in _files_of(word)]
-    if not files:
-        raise ValueError(f"data.path={path!r} names no file; give a file, a folder or a glob")
-    return list({file.resolve(): file for file in files}.values())
-
-
-def _files_of(word: str) -> list[Path]:
-    found = Path(word).expanduser()
-    if found.is_dir():
-        files = sorted(_texts_in(found), key=lambda file: file.relative_to(found).as_posix())
-        if not files:
-            kinds = ", ".join(sorted(FOLDER_SUFFIXES))
-            raise FileNotFoundError(
-                f"the folder {word} holds no {kinds} file; for others give a glob, as {word}/**/*.py"
-            )
-        return files
-    if found.exists():
-        if not found.is_file():
-            raise ValueError(f"{word} is not a regular file, and text is read more than once; write it to a file first")
-        return [found]
-    if glob.has_magic(word):
-        matches = map(Path, glob.glob(str(found), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        if files := sorted(match for match in matches if match.is_file()):
-            return files
-        raise FileNotFoundError(f"no file matches {word} (looked from {Path.cwd()})")
-    raise FileNotFoundError(f"{word} does not exist (looked from {Path.cwd()}); check data.path")
-
-
-def _texts_in(folder: Path) -> Iterator[Path]:
-    for file in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in FOLDER_SUFFIXES and not hidden and file.is_file():
-            yield file
+def _reader(file: Path, text_field: str, options: FileOptions) -> Reader:
+    if file.is_dir():  # saved by `datasets`
+        return Records(file, text_field, options)
+    form = form_of(file, asked=options.format, encoding=options.encoding)
+    if form.form == "text":
+        return WholeFile(file, form, keeps_ends=options.newlines == "keep")
+    return Records(file, text_field, options)

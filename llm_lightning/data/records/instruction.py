@@ -6,12 +6,11 @@ A record is in the Alpaca format (`instruction`, `input`, `output`) or has `mess
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.records.messages import messages_of, turns_of
-from llm_lightning.data.records.rows import SkippedError, collected, field_names, text_field
+from llm_lightning.data.records.rows import SkippedError, Source, collected, field_names, text_field
 from llm_lightning.data.templates.conversation import Conversation, Turn
 
 FIELDS = ("instruction", "input", "output", "messages", "system", "group")
@@ -19,15 +18,17 @@ EMPTY_OUTPUTS = ("refuse", "skip", "keep")
 
 
 def read_instructions(
-    source: str | Path | HubDataset,
+    source: Source,
     *,
+    options: FileOptions | None = None,
     columns: Mapping[str, str | None] | None = None,
     empty_output: str = "refuse",
 ) -> tuple[list[Conversation], int]:
     """Read all records of a file or a dataset.
 
     Args:
-        source: a JSON array of objects, `.jsonl` / `.ndjson` with one object per line, or a dataset of the hub.
+        source: files of records of any form, or a dataset of the hub.
+        options: how the files are read.
         columns: names of the fields in the source, where they differ from `FIELDS`; None: there is no such field.
         empty_output: what happens to an answer without text: `refuse`, `skip`, or `keep` (its end is trained on).
 
@@ -42,7 +43,10 @@ def read_instructions(
         raise ValueError(f"data.empty_output={empty_output!r} must be one of {', '.join(EMPTY_OUTPUTS)}")
     names = field_names(FIELDS, columns)
     return collected(
-        source, lambda record, place: _conversation(record, place, names, empty_output), "an instruction and an output"
+        source,
+        options or AS_THEY_ARE,
+        lambda record, place: _conversation(record, place, names, empty_output),
+        "an instruction and an output",
     )
 
 

@@ -1,21 +1,26 @@
-"""Labelled texts, read strictly from CSV, TSV, JSONL or a Hugging Face dataset.
+"""Labelled texts: a text and a class in each record of a table, of JSON, of parquet or of a dataset of the hub.
 
-Every record knows its place; problems are collected over the whole file.
+Every record knows its place; problems are collected over the whole source, and what concerns all records is said once.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
-from llm_lightning.data.reading import JSONL_SUFFIXES, BadRecords, TextFile, json_lines
+from llm_lightning.data.files.bad_records import BadRecords
+from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
+from llm_lightning.data.files.rows import FileRow
+from llm_lightning.data.records.rows import Source, open_records
+from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
 
-SUFFIXES = (".csv", ".tsv", *JSONL_SUFFIXES)
+SETTINGS = {"text": "data.text_column", "label": "data.label_column"}
+
+log = logging.getLogger(__name__)
 
 
 class LabelledText(NamedTuple):
@@ -28,27 +33,43 @@ class LabelledText(NamedTuple):
 
 
 def read_labelled(
-    path: str | Path, *, text_column: str = "text", label_column: str = "label", columns: Sequence[str] | None = None
+    source: Source,
+    *,
+    options: FileOptions | None = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    columns: Sequence[str] | None = None,
+    fold_labels: bool = False,
 ) -> list[LabelledText]:
-    """Read a labelled file. No text means a missing value: "NA" and "null" are texts like others.
+    """Read labelled texts. No text means a missing value: "NA" and "null" are texts like others.
 
     Args:
-        path: `.csv` (RFC 4180, with quotes), `.jsonl`, `.ndjson`; anything else is tab-separated, without quotes.
+        source: files of records of any form, or a dataset of the hub.
+        options: how the files are read.
         text_column, label_column: columns or fields that are read; others are ignored.
-        columns: names of the columns in a file without a header line.
+        columns: names of the columns of a table without a header line.
+        fold_labels: take labels that differ only in case for one.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; check data.path")
-    if path.suffix.lower() in JSONL_SUFFIXES:
-        rows: Rows = json_lines(path, (text_column, label_column))
-    else:
-        rows = _table_rows(path, "".join(TextFile(path)), columns, quoted=path.suffix.lower() == ".csv")
-    return _collected(path, rows, text_column, label_column)
+    wanted = {"text": text_column, "label": label_column}
+    name, rows = open_records(source, options or AS_THEY_ARE, fields=(text_column, label_column), columns=columns)
+    found = list(rows)
+    bad, records = BadRecords(), []
+    chosen = _chosen_columns(name, found, wanted)
+    for row in found:
+        reason = row.wrong or _problem(row.record, chosen)
+        if reason is not None:
+            bad.add(row.short, reason)
+        else:
+            text, label = row.record[chosen["text"]], _label(row.record[chosen["label"]])
+            records.append(LabelledText(text, label.casefold() if fold_labels else label, row.place))
+    bad.refuse(name)
+    if not records:
+        raise ValueError(f"{name} holds no records; give a file with a text and a label in each line")
+    return _with_one_spelling(name, records)
 
 
 def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[LabelledText], list[str]]:
@@ -73,49 +94,50 @@ def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[Lab
     return records, merged
 
 
-def read_hugging_face(dataset: HubDataset, text_column: str, label_column: str) -> list[LabelledText]:
-    """Read a dataset of the hub, through the cache; a class index becomes the name that the dataset gives it.
+def _chosen_columns(source: str, rows: Sequence[FileRow], wanted: Mapping[str, str]) -> dict[str, str]:
+    """The columns to read: the wanted ones, one that differs in case, or the only one that is left.
 
     Raises:
-        ValueError: if the dataset, its split or a column cannot be read.
+        ValueError: if there is no such column, said once for all records.
     """
-    columns = (text_column, label_column)
-    rows = json_lines(hugging_face_file(dataset, columns), columns)
-    return _collected(Path(dataset.name) / dataset.split, rows, *columns)
+    there = list(dict.fromkeys(name for row in rows if row.wrong is None for name in row.record))
+    chosen = {what: name for what, name in wanted.items() if name in there}
+    for what, name in wanted.items():
+        same = [one for one in there if one.casefold() == name.casefold()]
+        if what not in chosen and len(same) == 1:
+            chosen[what] = same[0]
+    missing = [what for what in wanted if what not in chosen]
+    left = [name for name in there if name not in chosen.values()]
+    if len(missing) == len(left) == 1 and chosen and wanted[missing[0]] == missing[0]:  # no column was typed
+        chosen[missing[0]] = left[0]
+        missing = []
+    if missing and there:
+        what = " and ".join(f"{wanted[one]!r} ({SETTINGS[one]})" for one in missing)
+        hint = "" if len(missing) == 2 else did_you_mean(wanted[missing[0]], left, "{!r}")
+        raise ValueError(
+            f"{source}: there is no column {what}; {hint}there are {', '.join(map(repr, there))}; name it, as "
+            f"{SETTINGS[missing[0]]}={left[0] if left else there[0]}, or set data.header=false if the first line of a "
+            "table is a record"
+        )
+    for what, name in chosen.items():
+        if name != wanted[what]:
+            log.info("%s: no column %r (%s): %r is read", source, wanted[what], SETTINGS[what], name)
+    return {**wanted, **chosen}
 
 
-Rows = Iterator[tuple[int, Any, "str | None"]]
-"""(line, record, what is wrong with it)"""
-
-
-def _collected(path: Path, rows: Rows, text_column: str, label_column: str) -> list[LabelledText]:
-    records: list[LabelledText] = []
-    bad = BadRecords()
-    for line, record, wrong in rows:
-        reason = wrong or _problem(record, text_column, label_column)
-        if reason is not None:
-            bad.add(f"line {line}", reason)
-        else:
-            records.append(LabelledText(str(record[text_column]), _label(record[label_column]), f"{path}:{line}"))
-    bad.refuse(path)
-    if not records:
-        raise ValueError(f"{path} holds no records; give a file with a text and a label in each line")
-    return records
-
-
-def _problem(record: Mapping[str, Any], text_column: str, label_column: str) -> str | None:
-    for setting, column in (("data.text_column", text_column), ("data.label_column", label_column)):
+def _problem(record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    for what, column in columns.items():
         if column not in record:
-            return f"no column {column!r} ({setting}); there are {', '.join(map(repr, record)) or 'none'}"
-    text, label = record[text_column], record[label_column]
+            return f"no column {column!r} ({SETTINGS[what]}); there are {', '.join(map(repr, record)) or 'none'}"
+    text, label = record[columns["text"]], record[columns["label"]]
     if not isinstance(text, str):
-        return f"column {text_column!r} holds {type(text).__name__}, not text"
+        return f"column {columns['text']!r} holds {type(text).__name__}, not text"
     if not text.strip():
         return "the text is empty"
     if "\0" in text:
         return "the text holds a NUL byte; is the file damaged, or UTF-16?"
-    if not isinstance(label, (str, int, bool)) or not _label(label):
-        return f"the label is {label!r}; it must be a word or a whole number"
+    if not isinstance(label, (str, int, float)) or not _label(label):
+        return f"the label is {label!r}; it must be a word or a number"
     return None
 
 
@@ -123,39 +145,44 @@ def _label(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
-def _table_rows(path: Path, text: str, columns: Sequence[str] | None, *, quoted: bool) -> Rows:
-    rows = _quoted(text) if quoted else _tabbed(text)
-    names = list(columns) if columns else None
-    for number, cells, wrong in rows:
-        if wrong is not None:
-            yield number, None, wrong
-        elif names is None:
-            names = [cell.strip() for cell in cells]
-            if len(set(names)) < len(names):
-                raise ValueError(f"{path}, line {number}: a column occurs twice in the header: {', '.join(names)}")
-        elif len(cells) != len(names):
-            what = "more" if len(cells) > len(names) else "fewer"
-            yield number, None, f"{counted(len(cells), 'column')}, {what} than the {len(names)} of the header"
-        else:
-            yield number, dict(zip(names, cells, strict=True)), None
+def _with_one_spelling(source: str, records: list[LabelledText]) -> list[LabelledText]:
+    """Labels such as 1 and 1.0 become one.
+
+    Raises:
+        ValueError: if labels differ only in their case.
+    """
+    counts = Counter(record.label for record in records)
+    folded: dict[str, list[str]] = defaultdict(list)
+    for label in counts:
+        folded[label.casefold()].append(label)
+    in_case = next((labels for labels in folded.values() if len(labels) > 1), None)
+    if in_case is not None:
+        spelled = " and ".join(f"{label!r} ({counted(counts[label], 'record')})" for label in in_case)
+        raise ValueError(
+            f"{source}: the labels {spelled} differ only in their case; set data.fold_labels=true to take them for one"
+        )
+    whole = {label: whole_number(label) for label in counts}
+    twice = {number for number, n in Counter(whole.values()).items() if number is not None and n > 1}
+    if not twice:
+        return records
+    log.info(
+        "%s: labels such as %s are one class", source, " and ".join(sorted(k for k, v in whole.items() if v in twice))
+    )
+    return [one._replace(label=whole[one.label]) if whole[one.label] in twice else one for one in records]  # type: ignore[arg-type]
 
 
-def _tabbed(text: str) -> Iterator[tuple[int, list[str], str | None]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip("\r"):
-            yield number, line.removesuffix("\r").split("\t"), None
-
-
-def _quoted(text: str) -> Iterator[tuple[int, list[str], str | None]]:
-    before = csv.field_size_limit(1 << 30)  # a text may exceed 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    line = 1
+def whole_number(label: str) -> str | None:
+    """`1` for 1, 1.0 and 1.00; None for what is no whole number."""
     try:
-        for cells in reader:
-            if cells:
-                yield line, cells, None
-            line = reader.line_num + 1
-    except csv.Error as error:
-        yield line, [], f"quotes are not balanced from here on ({error}); double a quotation mark inside quotes"
-    finally:
-        csv.field_size_limit(before)
+        number = float(label)
+    except ValueError:
+        return None
+    return str(int(number)) if number.is_integer() else None
+
+
+def in_order(labels: set[str]) -> list[str]:
+    """Labels in the order of their indices: numbers by value, else by the alphabet."""
+    try:
+        return sorted(labels, key=float)
+    except ValueError:
+        return sorted(labels)

@@ -8,12 +8,11 @@ conversation, alike up to their last message: then the other fields are not read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.records.messages import Message, messages_of, turns_of
-from llm_lightning.data.records.rows import SkippedError, collected, field_names, text_field
+from llm_lightning.data.records.rows import SkippedError, Source, collected, field_names, text_field
 from llm_lightning.data.templates.conversation import Conversation, Turn
 
 FIELDS = ("instruction", "input", "prompt", "messages", "chosen", "rejected", "system", "group")
@@ -21,15 +20,17 @@ EMPTY_ANSWERS = ("refuse", "skip")
 
 
 def read_preferences(
-    source: str | Path | HubDataset,
+    source: Source,
     *,
+    options: FileOptions | None = None,
     columns: Mapping[str, str | None] | None = None,
     empty_answer: str = "refuse",
 ) -> tuple[list[Conversation], int]:
     """Read all records of a file or a dataset.
 
     Args:
-        source: a JSON array of objects, `.jsonl` / `.ndjson` with one object per line, or a dataset of the hub.
+        source: files of records of any form, or a dataset of the hub.
+        options: how the files are read.
         columns: names of the fields in the source, where they differ from `FIELDS`; None: there is no such field.
         empty_answer: what happens to a record with an answer without text: `refuse` or `skip`.
 
@@ -46,6 +47,7 @@ def read_preferences(
     names = field_names(FIELDS, columns)
     return collected(
         source,
+        options or AS_THEY_ARE,
         lambda record, place: _pair(record, place, names, empty_answer),
         "a prompt, a chosen and a rejected answer",
     )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from llm_lightning.data.files.bad_records import BadRecords
+from llm_lightning.data.files.find import Found, PathWords, find_files
+from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
+from llm_lightning.data.files.rows import RECORD_FORMS, FileRow, rows_of_files
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
-from llm_lightning.data.reading import BadRecords, json_lines
-from llm_lightning.data.records.json import read_json_records
 
-Row = tuple[Mapping[str, Any], str]
-"""A record, and the place it comes from."""
+Source = PathWords | HubDataset
+"""`data.path` (see `find_files`) or a dataset of the hub."""
 Made = TypeVar("Made")
 
 
@@ -19,23 +20,35 @@ class SkippedError(Exception):
     """A record that is left out on purpose."""
 
 
-def rows_of(source: str | Path | HubDataset) -> Iterable[Row]:
-    """The records of a file (see `read_json_records`) or of a dataset of the hub, which is read through the cache.
+def open_records(
+    source: Source, options: FileOptions, *, fields: Sequence[str] | None = None, columns: Sequence[str] | None = None
+) -> tuple[str, Iterator[FileRow]]:
+    """The name of a source, and its rows; a dataset of the hub is read through the cache.
+
+    Args:
+        fields: that matter; see `json_line_rows`.
+        columns: names of the columns of tables without a header.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a row is no record, or the dataset cannot be read.
+        ValueError: if the dataset cannot be read.
     """
-    if isinstance(source, HubDataset):
-        name = f"{source.name}/{source.split}"
-        return [(line.value, f"{name}: row {line.number - 1}") for line in json_lines(hugging_face_file(source), ())]
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source} does not exist or is not a file; check data.path")
-    return read_json_records(source)
+    if not isinstance(source, HubDataset):
+        found = find_files(source, RECORD_FORMS)
+        return found.label, rows_of_files(found, options, fields=fields, columns=columns)
+    file = hugging_face_file(source, tuple(fields or ()))
+    rows = rows_of_files(Found(source.name, [file]), AS_THEY_ARE, fields=fields or ())
+    return source.name, (_of_hub(row, f"{source.name}/{source.split}") for row in rows)
+
+
+def _of_hub(row: FileRow, name: str) -> FileRow:
+    """The place of a row in its dataset, from 0."""
+    number = int(row.short.split()[-1]) - 1
+    return row._replace(place=f"{name}: row {number}", short=f"row {number}")
 
 
 def collected(
-    source: str | Path | HubDataset, make: Callable[[Mapping[str, Any], str], Made], needed: str
+    source: Source, options: FileOptions, make: Callable[[Mapping[str, Any], str], Made], needed: str
 ) -> tuple[list[Made], int]:
     """Make something of every record of a source.
 
@@ -46,16 +59,18 @@ def collected(
     Returns:
         what was made, and the number of records skipped.
     """
+    label, rows = open_records(source, options)
     made: list[Made] = []
     bad, n_skipped = BadRecords(), 0
-    for record, place in rows_of(source):
+    for row in rows:
         try:
-            made.append(make(record, place))
+            if row.wrong is not None:
+                raise ValueError(row.wrong)
+            made.append(make(row.record, row.place))
         except SkippedError:
             n_skipped += 1
         except ValueError as error:
-            bad.add(place, error)
-    label = source.name if isinstance(source, HubDataset) else source
+            bad.add(row.short, error)
     bad.refuse(label)
     if not made:
         raise ValueError(f"{label} holds no records; give a file with {needed} in each")

@@ -1,0 +1,43 @@
+"""Problems of records, collected over a whole source; and the text of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LISTED = 10
+"""Bad records that an error lists; it counts all of them."""
+
+
+def checked_text(record: Mapping[str, Any], text_field: str) -> str:
+    """The text of a record.
+
+    Raises:
+        ValueError: with the reason, if there is none.
+    """
+    if text_field not in record:
+        raise ValueError(f"no field '{text_field}'; its fields: {', '.join(map(repr, record)) or 'none'}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"field '{text_field}' holds {type(text).__name__}, not a string")
+    return text
+
+
+class BadRecords:
+    """What is wrong with the records of a source: all are counted, the first ten are kept."""
+
+    def __init__(self) -> None:
+        self.n, self.first = 0, list[str]()
+
+    def add(self, place: str, reason: object) -> None:
+        self.n += 1
+        if len(self.first) < LISTED:
+            self.first.append(f"{place}: {reason}")
+
+    def refuse(self, source: str | Path, remedy: str = "") -> None:
+        """Raise ValueError if there are any, with their number and the first ten."""
+        if self.n:
+            more = f" (the first {LISTED} of {self.n})" if self.n > LISTED else ""
+            tail = f"; {remedy}" if remedy else ""
+            raise ValueError(f"{source}: {self.n} bad record{'s'[: self.n > 1]}{more}: {'; '.join(self.first)}{tail}")

@@ -1,0 +1,70 @@
+"""JSON without what `json` would pass over in silence: a field that occurs twice, NaN, half a surrogate pair."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""In a file that is UTF-8, half a pair can only be written as an escape."""
+
+
+def decode(decoder: json.JSONDecoder, text: str) -> Any:
+    """The value of a text that is JSON.
+
+    Raises:
+        JSONDecodeError: if it is not JSON.
+        ValueError: if it is JSON that is refused.
+    """
+    try:
+        return decoder.decode(text)
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from error
+
+
+def problem(value: Any, text: str, fields: Sequence[str] | None = None) -> str | None:
+    """Why `value`, written as `text`, is no record; None if it is one. For `fields` see `json_line_rows`."""
+    if not isinstance(value, Mapping):
+        return f"a JSON {type(value).__name__}, not an object"
+    if _SURROGATE.search(text):
+        for field, content in value.items():
+            if fields is not None and field not in fields:
+                continue
+            position = half_pair(content)
+            if position is not None or half_pair(field) is not None:
+                return f"field {field!r} holds half a surrogate pair at character {position or 0}"
+    return None
+
+
+def half_pair(content: Any) -> int | None:
+    """Where half a surrogate pair is in a string, which UTF-8 cannot express; for other values, in their JSON."""
+    written = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    try:
+        written.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the dict of a JSON object, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: if a field occurs twice.
+    """
+    record = dict(pairs)
+    if len(record) < len(pairs):  # json would silently keep the last one
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"field {next(name for name, count in counts.items() if count > 1)!r} occurs twice")
+    return record
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON; write null or a number")
+
+
+LENIENT = json.JSONDecoder(object_pairs_hook=unique_fields)
+STRICT = json.JSONDecoder(object_pairs_hook=unique_fields, parse_constant=_no_constant)

@@ -1,0 +1,148 @@
+"""Rows of a table in text: comma-separated (RFC 4180), tab-separated, or with a separator of your own.
+
+What a reader would misread in silence is refused once, with the setting that reads it: another separator, quotation
+marks that enclose cells of a .tsv or stand behind a space, backslashes before them.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from llm_lightning.data.files.form import FileForm
+from llm_lightning.data.files.options import FileOptions
+from llm_lightning.data.files.row import Row
+from llm_lightning.data.files.text import TextFile
+from llm_lightning.terminal import counted
+
+SEPARATORS = {";": "';'", "\t": "'\\t'", ",": "','", "|": "'|'"}
+"""Separators that are recognised, as they are typed."""
+
+_SEP_LINE = re.compile(r"sep=(.)\r?\n?$", re.IGNORECASE)
+"""The first line of a table that is meant for a spreadsheet program."""
+_ENCLOSED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+"""A cell in quotation marks with doubled ones inside: no text that happens to be quoted."""
+
+
+class _Cells(NamedTuple):
+    line: int
+    cells: list[str]
+    wrong: str | None = None
+
+
+def table_rows(path: Path, form: FileForm, options: FileOptions, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Read a table in constant memory; empty lines are skipped, and so are columns without a name.
+
+    Args:
+        columns: their names in a table without a header.
+
+    Raises:
+        ValueError: if the table cannot be told apart from one of another kind, or its header has a name twice.
+    """
+    lines = iter(TextFile(path, form, keeps_ends=options.newlines == "keep").lines())
+    separator, n_skipped, lines = _separator(lines, form, options)
+    is_quoted = form.form == "csv" if options.quotes is None else options.quotes
+    rows = _quoted(path, lines, separator) if is_quoted else _plain(path, lines, separator, options)
+    names = list(columns) if columns else None
+    is_first = True
+    for line, cells, wrong in rows:
+        place = f"line {line + n_skipped}"
+        if is_first and wrong is None:
+            is_first = False
+            _refuse_one_column(path, cells, options)
+            if names is None and not options.header:
+                names = [str(number) for number in range(1, len(cells) + 1)]
+            elif names is None:
+                names = _header(path, place, cells)
+                continue
+        if wrong is not None:
+            yield Row(place, None, wrong)
+        elif len(cells) != len(names or ()):
+            what = "more" if len(cells) > len(names or ()) else "fewer"
+            whose = "of the header" if options.header and not columns else "of the first line"
+            yield Row(place, None, f"{counted(len(cells), 'column')}, {what} than the {len(names or ())} {whose}")
+        else:
+            yield Row(place, {name: cell for name, cell in zip(names or (), cells, strict=True) if name}, None)
+
+
+def _separator(lines: Iterator[str], form: FileForm, options: FileOptions) -> tuple[str, int, Iterator[str]]:
+    """(separator, lines that are read already, the others): a line `sep=;` counts where no setting does."""
+    usual = "," if form.form == "csv" else "\t"
+    first = list(islice(lines, 1))
+    found = _SEP_LINE.match(first[0]) if first else None
+    if found is None:
+        return options.separator or usual, 0, chain(first, lines)
+    return options.separator or found[1], 1, lines
+
+
+def _header(path: Path, place: str, cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}, {place}: the column {twice!r} occurs twice in the header: {', '.join(names)}")
+    return names
+
+
+def _refuse_one_column(path: Path, cells: list[str], options: FileOptions) -> None:
+    """A first line that is one cell, but many with another separator."""
+    if len(cells) != 1 or options.separator is not None:
+        return
+    found = next((one for one in SEPARATORS if one in cells[0]), None)
+    if found is not None:
+        raise ValueError(
+            f"{path}: the first line is one column, {cells[0][:80]!r}; if {SEPARATORS[found]} separates its cells, set "
+            f'"data.separator={SEPARATORS[found]}"'
+        )
+
+
+def _plain(path: Path, lines: Iterator[str], separator: str, options: FileOptions) -> Iterator[_Cells]:
+    """Cells without quotation marks of their own."""
+    for number, line in enumerate(lines, start=1):
+        line = line.rstrip("\r\n")
+        if not line:
+            continue
+        cells = line.split(separator)
+        if options.quotes is None and any(map(_ENCLOSED.fullmatch, cells)):
+            raise ValueError(
+                f"{path}, line {number}: quotation marks enclose a cell and are doubled in it; set data.quotes=true, "
+                "or data.quotes=false to keep them as text"
+            )
+        yield _Cells(number, cells)
+
+
+def _quoted(path: Path, lines: Iterator[str], separator: str) -> Iterator[_Cells]:
+    reader = csv.reader(lines, strict=True, delimiter=separator)
+    line = 1
+    with _long_cells():
+        try:
+            for cells in reader:
+                if any(cell.startswith(' "') for cell in cells):
+                    raise ValueError(
+                        f"{path}, line {line}: a quotation mark stands behind a space, so that it encloses nothing; "
+                        "remove the spaces behind the separators, or set data.quotes=false"
+                    )
+                if cells:
+                    yield _Cells(line, cells)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            yield _Cells(
+                line,
+                [],
+                f"quotes are not balanced from here on ({error}); double a quotation mark inside quotes, also where a "
+                "backslash stands before it",
+            )
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """A text may exceed the 128 KiB that Python allows to a cell."""
+    before = csv.field_size_limit(1 << 30)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)

@@ -1,0 +1,100 @@
+"""Text of a file in chunks or lines: strictly decoded; what is not valid is named with line, byte and remedy."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_lightning.data.files.compression import open_bytes
+from llm_lightning.data.files.form import FileForm
+
+CHUNK = 1 << 20
+"""Bytes that are decoded at once."""
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+"""A line with its end; U+2028 and the like are characters of a text."""
+_CP1252 = frozenset(range(0x80, 0xA0)) - {0x81, 0x8D, 0x8F, 0x90, 0x9D}
+"""Bytes that are quotes, dashes and the euro sign in cp1252, and unused control characters in latin1."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The text of a file in chunks; a byte-order mark is dropped, NULs are kept.
+
+    Args:
+        keeps_ends: leave CRLF and CR as they are; else every line ends with LF.
+    """
+
+    path: Path
+    form: FileForm
+    keeps_ends: bool = False
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = decoder_of(self.form.encoding)
+        ends = io.IncrementalNewlineDecoder(None, translate=not self.keeps_ends)  # never parts CR from LF
+        with open_bytes(self.path, self.form.compression) as file:
+            position = 0
+            while True:
+                data = file.read(CHUNK)
+                held = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise ValueError(self._undecodable(position - held, error)) from error
+                position += len(data)
+                if text := ends.decode(text, final=not data):
+                    yield text
+                if not data:
+                    return
+
+    def lines(self) -> Iterator[str]:
+        """The lines with their ends."""
+        pieces: list[str] = []  # of one line, which may be longer than a chunk
+        for chunk in self:
+            for piece in _LINE.findall(chunk):
+                pieces.append(piece)
+                if piece.endswith(("\n", "\r")):
+                    yield "".join(pieces)
+                    pieces = []
+        if pieces:
+            yield "".join(pieces)
+
+    def _undecodable(self, start: int, error: UnicodeDecodeError) -> str:
+        """Args: start: where the bytes that were being decoded begin in the (decompressed) file."""
+        offset, line = start + error.start, 1
+        with open_bytes(self.path, self.form.compression) as file:
+            rest = offset
+            while rest and (data := file.read(min(CHUNK, rest))):
+                line += data.count(b"\n")
+                rest -= len(data)
+        byte = error.object[error.start]
+        return (
+            f"{self.path}, line {line}: byte {offset} (0x{byte:02x}) is not valid {self.form.encoding.upper()} "
+            f"({error.reason}); {encoding_remedy(bytes(error.object[error.start :]))}"
+        )
+
+
+def decoder_of(encoding: str) -> codecs.IncrementalDecoder:
+    """A strict decoder.
+
+    Raises:
+        ValueError: if there is no such encoding.
+    """
+    try:
+        return codecs.getincrementaldecoder(encoding)()
+    except LookupError:
+        raise ValueError(
+            f"data.encoding={encoding!r} is unknown; give a name that Python knows, such as utf-8, cp1252, utf-16"
+        ) from None
+
+
+def encoding_remedy(data: bytes) -> str:
+    """What to do about bytes that are not UTF-8."""
+    high = {byte for byte in data if byte >= 0x80}
+    if high & _CP1252 and high & set(range(0x80, 0xA0)) <= _CP1252:
+        return "its quotes and dashes are those of cp1252 (Windows): set data.encoding=cp1252"
+    return "set data.encoding to what the file was written in, such as cp1252 (Windows, Western Europe), or convert it"
