@@ -513,11 +513,9 @@ def test_a_missing_input_is_none(tmp_path: Path) -> None:
 
 def test_empty_outputs_are_refused_skipped_or_kept(tmp_path: Path) -> None:
     path = write(tmp_path / "x.json", [plain("a"), plain("b", ""), talk("c", "d", "e", " \n"), plain("f")])
-    with pytest.raises(
-        ValueError, match=r"2 bad records: \S*x.json:3: the output is empty; data.empty_output=skip lea"
-    ):
+    with pytest.raises(ValueError, match=r"2 bad records: line 3: the output is empty; data.empty_output=skip lea"):
         read_instructions(path)
-    with pytest.raises(ValueError, match=r"x.json:4: the output of turn 2 is empty"):
+    with pytest.raises(ValueError, match=r"line 4: the output of turn 2 is empty"):
         read_instructions(path)
     found, skipped = read_instructions(path, empty_output="skip")
     assert ([one.turns[0].instruction for one in found], skipped) == (["a", "f"], 2)
@@ -570,12 +568,12 @@ def test_of_many_bad_records_ten_are_named_and_all_counted(tmp_path: Path) -> No
     path = write(tmp_path / "x.json", [plain("a"), *[plain("b", "")] * 12])
     with pytest.raises(ValueError, match=r"12 bad records \(the first 10 of 12\): ") as error:
         read_instructions(path)
-    assert re.findall(r"x\.json:(\d+): ", str(error.value)) == [str(line) for line in range(3, 13)]
+    assert re.findall(r"line (\d+): ", str(error.value)) == [str(line) for line in range(3, 13)]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check data\.path"):
+        with pytest.raises(FileNotFoundError, match=r"does not exist .*; check data\.path|folder .* holds no "):
             read_instructions(path)
 
 

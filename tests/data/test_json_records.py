@@ -66,8 +66,8 @@ def test_a_byte_order_mark_and_whole_surrogate_pairs(tmp_path: Path) -> None:
     [
         ("x.json", "", "x.json is empty; give a JSON array"),
         ("x.json", " \n", "x.json is empty; give a JSON array"),
-        ("x.json", "[ ]", "x.json holds no records; give a JSON array"),
-        ("x.json", '{"a": 1}\n{"a": 2}', "x.json starts with an object, .* name the file .jsonl"),
+        ("x.json", "[ ]", "x.json holds no records; give .jsonl"),
+        ("x.json", '{\n"a": 1}', "x.json starts with an object, .* name the file .jsonl"),
         ("x.json", '"a"', "x.json, line 1, column 1: not JSON: a file of records starts with"),
         ("x.json", '[{"a": 1},\n {"a": tru}]', "x.json, line 2, column 8: not JSON: Expecting value"),
         ("x.json", '[{"a": 1},\n]', "x.json, line 1, column 10: not JSON: a comma after the last record"),
@@ -91,7 +91,6 @@ def test_a_byte_order_mark_and_whole_surrogate_pairs(tmp_path: Path) -> None:
         ("x.json", "[{},\n1,\n{},\nnull]", "2 bad records: line 2: a JSON int, .*; line 4: a JSON NoneType"),
         ("x.json", '["a", {}, 3]', "2 bad records: record 1: a JSON str, .*; record 3: a JSON int"),
         ("x.jsonl", "\n", "x.jsonl holds no records"),
-        ("x.jsonl", '[{"a": 1}]', "x.jsonl starts with '\\[', as a JSON array does; name it .json"),
         ("x.jsonl", '{"a": 1}\n{"a": }', "1 bad record: line 2: not JSON: Expecting value at column 7"),
         (
             "x.jsonl",
@@ -124,8 +123,9 @@ def test_all_bad_records_are_counted_and_ten_are_shown(tmp_path: Path, name: str
 def test_bytes_that_are_no_text_and_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x.json, line 2: byte 8 \(0xe9\)"):
         placed_records(put(tmp_path / "x.json", b'[{"a":\n"\xe9"}]'))
-    for path in (tmp_path / "nowhere.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
+    for path in (tmp_path / "nowhere.json", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match=r"does not exist|folder .* holds no "):
             placed_records(path)
 
 

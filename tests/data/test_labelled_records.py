@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
 
@@ -45,7 +46,9 @@ def test_csv_as_the_standard_library_writes_it(tmp_path: Path) -> None:
     written = io.StringIO(newline="")
     writer = csv.writer(written)
     writer.writerows([("text", "label"), *rows])
-    assert pairs(put(tmp_path / "x.csv", written.getvalue())) == rows
+    file = put(tmp_path / "x.csv", written.getvalue())
+    assert pairs(file, options=FileOptions(newlines="keep")) == rows
+    assert pairs(file) == [(text.replace("\r\n", "\n").replace("\r", "\n"), label) for text, label in rows]
 
 
 def test_jsonl_with_labels_of_any_plain_kind(tmp_path: Path) -> None:
@@ -67,18 +70,18 @@ def test_a_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "txt,label\na,b\n", r"line 2: no column 'text' \(data.text_column\); there are 'txt', 'label'"),
+        ("x.csv", "txt,lbl\na,b\n", r"no column 'text' \(data.text_column\) and"),
         ("x.tsv", "text\tlabel\na\tb\tc\n", r"line 2: 3 columns, more than the 2 of the header"),
         ("x.tsv", "text\tlabel\nok\ta\nonly\n", r"line 3: 1 column, fewer than the 2"),
         ("x.csv", 'text,label\nok,a\n"open,b\n', r"line 3: quotes are not balanced"),
-        ("x.csv", "text,text\na,b\n", r"line 1: a column occurs twice"),
+        ("x.csv", "text,text\na,b\n", r"line 1: the column 'text' occurs twice"),
         ("x.tsv", "text\tlabel\n  \ta\n", r"line 2: the text is empty"),
         ("x.tsv", "text\tlabel\na\0b\ta\n", r"line 2: the text holds a NUL byte"),
         ("x.tsv", "text\tlabel\na\t\n", r"line 2: the label is ''"),
         ("x.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', r"line 2: not JSON"),
         ("x.jsonl", '["a"]\n', r"line 1: a JSON list, not an object"),
         ("x.jsonl", '{"text": 3, "label": "x"}\n', r"line 1: column 'text' holds int, not text"),
-        ("x.jsonl", '{"text": "a", "label": 1.5}\n', r"line 1: the label is 1.5"),
+        ("x.jsonl", '{"text": "a", "label": [1]}\n', r"line 1: the label is \[1\]"),
         ("x.jsonl", '{"text": "a", "text": "b", "label": "x"}\n', r"line 1: field 'text' occurs twice"),
         ("x.csv", "text,label\n", r"holds no records"),
         ("x.csv", "", r"holds no"),
@@ -92,7 +95,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, message
 
 
 def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
-    file = put(tmp_path / "x.tsv", "text\tlabel\n" + "x\n" * 25)
+    file = put(tmp_path / "x.tsv", "text\tlabel\na\tb\n" + "x\n" * 25)
     with pytest.raises(ValueError, match=r"25 bad records \(the first 10 of 25\)") as error:
         read_labelled(file)
     assert str(error.value).count("line ") == 10
@@ -101,7 +104,7 @@ def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 2: byte 14 \(0xe9\)"):
         read_labelled(put(tmp_path / "x.tsv", b"text\tlabel\ncaf\xe9\ta\n"))
-    with pytest.raises(FileNotFoundError, match=r"nowhere.csv does not exist or is not a file; check data.path"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.csv does not exist .*; check data.path"):
         read_labelled(tmp_path / "nowhere.csv")
 
 
@@ -110,7 +113,7 @@ def test_a_hugging_face_set_by_its_class_names(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     made = datasets.Dataset.from_dict({"text": ["bad", "good"], "label": [0, 1]}, features=features)
     made.to_parquet(str(tmp_path / "set" / "train.parquet"))
-    found = read_hugging_face(HubDataset(str(tmp_path / "set")), "text", "label")
+    found = read_labelled(HubDataset(str(tmp_path / "set")))
     assert [(record.text, record.label) for record in found] == [("bad", "neg"), ("good", "pos")]
 
 

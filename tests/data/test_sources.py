@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_lightning.data.files import text as text_of_files
 from llm_lightning.data.corpus.sources import NAMED, Source, open_source
+from llm_lightning.data.files import text as text_of_files
+from llm_lightning.data.files.options import FileOptions
 
 
 def texts(source: Source) -> list[str]:
@@ -37,10 +38,12 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["plain", "nul \0 inside", "cr\r\nlf\rnl\n", "日本語 🧑‍🚀 \u2028", "<|endoftext|>", " \n"]
 )
-def test_a_file_is_one_document_unchanged(tmp_path: Path, text: str) -> None:
+def test_a_file_is_one_document_unchanged_but_for_line_ends(tmp_path: Path, text: str) -> None:
     file = write(tmp_path / "a.txt", text)
-    assert texts(open_source(path=file)) == [text]
-    assert texts(open_source(path=str(write(tmp_path / "bom.txt", codecs.BOM_UTF8 + text.encode())))) == [text]
+    with_lf = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert texts(open_source(path=file)) == [with_lf]
+    assert texts(open_source(path=str(write(tmp_path / "bom.txt", codecs.BOM_UTF8 + text.encode())))) == [with_lf]
+    assert texts(open_source(path=file, options=FileOptions(newlines="keep"))) == [text]
 
 
 def test_characters_may_lie_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +152,7 @@ def test_every_kind_of_bad_jsonl_line_has_its_reason(tmp_path: Path) -> None:
         b'{"text": null}': "field 'text' holds NoneType, not a string",
         b'{"text": "a", "text": "b"}': "field 'text' occurs twice",
         b'{"text": "ab\\ud800"}': "field 'text' holds half a surrogate pair at character 2",
-        b'{"text": "caf\xe9"}': "byte 13 of the line (0xe9) is not valid UTF-8 (invalid continuation byte); conv",
+        b'{"text": "caf\xe9"}': "byte 13 of the line (0xe9) is not valid UTF-8 (invalid continuation byte); set",
         b"[" * 100_000: "not JSON: nested too deeply",
         b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "Exceeds the limit",
     }
@@ -177,7 +180,7 @@ def test_missing_and_empty_inputs(tmp_path: Path) -> None:
     assert f"{gone} does not exist" in refused(lambda: open_source(path=gone), FileNotFoundError)
     assert "no file matches" in refused(lambda: open_source(path=f"{tmp_path}/*.none"), FileNotFoundError)
     (tmp_path / "folder").mkdir()
-    assert "holds no .jsonl, .md" in refused(lambda: open_source(path=tmp_path / "folder"), FileNotFoundError)
+    assert "holds no .txt, .text, .md" in refused(lambda: open_source(path=tmp_path / "folder"), FileNotFoundError)
     for name in ("empty.txt", "empty.jsonl", "bom.txt"):
         file = write(tmp_path / name, codecs.BOM_UTF8 if name == "bom.txt" else "")
         assert f"{file} holds no text" in refused(open_source(path=file).survey)
@@ -261,7 +264,7 @@ def test_fuzzed_text_is_read_intact_or_refused(tmp_path: Path) -> None:
             line = data[: plain.value.start].count(b"\n") + 1
             assert f"line {line}: byte {plain.value.start} " in str(error)  # noqa: PT017
         else:
-            assert texts(source) == [data.decode()]
+            assert texts(source) == [data.decode().replace("\r\n", "\n").replace("\r", "\n")]
 
 
 # -- Hugging Face datasets -----------------------------------------------------------------------------------

@@ -173,7 +173,9 @@ class Records:
                 yield Document(row.place, (checked_text(row.record, self.text_field),))
             except ValueError as error:
                 bad.add(row.place, error)
-        bad.refuse(self.path, f"each record must have a text under '{self.text_field}' (data.text_field)")
+        bad.refuse(
+            self.path, f"each record must be an object with a string under '{self.text_field}' (data.text_field)"
+        )
 
 
 def open_source(

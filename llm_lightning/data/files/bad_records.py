@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,23 @@ class BadRecords:
 
     def __init__(self) -> None:
         self.n, self.first = 0, list[str]()
+        self._kinds: set[str] = set()
 
     def add(self, place: str, reason: object) -> None:
         self.n += 1
+        self._kinds.add(re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", str(reason)))  # the reason without names and numbers
         if len(self.first) < LISTED:
             self.first.append(f"{place}: {reason}")
 
-    def refuse(self, source: str | Path, remedy: str = "") -> None:
-        """Raise ValueError if there are any, with their number and the first ten."""
+    def refuse(self, source: str | Path, remedy: str = "", *, n_records: int | None = None) -> None:
+        """Raise ValueError if there are any, with their number and the first ten.
+
+        Args:
+            n_records: good and bad ones; where all are bad for one reason, one says enough.
+        """
+        if self.n and self.n == n_records and self.n > 1 and len(self._kinds) == 1:
+            tail = f"; {remedy}" if remedy else ""
+            raise ValueError(f"{source}: all {self.n:,} records are bad, the first: {self.first[0]}{tail}")
         if self.n:
             more = f" (the first {LISTED} of {self.n})" if self.n > LISTED else ""
             tail = f"; {remedy}" if remedy else ""

@@ -46,7 +46,7 @@ def _lines(path: Path, form: FileForm) -> Iterator[tuple[str, str | None]]:
     with open_bytes(path, form.compression) as file:
         for chunk in file:
             body = chunk.rstrip(b"\r\n")
-            for data in body.split(b"\r") if b"\r" in body else (body,):  # JSON has no bare CR inside a line
+            for data in _parted(body) if is_first and not chunk.endswith(b"\n") else (body,):
                 try:
                     text = data.decode()
                     yield text.removeprefix("\ufeff") if is_first else text, None
@@ -54,3 +54,9 @@ def _lines(path: Path, form: FileForm) -> Iterator[tuple[str, str | None]]:
                     byte = f"byte {error.start} of the line (0x{data[error.start]:02x})"
                     yield "", f"{byte} is not valid UTF-8 ({error.reason}); {encoding_remedy(data[error.start :])}"
                 is_first = False
+
+
+def _parted(file: bytes) -> list[bytes]:
+    """The lines of a file without a single LF: CR ends them, unless it is white space inside an object."""
+    pieces = file.split(b"\r")
+    return pieces if all(piece.lstrip().startswith(b"{") for piece in pieces if piece.strip()) else [file]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,6 +34,14 @@ class FileOptions:
     def __post_init__(self) -> None:
         if self.newlines not in ("lf", "keep"):
             raise ValueError(f"data.newlines={self.newlines!r} must be lf or keep")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(
+                f"data.encoding={self.encoding!r} is unknown; give one that Python knows, such as utf-8 or cp1252"
+            ) from None
+        if self.separator == "\\t":  # as it is typed
+            object.__setattr__(self, "separator", "\t")
         if self.separator is not None and (len(self.separator) != 1 or self.separator in '"\r\n'):
             raise ValueError(f"data.separator={self.separator!r} must be one character, such as ';' or a tab '\\t'")
 

@@ -116,18 +116,20 @@ def _plain(path: Path, lines: Iterator[str], separator: str, options: FileOption
 
 
 def _quoted(path: Path, lines: Iterator[str], separator: str) -> Iterator[_Cells]:
-    reader = csv.reader(lines, strict=True, delimiter=separator)
+    raw: list[str] = []  # the lines of a row as they stand in the file
+    reader = csv.reader((raw.append(one) or one for one in lines), strict=True, delimiter=separator)
     line = 1
     with _long_cells():
         try:
             for cells in reader:
-                if any(cell.startswith(' "') for cell in cells):
+                if any(cell.startswith(' "') and f"{separator}{cell}" in "".join(raw) for cell in cells):
                     raise ValueError(
                         f"{path}, line {line}: a quotation mark stands behind a space, so that it encloses nothing; "
                         "remove the spaces behind the separators, or set data.quotes=false"
                     )
                 if cells:
                     yield _Cells(line, cells)
+                raw.clear()
                 line = reader.line_num + 1
         except csv.Error as error:
             yield _Cells(

@@ -34,10 +34,10 @@ class TextFile:
     keeps_ends: bool = False
 
     def __iter__(self) -> Iterator[str]:
-        decoder = decoder_of(self.form.encoding)
+        decoder = decoder_of(self.form.encoding.removesuffix("-sig"))
         ends = io.IncrementalNewlineDecoder(None, translate=not self.keeps_ends)  # never parts CR from LF
         with open_bytes(self.path, self.form.compression) as file:
-            position = 0
+            position = len(file.read(len(codecs.BOM_UTF8))) if self.form.encoding == "utf-8-sig" else 0
             while True:
                 data = file.read(CHUNK)
                 held = len(decoder.getstate()[0])
@@ -71,25 +71,16 @@ class TextFile:
             while rest and (data := file.read(min(CHUNK, rest))):
                 line += data.count(b"\n")
                 rest -= len(data)
-        byte = error.object[error.start]
+        byte, name = error.object[error.start], self.form.encoding.removesuffix("-sig").upper()
         return (
-            f"{self.path}, line {line}: byte {offset} (0x{byte:02x}) is not valid {self.form.encoding.upper()} "
-            f"({error.reason}); {encoding_remedy(bytes(error.object[error.start :]))}"
+            f"{self.path}, line {line}: byte {offset} (0x{byte:02x}) is not valid {name} ({error.reason}); "
+            f"{encoding_remedy(bytes(error.object[error.start :]))}"
         )
 
 
 def decoder_of(encoding: str) -> codecs.IncrementalDecoder:
-    """A strict decoder.
-
-    Raises:
-        ValueError: if there is no such encoding.
-    """
-    try:
-        return codecs.getincrementaldecoder(encoding)()
-    except LookupError:
-        raise ValueError(
-            f"data.encoding={encoding!r} is unknown; give a name that Python knows, such as utf-8, cp1252, utf-16"
-        ) from None
+    """A strict decoder."""
+    return codecs.getincrementaldecoder(encoding)()
 
 
 def encoding_remedy(data: bytes) -> str:
@@ -97,4 +88,4 @@ def encoding_remedy(data: bytes) -> str:
     high = {byte for byte in data if byte >= 0x80}
     if high & _CP1252 and high & set(range(0x80, 0xA0)) <= _CP1252:
         return "its quotes and dashes are those of cp1252 (Windows): set data.encoding=cp1252"
-    return "set data.encoding to what the file was written in, such as cp1252 (Windows, Western Europe), or convert it"
+    return "say what the file was written in, such as data.encoding=cp1252 (Windows, Western Europe), or convert it"

@@ -66,7 +66,7 @@ def read_labelled(
         else:
             text, label = row.record[chosen["text"]], _label(row.record[chosen["label"]])
             records.append(LabelledText(text, label.casefold() if fold_labels else label, row.place))
-    bad.refuse(name)
+    bad.refuse(name, n_records=len(found))
     if not records:
         raise ValueError(f"{name} holds no records; give a file with a text and a label in each line")
     return _with_one_spelling(name, records)

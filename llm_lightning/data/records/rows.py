@@ -61,8 +61,9 @@ def collected(
     """
     label, rows = open_records(source, options)
     made: list[Made] = []
-    bad, n_skipped = BadRecords(), 0
+    bad, n_skipped, n_rows = BadRecords(), 0, 0
     for row in rows:
+        n_rows += 1
         try:
             if row.wrong is not None:
                 raise ValueError(row.wrong)
@@ -71,7 +72,7 @@ def collected(
             n_skipped += 1
         except ValueError as error:
             bad.add(row.short, error)
-    bad.refuse(label)
+    bad.refuse(label, n_records=n_rows)
     if not made:
         raise ValueError(f"{label} holds no records; give a file with {needed} in each")
     return made, n_skipped
