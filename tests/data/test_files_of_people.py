@@ -255,5 +255,5 @@ def test_the_cases_of_tables(data_dir: Path) -> None:
         found = read_labelled(file, options=FileOptions(**options), **columns)  # type: ignore[arg-type]
         assert len(found) == n_records, name
         assert {one.label for one in found} <= {"praise", "complaint", "0", "1", "0.0", "1.0"} or name == "scale.csv"
-        assert not any(re.search(r'^"|""|"$', one.text) for one in found), name
+        assert not any(re.search(r'^"|""', one.text) for one in found), name
     assert len({one.label for one in read_labelled(folder / "case_labels.csv", fold_labels=True)}) == 2

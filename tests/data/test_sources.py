@@ -152,7 +152,7 @@ def test_every_kind_of_bad_jsonl_line_has_its_reason(tmp_path: Path) -> None:
         b'{"text": null}': "field 'text' holds NoneType, not a string",
         b'{"text": "a", "text": "b"}': "field 'text' occurs twice",
         b'{"text": "ab\\ud800"}': "field 'text' holds half a surrogate pair at character 2",
-        b'{"text": "caf\xe9"}': "byte 13 of the line (0xe9) is not valid UTF-8 (invalid continuation byte); set",
+        b'{"text": "caf\xe9"}': "byte 13 of the line (0xe9) is not valid UTF-8 (invalid continuation byte); say",
         b"[" * 100_000: "not JSON: nested too deeply",
         b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "Exceeds the limit",
     }

@@ -117,7 +117,7 @@ def _plain(path: Path, lines: Iterator[str], separator: str, options: FileOption
 
 def _quoted(path: Path, lines: Iterator[str], separator: str) -> Iterator[_Cells]:
     raw: list[str] = []  # the lines of a row as they stand in the file
-    reader = csv.reader((raw.append(one) or one for one in lines), strict=True, delimiter=separator)
+    reader = csv.reader(_noted(lines, raw), strict=True, delimiter=separator)
     line = 1
     with _long_cells():
         try:
@@ -138,6 +138,12 @@ def _quoted(path: Path, lines: Iterator[str], separator: str) -> Iterator[_Cells
                 f"quotes are not balanced from here on ({error}); double a quotation mark inside quotes, also where a "
                 "backslash stands before it",
             )
+
+
+def _noted(lines: Iterator[str], into: list[str]) -> Iterator[str]:
+    for line in lines:
+        into.append(line)
+        yield line
 
 
 @contextmanager
