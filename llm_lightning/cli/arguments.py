@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llm_lightning.weights.load import LoadedModel
-
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson")
-"""Of files of records."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +41,14 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="CHECKPOINT", help="of an adapter alone: its weights (default: where they were in training)"
     )
+
+
+def names_records(word: str) -> bool:
+    """Whether a word is the name of a file of records."""
+    from llm_lightning.data.files.form import named_form
+    from llm_lightning.data.files.rows import RECORD_FORMS
+
+    return named_form(Path(word)) in RECORD_FORMS
 
 
 def open_model(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.arguments import DATA_SUFFIXES, add_base_argument, add_device_arguments, open_model
+from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, names_records, open_model
 from llm_lightning.cli.comparison_page import Item, Page, as_html
 from llm_lightning.inference.defaults import ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.terminal import aligned, say_lines, visible
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         nargs="?",
         type=Path,
-        help="a .json or .jsonl file of records; of pairs, the chosen answer is the correct one",
+        help="a file of records; of pairs, the chosen answer is the correct one",
     )
     parser.add_argument(
         "-o",
@@ -144,11 +144,13 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} {value} must be at least 1")
     if (args.data is None) == (args.split is None):
         given = "neither is" if args.data is None else "both are"
-        raise ValueError(f"give a .json or .jsonl file of records, or --split test; {given} given")
+        raise ValueError(f"give a file of records, or --split test; {given} given")
     if args.data_of is not None and args.split is None:
         raise ValueError(f"--data-of {args.data_of} goes with --split")
-    if args.data is not None and not args.data.name.lower().endswith(DATA_SUFFIXES):
-        raise ValueError(f"{args.data} must be a .json or .jsonl file of records; only two models can be compared")
+    if args.data is not None and not names_records(args.data.name):
+        raise ValueError(
+            f"{args.data} must be a file of records (.jsonl, .json, .csv, .tsv, .parquet); only two models can be compared"
+        )
     if args.data is not None and not args.data.is_file():
         raise FileNotFoundError(f"{args.data} does not exist or is not a file")
     if args.output.suffix == ".md":
@@ -248,7 +250,7 @@ def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> t
     tasks = " and ".join(f"{name}: {loaded.header.get('task')}" for name, loaded in given.items())
     raise ValueError(
         f"--split {args.split} needs a model that was trained on questions and answers (task=sft, task=dpo), and none "
-        f"was ({tasks}); give a .json or .jsonl file of records instead"
+        f"was ({tasks}); give a file of records instead"
     )
 
 

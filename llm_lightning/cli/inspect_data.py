@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_lightning.cli.arguments import DATA_SUFFIXES
+from llm_lightning.cli.arguments import names_records
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Shown(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="a .json or .jsonl file, a named set, or a model of task=sft or task=dpo"
+        "source", metavar="SOURCE", help="a file of records, a named set, or a model of task=sft or task=dpo"
     )
     parser.add_argument("-n", "--number", type=int, default=4, metavar="N", help="records (default: %(default)s)")
     parser.add_argument(
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_data(source: str) -> bool:
-    return source.lower().endswith(DATA_SUFFIXES) or source in _named()
+    return names_records(source) or source in _named()
 
 
 def _named() -> dict[str, Path | Pinned]:

@@ -4,7 +4,7 @@ llm-lightning near-duplicates instruction-data.json
 llm-lightning near-duplicates instruction-data.json --threshold 0.8 --keys instruction --show 100
 llm-lightning near-duplicates instruction-data.json --remove --keys prompt -o cleaned.json
 
-FILE is a JSON array of objects, or .jsonl with one object per line. Each key is compared separately, without empty
+FILE holds records: .jsonl, .json, .csv, .tsv or .parquet. Each key is compared separately, without empty
 texts: `instruction`, `input`, `output` (in `messages`: the user's and the assistant's text), any other field, or
 `prompt`, which is instruction and input together. The similarity of two texts is the cosine of the TF-IDF weights of
 their character 1- to 3-grams, ignoring case and punctuation. Texts of one character are never near-duplicates.
@@ -37,7 +37,7 @@ WIDTH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a .json or .jsonl file of records")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file of records")
     parser.add_argument("--keys", nargs="+", metavar="KEY", help=f"keys to compare (default: {' '.join(KEYS)})")
     parser.add_argument("--threshold", type=float, default=0.9, help="least similarity, 0 to 1 (default: %(default)s)")
     parser.add_argument("--show", type=int, default=20, metavar="N", help="pairs shown per key (default: %(default)s)")

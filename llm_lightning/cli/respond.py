@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.arguments import DATA_SUFFIXES, add_base_argument, add_device_arguments, open_model
+from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, names_records, open_model
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.terminal import say_lines
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         metavar="CHECKPOINT",
         nargs="+",
-        help="one or several models (see llm-lightning generate --help), and then a .json or .jsonl file of records",
+        help="one or several models (see llm-lightning generate --help), and then a file of records",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="the answers (.json)")
     parser.add_argument(
@@ -116,11 +116,11 @@ def progress_path(output: Path) -> Path:
 def _split_paths(args: argparse.Namespace) -> tuple[list[str], Path | None]:
     """(models, file of records)."""
     *checkpoints, last = args.paths
-    is_data = last.lower().endswith(DATA_SUFFIXES)
+    is_data = names_records(last)
     if args.split and is_data:
         raise ValueError(f"both {last} and --split {args.split} are given; leave one out")
     if not args.split and (not is_data or not checkpoints):
-        raise ValueError("give one or more models and then a .json or .jsonl file of records, or --split test")
+        raise ValueError("give one or more models and then a file of records, or --split test")
     return (args.paths, None) if args.split else (checkpoints, Path(last))
 
 

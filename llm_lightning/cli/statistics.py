@@ -5,7 +5,7 @@ llm-lightning statistics chats.jsonl --tokenizer byte --json
 llm-lightning statistics instruction-data.json --plot lengths.png
 llm-lightning statistics the-verdict.txt
 
-For a .json or .jsonl file of records, the lengths are those of the fields `instruction`, `input`, `output`, `chosen`,
+For a file of records, the lengths are those of the fields `instruction`, `input`, `output`, `chosen`,
 `rejected` and `text`, where they exist, and of the text of each role in `messages`. Any other file is one text. Lengths
 leave out empty values; a prompt is everything in a record before its answer.
 """
@@ -39,7 +39,7 @@ Lengths = dict[str, list[int]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a .json or .jsonl file of records, or a text")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file of records, or a text")
     parser.add_argument("--keys", nargs="+", metavar="KEY", help="fields or roles to measure (default: see above)")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), byte, or an encoding of tiktoken")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw histograms of the lengths in tokens")

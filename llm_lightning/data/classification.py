@@ -196,7 +196,7 @@ class ClassificationDataModule(BaseDataModule):
         named = NAMED.get(self._name or "")
         if named is None:
             if self._path is None:
-                raise ValueError("data.name and data.path are both null; give data.path=FILE, .csv, .tsv or .jsonl")
+                raise ValueError("data.name and data.path are both null; give data.path=FILE with records")
             return self._labelled(self._path), []
         if self._path is not None and not isinstance(self._path, str):
             raise ValueError(f"data.name={self._name} is one file; data.path names a copy of it, not {self._path}")

@@ -50,7 +50,7 @@ def respond(
 
     Args:
         loaded: what `load_model` returns.
-        records: a .json or .jsonl file, or what `read_records` or `ConversationDataModule.conversations_of` returns.
+        records: a file of records, or what `read_records` or `ConversationDataModule.conversations_of` returns.
         template: see `template.template_of`.
         max_new_tokens: per answer; an answer also ends at the end of text and at the model's context length.
         batch_size: records at once.
@@ -155,7 +155,7 @@ def answered(conversation: Conversation, responses: Mapping[str, str]) -> dict[s
 
 
 def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
-    """Read a .json or .jsonl file, whose columns have the names of the model's training.
+    """Read a file of records, whose columns have the names of the model's training.
 
     The answer of a pair of `chosen` and `rejected` is the chosen one.
 
