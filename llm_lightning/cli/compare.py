@@ -148,9 +148,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.data_of is not None and args.split is None:
         raise ValueError(f"--data-of {args.data_of} goes with --split")
     if args.data is not None and not names_records(args.data.name):
-        raise ValueError(
-            f"{args.data} must be a file of records (.jsonl, .json, .csv, .tsv, .parquet); only two models can be compared"
-        )
+        raise ValueError(f"{args.data} must be a file of records; only two models can be compared")
     if args.data is not None and not args.data.is_file():
         raise FileNotFoundError(f"{args.data} does not exist or is not a file")
     if args.output.suffix == ".md":
