@@ -218,7 +218,7 @@ def test_evaluate_on_a_file_of_ones_own(plain: Path, tmp_path: Path, capsys: pyt
         ("classify PLAIN --file TMP/gap.txt", "gap.txt, line 2 is empty; every line is one text"),
         ("classify BASE hello", "this model has no classification head; train one"),
         ("generate PLAIN hello", "this model classifies and cannot continue text"),
-        ("evaluate PLAIN --text TMP/wrong.csv", "no column 'text' (data.text_column); there are 'body', 'label'"),
+        ("evaluate PLAIN --text TMP/wrong.csv", "no column 'text' (data.text_column); there are 'body', 'kind', 'label'"),
         ("evaluate PLAIN --text TMP/unknown.csv", "'eggs' is not a class of this model; its classes are ham, spam"),
         ("evaluate TMP/changed.ckpt --split test", "not the data that the model was trained with"),
         ("export PLAIN TMP/new --format peft", "this model has no adapter"),
@@ -233,7 +233,7 @@ def test_bad_input_is_one_line_and_code_2(
 ) -> None:
     (tmp_path / "latin1.txt").write_bytes(b"a\xe9b")
     (tmp_path / "gap.txt").write_text("one\n\nthree\n")
-    (tmp_path / "wrong.csv").write_text("body,label\nx,ham\n")
+    (tmp_path / "wrong.csv").write_text("body,kind,label\nx,y,ham\n")
     (tmp_path / "unknown.csv").write_text("text,label\nx,eggs\n")
     path = resolve(plain)
     assert path is not None

@@ -327,10 +327,10 @@ def test_names_tell_two_runs_apart(a: str, b: str, names: tuple[str, str]) -> No
     [
         (["base", "tuned"], "or --split test; neither is given"),
         (["base", "tuned", "q.json", "--split", "val"], "or --split test; both are given"),
-        (["base", "tuned", "third"], "third must be a .json or .jsonl file of records; only two models"),
+        (["base", "tuned", "third"], "third must be a file of records; only two models"),
         (["base", "tuned", "nowhere.json"], "nowhere.json does not exist"),
-        (["base", "base", "--split", "test"], "(B: pretraining and A: pretraining); give a .json or .jsonl file"),
-        (["base", "tuned", "--split", "test", "--data-of", "A"], "none was (A: pretraining); give a .json or .jsonl"),
+        (["base", "base", "--split", "test"], "(B: pretraining and A: pretraining); give a file of records"),
+        (["base", "tuned", "--split", "test", "--data-of", "A"], "none was (A: pretraining); give a file"),
         (["base", "tuned", "q.json", "--data-of", "A"], "--data-of A goes with --split"),
         (["base", "nothing", "q.json"], "nothing"),
         (["base", "tuned", "q.json", "--limit", "0"], "--limit 0 must be at least 1"),

@@ -181,7 +181,7 @@ def without(field: str) -> dict[str, Any]:
         (None, "", r"responses\.json does not exist"),
         ('[\n{"instruction": "x"}\n{', "", r"responses\.json, line 3, column 1: not JSON"),
         ([], "", r"responses\.json holds no records"),
-        ({}, "", r"responses\.json starts with an object"),
+        ({}, "", r"responses\.json: no field starts with model_response"),
         ([RECORD, without("output")], "", r"responses\.json: 1 bad record: record 2 \(line \d+\): no field 'output'; "
          r"there are 'instruction', 'input', 'model_response'"),
         ([RECORD, without("model_response")], "", r"record 2 .*: no field 'model_response'"),

@@ -124,7 +124,7 @@ def test_messages_are_compared_by_who_says_them(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("TMP/none.json", "none.json does not exist or is not a file"),
+        ("TMP/none.json", "none.json does not exist"),
         ("FILE --threshold 1.5", "threshold=1.5 must be above 0 and at most 1"),
         ("FILE --show -1", "--show -1 must be 0 or more"),
         ("FILE --remove", "--remove and --output FILE belong together"),

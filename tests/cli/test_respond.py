@@ -133,7 +133,7 @@ def test_inspect_data_shows_both_answers_of_a_pair(preferring: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN"], "give one or more models and then a .json or .jsonl file of records, or --split test"),
+        (["RUN"], "give one or more models and then a file of records, or --split test"),
         (["RUN", "q.json", "--split", "test"], "both q.json and --split test are given"),
         (["RUN", "nowhere.json"], "nowhere.json does not exist"),
         (["RUN", "q.json", "--template", "alpaka"], "did you mean alpaca?"),
