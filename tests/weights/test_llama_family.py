@@ -244,8 +244,8 @@ def test_neutral_values_are_accepted(change: dict) -> None:
         ({"rope_scaling": 3}, "rope_parameters=3 must be an object"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "with one set of values for all layers"),
         ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta twice, 5.0 and 6.0"),
-        ({"rope_scaling": LLAMA3 | {"rope_theta": None}, "rope_parameters": {"rope_theta": 6.0}}, "in place of rope_par"),
-        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 16}, "original_max_position_embeddings twice, 16"),
+        ({"rope_scaling": LLAMA3 | {"rope_theta": None}, "rope_parameters": {"rope_theta": 6.0}}, "in place of rope_p"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 16}, "max_position_embeddings twice, 16"),
         ({"is_causal": False}, "is_causal=False is not supported; it must be True"),  # embeddings of texts, by Qwen2
         ({"rope_theta": "1e6"}, "rope_theta='1e6' must be a number"),
         ({"num_key_value_heads": 3}, "n_kv_head=3"),
