@@ -203,7 +203,8 @@ class _Keys:
     def refuse_unless_neutral(self) -> None:
         for key, neutral in _NEUTRAL.items():
             value = self.metadata.get(self.full(key), neutral)
-            if value not in (neutral, 0) or isinstance(value, bool) != isinstance(neutral, bool):
+            is_neutral = value == neutral or (value == 0 and value is not False)
+            if not is_neutral or isinstance(value, bool) != isinstance(neutral, bool):
                 raise ValueError(f"{self.full(key)}={shown(value)} is not implemented, only {neutral}")
 
     def _value(self, key: str, default: Any) -> Any:
