@@ -112,8 +112,8 @@ def pairs_from_halves(rows: Tensor, n_heads: int) -> Tensor:
 _NEUTRAL: dict[str, Any] = {
     "expert_count": 0, "attention.sliding_window": 0, "attention.causal": True, "attention.scale": 0.0,
     "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "rope.scaling.type": "none",
-    "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "logit_scale": 1.0, "embedding_scale": 1.0,
-    "residual_scale": 1.0,
+    "rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0, "rope.scale_linear": 1.0, "logit_scale": 1.0,
+    "embedding_scale": 1.0, "residual_scale": 1.0,
 }  # fmt: skip
 """Keys of what is not implemented -> the value with which the model does without it."""
 
