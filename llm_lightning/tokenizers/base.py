@@ -45,6 +45,12 @@ class Tokenizer(ABC):
         return {} if self.eot_id is None else {END_OF_TEXT: self.eot_id}
 
     @property
+    def control_flags(self) -> Mapping[str, frozenset[str]]:
+        """Of the controls that have any: `lstrip`, `rstrip` (white space before or behind it belongs to it), and
+        `single_word` (beside a letter it is plain text)."""
+        return {}
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Generation stops at each of these ids."""
         return () if self.eot_id is None else (self.eot_id,)

@@ -181,11 +181,12 @@ def test_ends_of_documents_and_of_answers(tmp_path):
 
 
 def test_tokens_that_only_the_settings_name_are_added(tmp_path):
-    more = {"0": {"content": END_OF_TEXT, "special": True}, "802": {"content": "<tool>", "special": False}}
+    more = {"0": {"content": END_OF_TEXT, "rstrip": True}, "802": {"content": "<tool>", "special": False}}
     folder = write_folder(tmp_path, byte_level("smollm", not_special=("<a>", "<b>")), added_tokens_decoder=more)
     ours = from_description(describe_folder(folder, eos_ids=()))
     assert ours.controls["<tool>"] == 802
     assert ours.content.special == set(SPECIAL)
+    assert ours.control_flags == {END_OF_TEXT: {"rstrip"}}  # as in transformers, the settings win
 
 
 @pytest.mark.parametrize("kind", ["llama-bpe", "qwen2", "llama2"])
@@ -274,7 +275,8 @@ def begins_with(ids: list[Any]) -> dict[str, Any]:
         (changed(pre_tokenizer={"type": "Nonsense"}), "the library tokenizers cannot read it"),
         (changed(post_processor={"type": "BertProcessing"}), "the post_processor BertProcessing is not implemented"),
         (changed(post_processor={"type": "TemplateProcessing"}), "post_processor has no readable template"),
-        (changed(post_processor=begins_with(ids=[1, 2])), "post_processor has no readable template"),
+        (changed(post_processor=begins_with(ids=[1, 2])), "the post_processor begins a text with 2 tokens; one is"),
+        (changed(post_processor=begins_with(ids=3)), "post_processor has no readable template"),
         (changed(post_processor=begins_with(ids=[99999])), "bos_id=99999 has no token"),
         (changed(post_processor=begins_with(ids=["1"])), "bos_id='1' has no token"),
         (llama2() | {"model": llama2()["model"] | {"byte_fallback": False}}, "its decoder is Replace"),
