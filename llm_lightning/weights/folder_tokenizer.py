@@ -54,7 +54,7 @@ def _warn_of_added(folder: Path) -> None:
     contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
     if added := {*ids, *map(str, contents)} - {END_OF_TEXT}:
         log.warning(
-            "%s adds tokens such as %s, which are plain text here; save a tokenizer.json, with transformers' AutoTokenizer",
+            "%s adds tokens such as %s, which are plain text here; save a tokenizer.json with transformers",
             folder,
             min(added),
         )

@@ -290,7 +290,10 @@ def test_a_folder_in_use_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not empty; choose another folder"):
         export_hf(model, config, tokenizer, target)
     assert before == {path: path.read_bytes() for path in target.iterdir()}
-    (target / "stale").touch()
+    (target / "shard").touch()
+    report = json.loads((target / "export_report.json").read_text())
+    report["sha256"]["shard"] = "of a larger export"
+    (target / "export_report.json").write_text(json.dumps(report))
     export_hf(model, config, tokenizer, target, overwrite=True)
     assert before.keys() == set(target.iterdir())
     (target / "llm_lightning.json").unlink()
