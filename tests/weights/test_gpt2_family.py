@@ -142,6 +142,12 @@ def test_absent_config_keys_mean_the_defaults_of_transformers() -> None:
     assert config_from_hf({"n_ctx": 77}).context_length == 77
 
 
+def test_a_stated_width_that_is_the_default_goes_and_comes_back_as_the_same() -> None:
+    config = replace(CONFIG, ffn_width=4 * CONFIG.n_embd)  # as a GGUF file has it
+    assert config_to_hf(config, None) == config_to_hf(config_from_hf(config_to_hf(config, None)), None)
+    assert config_from_hf(config_to_hf(replace(CONFIG, ffn_width=52), None)).ffn_width == 52
+
+
 def test_config_keys_may_have_the_names_of_other_families() -> None:
     transformers = pytest.importorskip("transformers")
     named = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5, "max_position_embeddings": 48}

@@ -122,7 +122,7 @@ def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
-        "n_inner": config.ffn_width,
+        "n_inner": None if config.mlp_width == 4 * config.n_embd else config.mlp_width,
         "activation_function": "gelu_new",
         "embd_pdrop": config.embedding_dropout,
         "attn_pdrop": config.attention_dropout,
