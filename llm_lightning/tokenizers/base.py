@@ -98,6 +98,10 @@ class Tokenizer(ABC):
         """Encode to a list of ids; special tokens in the text are plain text."""
         return self.encode_array(text).tolist()
 
+    def encode_behind(self, text: str, *, is_control: bool) -> np.ndarray:
+        """As `encode_array`, of a text behind other text or a control token: Llama 2's kind begins a text otherwise."""
+        return self.encode_array(text)
+
     def encode_document(self, text: str) -> np.ndarray:
         """Encode a text from its beginning on: (T,) ids of `dtype`, `bos_id` before them where there is one."""
         begin = np.array([] if self.bos_id is None else [self.bos_id], dtype=self.dtype)

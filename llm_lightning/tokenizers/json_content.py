@@ -54,6 +54,12 @@ class JsonContent:
         known = self.data.get("normalizer") in (None, _NO_CHANGE, {"type": "NFC"})
         return name_of(self.data.get("pre_tokenizer")) if known and self.byte_level else None
 
+    @property
+    def only_first(self) -> bool:
+        """Whether Llama 2's space is added where a text begins, and not behind its control tokens as well."""
+        cut = self.data.get("pre_tokenizer")
+        return isinstance(cut, dict) and cut.get("type") == "Metaspace" and cut.get("prepend_scheme") == "first"
+
     @cached_property
     def merges(self) -> list[tuple[str, str]]:
         """The merges by rank: "a b" in older files, ["a", "b"] in newer ones."""

@@ -63,7 +63,7 @@ class JsonTokenizer(Tokenizer):
         self._text = text
         self._spellings = content.spellings()
         self._controls, self._added = content.added, frozenset(content.added.values())
-        self._flags = content.flags
+        self._flags, self._only_first = content.flags, content.only_first
         self._byte_level, self._strips_space = content.byte_level, content.strips_space
         self._is_cut, self._unknown_id = content.pre is not None, content.unknown_id
         self.vocab_size = len(self._spellings)
@@ -100,6 +100,11 @@ class JsonTokenizer(Tokenizer):
         first, *rest = self._pieces(without_surrogates(text))
         ids = self._encode(self._library, first)
         return np.concatenate([ids, *(self._encode(self._continuing, piece) for piece in rest)]) if rest else ids
+
+    def encode_behind(self, text: str, *, is_control: bool) -> np.ndarray:
+        if (is_control and not self._only_first) or self._continuing is None:
+            return self.encode_array(text)
+        return self._encode(self._continuing, without_surrogates(text))
 
     @cached_property
     def _continuing(self) -> Any:

@@ -13,6 +13,8 @@ from made_tokenizers import CORPUS, CUTS, SPECIAL, byte_level, llama2
 from odd_texts import random_text
 from tokenizers import Tokenizer as Library
 
+from llm_lightning.data.templates.chat import ChatTemplate
+from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.tokenizers import json_content, tokenizer_json
 from llm_lightning.tokenizers.base import END_OF_TEXT
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
@@ -100,6 +102,25 @@ def test_llama2_adds_one_space_and_drops_one():
     for text in ("the", " the", "", "½\n中", "the  the "):
         assert ours.decode(ours.encode(text)) == text
     assert ours.split_point("two words. " * 100) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama2-metaspace"])
+def test_llama2_begins_no_answer_with_its_space(kind):
+    template = ChatTemplate(
+        "llama2",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        special=(("bos_token", "<s>"), ("eos_token", "</s>")),
+    )
+    content = content_of(kind)
+    ours, library = tokenizer_of(content, bos_id=1, eot_id=2), Library.from_str(json.dumps(content))
+    conversation = Conversation((Turn("the value", "", "of the type"), Turn("so", "", "it is")))
+    pieces = list(template.tokens(ours, template.segments(conversation, ours)))
+    expected = library.encode(template.text_of(conversation), add_special_tokens=False).ids
+    assert [index for ids, _ in pieces for index in ids.tolist()] == expected
+    answer, _ = template.answer_ids(ours, conversation)
+    assert library.decode(answer.tolist()) == "it is"
+    assert [ids.tolist() for ids, kind in pieces if kind == "response"][-1] == answer.tolist()
 
 
 @pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "llama2", "llama2-metaspace"])
