@@ -19,6 +19,8 @@ MOST_IDS = 1 << 22  # so that one lying id cannot take all memory
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
+FLAGS = ("lstrip", "rstrip", "single_word")
+"""Of an added token; see `Tokenizer.control_flags`."""
 _NO_CHANGE: dict[str, Any] = {"type": "Sequence", "normalizers": []}
 _SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -40,6 +42,8 @@ class JsonContent:
     """The id of each added token, special or not."""
     special: frozenset[str]
     """The added tokens that the file calls special."""
+    flags: dict[str, frozenset[str]]
+    """Which of `FLAGS` an added token has, if any."""
     byte_level: bool
     strips_space: bool
     """Decoding drops one space at the beginning, because encoding adds one."""
@@ -49,6 +53,12 @@ class JsonContent:
         """How texts are cut, if `splitting.py` knows it and nothing but NFC changes a text before."""
         known = self.data.get("normalizer") in (None, _NO_CHANGE, {"type": "NFC"})
         return name_of(self.data.get("pre_tokenizer")) if known and self.byte_level else None
+
+    @property
+    def only_first(self) -> bool:
+        """Whether Llama 2's space is added where a text begins, and not behind its control tokens as well."""
+        cut = self.data.get("pre_tokenizer")
+        return isinstance(cut, dict) and cut.get("type") == "Metaspace" and cut.get("prepend_scheme") == "first"
 
     @cached_property
     def merges(self) -> list[tuple[str, str]]:
@@ -107,9 +117,12 @@ class JsonContent:
         for processor in _processors(self.data.get("post_processor")):
             if processor.get("type") == "TemplateProcessing":
                 try:
-                    return _before_text(processor)
-                except (KeyError, IndexError, TypeError, ValueError):
+                    ids = _before_text(processor)
+                except (LookupError, StopIteration, TypeError, ValueError):
                     raise ValueError("post_processor has no readable template; get it again") from None
+                if len(ids) > 1:
+                    raise ValueError(f"the post_processor begins a text with {len(ids)} tokens; one is implemented")
+                return ids[0] if ids else None
         return None
 
 
@@ -132,12 +145,13 @@ def read_content(text: str) -> JsonContent:
     tokens = _ids(model.get("vocab"), "model.vocab")
     entries = [_added_token(entry) for entry in _list(data.get("added_tokens") or [], "added_tokens")]
     added = _ids({content: index for content, index, _ in entries}, "added_tokens")
+    named = ((content, frozenset(flags & {*FLAGS})) for content, _, flags in entries)
     if len(added) < len(entries):
         raise ValueError("added_tokens has a token twice; get it again")
     _check_together(tokens, added)
-    special = frozenset(content for content, _, is_special in entries if is_special)
+    special = frozenset(content for content, _, flags in entries if "special" in flags)
     byte_level, strips_space = _kind(data, tokens)
-    return JsonContent(data, tokens, added, special, byte_level, strips_space)
+    return JsonContent(data, tokens, added, special, dict(one for one in named if one[1]), byte_level, strips_space)
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -160,11 +174,12 @@ def _ids(ids: Any, where: str) -> dict[str, int]:
     return ids
 
 
-def _added_token(entry: Any) -> tuple[str, int, bool]:
+def _added_token(entry: Any) -> tuple[str, int, set[str]]:
+    """Content, id, and the flags that are true."""
     content = entry.get("content") if isinstance(entry, dict) else None
     if not isinstance(content, str):
         raise ValueError(f"added_tokens has an entry without content: {str(entry)[:100]}; get it again")
-    return content, entry.get("id"), bool(entry.get("special"))
+    return content, entry.get("id"), {key for key, value in entry.items() if value is True}
 
 
 def _check_together(tokens: dict[str, int], added: dict[str, int]) -> None:
@@ -211,12 +226,12 @@ def _processors(node: Any) -> list[dict[str, Any]]:
     return parts
 
 
-def _before_text(template: dict[str, Any]) -> int | None:
-    first = template["single"][0]
-    if "SpecialToken" not in first:
-        return None
-    (index,) = template["special_tokens"][first["SpecialToken"]["id"]]["ids"]
-    return index
+def _before_text(template: dict[str, Any]) -> list[int]:
+    """The ids that a template writes before the text."""
+    parts = template["single"]
+    place = next(place for place, part in enumerate(parts) if "Sequence" in part)
+    tokens = [part["SpecialToken"]["id"] for part in parts[:place]]
+    return [index for token in tokens for index in template["special_tokens"][token]["ids"]]
 
 
 def _flat(node: Any, key: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer, last_start, without_surrogates
-from llm_lightning.tokenizers.json_content import BYTES, MOST_BYTES, SPACE, JsonContent, read_content
+from llm_lightning.tokenizers.json_content import BYTES, FLAGS, MOST_BYTES, SPACE, JsonContent, read_content
 from llm_lightning.tokenizers.tiktoken_encodings import PIECE_END, byte_of_character, gpt2_merges
 
 NAME = "tokenizer_json"
@@ -63,6 +63,7 @@ class JsonTokenizer(Tokenizer):
         self._text = text
         self._spellings = content.spellings()
         self._controls, self._added = content.added, frozenset(content.added.values())
+        self._flags, self._only_first = content.flags, content.only_first
         self._byte_level, self._strips_space = content.byte_level, content.strips_space
         self._is_cut, self._unknown_id = content.pre is not None, content.unknown_id
         self.vocab_size = len(self._spellings)
@@ -88,6 +89,10 @@ class JsonTokenizer(Tokenizer):
         return self._controls
 
     @property
+    def control_flags(self) -> Mapping[str, frozenset[str]]:
+        return self._flags
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         return self._stop_ids
 
@@ -95,6 +100,11 @@ class JsonTokenizer(Tokenizer):
         first, *rest = self._pieces(without_surrogates(text))
         ids = self._encode(self._library, first)
         return np.concatenate([ids, *(self._encode(self._continuing, piece) for piece in rest)]) if rest else ids
+
+    def encode_behind(self, text: str, *, is_control: bool) -> np.ndarray:
+        if (is_control and not self._only_first) or self._continuing is None:
+            return self.encode_array(text)
+        return self._encode(self._continuing, without_surrogates(text))
 
     @cached_property
     def _continuing(self) -> Any:
@@ -250,17 +260,19 @@ def _named(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, str
 
 
 def _all_added(content: JsonContent, decoder: Any) -> list[dict[str, Any]]:
-    """The added tokens, also those that only `added_tokens_decoder` of tokenizer_config.json names."""
+    """The added tokens, also those that only `added_tokens_decoder` of tokenizer_config.json names; its flags win."""
     entries = {} if decoder is None else decoder
     known = isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
+    known = known and all(isinstance(entry.get("content"), str) for entry in entries.values())
     if not known or not all(index.isdecimal() and len(index) < 10 for index in entries):
         raise ValueError("added_tokens_decoder of tokenizer_config.json must map ids to tokens; get it again")
     more = [
         {"id": int(index)} | {key: entry.get(key, value) for key, value in _ADDED.items()}
         for index, entry in entries.items()
-        if entry.get("content") not in content.added
+        if entry["content"] not in content.added
     ]
-    return [*(content.data.get("added_tokens") or []), *more]
+    flags = {entry["content"]: {key: entry[key] for key in FLAGS if key in entry} for entry in entries.values()}
+    return [*(entry | flags.get(entry["content"], {}) for entry in content.data.get("added_tokens") or []), *more]
 
 
 def _spelling(token: Any) -> str | None:

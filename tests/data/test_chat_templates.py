@@ -167,6 +167,25 @@ def test_prompts_have_the_ids_of_transformers(name: str) -> None:
         assert own_template(text).prompt_ids(made_tokenizer(), conversation) == expected
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_space_belongs_to_a_control_token_where_its_file_says_so(flag: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(library().to_str())
+    for entry in content["added_tokens"]:
+        entry[flag] = entry["content"].startswith("<|im_")
+    tokenizer = JsonTokenizer(json.dumps(content), eot_id=content["added_tokens"][0]["id"])
+    reference = PreTrainedTokenizerFast(tokenizer_object=Library.from_str(json.dumps(content)))
+    template = own_template(
+        SMOLLM2.replace("'\n' + message", "'\n ' + message").replace("'<|im_end|>'", "'! <|im_end|>'")
+    )
+    for conversation in CONVERSATIONS[:5]:
+        messages = as_messages(conversation)[:-1]
+        rendered = template.prompt_ids(tokenizer, conversation)
+        assert rendered == reference.encode(by_transformers(template.text, messages, add_generation_prompt=True))
+        assert rendered != template.prompt_ids(made_tokenizer(), conversation)
+
+
 def test_markers_of_generations_loops_and_dates() -> None:
     text = (
         "{%- for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"

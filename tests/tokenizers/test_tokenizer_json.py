@@ -13,6 +13,8 @@ from made_tokenizers import CORPUS, CUTS, SPECIAL, byte_level, llama2
 from odd_texts import random_text
 from tokenizers import Tokenizer as Library
 
+from llm_lightning.data.templates.chat import ChatTemplate
+from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.tokenizers import json_content, tokenizer_json
 from llm_lightning.tokenizers.base import END_OF_TEXT
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
@@ -102,6 +104,25 @@ def test_llama2_adds_one_space_and_drops_one():
     assert ours.split_point("two words. " * 100) == 0
 
 
+@pytest.mark.parametrize("kind", ["llama2", "llama2-metaspace"])
+def test_llama2_begins_no_answer_with_its_space(kind):
+    template = ChatTemplate(
+        "llama2",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        special=(("bos_token", "<s>"), ("eos_token", "</s>")),
+    )
+    content = content_of(kind)
+    ours, library = tokenizer_of(content, bos_id=1, eot_id=2), Library.from_str(json.dumps(content))
+    conversation = Conversation((Turn("the value", "", "of the type"), Turn("so", "", "it is")))
+    pieces = list(template.tokens(ours, template.segments(conversation, ours)))
+    expected = library.encode(template.text_of(conversation), add_special_tokens=False).ids
+    assert [index for ids, _ in pieces for index in ids.tolist()] == expected
+    answer, _ = template.answer_ids(ours, conversation)
+    assert library.decode(answer.tolist()) == "it is"
+    assert [ids.tolist() for ids, kind in pieces if kind == "response"][-1] == answer.tolist()
+
+
 @pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "llama2", "llama2-metaspace"])
 def test_long_texts_are_cut_without_changing_an_id(kind, monkeypatch):
     ours = tokenizer_of(content_of(kind))
@@ -181,11 +202,12 @@ def test_ends_of_documents_and_of_answers(tmp_path):
 
 
 def test_tokens_that_only_the_settings_name_are_added(tmp_path):
-    more = {"0": {"content": END_OF_TEXT, "special": True}, "802": {"content": "<tool>", "special": False}}
+    more = {"0": {"content": END_OF_TEXT, "rstrip": True}, "802": {"content": "<tool>", "special": False}}
     folder = write_folder(tmp_path, byte_level("smollm", not_special=("<a>", "<b>")), added_tokens_decoder=more)
     ours = from_description(describe_folder(folder, eos_ids=()))
     assert ours.controls["<tool>"] == 802
     assert ours.content.special == set(SPECIAL)
+    assert ours.control_flags == {END_OF_TEXT: {"rstrip"}}  # as in transformers, the settings win
 
 
 @pytest.mark.parametrize("kind", ["llama-bpe", "qwen2", "llama2"])
@@ -274,7 +296,8 @@ def begins_with(ids: list[Any]) -> dict[str, Any]:
         (changed(pre_tokenizer={"type": "Nonsense"}), "the library tokenizers cannot read it"),
         (changed(post_processor={"type": "BertProcessing"}), "the post_processor BertProcessing is not implemented"),
         (changed(post_processor={"type": "TemplateProcessing"}), "post_processor has no readable template"),
-        (changed(post_processor=begins_with(ids=[1, 2])), "post_processor has no readable template"),
+        (changed(post_processor=begins_with(ids=[1, 2])), "the post_processor begins a text with 2 tokens; one is"),
+        (changed(post_processor=begins_with(ids=3)), "post_processor has no readable template"),
         (changed(post_processor=begins_with(ids=[99999])), "bos_id=99999 has no token"),
         (changed(post_processor=begins_with(ids=["1"])), "bos_id='1' has no token"),
         (llama2() | {"model": llama2()["model"] | {"byte_fallback": False}}, "its decoder is Replace"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -76,10 +76,10 @@ class Template(ABC):
         An answer is encoded by itself, so that the tokens before it are the same in training and generation. The header
         is encoded together with the question: a token that spans both counts as question.
         """
-        bos = tokenizer.bos_id
+        bos, begin = tokenizer.bos_id, []
         if bos is not None and not (segments and segments[0].ids[:1] == (bos,)):
-            segments = [Segment("", "prompt", (bos,)), *segments]
-        for kind, run in groupby(_pieces(tokenizer, segments), key=lambda piece: piece[1]):
+            begin = [(np.array([bos]), "prompt")]
+        for kind, run in groupby(chain(begin, _pieces(tokenizer, segments)), key=lambda piece: piece[1]):
             yield np.concatenate([ids for ids, _ in run]), kind
 
     def prompt_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
@@ -92,7 +92,7 @@ class Template(ABC):
         segments = self.segments(conversation, tokenizer)
         before = [index for index, segment in enumerate(segments) if segment.kind in ("prompt", "header")]
         of_kind: dict[str, list[np.ndarray]] = {"response": [np.zeros(0, np.int64)], "end": []}
-        for ids, kind in _pieces(tokenizer, segments[before[-1] + 1 :]):
+        for ids, kind in _pieces(tokenizer, segments[before[-1] + 1 :], segments[before[-1]]):
             of_kind[kind].append(ids)
         return np.concatenate(of_kind["response"]), np.concatenate(of_kind["end"])
 
@@ -102,22 +102,37 @@ class Template(ABC):
         return tuple(dict.fromkeys([*([] if end is None else [end]), *tokenizer.stop_ids]))
 
 
-def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Iterator[Piece]:
-    """Token ids and kind of each segment; text of the prompt is joined up to the next control token or answer."""
+def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment], before: Segment | None = None) -> Iterator[Piece]:
+    """Token ids and kind of each segment; text of the prompt is joined up to the next control token or answer.
+
+    Args:
+        before: the segment before the first; default: a text begins.
+    """
     question = ""
+    behind_control = None if before is None else bool(before.ids)
     for segment in segments:
         text, kind = segment.text, segment.kind
         if kind == "prompt" and not segment.ids:
             question += text
             continue
         if kind == "header" and not segment.ids:
-            ids, n = tokenizer.encode_array(question + text), len(tokenizer.encode_array(question))
-            yield from ((ids[:n], "prompt"),) if n else ()
-            yield ids[n:], "header"
+            ids, known = (_encoded(tokenizer, part, behind_control) for part in (question + text, question))
+            yield from ((ids[: len(known)], "prompt"),) if len(known) else ()
+            yield ids[len(known) :], "header"
+            behind_control = False if question or text else behind_control
         else:
             if question:
-                yield tokenizer.encode_array(question), "prompt"
-            yield np.array(segment.ids) if segment.ids else tokenizer.encode_array(text), kind
+                yield _encoded(tokenizer, question, behind_control), "prompt"
+                behind_control = False
+            yield np.array(segment.ids) if segment.ids else _encoded(tokenizer, text, behind_control), kind
+            behind_control = bool(segment.ids) if segment.ids or text else behind_control
         question = ""
     if question:
-        yield tokenizer.encode_array(question), "prompt"
+        yield _encoded(tokenizer, question, behind_control), "prompt"
+
+
+def _encoded(tokenizer: Tokenizer, text: str, behind_control: bool | None) -> np.ndarray:
+    """The ids of a text; None: it is the first."""
+    if behind_control is None:
+        return tokenizer.encode_array(text)
+    return tokenizer.encode_behind(text, is_control=behind_control)
