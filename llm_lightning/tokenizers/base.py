@@ -92,6 +92,10 @@ class Tokenizer(ABC):
         """Encode to a list of ids; special tokens in the text are plain text."""
         return self.encode_array(text).tolist()
 
+    def encode_inside(self, text: str, *, after_control: bool) -> np.ndarray:
+        """Encode what follows a control token, or other text: Llama 2's kind begins only some texts with a space."""
+        return self.encode_array(text)
+
     def encode_document(self, text: str) -> np.ndarray:
         """Encode a text from its beginning on: (T,) ids of `dtype`, `bos_id` before them where there is one."""
         begin = np.array([] if self.bos_id is None else [self.bos_id], dtype=self.dtype)
