@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from llm_lightning.data.instruction import InstructionDataModule, encode
-from llm_lightning.data.preference import encode_pair
+from llm_lightning.data.preference import PreferenceDataModule, encode_pair
 from llm_lightning.data.templates import renderer
 from llm_lightning.data.templates.chat import ChatTemplate, _say_once
 from llm_lightning.data.templates.choose import NAMED, choose_template, from_description
@@ -253,6 +253,23 @@ def test_targets_by_hand(name: str, by_hand: list[tuple[list[int], str]], loss_o
     assert found.answer_at == len(ids) - len(by_hand[-2][0]) - 1
     first = encode(made_tokenizer(), choose_template(name), TWO_TURNS, loss_on=loss_on, eos_targets="first")
     assert first.is_target.tolist() == [*targets[:-1], False]
+
+
+@pytest.mark.parametrize("data_of", [InstructionDataModule, PreferenceDataModule])
+def test_a_prompt_that_is_cut_keeps_the_beginning_of_a_text(data_of: type, tmp_path: Path) -> None:
+    records = [{"instruction": f"What is {n}?", "output": f"{n}", "chosen": f"{n}", "rejected": "?"} for n in range(9)]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    bos = "<|begin_of_text|>"
+    data = data_of(
+        tokenizer=made_tokenizer(bos=bos), context_length=12, name=None, path=str(path), template="alpaca",
+        split="order", val_fraction=0.2, test_fraction=0.2, batch_size=2,
+    )  # fmt: skip
+    data.build()
+    assert data.report()["prompts_cut"] == 9
+    for sample in data.all_samples():
+        for one in sample.sequences:
+            assert one.token_ids[:-2].tolist() == [*ids_of(bos), *ids_of("Response:\n")]
 
 
 @pytest.mark.parametrize("packing", [True, False])
