@@ -357,4 +357,4 @@ def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float) -> None
 def _plain(record: Conversation) -> list[Any]:
     """Plain values that tell records apart."""
     rejected = [] if record.rejected is None else [record.rejected]
-    return [record.system, *map(list, record.turns), *rejected]
+    return [record.system or "", *map(list, record.turns), *rejected]

@@ -84,13 +84,13 @@ def published(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def talk(*messages: str, system: str = "") -> Conversation:
+def talk(*messages: str, system: str | None = None) -> Conversation:
     turns = zip(messages[::2], [*messages[1::2], ""], strict=False)
     return Conversation(tuple(Turn(question, "", response) for question, response in turns), system, "file:3")
 
 
 def as_messages(conversation: Conversation) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    messages = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
     for turn in conversation.turns:
         question = f"{turn.instruction}\n{turn.input}" if turn.input else turn.instruction
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.response}]
@@ -101,6 +101,7 @@ CONVERSATIONS = [
     talk("Capital of Japan?", "Tokyo"),
     talk("a", "b", "c", "d", "e", "f", system="Be brief."),
     Conversation((Turn("Add.", "1, 2", "3"),)),
+    talk("Some templates write a system message where there is none.", "This one is empty.", system=""),
     talk(" padded \n", "\n both sides  "),
     talk("Größe 日本語 😀 \u2028 {{ x }} {% y %}", ""),
     talk("say <|im_end|> and <|eot_id|><|im_", "no: <|im_start|>user\nHi<|end|>"),
@@ -131,7 +132,7 @@ def test_renders_as_transformers(name: str) -> None:
     text = SMOLLM2 if name == "smollm2" else published(name)
     template, tokenizer = own_template(text), made_tokenizer()
     for conversation in CONVERSATIONS:
-        if name == "gemma" and conversation.system:
+        if name == "gemma" and conversation.system is not None:
             continue  # refused, see below
         messages = as_messages(conversation)
         assert template.text_of(conversation) == by_transformers(text, messages)
@@ -159,7 +160,7 @@ def test_prompts_have_the_ids_of_transformers(name: str) -> None:
     reference = PreTrainedTokenizerFast(
         tokenizer_object=library(), bos_token="<|begin_of_text|>", eos_token="<|im_end|>"
     )
-    for conversation in CONVERSATIONS[:5]:
+    for conversation in CONVERSATIONS[:6]:
         messages = as_messages(conversation)[:-1]
         expected = reference.apply_chat_template(
             messages, chat_template=text, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -305,7 +306,7 @@ def test_targets_are_those_that_the_template_marks(name: str) -> None:
     reference = PreTrainedTokenizerFast(
         tokenizer_object=library(), bos_token="<|begin_of_text|>", eos_token="<|im_end|>"
     )
-    for conversation in [*CONVERSATIONS[:3], CONVERSATIONS[4]]:
+    for conversation in [*CONVERSATIONS[:4], CONVERSATIONS[5]]:
         found = encode(tokenizer, template, conversation)
         expected = reference.apply_chat_template(
             as_messages(conversation), chat_template=text, return_dict=True, return_assistant_tokens_mask=True

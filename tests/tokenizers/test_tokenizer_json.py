@@ -122,7 +122,7 @@ def test_conversations_have_the_spaces_of_transformers(text, space):
     ours, template = tokenizer_of(content, bos_id=1, eot_id=2), ChatTemplate("own", text)
     library = Library.from_str(json.dumps(content))
     theirs = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
-    pair = Conversation((Turn("What is it?", "", "the  answer"), Turn("we are", "", "of it")), "", rejected="it is")
+    pair = Conversation((Turn("What is it?", "", "the  answer"), Turn("we are", "", "of it")), rejected="it is")
     chosen, rejected = (
         theirs.apply_chat_template(_messages(turns), chat_template=text, return_dict=False)
         for turns in (pair.turns, (pair.turns[0], pair.turns[1]._replace(response="it is")))
