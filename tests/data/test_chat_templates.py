@@ -540,6 +540,14 @@ def test_a_tokenizer_without_the_control_tokens_is_refused_by_name(caplog: pytes
     assert not caplog.text
 
 
+def test_a_template_with_slots_whose_control_tokens_are_text_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    choose_template("alpaca").check_tokenizer(made_tokenizer())
+    choose_template("chatml").check_tokenizer(build_tokenizer("gpt2"))
+    assert not caplog.text
+    choose_template("chatml").check_tokenizer(made_tokenizer())
+    assert "template chatml writes <|im_end|>, <|im_start|> as plain text" in caplog.text
+
+
 @pytest.mark.parametrize("date", ["today", "26.07.2024", "2024-13-01"])
 def test_a_date_that_is_none(date: str) -> None:
     with pytest.raises(ValueError, match=rf"^data.template_date='{date}' must be a date such as 2024-07-26$"):
