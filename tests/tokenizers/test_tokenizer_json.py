@@ -15,7 +15,9 @@ from tokenizers import Tokenizer as Library
 
 from llm_lightning.data.instruction import encode
 from llm_lightning.data.preference import encode_pair
+from llm_lightning.data.templates.as_jinja import jinja_of
 from llm_lightning.data.templates.chat import ChatTemplate
+from llm_lightning.data.templates.choose import choose_template
 from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.tokenizers import json_content, tokenizer_json
 from llm_lightning.tokenizers.base import END_OF_TEXT
@@ -131,6 +133,11 @@ def test_conversations_have_the_spaces_of_transformers(text, space):
     found = encode_pair(ours, template, 0, pair)
     assert [*found.prompt_ids, *found.chosen_ids] == chosen
     assert [*found.prompt_ids, *found.rejected_ids] == rejected
+    slots = choose_template("Q: {instruction}\nA:\n{response}")
+    prompt = theirs.apply_chat_template(
+        _messages(pair.turns)[:-1], chat_template=jinja_of(slots, ours), add_generation_prompt=True, return_dict=False
+    )
+    assert slots.prompt_ids(ours, pair) == prompt
 
 
 def _messages(turns):

@@ -68,7 +68,10 @@ class SlotTemplate(Template):
     def segments(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         end = self.end_id(tokenizer)
         ids = () if end is None else (end,)
-        return [piece._replace(ids=ids) if piece.kind == "end" else piece for piece in self._segments(conversation)]
+        # As the exported program does: behind a control token, Llama 2's kind may add no space.
+        begin = [] if tokenizer.bos_id is None else [Segment("", "prompt", (tokenizer.bos_id,))]
+        segments = self._segments(conversation)
+        return [*begin, *(piece._replace(ids=ids) if piece.kind == "end" else piece for piece in segments)]
 
     def prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         answer = 2 if conversation.turns[-1].response else 1
