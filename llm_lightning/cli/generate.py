@@ -104,7 +104,7 @@ def _texts_of(args: argparse.Namespace) -> Callable[..., list[str]]:
 
     settings = {"seed": args.seed, "max_new_tokens": args.max_new_tokens, **_sampling(args)}
     given = {name: value for name, value in settings.items() if value is not None}
-    return partial(answer_texts, system=args.system or "", **given) if args.chat else partial(generate_texts, **given)
+    return partial(answer_texts, system=args.system, **given) if args.chat else partial(generate_texts, **given)
 
 
 def _write(loaded: LoadedModel, prompts: list[str], args: argparse.Namespace, make: Callable[..., list[str]]) -> None:

@@ -98,8 +98,8 @@ class Tokenizer(ABC):
         """Encode to a list of ids; special tokens in the text are plain text."""
         return self.encode_array(text).tolist()
 
-    def encode_behind(self, text: str, *, is_control: bool) -> np.ndarray:
-        """As `encode_array`, of a text behind other text or a control token: Llama 2's kind begins a text otherwise."""
+    def encode_inside(self, text: str, *, after_control: bool) -> np.ndarray:
+        """Encode what follows a control token, or other text: Llama 2's kind begins only some texts with a space."""
         return self.encode_array(text)
 
     def encode_document(self, text: str) -> np.ndarray:

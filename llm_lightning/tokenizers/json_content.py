@@ -26,7 +26,8 @@ _SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, _SPACES]}
 _METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
-_SCHEMES = ("first", "always", "never")
+_ADDS_TO_PARTS = ((_PREPENDED, None), (None, _METASPACE | {"prepend_scheme": "always"}))
+_ADDS_ELSEWHERE = tuple((None, _METASPACE | {"prepend_scheme": scheme}) for scheme in ("first", "never"))
 _UNKNOWN = "\0unknown"  # no byte-level character has the first code point, and no merge yields it
 _DECODERS_OF_LLAMA2 = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
@@ -53,12 +54,6 @@ class JsonContent:
         """How texts are cut, if `splitting.py` knows it and nothing but NFC changes a text before."""
         known = self.data.get("normalizer") in (None, _NO_CHANGE, {"type": "NFC"})
         return name_of(self.data.get("pre_tokenizer")) if known and self.byte_level else None
-
-    @property
-    def only_first(self) -> bool:
-        """Whether Llama 2's space is added where a text begins, and not behind its control tokens as well."""
-        cut = self.data.get("pre_tokenizer")
-        return isinstance(cut, dict) and cut.get("type") == "Metaspace" and cut.get("prepend_scheme") == "first"
 
     @cached_property
     def merges(self) -> list[tuple[str, str]]:
@@ -101,16 +96,27 @@ class JsonContent:
         }
         return json.dumps(self.data | plain | {"model": model} | changes)
 
-    def for_continuations(self) -> str | None:
-        """Return the text of a tokenizer.json for the rest of a text that is cut before a space, as Llama 2's kind.
+    def without_first_space(self) -> str | None:
+        """Return the text of a tokenizer.json of Llama 2's kind that adds no space; None: how it does is not known."""
+        return self.without_added_tokens(normalizer=_SPACES, pre_tokenizer=None) if self._space_is_known else None
 
-        None where such a cut could change an id: another change of texts, or a token with a space behind its first.
-        """
-        changes = self.data.get("normalizer"), self.data.get("pre_tokenizer")
-        known = [(_PREPENDED, None), *((None, _METASPACE | {"prepend_scheme": scheme}) for scheme in _SCHEMES)]
-        if changes not in known or any(map(_SPACE_INSIDE.search, self.tokens)):
-            return None
-        return self.without_added_tokens(normalizer=_SPACES, pre_tokenizer=None)
+    @property
+    def spaces_parts(self) -> bool:
+        """Whether the space is also added behind each control token, not only before a whole text."""
+        return self._changes in _ADDS_TO_PARTS
+
+    @property
+    def may_cut_at_spaces(self) -> bool:
+        """Whether a text of Llama 2's kind, cut before a space, has the same ids: no token has one behind its first."""
+        return self._space_is_known and not any(map(_SPACE_INSIDE.search, self.tokens))
+
+    @property
+    def _changes(self) -> tuple[Any, Any]:
+        return self.data.get("normalizer"), self.data.get("pre_tokenizer")
+
+    @property
+    def _space_is_known(self) -> bool:
+        return self._changes in (*_ADDS_TO_PARTS, *_ADDS_ELSEWHERE)
 
     def first_id(self) -> int | None:
         """Return the id that the post-processor puts before a text, such as Llama's `<|begin_of_text|>`, or None."""

@@ -63,8 +63,9 @@ class JsonTokenizer(Tokenizer):
         self._text = text
         self._spellings = content.spellings()
         self._controls, self._added = content.added, frozenset(content.added.values())
-        self._flags, self._only_first = content.flags, content.only_first
+        self._flags = content.flags
         self._byte_level, self._strips_space = content.byte_level, content.strips_space
+        self._spaces_parts, self._may_cut_at_spaces = content.spaces_parts, content.may_cut_at_spaces
         self._is_cut, self._unknown_id = content.pre is not None, content.unknown_id
         self.vocab_size = len(self._spellings)
         self.special_tokens = dict(special_tokens or {})
@@ -97,22 +98,23 @@ class JsonTokenizer(Tokenizer):
         return self._stop_ids
 
     def encode_array(self, text: str) -> np.ndarray:
-        first, *rest = self._pieces(without_surrogates(text))
-        ids = self._encode(self._library, first)
-        return np.concatenate([ids, *(self._encode(self._continuing, piece) for piece in rest)]) if rest else ids
+        return self._encode_in_pieces(self._library, text)
 
-    def encode_behind(self, text: str, *, is_control: bool) -> np.ndarray:
-        if (is_control and not self._only_first) or self._continuing is None:
-            return self.encode_array(text)
-        return self._encode(self._continuing, without_surrogates(text))
+    def encode_inside(self, text: str, *, after_control: bool) -> np.ndarray:
+        has_space = self._byte_level or (after_control and self._spaces_parts)
+        return self._encode_in_pieces(self._library if has_space else self._inside, text)
+
+    def _encode_in_pieces(self, library: Any, text: str) -> np.ndarray:
+        """Encode with one library up to the first cut; what follows is inside a text."""
+        first, *rest = self._pieces(without_surrogates(text))
+        ids = self._encode(library, first)
+        return np.concatenate([ids, *(self._encode(self._inside, piece) for piece in rest)]) if rest else ids
 
     @cached_property
-    def _continuing(self) -> Any:
-        """What encodes a text that is cut before its beginning; None if that is unknown."""
-        if self._byte_level:
-            return self._library
-        text = self.content.for_continuations()
-        return None if text is None else _library(text)
+    def _inside(self) -> Any:
+        """What encodes a text that does not begin where it is cut."""
+        text = None if self._byte_level else self.content.without_first_space()
+        return self._library if text is None else _library(text)
 
     def _encode(self, library: Any, text: str) -> np.ndarray:
         try:  # as a batch, because only that releases the GIL
@@ -138,7 +140,7 @@ class JsonTokenizer(Tokenizer):
     def _inner_cut(self, text: str) -> int:
         if self._byte_level:
             return self.split_point(text)
-        return 0 if self._continuing is None else last_start(_SPACE_BEHIND, text)
+        return last_start(_SPACE_BEHIND, text) if self._may_cut_at_spaces else 0
 
     def token_bytes(self, token_id: int) -> bytes:
         index = self._checked(token_id)

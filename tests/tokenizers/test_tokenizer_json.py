@@ -13,7 +13,11 @@ from made_tokenizers import CORPUS, CUTS, SPECIAL, byte_level, llama2
 from odd_texts import random_text
 from tokenizers import Tokenizer as Library
 
+from llm_lightning.data.instruction import encode
+from llm_lightning.data.preference import encode_pair
+from llm_lightning.data.templates.as_jinja import jinja_of
 from llm_lightning.data.templates.chat import ChatTemplate
+from llm_lightning.data.templates.choose import choose_template
 from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.tokenizers import json_content, tokenizer_json
 from llm_lightning.tokenizers.base import END_OF_TEXT
@@ -22,6 +26,10 @@ from llm_lightning.tokenizers.json_content import read_content
 from llm_lightning.tokenizers.tiktoken_encodings import byte_of_character, gpt2_merges
 from llm_lightning.tokenizers.tokenizer_json import JsonTokenizer, describe_folder, is_gpt2
 
+LLAMA2_CHAT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 KINDS = [*CUTS, "llama2", "llama2-metaspace"]
 
 
@@ -121,6 +129,39 @@ def test_llama2_begins_no_answer_with_its_space(kind):
     answer, _ = template.answer_ids(ours, conversation)
     assert library.decode(answer.tolist()) == "it is"
     assert [ids.tolist() for ids, kind in pieces if kind == "response"][-1] == answer.tolist()
+
+
+@pytest.mark.parametrize("space", ["legacy", "always", "first", "never"])
+@pytest.mark.parametrize("text", [LLAMA2_CHAT, "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"])
+def test_conversations_have_the_spaces_of_transformers(text, space):
+    """Behind text, no answer gets the space of a text's beginning; behind a control token, some do."""
+    from transformers import PreTrainedTokenizerFast
+
+    content = llama2(legacy=space == "legacy")
+    if space != "legacy":
+        content["pre_tokenizer"]["prepend_scheme"] = space
+    ours, template = tokenizer_of(content, bos_id=1, eot_id=2), ChatTemplate("own", text)
+    library = Library.from_str(json.dumps(content))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
+    pair = Conversation((Turn("What is it?", "", "the  answer"), Turn("we are", "", "of it")), rejected="it is")
+    chosen, rejected = (
+        theirs.apply_chat_template(_messages(turns), chat_template=text, return_dict=False)
+        for turns in (pair.turns, (pair.turns[0], pair.turns[1]._replace(response="it is")))
+    )
+    assert encode(ours, template, pair).ids.tolist() == chosen
+    found = encode_pair(ours, template, 0, pair)
+    assert [*found.prompt_ids, *found.chosen_ids] == chosen
+    assert [*found.prompt_ids, *found.rejected_ids] == rejected
+    slots = choose_template("Q: {instruction}\nA:\n{response}")
+    prompt = theirs.apply_chat_template(
+        _messages(pair.turns)[:-1], chat_template=jinja_of(slots, ours), add_generation_prompt=True, return_dict=False
+    )
+    assert slots.prompt_ids(ours, pair) == prompt
+
+
+def _messages(turns):
+    pairs = [(("user", turn.instruction), ("assistant", turn.response)) for turn in turns]
+    return [{"role": role, "content": content} for pair in pairs for role, content in pair]
 
 
 @pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "llama2", "llama2-metaspace"])

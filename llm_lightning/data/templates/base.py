@@ -76,10 +76,10 @@ class Template(ABC):
         An answer is encoded by itself, so that the tokens before it are the same in training and generation. The header
         is encoded together with the question: a token that spans both counts as question.
         """
-        bos, begin = tokenizer.bos_id, []
+        bos, pieces = tokenizer.bos_id, _pieces(tokenizer, segments)
         if bos is not None and not (segments and segments[0].ids[:1] == (bos,)):
-            begin = [(np.array([bos]), "prompt")]
-        for kind, run in groupby(chain(begin, _pieces(tokenizer, segments)), key=lambda piece: piece[1]):
+            pieces = chain([(np.array([bos]), "prompt")], pieces)
+        for kind, run in groupby(pieces, key=lambda piece: piece[1]):
             yield np.concatenate([ids for ids, _ in run]), kind
 
     def prompt_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
@@ -90,9 +90,9 @@ class Template(ABC):
     def answer_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids of the last answer and of its end, as they follow the prompt."""
         segments = self.segments(conversation, tokenizer)
-        before = [index for index, segment in enumerate(segments) if segment.kind in ("prompt", "header")]
+        last = max(index for index, segment in enumerate(segments) if segment.kind in ("prompt", "header"))
         of_kind: dict[str, list[np.ndarray]] = {"response": [np.zeros(0, np.int64)], "end": []}
-        for ids, kind in _pieces(tokenizer, segments[before[-1] + 1 :], segments[before[-1]]):
+        for ids, kind in _pieces(tokenizer, segments[last + 1 :], segments[last]):
             of_kind[kind].append(ids)
         return np.concatenate(of_kind["response"]), np.concatenate(of_kind["end"])
 
@@ -106,33 +106,31 @@ def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment], before: Segment |
     """Token ids and kind of each segment; text of the prompt is joined up to the next control token or answer.
 
     Args:
-        before: the segment before the first; default: a text begins.
+        before: the segment before them; None: they begin the text.
     """
+
+    def encoded(text: str) -> np.ndarray:
+        if before is None:
+            return tokenizer.encode_array(text)
+        return tokenizer.encode_inside(text, after_control=bool(before.ids))
+
     question = ""
-    behind_control = None if before is None else bool(before.ids)
     for segment in segments:
         text, kind = segment.text, segment.kind
         if kind == "prompt" and not segment.ids:
             question += text
             continue
         if kind == "header" and not segment.ids:
-            ids, known = (_encoded(tokenizer, part, behind_control) for part in (question + text, question))
-            yield from ((ids[: len(known)], "prompt"),) if len(known) else ()
-            yield ids[len(known) :], "header"
-            behind_control = False if question or text else behind_control
+            ids, n = encoded(question + text), len(encoded(question))
+            yield from ((ids[:n], "prompt"),) if n else ()
+            yield ids[n:], "header"
         else:
             if question:
-                yield _encoded(tokenizer, question, behind_control), "prompt"
-                behind_control = False
-            yield np.array(segment.ids) if segment.ids else _encoded(tokenizer, text, behind_control), kind
-            behind_control = bool(segment.ids) if segment.ids or text else behind_control
+                yield encoded(question), "prompt"
+                before = Segment(question, "prompt")
+            yield np.array(segment.ids) if segment.ids else encoded(text), kind
+        if text or segment.ids:
+            before = segment
         question = ""
     if question:
-        yield _encoded(tokenizer, question, behind_control), "prompt"
-
-
-def _encoded(tokenizer: Tokenizer, text: str, behind_control: bool | None) -> np.ndarray:
-    """The ids of a text; None: it is the first."""
-    if behind_control is None:
-        return tokenizer.encode_array(text)
-    return tokenizer.encode_behind(text, is_control=behind_control)
+        yield encoded(question), "prompt"

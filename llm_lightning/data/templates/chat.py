@@ -244,7 +244,7 @@ def _hidden(message: dict[str, str], hiding: Hiding, controls: Controls, kept: C
 
 def _messages(conversation: Conversation) -> Messages:
     """A message for each role and turn; the input of a question is on the lines after the instruction."""
-    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
     turns = [
         {"role": role, "content": content}
         for turn in conversation.turns
