@@ -106,9 +106,7 @@ def _export_gguf(loaded: LoadedModel, folder: Path, dtype: str, *, overwrite: bo
     bound = f"the bound is {report['bound']:.2g}"
     by_other = f"in llama.cpp (xllamacpp {version}) by {foreign:.2g}" if version else "xllamacpp is not installed"
     checked = f"log-probabilities differ by {report['max_difference']:.2g} when read back, {by_other}; {bound}"
-    say_lines(
-        [f"{folder}: {report['architecture']}, {model.num_parameters():,} parameters in {dtype}; {checked}"]
-    )
+    say_lines([f"{folder}: {report['architecture']}, {model.num_parameters():,} parameters in {dtype}; {checked}"])
 
 
 def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> None:

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each prompt is a question, in the template of the model's training, else its own; show the answer alone",
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message (default: the template's)")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line; - reads the standard input")
+    parser.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line; - reads the standard input"
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,

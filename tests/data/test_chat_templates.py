@@ -522,6 +522,15 @@ def test_a_tokenizer_without_the_control_tokens_is_refused_by_name(caplog: pytes
     assert not caplog.text
 
 
+def test_a_template_with_slots_that_spells_control_tokens_out_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    choose_template("chatml").check_tokenizer(made_tokenizer())
+    assert "template chatml writes <|im_start|>, <|im_end|> as plain text" in caplog.text
+    caplog.clear()
+    choose_template("chatml").check_tokenizer(build_tokenizer("byte"))
+    choose_template("alpaca").check_tokenizer(made_tokenizer())
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("date", ["today", "26.07.2024", "2024-13-01"])
 def test_a_date_that_is_none(date: str) -> None:
     with pytest.raises(ValueError, match=rf"^data.template_date='{date}' must be a date such as 2024-07-26$"):

@@ -12,6 +12,7 @@ ends with the end-of-text token.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation, Segment
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 SLOTS = ("system", "instruction", "input", "response")
 _TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{(\w*)\}|[\[\]{}]")
@@ -87,6 +90,13 @@ class SlotTemplate(Template):
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eot_id is None:
             raise ValueError("this tokenizer has no end-of-text token, with which an answer ends; use another one")
+        if spelt := [text for text in tokenizer.controls if text in self.text]:
+            log.warning(
+                "template %s writes %s as plain text, of which this tokenizer has control tokens; "
+                "the model's own template, or a Jinja file, writes the tokens",
+                self.name,
+                ", ".join(spelt),
+            )
 
     def end_id(self, tokenizer: Tokenizer) -> int | None:
         return tokenizer.eot_id
