@@ -577,7 +577,7 @@ def test_of_many_bad_records_ten_are_named_and_all_counted(tmp_path: Path) -> No
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check data\.path"):
+        with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check the path .*data\.path"):
             read_instructions(path)
 
 

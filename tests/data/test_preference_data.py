@@ -194,7 +194,7 @@ def test_of_many_bad_records_ten_are_named_and_all_counted(tmp_path: Path) -> No
     assert ([one.turns[0].instruction for one in found], skipped) == (["a"], 12)
     with pytest.raises(ValueError, match=r"holds no records; give a file with a prompt, a chosen and a rejected answ"):
         read_preferences(write(tmp_path / "y.json", [plain("b", "")]), empty_answer="skip")
-    with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check data\.path"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist or is not a file; check the path .*data\.path"):
         read_preferences(tmp_path / "none.json")
 
 

@@ -177,10 +177,10 @@ COMMAND_LINES: list[tuple[str, Prepare, str]] = [
     ("no such folder", settings("--config-dir=nowhere"), r"^error: --config-dir nowhere: no such folder"),
     ("nothing to resume", lambda folder: [f"resume={folder}"], r"resume=.*: no run in that folder"),
     ("unknown sweep", lambda _: ["sweep=nothing"], r"sweep=nothing: no such option; .*book_ch06_table"),
-    ("missing file, typed", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check data\.path"),
+    ("missing file, typed", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*the path .*data\.path"),
 ]
 CASES: list[tuple[str, Prepare, str]] = [
-    ("missing file", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check data\.path"),
+    ("missing file", settings("data.path=nowhere.txt"), r"nowhere\.txt does not exist .*check the path .*data\.path"),
     ("empty file", data("empty.txt", ""), r"empty\.txt holds no text: it is empty; give a file or folder with text"),
     ("invalid UTF-8", data("latin.txt", b"a\ncaf\xe9 au lait"), r"latin\.txt, line 2: byte 5 \(0xe9\) .*iconv"),
     ("UTF-16", data("utf16.txt", "hello".encode("utf-16")), r"utf16\.txt, line 1: byte 0 .*not valid UTF-8"),
@@ -248,7 +248,7 @@ CASES += [
     ("labels in latin-1", labelled("x.tsv", b"text\tlabel\ncaf\xe9\tham"), r"x\.tsv, line 2: byte 14 \(0xe9\) .*iconv"),
     ("bad labelled JSON", labelled("x.jsonl", '{"text": "a", "label": "x"}\n{"text"'), r"line 2: not JSON"),
     ("missing labelled file", lambda _: ["task=classification", "data.path=nowhere.csv"],
-     r"nowhere\.csv does not exist or is not a file; check data\.path"),
+     r"nowhere\.csv does not exist or is not a file; check the path .*data\.path"),
     ("too many blocks", labelled("x.tsv", GOOD, "task.trained_blocks=7"), r"trained_blocks=7 must be between 0 and"),
     ("pads that are read", labelled("x.tsv", GOOD, "task.pooling=last_position"), r"reads the padding.*set data\.pad_"),
     ("pooling", labelled("x.tsv", GOOD, "task.pooling=middle"), r"task\.pooling='middle' must be one of last, first"),
@@ -301,7 +301,7 @@ CASES += [
     ("loss_on", records("q.jsonl", questions(), "data.loss_on=answer"), r"data\.loss_on='answer' must be one of resp"),
     ("too few records", records("q.jsonl", questions(3)), r"3 records leave none for (val|test); give more, or raise"),
     ("missing records", lambda _: ["task=sft", "data.path=nowhere.json"],
-     r"nowhere\.json does not exist or is not a file; check data\.path"),
+     r"nowhere\.json does not exist or is not a file; check the path .*data\.path"),
     ("unknown instruction set", lambda _: ["task=sft", "data.path=null", "data.name=alpaca"],
      r"data\.name=alpaca is unknown: did you mean alpaca_52k\?"),
 ]  # fmt: skip

@@ -271,7 +271,7 @@ def _files_of(word: str) -> list[Path]:
         if files := sorted(match for match in matches if match.is_file()):
             return files
         raise FileNotFoundError(f"no file matches {word} (looked from {Path.cwd()})")
-    raise FileNotFoundError(f"{word} does not exist (looked from {Path.cwd()}); check data.path")
+    raise FileNotFoundError(f"{word} does not exist (looked from {Path.cwd()}); check the path (of a run: data.path)")
 
 
 def _texts_in(folder: Path) -> Iterator[Path]:

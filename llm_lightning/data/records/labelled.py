@@ -43,7 +43,7 @@ def read_labelled(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; check data.path")
+        raise FileNotFoundError(f"{path} does not exist or is not a file; check the path (of a run: data.path)")
     if path.suffix.lower() in JSONL_SUFFIXES:
         rows: Rows = json_lines(path, (text_column, label_column))
     else:

@@ -30,7 +30,7 @@ def rows_of(source: str | Path | HubDataset) -> Iterable[Row]:
         name = f"{source.name}/{source.split}"
         return [(line.value, f"{name}: row {line.number - 1}") for line in json_lines(hugging_face_file(source), ())]
     if not Path(source).is_file():
-        raise FileNotFoundError(f"{source} does not exist or is not a file; check data.path")
+        raise FileNotFoundError(f"{source} does not exist or is not a file; check the path (of a run: data.path)")
     return read_json_records(source)
 
 
