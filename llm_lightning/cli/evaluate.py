@@ -83,7 +83,8 @@ def _evaluated(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
         log.warning("the loss of plain text, which is not that of task=%s", task)
     if args.split:
         file = tokens_of(loaded, args.split, instead=INSTEAD)
-        return evaluate_tokens(loaded.gpt, [file.tokens], file.n_bytes, stride=args.stride, progress=True)
+        options = {"length": loaded.longest_input, "stride": args.stride, "progress": True}
+        return evaluate_tokens(loaded.gpt, [file.tokens], file.n_bytes, **options)
     return evaluate_texts(loaded, _read_texts(args.text, args.text_field), stride=args.stride, progress=True)
 
 

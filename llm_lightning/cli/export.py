@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         report = export_hf(trunk, trunk.config, loaded.tokenizer, args.folder, **options)
     for note in report["notes"]:
         say(note)
-    compared = "read back by llm-lightning; transformers is not installed, or lacks the class"
+    compared = "read back bit for bit; not compared with transformers, which is not installed or lacks the class"
     if version := report["transformers"]:
         compared = (
             f"compared with transformers {version}, logits differ by at most {report['max_logit_difference']:.2g}"
@@ -103,14 +103,10 @@ def _export_gguf(loaded: LoadedModel, folder: Path, dtype: str, *, overwrite: bo
     for note in report["notes"]:
         say(note)
     version, foreign = report["xllamacpp"], report["llama_cpp_max_difference"]
-    by_other = f"by llama.cpp (xllamacpp {version}) by {foreign:.2g}" if version else "xllamacpp is not installed"
-    checked = f"log-probabilities differ by {report['max_difference']:.2g} read back, {by_other}"
-    say_lines(
-        [
-            f"{folder}: {report['architecture']}, {model.num_parameters():,} parameters in {dtype}; {checked} "
-            f"(at most {report['bound']:.2g})"
-        ]
-    )
+    bound = f"the bound is {report['bound']:.2g}"
+    by_other = f"in llama.cpp (xllamacpp {version}) by {foreign:.2g}" if version else "xllamacpp is not installed"
+    checked = f"log-probabilities differ by {report['max_difference']:.2g} when read back, {by_other}; {bound}"
+    say_lines([f"{folder}: {report['architecture']}, {model.num_parameters():,} parameters in {dtype}; {checked}"])
 
 
 def _export_adapter(loaded: LoadedModel, folder: Path, *, overwrite: bool) -> None:

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each prompt is a question, in the template of the model's training, else its own; show the answer alone",
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message (default: the template's)")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line")
+    parser.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line; - reads the standard input"
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -104,7 +106,7 @@ def _texts_of(args: argparse.Namespace) -> Callable[..., list[str]]:
 
     settings = {"seed": args.seed, "max_new_tokens": args.max_new_tokens, **_sampling(args)}
     given = {name: value for name, value in settings.items() if value is not None}
-    return partial(answer_texts, system=args.system or "", **given) if args.chat else partial(generate_texts, **given)
+    return partial(answer_texts, system=args.system, **given) if args.chat else partial(generate_texts, **given)
 
 
 def _write(loaded: LoadedModel, prompts: list[str], args: argparse.Namespace, make: Callable[..., list[str]]) -> None:
@@ -141,12 +143,11 @@ def _stream(loaded: LoadedModel, prompt: str, args: argparse.Namespace, make: Ca
 
 def _warn_of_template(loaded: LoadedModel) -> None:
     from llm_lightning.data.templates.choose import template_in
+    from llm_lightning.weights.chat_templates import OWN
 
     if template := template_in(loaded.header):
-        log.warning(
-            "this model was trained on questions in a template (%s), which generate sends with --chat alone",
-            template["name"],
-        )
+        which = "its own template" if template["name"] == OWN else f"a template ({template['name']})"
+        log.warning("this model was trained on questions in %s, which generate sends with --chat alone", which)
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +165,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+        lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
     return [line for line in lines if line]

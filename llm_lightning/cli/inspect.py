@@ -12,6 +12,9 @@ from typing import Any
 from llm_lightning.cli.arguments import add_checkpoint_argument
 from llm_lightning.terminal import say_json, say_lines
 
+LONGEST_TEXT = 400
+"""characters of a text that is shown; a longer one, such as tokenizer.json of megabytes, is counted"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
@@ -49,12 +52,12 @@ def describe(name_or_path: str) -> dict[str, Any]:
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, value) in the order of interest; long lists are counted."""
+    """(name, value) in the order of interest; long lists and texts are counted."""
     for name in ("path", "format", "task", "step", "epoch", "tokens_seen", "sequences_seen", "parameters"):
         if name in facts:
             value = facts[name]
             yield name, f"{value:,}" if isinstance(value, int) else value
-    for name in ("model", "classifier", "lora", "tokenizer", "metrics", "lineage"):
+    for name in ("model", "classifier", "lora", "tokenizer", "template", "generation", "metrics", "lineage"):
         if facts.get(name):
             yield name, "  ".join(_flat(facts[name]))
     if "digest" in facts:
@@ -70,6 +73,8 @@ def _flat(value: Any, name: str = "") -> Iterator[str]:
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list) and len(value) > 8:
         yield f"{name}=[{len(value):,} items]"
+    elif isinstance(value, str) and len(value) > LONGEST_TEXT:
+        yield f"{name}=[{len(value):,} characters]"
     elif isinstance(value, float):
         yield f"{name}={value:.6g}"
     else:

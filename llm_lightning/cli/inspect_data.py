@@ -1,6 +1,7 @@
 """Show which tokens of records or pairs are trained on, with ends of text and padding.
 
 llm-lightning inspect-data my_records.json --template chatml --html records.html
+llm-lightning inspect-data my_records.json --model smollm2-135m-instruct    in its template, as it would be tuned
 llm-lightning inspect-data short_preferences -n 2                    with fields chosen and rejected: pairs
 llm-lightning inspect-data outputs/sft/my_run --split val
 """
@@ -41,11 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", choices=("train", "val", "test"), default="train", help="of a model (default: %(default)s)"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
-    parser.add_argument("--template", default="alpaca", metavar="T", help="of a file (default: %(default)s)")
+    parser.add_argument(
+        "--model", metavar="CHECKPOINT", help="of a file: a model to tune, which brings its tokenizer and its template"
+    )
+    parser.add_argument("--template", metavar="T", help="of a file (default: that of --model, else alpaca)")
     parser.add_argument(
         "--loss-on", default="response", help="of a file: response, header or all (default: %(default)s)"
     )
-    parser.add_argument("--tokenizer", default="gpt2", help="of a file (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="of a file (default: that of --model, else gpt2)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,13 +92,11 @@ def _of_records(args: argparse.Namespace) -> Shown:
     from llm_lightning.data.batches import collate_padded
     from llm_lightning.data.instruction import LOSS_ON
     from llm_lightning.data.records.placed import placed_records
-    from llm_lightning.data.templates.choose import choose_template
     from llm_lightning.files.download import file_of
-    from llm_lightning.tokenizers.build import build_tokenizer
 
     if args.loss_on not in LOSS_ON:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
-    tokenizer, template = build_tokenizer(args.tokenizer), choose_template(args.template)
+    tokenizer, template = _form_of(args)
     template.check_tokenizer(tokenizer)
     path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
     first = placed_records(path)[0].record
@@ -104,6 +106,21 @@ def _of_records(args: argparse.Namespace) -> Shown:
     longest = max(len(one.token_ids) for one in samples)
     batch = collate_padded(samples, pad_id=tokenizer.eot_id or 0, context_length=longest)
     return Shown(f"{args.source}: template {template.name}", tokenizer, batch, titles)
+
+
+def _form_of(args: argparse.Namespace) -> tuple[Tokenizer, Template]:
+    """The tokenizer and the template of a file."""
+    from llm_lightning.data.templates.choose import choose_template
+    from llm_lightning.inference.template import template_of
+    from llm_lightning.tokenizers.build import build_tokenizer
+    from llm_lightning.weights.load import load_model
+
+    if args.model is None:
+        return build_tokenizer(args.tokenizer or "gpt2"), choose_template(args.template)
+    if args.tokenizer is not None:
+        raise ValueError(f"--tokenizer {args.tokenizer}: --model {args.model} brings its own; leave one of them out")
+    loaded = load_model(args.model)
+    return loaded.tokenizer, template_of(loaded, args.template)
 
 
 def _record_samples(

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, collate_padded
 from llm_lightning.data.files.find import PathWords, words
@@ -210,6 +212,12 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             return partial(self.layouts.packed, pad_id=self.pad_id, share_prefix=self.share_prefix)
         return partial(self.layouts.padded, pad_id=self.pad_id, context_length=self.context_length)
 
+    def kept_behind_cut(self, ids: np.ndarray, excess: int) -> np.ndarray:
+        """The indices of `ids` that remain when `excess` are cut from the left; the id that begins a text does."""
+        indices = np.arange(len(ids))
+        first = indices[: int(len(ids) > excess and ids[0] == self.tokenizer.bos_id)]
+        return np.concatenate([first, indices[len(first) + excess :]])
+
     # --- inspection ------------------------------------------------------------------------------------------------
 
     def conversations_of(self, split: str) -> list[Conversation]:
@@ -353,4 +361,4 @@ def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float) -> None
 def _plain(record: Conversation) -> list[Any]:
     """Plain values that tell records apart."""
     rejected = [] if record.rejected is None else [record.rejected]
-    return [record.system, *map(list, record.turns), *rejected]
+    return [record.system or "", *map(list, record.turns), *rejected]

@@ -66,8 +66,9 @@ class InstructionDataModule(ConversationDataModule[Example]):
         loss_on: the targets: `response` (each answer and its end), `header` (also the fixed text before an answer, as
             in the book's exercise 7.2), or `all` (also the prompt: the book's chapter 7).
         eos_targets: whether `all` ends of a conversation are targets, or the `first` one (the book's collate function).
-        too_long: what happens to a conversation longer than the context: `cut_prompt` from the left (a conversation
-            whose answer alone is too long is dropped), `drop`, or `cut_answer` from the right (the book's).
+        too_long: what happens to a conversation longer than the context: `cut_prompt` from the left, behind the id that
+            begins a text (a conversation whose answer alone is too long is dropped), `drop`, or `cut_answer` from the
+            right (the book's).
     """
 
     named = NAMED
@@ -118,7 +119,9 @@ class InstructionDataModule(ConversationDataModule[Example]):
         if excess > 0 and (self.too_long == "drop" or (self.too_long == "cut_prompt" and excess >= one.answer_at)):
             counts["dropped"] += 1
             return None
-        kept = slice(max(excess, 0), None) if self.too_long == "cut_prompt" else slice(None, self.limit + 1)
+        kept = np.arange(self.limit + 1 if excess > 0 else len(one.ids))
+        if excess > 0 and self.too_long == "cut_prompt":
+            kept = self.kept_behind_cut(one.ids, excess)
         fitted = Encoded(one.ids[kept], one.is_target[kept], one.is_answer[kept], one.answer_at)
         if not fitted.is_target[1:].any():
             counts["dropped"] += 1

@@ -88,18 +88,11 @@ def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str, texts_o
         options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
         if "template" in options:
             options |= {"template": None, "template_date": None, "own_template": template_in(loaded.header)}
-        data = make(tokenizer=loaded.tokenizer, context_length=_longest_input(loaded), **options)
+        data = make(tokenizer=loaded.tokenizer, context_length=loaded.longest_input, **options)
         data.read() if texts_only else data.build()
         return data
 
     return _same(loaded, build, lambda data: data.data_digest, instead)
-
-
-def _longest_input(loaded: LoadedModel) -> int:
-    """The context length of the run: with rotary positions the model itself keeps a longer one."""
-    most = loaded.model.trunk.config.context_length
-    chosen = loaded.header.get("config", {}).get("model", {}).get("context_length")
-    return min(chosen, most) if isinstance(chosen, int) else most
 
 
 def _same(

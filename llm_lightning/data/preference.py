@@ -115,7 +115,7 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
         prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
         excess = len(prompt) + max(len(chosen), len(rejected)) - most
         if excess > 0 and self.too_long == "cut_prompt":
-            prompt = prompt[excess:]  # both answers follow the same prompt
+            prompt = prompt[self.kept_behind_cut(prompt, excess)]  # both answers follow the same prompt
         if excess > 0 and self.too_long == "cut_answer":
             room = max(most - len(prompt), 0)
             chosen, rejected = chosen[:room], rejected[:room]

@@ -79,6 +79,8 @@ def take_rate(settings: Settings, rates: Rates, task: type[TaskModule], model: G
     if settings["optimizer"].get("lr") != AUTO:
         return
     row = _row(rates, task) + ("_lora" if settings.get("lora") else "")
+    if row == "pretraining" and settings.get("init_from"):
+        row = "pretraining_continued"
     bounds, found = rates.get("up_to"), rates.get(row)
     if not bounds or not found:
         missing = "up_to" if found else row

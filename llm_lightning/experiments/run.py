@@ -240,8 +240,10 @@ def _quieten() -> None:
     """Silence advertisements, the list of absent accelerators, and advice meant for Lightning's authors."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # What we log is summed over all processes already; and a machine may have srun without being used by SLURM.
-    for message in (".*LeafSpec.*", ".*sync_dist=True.*", ".*`srun` command is available.*"):
+    # What we log is summed over all processes already, and the first and the last step are logged at any interval; a
+    # machine may have srun without being used by SLURM.
+    advice = ".*smaller than the logging interval.*"
+    for message in (".*LeafSpec.*", ".*sync_dist=True.*", advice, ".*`srun` command is available.*"):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -127,6 +127,8 @@ def closing_lines(summary: dict[str, Any], run_dir: Path, typed_in: Path) -> lis
     lineage = summary["lineage"]
     place = lineage.get("places", {}).get("init_from")
     parent = next(iter(names_of_parent(lineage.get("parent_name"), place, run_dir)), None)
+    if parent is not None and Path(parent).is_absolute():
+        parent = str(shown_from(typed_in, Path(parent)))
     task = "sft" if summary["task"] == "dpo" and parent is None else summary["task"]  # nothing to compare with
     command = NEXT.get(task, 'llm-lightning generate {} "The"').format(checkpoint, parent=shlex.quote(str(parent)))
     if task == "sft" and (run_dir / RESPONSES).is_file():  # the run has answered already

@@ -166,7 +166,8 @@ def one_error(file: object, remedy: str) -> Iterator[None]:
         if error.errno is None:
             raise DownloadError(f"cannot download {file}: {' '.join(str(error).split())[:200]}; {remedy}") from error
         where = "make room there, or set LLM_LIGHTNING_CACHE to another folder"
-        raise DownloadError(f"cannot download {file}: {error.strerror} ({error.filename}); {where}") from error
+        place = error.filename or cache_dir()
+        raise DownloadError(f"cannot download {file}: {error.strerror} ({place}); {where}") from error
     except Exception as error:
         if not type(error).__module__.startswith(("httpx", "requests")):  # the client's HTTP library
             raise

@@ -66,6 +66,8 @@ def list_repository(repository: str, revision: str = "main") -> Listing:
         log.warning("%s; commit %s of before is used", error, known.commit[:12])
         return known
     for name in {revision, listing.commit}:
+        if _stored(repository, name) == listing:  # so that a complete cache may be read-only
+            continue
         _record(repository, name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(_record(repository, name), json.dumps(listing._asdict()))
     return listing
@@ -77,6 +79,10 @@ def fetch_files(listing: Listing, names: Iterable[str]) -> dict[str, str]:
     Raises:
         DownloadError: if a file cannot be downloaded, or its bytes have another digest.
     """
+    names = list(names)
+    held = {name: _held(listing, name) for name in names}
+    if all(held.values()):
+        return {name: digest for name, digest in held.items() if digest}
     with locked(listing.folder):
         return {name: _fetched(listing, name) for name in names}
 
@@ -150,15 +156,24 @@ def _in_client_cache(repository: str, revision: str) -> Listing | None:
     return Listing(repository, commit, {name: one for name, one in files.items() if _DIGEST.fullmatch(one)})
 
 
+def _held(listing: Listing, name: str) -> str | None:
+    """The sha256 of a file that is in the folder with the right bytes."""
+    target, stated = listing.folder / name, listing.files[name]
+    if not target.exists() or digest_like(stated, target) != stated:
+        return None
+    return stated if len(stated) == 64 else sha256_of(target)
+
+
 def _fetched(listing: Listing, name: str) -> str:
     """Bring one file into the folder; return its sha256."""
+    if held := _held(listing, name):
+        return held
     file, target, stated = HubFile(listing.repository, listing.commit, name), listing.folder / name, listing.files[name]
-    if target.exists() and digest_like(stated, target) != stated:
+    if target.exists():
         log.warning("%s was changed since it was downloaded: downloading it again", target)
         target.unlink()
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _bring(file, target, stated)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _bring(file, target, stated)
     return stated if len(stated) == 64 else sha256_of(target)
 
 

@@ -55,7 +55,7 @@ def classify_texts(loaded: LoadedModel, texts: Sequence[str], *, progress: bool 
 
 def class_probabilities(loaded: LoadedModel, texts: Sequence[str], *, progress: bool = False) -> Iterator[Tensor]:
     """Yield the probabilities of all classes, (K,) float32 on the CPU, for each text; see `classify_texts`."""
-    length = loaded.classifier.trunk.config.context_length
+    length = _longest_text(loaded)
     encoded = (_encode(loaded, number, text, length) for number, text in enumerate(texts, start=1))
     n_cut = 0
     with tqdm(total=len(texts), unit="text", leave=False, disable=None if progress else True) as bar:
@@ -71,6 +71,13 @@ def class_probabilities(loaded: LoadedModel, texts: Sequence[str], *, progress: 
 def predicted_class(loaded: LoadedModel, probabilities: Tensor) -> int:
     """The index of the predicted class, from the (K,) probabilities; a tuned threshold of two classes is applied."""
     return int(loaded.classifier.predict(probabilities.log()[None].to(loaded.classifier.threshold.device)))
+
+
+def _longest_text(loaded: LoadedModel) -> int:
+    """The number of tokens to which the run cut its texts."""
+    max_length = (loaded.header.get("config", {}).get("data") or {}).get("max_length")
+    limits = (loaded.longest_input, max_length, loaded.header.get("classifier", {}).get("pad_to"))
+    return min(limit for limit in limits if isinstance(limit, int))
 
 
 def _encode(loaded: LoadedModel, number: int, text: str, length: int) -> tuple[np.ndarray, bool]:

@@ -80,6 +80,7 @@ def evaluate_tokens(
     n_bytes: int,
     *,
     n_begins: int = 0,
+    length: int | None = None,
     stride: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -87,8 +88,9 @@ def evaluate_tokens(
 
     Args:
         n_begins: how many of the ids begin a text and encode none of its bytes.
+        length: inputs of a window; default: the context length.
     """
-    length = model.config.context_length
+    length = model.config.context_length if length is None else length
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"--stride {stride} must be between 1 and context_length={length}, or tokens are left out")
@@ -96,7 +98,7 @@ def evaluate_tokens(
     n_targets = sum(max(0, len(tokens) - 1) for tokens in documents)
     if n_targets == 0:
         raise ValueError(f"a text of {n_tokens} token(s) has nothing to predict; give a longer one")
-    loss = _loss_sum(model, documents, stride, n_targets, progress) / n_targets
+    loss = _loss_sum(model, documents, length, stride, n_targets, progress) / n_targets
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -118,8 +120,9 @@ def windows(tokens: np.ndarray, length: int, stride: int) -> Iterator[Window]:
             return
 
 
-def _loss_sum(model: GPT, documents: Sequence[np.ndarray], stride: int, n_targets: int, progress: bool) -> float:
-    length = model.config.context_length
+def _loss_sum(
+    model: GPT, documents: Sequence[np.ndarray], length: int, stride: int, n_targets: int, progress: bool
+) -> float:
     pieces = (window for tokens in documents for window in windows(tokens, length, stride))
     bar = tqdm(total=n_targets, unit="token", unit_scale=True, leave=False, disable=None if progress else True)
     total = 0.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.data.templates.slots import TEMPLATES
-from llm_lightning.metrics.answers import without_thinking
+from llm_lightning.metrics.answers import answer_of, without_thinking
 from llm_lightning.metrics.judge.client import Judge, Verdict
 from llm_lightning.metrics.judge.prompts import PAIR_PROMPT, PROMPTS, ScorePrompt, parse_choice, parse_score
 from llm_lightning.metrics.judge.summaries import Comparison, compared
@@ -23,7 +23,8 @@ def score_responses(
     prompts = []
     for record in records:
         response = without_thinking(record[column])
-        prompts.append(prompt.text.format(question=question(record), output=record["output"], response=response))
+        texts = {"question": question(record), "output": answer_of(record["output"]), "response": response}
+        prompts.append(prompt.text.format(**texts))
     return judge.ask(prompts, lambda answer: parse_score(answer, prompt.lowest, prompt.highest))
 
 
@@ -41,6 +42,7 @@ def compare_responses(
     for record in records:
         for first, second in ((column_a, column_b), (column_b, column_a)):
             shown = {"first": without_thinking(record[first]), "second": without_thinking(record[second])}
-            prompts.append(PAIR_PROMPT.format(question=question(record), output=record["output"], **shown))
+            shown |= {"question": question(record), "output": answer_of(record["output"])}
+            prompts.append(PAIR_PROMPT.format(**shown))
     verdicts = judge.ask(prompts, parse_choice)
     return [compared(*orders) for orders in zip(verdicts[::2], verdicts[1::2], strict=True)]

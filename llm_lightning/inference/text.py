@@ -80,7 +80,7 @@ def answer_texts(
     questions: Sequence[str],
     *,
     template: str | Template | None = None,
-    system: str = "",
+    system: str | None = None,
     max_new_tokens: int = ANSWER_TOKENS,
     temperature: float = ANSWER_TEMPERATURE,
     top_k: int | None = None,
@@ -92,7 +92,7 @@ def answer_texts(
 
     Args:
         template: see `template.template_of`.
-        system: the system message; without it, that of the template, if it has one.
+        system: the system message, which may be empty; None: that of the template, if it has one.
 
     For the others see `generate_texts`.
 

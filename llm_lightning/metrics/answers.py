@@ -1,4 +1,4 @@
-"""Similarity of a response, without its thinking, to its reference: exact match, ROUGE-L and chrF.
+"""Similarity of a response to its reference, both without thinking: exact match, ROUGE-L and chrF.
 
 They compare words and characters, not meaning, and need no judge.
 """
@@ -19,7 +19,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 def exact_match(response: str, reference: str) -> bool:
     """Whether two texts are equal, ignoring thinking, case, white space and one final full stop."""
-    return _normalised(without_thinking(response)) == _normalised(reference)
+    return _normalised(without_thinking(response)) == _normalised(answer_of(reference))
 
 
 def without_thinking(response: str) -> str:
@@ -32,6 +32,11 @@ def without_thinking(response: str) -> str:
     return "" if response.lstrip().startswith(THINKING_BEGINS) else response
 
 
+def answer_of(reference: str) -> str:
+    """Return what follows the thinking in a reference, which data for models that think has."""
+    return without_thinking(reference) if THINKING_ENDS in reference else reference
+
+
 def most_frequent_answer_score(references: Sequence[str]) -> tuple[str, float]:
     """The most frequent reference, and the exact match (0 to 1) of always giving it: a baseline for a model.
 
@@ -42,8 +47,9 @@ def most_frequent_answer_score(references: Sequence[str]) -> tuple[str, float]:
     """
     if not references:
         raise ValueError("no references, so none is the most frequent; give at least one")
-    (answer, count), *_ = Counter(map(_normalised, references)).most_common(1)
-    return next(one for one in references if _normalised(one) == answer), count / len(references)
+    answers = [*map(answer_of, references)]
+    (answer, count), *_ = Counter(map(_normalised, answers)).most_common(1)
+    return next(one for one in answers if _normalised(one) == answer), count / len(answers)
 
 
 def rouge_l(responses: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -52,9 +58,8 @@ def rouge_l(responses: Sequence[str], references: Sequence[str]) -> list[float]:
     Words are runs of letters and digits in lower case, not stemmed, as in Google's rouge_score and torchmetrics, but
     with letters of every script, not only a to z. For scripts without spaces, chrF is more informative.
     """
-    return [
-        _rouge_l(_words(without_thinking(one)), _words(other)) for one, other in zip(responses, references, strict=True)
-    ]
+    pairs = zip(map(without_thinking, responses), map(answer_of, references), strict=True)
+    return [_rouge_l(_words(one), _words(other)) for one, other in pairs]
 
 
 def chrf(responses: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -63,7 +68,8 @@ def chrf(responses: Sequence[str], references: Sequence[str]) -> list[float]:
     As in sacrebleu, only orders count for which both texts are long enough. torchmetrics counts all six and so gives
     0.5 instead of 1 for "yes" and "yes".
     """
-    return [_chrf(one, other) for one, other in zip(map(without_thinking, responses), references, strict=True)]
+    pairs = zip(map(without_thinking, responses), map(answer_of, references), strict=True)
+    return [_chrf(one, other) for one, other in pairs]
 
 
 def _normalised(text: str) -> str:

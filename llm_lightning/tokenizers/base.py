@@ -45,6 +45,12 @@ class Tokenizer(ABC):
         return {} if self.eot_id is None else {END_OF_TEXT: self.eot_id}
 
     @property
+    def control_flags(self) -> Mapping[str, frozenset[str]]:
+        """Of the controls that have any: `lstrip`, `rstrip` (white space before or behind it belongs to it), and
+        `single_word` (beside a letter it is plain text)."""
+        return {}
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Generation stops at each of these ids."""
         return () if self.eot_id is None else (self.eot_id,)
@@ -91,6 +97,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Encode to a list of ids; special tokens in the text are plain text."""
         return self.encode_array(text).tolist()
+
+    def encode_inside(self, text: str, *, after_control: bool) -> np.ndarray:
+        """Encode what follows a control token, or other text: Llama 2's kind begins only some texts with a space."""
+        return self.encode_array(text)
 
     def encode_document(self, text: str) -> np.ndarray:
         """Encode a text from its beginning on: (T,) ids of `dtype`, `bos_id` before them where there is one."""

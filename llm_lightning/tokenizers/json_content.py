@@ -19,12 +19,15 @@ MOST_IDS = 1 << 22  # so that one lying id cannot take all memory
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
+FLAGS = ("lstrip", "rstrip", "single_word")
+"""Of an added token; see `Tokenizer.control_flags`."""
 _NO_CHANGE: dict[str, Any] = {"type": "Sequence", "normalizers": []}
 _SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, _SPACES]}
 _METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
-_SCHEMES = ("first", "always", "never")
+_ADDS_TO_PARTS = ((_PREPENDED, None), (None, _METASPACE | {"prepend_scheme": "always"}))
+_ADDS_ELSEWHERE = tuple((None, _METASPACE | {"prepend_scheme": scheme}) for scheme in ("first", "never"))
 _UNKNOWN = "\0unknown"  # no byte-level character has the first code point, and no merge yields it
 _DECODERS_OF_LLAMA2 = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
@@ -40,6 +43,8 @@ class JsonContent:
     """The id of each added token, special or not."""
     special: frozenset[str]
     """The added tokens that the file calls special."""
+    flags: dict[str, frozenset[str]]
+    """Which of `FLAGS` an added token has, if any."""
     byte_level: bool
     strips_space: bool
     """Decoding drops one space at the beginning, because encoding adds one."""
@@ -91,25 +96,39 @@ class JsonContent:
         }
         return json.dumps(self.data | plain | {"model": model} | changes)
 
-    def for_continuations(self) -> str | None:
-        """Return the text of a tokenizer.json for the rest of a text that is cut before a space, as Llama 2's kind.
+    def without_first_space(self) -> str | None:
+        """Return the text of a tokenizer.json of Llama 2's kind that adds no space; None: how it does is not known."""
+        return self.without_added_tokens(normalizer=_SPACES, pre_tokenizer=None) if self._space_is_known else None
 
-        None where such a cut could change an id: another change of texts, or a token with a space behind its first.
-        """
-        changes = self.data.get("normalizer"), self.data.get("pre_tokenizer")
-        known = [(_PREPENDED, None), *((None, _METASPACE | {"prepend_scheme": scheme}) for scheme in _SCHEMES)]
-        if changes not in known or any(map(_SPACE_INSIDE.search, self.tokens)):
-            return None
-        return self.without_added_tokens(normalizer=_SPACES, pre_tokenizer=None)
+    @property
+    def spaces_parts(self) -> bool:
+        """Whether the space is also added behind each control token, not only before a whole text."""
+        return self._changes in _ADDS_TO_PARTS
+
+    @property
+    def may_cut_at_spaces(self) -> bool:
+        """Whether a text of Llama 2's kind, cut before a space, has the same ids: no token has one behind its first."""
+        return self._space_is_known and not any(map(_SPACE_INSIDE.search, self.tokens))
+
+    @property
+    def _changes(self) -> tuple[Any, Any]:
+        return self.data.get("normalizer"), self.data.get("pre_tokenizer")
+
+    @property
+    def _space_is_known(self) -> bool:
+        return self._changes in (*_ADDS_TO_PARTS, *_ADDS_ELSEWHERE)
 
     def first_id(self) -> int | None:
         """Return the id that the post-processor puts before a text, such as Llama's `<|begin_of_text|>`, or None."""
         for processor in _processors(self.data.get("post_processor")):
             if processor.get("type") == "TemplateProcessing":
                 try:
-                    return _before_text(processor)
-                except (KeyError, IndexError, TypeError, ValueError):
+                    ids = _before_text(processor)
+                except (LookupError, StopIteration, TypeError, ValueError):
                     raise ValueError("post_processor has no readable template; get it again") from None
+                if len(ids) > 1:
+                    raise ValueError(f"the post_processor begins a text with {len(ids)} tokens; one is implemented")
+                return ids[0] if ids else None
         return None
 
 
@@ -132,12 +151,13 @@ def read_content(text: str) -> JsonContent:
     tokens = _ids(model.get("vocab"), "model.vocab")
     entries = [_added_token(entry) for entry in _list(data.get("added_tokens") or [], "added_tokens")]
     added = _ids({content: index for content, index, _ in entries}, "added_tokens")
+    named = ((content, frozenset(flags & {*FLAGS})) for content, _, flags in entries)
     if len(added) < len(entries):
         raise ValueError("added_tokens has a token twice; get it again")
     _check_together(tokens, added)
-    special = frozenset(content for content, _, is_special in entries if is_special)
+    special = frozenset(content for content, _, flags in entries if "special" in flags)
     byte_level, strips_space = _kind(data, tokens)
-    return JsonContent(data, tokens, added, special, byte_level, strips_space)
+    return JsonContent(data, tokens, added, special, dict(one for one in named if one[1]), byte_level, strips_space)
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -160,11 +180,12 @@ def _ids(ids: Any, where: str) -> dict[str, int]:
     return ids
 
 
-def _added_token(entry: Any) -> tuple[str, int, bool]:
+def _added_token(entry: Any) -> tuple[str, int, set[str]]:
+    """Content, id, and the flags that are true."""
     content = entry.get("content") if isinstance(entry, dict) else None
     if not isinstance(content, str):
         raise ValueError(f"added_tokens has an entry without content: {str(entry)[:100]}; get it again")
-    return content, entry.get("id"), bool(entry.get("special"))
+    return content, entry.get("id"), {key for key, value in entry.items() if value is True}
 
 
 def _check_together(tokens: dict[str, int], added: dict[str, int]) -> None:
@@ -211,12 +232,12 @@ def _processors(node: Any) -> list[dict[str, Any]]:
     return parts
 
 
-def _before_text(template: dict[str, Any]) -> int | None:
-    first = template["single"][0]
-    if "SpecialToken" not in first:
-        return None
-    (index,) = template["special_tokens"][first["SpecialToken"]["id"]]["ids"]
-    return index
+def _before_text(template: dict[str, Any]) -> list[int]:
+    """The ids that a template writes before the text."""
+    parts = template["single"]
+    place = next(place for place, part in enumerate(parts) if "Sequence" in part)
+    tokens = [part["SpecialToken"]["id"] for part in parts[:place]]
+    return [index for token in tokens for index in template["special_tokens"][token]["ids"]]
 
 
 def _flat(node: Any, key: str) -> list[dict[str, Any]]:

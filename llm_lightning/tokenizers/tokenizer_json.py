@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer, last_start, without_surrogates
-from llm_lightning.tokenizers.json_content import BYTES, MOST_BYTES, SPACE, JsonContent, read_content
+from llm_lightning.tokenizers.json_content import BYTES, FLAGS, MOST_BYTES, SPACE, JsonContent, read_content
 from llm_lightning.tokenizers.tiktoken_encodings import PIECE_END, byte_of_character, gpt2_merges
 
 NAME = "tokenizer_json"
@@ -63,7 +63,9 @@ class JsonTokenizer(Tokenizer):
         self._text = text
         self._spellings = content.spellings()
         self._controls, self._added = content.added, frozenset(content.added.values())
+        self._flags = content.flags
         self._byte_level, self._strips_space = content.byte_level, content.strips_space
+        self._spaces_parts, self._may_cut_at_spaces = content.spaces_parts, content.may_cut_at_spaces
         self._is_cut, self._unknown_id = content.pre is not None, content.unknown_id
         self.vocab_size = len(self._spellings)
         self.special_tokens = dict(special_tokens or {})
@@ -88,21 +90,31 @@ class JsonTokenizer(Tokenizer):
         return self._controls
 
     @property
+    def control_flags(self) -> Mapping[str, frozenset[str]]:
+        return self._flags
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         return self._stop_ids
 
     def encode_array(self, text: str) -> np.ndarray:
+        return self._encode_in_pieces(self._library, text)
+
+    def encode_inside(self, text: str, *, after_control: bool) -> np.ndarray:
+        has_space = self._byte_level or (after_control and self._spaces_parts)
+        return self._encode_in_pieces(self._library if has_space else self._inside, text)
+
+    def _encode_in_pieces(self, library: Any, text: str) -> np.ndarray:
+        """Encode with one library up to the first cut; what follows is inside a text."""
         first, *rest = self._pieces(without_surrogates(text))
-        ids = self._encode(self._library, first)
-        return np.concatenate([ids, *(self._encode(self._continuing, piece) for piece in rest)]) if rest else ids
+        ids = self._encode(library, first)
+        return np.concatenate([ids, *(self._encode(self._inside, piece) for piece in rest)]) if rest else ids
 
     @cached_property
-    def _continuing(self) -> Any:
-        """What encodes a text that is cut before its beginning; None if that is unknown."""
-        if self._byte_level:
-            return self._library
-        text = self.content.for_continuations()
-        return None if text is None else _library(text)
+    def _inside(self) -> Any:
+        """What encodes a text that does not begin where it is cut."""
+        text = None if self._byte_level else self.content.without_first_space()
+        return self._library if text is None else _library(text)
 
     def _encode(self, library: Any, text: str) -> np.ndarray:
         try:  # as a batch, because only that releases the GIL
@@ -128,7 +140,7 @@ class JsonTokenizer(Tokenizer):
     def _inner_cut(self, text: str) -> int:
         if self._byte_level:
             return self.split_point(text)
-        return 0 if self._continuing is None else last_start(_SPACE_BEHIND, text)
+        return last_start(_SPACE_BEHIND, text) if self._may_cut_at_spaces else 0
 
     def token_bytes(self, token_id: int) -> bytes:
         index = self._checked(token_id)
@@ -250,17 +262,19 @@ def _named(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, str
 
 
 def _all_added(content: JsonContent, decoder: Any) -> list[dict[str, Any]]:
-    """The added tokens, also those that only `added_tokens_decoder` of tokenizer_config.json names."""
+    """The added tokens, also those that only `added_tokens_decoder` of tokenizer_config.json names; its flags win."""
     entries = {} if decoder is None else decoder
     known = isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
+    known = known and all(isinstance(entry.get("content"), str) for entry in entries.values())
     if not known or not all(index.isdecimal() and len(index) < 10 for index in entries):
         raise ValueError("added_tokens_decoder of tokenizer_config.json must map ids to tokens; get it again")
     more = [
         {"id": int(index)} | {key: entry.get(key, value) for key, value in _ADDED.items()}
         for index, entry in entries.items()
-        if entry.get("content") not in content.added
+        if entry["content"] not in content.added
     ]
-    return [*(content.data.get("added_tokens") or []), *more]
+    flags = {entry["content"]: {key: entry[key] for key in FLAGS if key in entry} for entry in entries.values()}
+    return [*(entry | flags.get(entry["content"], {}) for entry in content.data.get("added_tokens") or []), *more]
 
 
 def _spelling(token: Any) -> str | None:

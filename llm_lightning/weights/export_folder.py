@@ -124,6 +124,20 @@ def check_target(folder: Path, overwrite: bool) -> None:
     is_other = (folder / REPORT).is_file() and any((folder / name).is_file() for name in (ADAPTER, GGUF))
     if not is_other and not (folder / NOTE).is_file():
         raise ValueError(f"{folder} is not an earlier export (it has no {NOTE}), so it is not replaced; choose another")
+    if added := _added_to(folder):
+        raise ValueError(
+            f"{folder} holds {added[0]}, which is not of the export that would be replaced and would be lost; move it "
+            "elsewhere, or choose another folder"
+        )
+
+
+def _added_to(folder: Path) -> list[str]:
+    """What is in an exported folder that its report does not list; nothing if there is no readable report."""
+    try:
+        listed = {REPORT, *json.loads((folder / REPORT).read_text(encoding="utf-8"))["sha256"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.name not in listed)
 
 
 def digests_of(folder: Path) -> dict[str, str]:

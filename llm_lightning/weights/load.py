@@ -76,6 +76,13 @@ class LoadedModel:
         labels: list[str] = self.header["classifier"]["labels"]
         return labels
 
+    @property
+    def longest_input(self) -> int:
+        """The context length of the run; with rotary positions the model itself keeps the longer one of its weights."""
+        most = self.model.trunk.config.context_length
+        chosen = (self.header.get("config", {}).get("model") or {}).get("context_length")
+        return min(chosen, most) if isinstance(chosen, int) else most
+
 
 def load_model(
     name_or_path: str | Path,

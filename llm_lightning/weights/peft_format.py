@@ -140,7 +140,8 @@ def export_peft(
     is_conv1d = model.trunk.config.position == "learned"
     with publishing(folder, overwrite=overwrite) as temporary, naming(folder):
         write_weights(temporary / WEIGHTS, tensors)
-        write_settings(temporary, config, ranks, base_name=base_name, is_conv1d=is_conv1d)
+        task_type = "CAUSAL_LM" if isinstance(model, GPT) else None
+        write_settings(temporary, config, ranks, base_name=base_name, task_type=task_type, is_conv1d=is_conv1d)
         if tokenizer is not None:
             write_tokenizer(temporary, tokenizer, chat, model.trunk.config.context_length)
         write_json(temporary / REPORT, {"sha256": digests_of(temporary)})

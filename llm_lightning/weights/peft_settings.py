@@ -86,13 +86,20 @@ def config_from_peft(facts: Mapping[str, Any], ranks: Mapping[str, int], path: P
 
 
 def write_settings(
-    folder: Path, config: LoRAConfig, ranks: Mapping[str, int], *, base_name: str, is_conv1d: bool
+    folder: Path,
+    config: LoRAConfig,
+    ranks: Mapping[str, int],
+    *,
+    base_name: str,
+    task_type: str | None,
+    is_conv1d: bool,
 ) -> None:
     """Write `adapter_config.json`; a layer with a rank other than `config.rank` gets patterns that keep its scale.
 
     Args:
         ranks: their path -> rank.
         base_name: of the base model; of our names, the hub's is written.
+        task_type: PEFT's, by which `AutoPeftModelForCausalLM` knows the class of the base.
         is_conv1d: whether transformers stores the weights under the adapters as (in, out).
     """
     wider = {path: rank for path, rank in ranks.items() if rank != config.rank}
@@ -100,7 +107,7 @@ def write_settings(
     name, revision = _name_for_peft(base_name)
     facts = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type,
         "base_model_name_or_path": name,
         "revision": revision,
         "r": config.rank,

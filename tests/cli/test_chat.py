@@ -116,6 +116,18 @@ def test_generate_answers_with_it_or_says_that_it_does_not(
     assert "--system is a message of a conversation; give --chat, too" in capsys.readouterr().err
 
 
+def test_inspect_data_shows_records_as_the_model_would_read_them(
+    tuned: Path, file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["inspect-data", str(file.with_name("rows.json")), "-n", "1", "--model", str(tuned)]
+    assert cli(words) == 0
+    assert "\n1999(u)Say 0<|endoftext|>(a)>>0<|endoftext|><<" in capsys.readouterr().out
+    assert cli([*words, "--template", "chatml"]) == 0
+    assert "<|im_start|>assistant\n>>0<|endoftext|><<" in capsys.readouterr().out
+    assert cli([*words, "--tokenizer", "byte"]) == 2
+    assert "brings its own; leave one of them out" in capsys.readouterr().err
+
+
 def test_respond_uses_it_and_names_the_record_that_it_refuses(
     tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

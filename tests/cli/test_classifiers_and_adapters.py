@@ -195,6 +195,28 @@ def test_evaluate_repeats_the_number_of_the_run(
     assert "true | said" in printed
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["task=classification", "data.max_length=12"],
+        ["task=classification", "data.pad_to=9", "task.pooling=last_position"],
+        ["task=pretraining"],
+    ],
+)
+def test_evaluate_reads_no_more_of_a_text_than_the_run_did(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Weights with rotary positions keep their own context, and the run has a shorter one."""
+    base = write_checkpoint(tmp_path / "gpt.ckpt", context_length=4 * CONTEXT_LENGTH, kind="llama")
+    settings = [word for word in SETTINGS if "samples" not in word or "pretraining" in more[0]]
+    corpus = [f"data.path={write_corpus(tmp_path / 'text.txt')}"] if "pretraining" in more[0] else []
+    folder = run([*settings, *more, *corpus, f"init_from={base}"], tmp_path / "run")
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    split = "val" if corpus else "test"
+    assert cli(["evaluate", str(folder), "--split", split, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(metrics[f"{split}/loss"], abs=2e-5)
+
+
 def test_evaluate_on_a_file_of_ones_own(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "x.csv").write_text("kind,body\nham,hello\nspam,win\nham,bye\n")
     words = ["evaluate", str(plain), "--text", str(tmp_path / "x.csv"), "--text-field", "body"]
@@ -218,7 +240,7 @@ def test_evaluate_on_a_file_of_ones_own(plain: Path, tmp_path: Path, capsys: pyt
         ("classify PLAIN --file TMP/gap.txt", "gap.txt, line 2 is empty; every line is one text"),
         ("classify BASE hello", "this model has no classification head; train one"),
         ("generate PLAIN hello", "this model classifies and cannot continue text"),
-        ("evaluate PLAIN --text TMP/wrong.csv", "no column 'text' (data.text_column); there are 'body', 'kind', 'label'"),
+        ("evaluate PLAIN --text TMP/wrong.csv", "no column 'text' (data.text_column); there are 'body', 'kind',"),
         ("evaluate PLAIN --text TMP/unknown.csv", "'eggs' is not a class of this model; its classes are ham, spam"),
         ("evaluate TMP/changed.ckpt --split test", "not the data that the model was trained with"),
         ("export PLAIN TMP/new --format peft", "this model has no adapter"),

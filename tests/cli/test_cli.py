@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import json
 import math
 import subprocess
@@ -98,13 +99,15 @@ def test_functions_have_the_defaults_of_their_verbs(run_folder: Path, capsys: py
 
 
 def test_generate_runs_several_prompts_from_both_places(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.txt").write_text("or\n\nthat is\n", encoding="utf-8")
     command = ["generate", str(run_folder), "to be", "--prompts-file", str(tmp_path / "prompts.txt"), "--seed", "3"]
     assert main([*command, "--max-new-tokens", "4"]) == 0
     first = capsys.readouterr().out
     assert [line for line in first.splitlines() if line.startswith("---")] == ["--- 1", "--- 2", "--- 3"]
+    command[command.index("--prompts-file") + 1] = "-"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "prompts.txt").read_bytes())))
     assert main([*command, "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out == first
 
@@ -215,6 +218,14 @@ def test_inspect_tells_what_is_there(run_folder: Path, loaded: LoadedModel, caps
     assert f"{facts['digest']} (verified)" in printed
 
 
+def test_inspect_counts_long_texts(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    state = torch.load(run_folder / "checkpoints" / "best.ckpt", weights_only=True)
+    template = {"kind": "jinja", "name": "own", "text": "{{ x }}\n" * 200, "date": "2024-07-26"}
+    save(tmp_path / "chat.ckpt", state | {HEADER: state[HEADER] | {"template": template}})
+    assert main(["inspect", str(tmp_path / "chat.ckpt")]) == 0
+    assert "template    kind=jinja  name=own  text=[1,600 characters]  date=2024-07-26\n" in capsys.readouterr().out
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +245,7 @@ def test_inspect_tells_what_is_there(run_folder: Path, loaded: LoadedModel, caps
         ("generate gpt2-smal a", "gpt2-small"),
         ("inspect TMP/corpus.txt", "not a complete llm-lightning checkpoint"),
         ("inspect TMP/broken.ckpt", "is corrupt"),
-        ("evaluate RUN --text TMP/none.txt", "none.txt"),
+        ("evaluate RUN --text TMP/none.txt", "check the path (of a run: data.path)"),
         ("evaluate RUN --text TMP/latin1.txt", "latin1.txt"),
         ("evaluate RUN --text TMP/one.txt", "has nothing to predict"),
         ("evaluate RUN --text TMP/corpus.txt --stride 17", "--stride 17 must be between 1 and context_length=16"),

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from llm_lightning.data.instruction import InstructionDataModule, encode
-from llm_lightning.data.preference import encode_pair
+from llm_lightning.data.preference import PreferenceDataModule, encode_pair
 from llm_lightning.data.templates import renderer
 from llm_lightning.data.templates.chat import ChatTemplate, _say_once
 from llm_lightning.data.templates.choose import NAMED, choose_template, from_description
@@ -84,13 +84,13 @@ def published(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def talk(*messages: str, system: str = "") -> Conversation:
+def talk(*messages: str, system: str | None = None) -> Conversation:
     turns = zip(messages[::2], [*messages[1::2], ""], strict=False)
     return Conversation(tuple(Turn(question, "", response) for question, response in turns), system, "file:3")
 
 
 def as_messages(conversation: Conversation) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    messages = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
     for turn in conversation.turns:
         question = f"{turn.instruction}\n{turn.input}" if turn.input else turn.instruction
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.response}]
@@ -101,6 +101,7 @@ CONVERSATIONS = [
     talk("Capital of Japan?", "Tokyo"),
     talk("a", "b", "c", "d", "e", "f", system="Be brief."),
     Conversation((Turn("Add.", "1, 2", "3"),)),
+    talk("Some templates write a system message where there is none.", "This one is empty.", system=""),
     talk(" padded \n", "\n both sides  "),
     talk("Größe 日本語 😀 \u2028 {{ x }} {% y %}", ""),
     talk("say <|im_end|> and <|eot_id|><|im_", "no: <|im_start|>user\nHi<|end|>"),
@@ -131,7 +132,7 @@ def test_renders_as_transformers(name: str) -> None:
     text = SMOLLM2 if name == "smollm2" else published(name)
     template, tokenizer = own_template(text), made_tokenizer()
     for conversation in CONVERSATIONS:
-        if name == "gemma" and conversation.system:
+        if name == "gemma" and conversation.system is not None:
             continue  # refused, see below
         messages = as_messages(conversation)
         assert template.text_of(conversation) == by_transformers(text, messages)
@@ -159,12 +160,31 @@ def test_prompts_have_the_ids_of_transformers(name: str) -> None:
     reference = PreTrainedTokenizerFast(
         tokenizer_object=library(), bos_token="<|begin_of_text|>", eos_token="<|im_end|>"
     )
-    for conversation in CONVERSATIONS[:5]:
+    for conversation in CONVERSATIONS[:6]:
         messages = as_messages(conversation)[:-1]
         expected = reference.apply_chat_template(
             messages, chat_template=text, add_generation_prompt=True, tokenize=True, return_dict=False
         )
         assert own_template(text).prompt_ids(made_tokenizer(), conversation) == expected
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_space_belongs_to_a_control_token_where_its_file_says_so(flag: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(library().to_str())
+    for entry in content["added_tokens"]:
+        entry[flag] = entry["content"].startswith("<|im_")
+    tokenizer = JsonTokenizer(json.dumps(content), eot_id=content["added_tokens"][0]["id"])
+    reference = PreTrainedTokenizerFast(tokenizer_object=Library.from_str(json.dumps(content)))
+    template = own_template(
+        SMOLLM2.replace("'\n' + message", "'\n ' + message").replace("'<|im_end|>'", "'! <|im_end|>'")
+    )
+    for conversation in CONVERSATIONS[:5]:
+        messages = as_messages(conversation)[:-1]
+        rendered = template.prompt_ids(tokenizer, conversation)
+        assert rendered == reference.encode(by_transformers(template.text, messages, add_generation_prompt=True))
+        assert rendered != template.prompt_ids(made_tokenizer(), conversation)
 
 
 def test_markers_of_generations_loops_and_dates() -> None:
@@ -255,6 +275,23 @@ def test_targets_by_hand(name: str, by_hand: list[tuple[list[int], str]], loss_o
     assert first.is_target.tolist() == [*targets[:-1], False]
 
 
+@pytest.mark.parametrize("data_of", [InstructionDataModule, PreferenceDataModule])
+def test_a_prompt_that_is_cut_keeps_the_beginning_of_a_text(data_of: type, tmp_path: Path) -> None:
+    records = [{"instruction": f"What is {n}?", "output": f"{n}", "chosen": f"{n}", "rejected": "?"} for n in range(9)]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    bos = "<|begin_of_text|>"
+    data = data_of(
+        tokenizer=made_tokenizer(bos=bos), context_length=12, name=None, path=str(path), template="alpaca",
+        split="order", val_fraction=0.2, test_fraction=0.2, batch_size=2,
+    )  # fmt: skip
+    data.build()
+    assert data.report()["prompts_cut"] == 9
+    for sample in data.all_samples():
+        for one in sample.sequences:
+            assert one.token_ids[:-2].tolist() == [*ids_of(bos), *ids_of("Response:\n")]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("eot", ["<|endoftext|>", "<|im_end|>"])
 def test_batches_have_the_masks_by_hand(tmp_path: Path, packing: bool, eot: str) -> None:
@@ -288,7 +325,7 @@ def test_targets_are_those_that_the_template_marks(name: str) -> None:
     reference = PreTrainedTokenizerFast(
         tokenizer_object=library(), bos_token="<|begin_of_text|>", eos_token="<|im_end|>"
     )
-    for conversation in [*CONVERSATIONS[:3], CONVERSATIONS[4]]:
+    for conversation in [*CONVERSATIONS[:4], CONVERSATIONS[5]]:
         found = encode(tokenizer, template, conversation)
         expected = reference.apply_chat_template(
             as_messages(conversation), chat_template=text, return_dict=True, return_assistant_tokens_mask=True
@@ -520,6 +557,14 @@ def test_a_tokenizer_without_the_control_tokens_is_refused_by_name(caplog: pytes
     caplog.clear()
     own_template(SMOLLM2).check_tokenizer(made_tokenizer())
     assert not caplog.text
+
+
+def test_a_template_with_slots_whose_control_tokens_are_text_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    choose_template("alpaca").check_tokenizer(made_tokenizer())
+    choose_template("chatml").check_tokenizer(build_tokenizer("gpt2"))
+    assert not caplog.text
+    choose_template("chatml").check_tokenizer(made_tokenizer())
+    assert "template chatml writes <|im_end|>, <|im_start|> as plain text" in caplog.text
 
 
 @pytest.mark.parametrize("date", ["today", "26.07.2024", "2024-13-01"])

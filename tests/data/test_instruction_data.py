@@ -480,16 +480,18 @@ def test_too_few_records_and_no_file_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
 def test_records_and_messages_are_read(tmp_path: Path, name: str) -> None:
     records = [plain("a", "b", "c", group="g", system="S"), talk("q", "r", "s", "t", system="T"), talk("u", "v")]
+    records += [talk("u", "v", system="")]
     found, skipped = read_instructions(write(tmp_path / name, records))
     assert skipped == 0
     assert [one.turns for one in found] == [
         (Turn("a", "c", "b"),),
         (Turn("q", "", "r"), Turn("s", "", "t")),
         (Turn("u", "", "v"),),
+        (Turn("u", "", "v"),),
     ]
-    assert [(one.system, one.group) for one in found] == [("S", "g"), ("T", ""), ("", "")]
+    assert [(one.system, one.group) for one in found] == [("S", "g"), ("T", ""), (None, ""), ("", "")]
     start = 2 if name == "x.json" else 1
-    assert [one.place for one in found] == [f"{tmp_path / name}:{line}" for line in range(start, start + 3)]
+    assert [one.place for one in found] == [f"{tmp_path / name}:{line}" for line in range(start, start + 4)]
     assert [one.record for one in found] == records
 
 
@@ -573,7 +575,7 @@ def test_of_many_bad_records_ten_are_named_and_all_counted(tmp_path: Path) -> No
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"does not exist .*; check data\.path|folder .* holds no "):
+        with pytest.raises(FileNotFoundError, match=r"does not exist .*; check .*data\.path|folder .* holds no "):
             read_instructions(path)
 
 

@@ -94,9 +94,9 @@ def scored(data: PreferenceDataModule, index: int) -> tuple[str, str]:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-FORMS: dict[str, tuple[Record, tuple[Turn, ...], str]] = {
-    "alpaca": (plain("a", "c", "r", "b"), (Turn("a", "b", "c"),), ""),
-    "prompt": ({"prompt": "a", "chosen": "c", "rejected": "r"}, (Turn("a", "", "c"),), ""),
+FORMS: dict[str, tuple[Record, tuple[Turn, ...], str | None]] = {
+    "alpaca": (plain("a", "c", "r", "b"), (Turn("a", "b", "c"),), None),
+    "prompt": ({"prompt": "a", "chosen": "c", "rejected": "r"}, (Turn("a", "", "c"),), None),
     "messages": (
         {"messages": says("a", "b", "d", system="S"), "chosen": "c", "rejected": "r"},
         (Turn("a", "", "b"), Turn("d", "", "c")),
@@ -112,12 +112,13 @@ FORMS: dict[str, tuple[Record, tuple[Turn, ...], str]] = {
         (Turn("a", "", "c"),),
         "S",
     ),
-    "text_and_answers": ({"prompt": "a", "chosen": answer("c"), "rejected": answer("r")}, (Turn("a", "", "c"),), ""),
+    "text_and_answers": ({"prompt": "a", "chosen": answer("c"), "rejected": answer("r")}, (Turn("a", "", "c"),), None),
     "all_at_once": (
         {"prompt": "x", "messages": says("y", "z"), "chosen": says("a", "c"), "rejected": says("a", "r")},
         (Turn("a", "", "c"),),
-        "",
+        None,
     ),
+    "empty_system": ({"prompt": says("a", system=""), "chosen": "c", "rejected": "r"}, (Turn("a", "", "c"),), ""),
 }
 
 
@@ -193,7 +194,7 @@ def test_of_many_bad_records_ten_are_named_and_all_counted(tmp_path: Path) -> No
     assert ([one.turns[0].instruction for one in found], skipped) == (["a"], 12)
     with pytest.raises(ValueError, match=r"holds no records; give a file with a prompt, a chosen and a rejected answ"):
         read_preferences(write(tmp_path / "y.json", [plain("b", "")]), empty_answer="skip")
-    with pytest.raises(FileNotFoundError, match=r"does not exist .*; check data\.path"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist .*; check .*data\.path"):
         read_preferences(tmp_path / "none.json")
 
 

@@ -93,7 +93,7 @@ RATES = [
     ("task=lora", BYTES, 1e-3),
     ("task=classification", BYTES, 1e-3),
     ("task=dpo", BYTES, 2e-4),
-    ("task=dpo lora=default", BYTES, 2e-4),
+    ("task=dpo lora=default", BYTES, 1e-4),
     ("model=nano_llama optimizer=muon", BYTES, 3e-3),
     ("model=nano", GPT2, 3e-3),
     ("model=gpt2_small", GPT2, 6e-4),
@@ -105,7 +105,7 @@ RATES = [
     ("model=gpt2_xl task=classification", GPT2, 5e-5),
     ("model=gpt2_medium task=dpo", GPT2, 5e-6),
     ("model=smollm2_135m model.vocab_size=49152 task=lora", BYTES, 5e-4),
-    ("model=smollm2_135m model.vocab_size=49152 task=dpo lora=default", BYTES, 5e-5),
+    ("model=smollm2_135m model.vocab_size=49152 task=dpo lora=default", BYTES, 1e-4),
     ("model=llama3_2_1b model.vocab_size=128256", BYTES, 2e-4),
     ("task=sft optimizer=sgd", BYTES, 0.3),
     ("task=sft optimizer.lr=7e-4", BYTES, 7e-4),
@@ -118,6 +118,14 @@ def test_every_recipe_has_its_rate(line: str, tokenizer: Any, rate: float) -> No
     table = settings["optimizer"].pop("rates", {})
     take_rate(settings, table, task_of(settings), model_config(settings, task_of(settings), tokenizer))
     assert settings["optimizer"]["lr"] == rate
+
+
+def test_pretraining_goes_on_at_a_lower_rate_than_it_began() -> None:
+    for model, rate in (("gpt2_small", 1e-4), ("nano", 3e-3)):
+        settings = settings_of(f"model={model}")
+        config = model_config(settings, task_of(settings), GPT2)
+        take_rate(settings | {"init_from": "x"}, settings["optimizer"].pop("rates"), task_of(settings), config)
+        assert settings["optimizer"]["lr"] == rate
 
 
 def test_a_task_of_ones_own_has_the_rates_of_the_one_it_is_made_from() -> None:

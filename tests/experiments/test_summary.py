@@ -81,7 +81,9 @@ def test_closing_lines_say_what_where_and_what_next(tmp_path: Path, summary: dic
     ]
     assert f"Run folder: {tmp_path.relative_to('/')}" in closing_lines(fixed, tmp_path, Path("/"))
     assert len(closing_lines(fixed | {"best_value": None, "tokens_per_second": None}, tmp_path, Path("/"))) == 3
-    for parent, command in (("start.ckpt", "compare start.ckpt "), (None, "respond ")):
+    (tmp_path / "first").mkdir()
+    inside = (str(tmp_path / "first"), f"compare {tmp_path.relative_to('/')}/first ")
+    for parent, command in (("start.ckpt", "compare start.ckpt "), inside, (None, "respond ")):
         of_dpo = {"task": "dpo", "item": "token", "lineage": {"parent_name": parent}}
         assert closing_lines(fixed | of_dpo, tmp_path, Path("/"))[-1].startswith(f"Next: llm-lightning {command}")
     assert closing_lines(fixed | {"checkpoint": None}, tmp_path, Path("/"))[-1].startswith("Run folder: ")

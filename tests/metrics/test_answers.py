@@ -33,6 +33,18 @@ def test_exact_match(response: str, reference: str, same: bool) -> None:
     assert exact_match(reference, response) is same
 
 
+THOUGHT = "<think>\nFrance, so London? No.\n</think>\n\nParis"
+
+
+@pytest.mark.parametrize("response", [THOUGHT, "Paris", "so Paris.</think>Paris"])
+@pytest.mark.parametrize("reference", [THOUGHT, "Paris"])
+def test_thinking_counts_neither_in_a_response_nor_in_a_reference(response: str, reference: str) -> None:
+    assert exact_match(response, reference)
+    assert rouge_l([response], [reference]) == chrf([response], [reference]) == [1]
+    assert not exact_match("<think>Paris", reference), "it never ended"
+    assert most_frequent_answer_score([reference, "Rome", "paris"]) == ("Paris", pytest.approx(2 / 3))
+
+
 def test_the_most_frequent_answer() -> None:
     assert most_frequent_answer_score(["No.", "Yes.", "maybe", "yes", " YES "]) == ("Yes.", 0.6)
     assert most_frequent_answer_score(["b", "a"]) == ("b", 0.5)

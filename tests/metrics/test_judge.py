@@ -74,6 +74,15 @@ def test_the_books_prompt_to_the_letter(server: JudgeServer) -> None:
     assert verdict == Verdict("scored", 85, "85", "", 1, hashlib.sha256(expected.encode()).hexdigest())
 
 
+def test_a_judge_sees_no_thinking(server: JudgeServer) -> None:
+    thought = {"output": "<think>so</think>A banana.", "model_response": "<think>hm</think>Lemon", "other": "Lime"}
+    score(server, [RECORD | thought])
+    compare_responses(Judge(server.url), [RECORD | thought], "model_response", "other")
+    prompts = [request["messages"][0]["content"] for request in server.requests]
+    assert len(prompts) >= 3
+    assert all("A banana." in prompt and "think>" not in prompt for prompt in prompts)
+
+
 @pytest.mark.parametrize("empty", [{"input": ""}, {"input": None}, {}])
 def test_without_an_input_there_is_no_input_section(empty: dict[str, Any]) -> None:
     assert question({"instruction": "Name a fruit.", **empty}).endswith("\n\n### Instruction:\nName a fruit.")

@@ -13,6 +13,12 @@ from made_tokenizers import CORPUS, CUTS, SPECIAL, byte_level, llama2
 from odd_texts import random_text
 from tokenizers import Tokenizer as Library
 
+from llm_lightning.data.instruction import encode
+from llm_lightning.data.preference import encode_pair
+from llm_lightning.data.templates.as_jinja import jinja_of
+from llm_lightning.data.templates.chat import ChatTemplate
+from llm_lightning.data.templates.choose import choose_template
+from llm_lightning.data.templates.conversation import Conversation, Turn
 from llm_lightning.tokenizers import json_content, tokenizer_json
 from llm_lightning.tokenizers.base import END_OF_TEXT
 from llm_lightning.tokenizers.build import build_tokenizer, from_description
@@ -20,6 +26,10 @@ from llm_lightning.tokenizers.json_content import read_content
 from llm_lightning.tokenizers.tiktoken_encodings import byte_of_character, gpt2_merges
 from llm_lightning.tokenizers.tokenizer_json import JsonTokenizer, describe_folder, is_gpt2
 
+LLAMA2_CHAT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 KINDS = [*CUTS, "llama2", "llama2-metaspace"]
 
 
@@ -102,6 +112,58 @@ def test_llama2_adds_one_space_and_drops_one():
     assert ours.split_point("two words. " * 100) == 0
 
 
+@pytest.mark.parametrize("kind", ["llama2", "llama2-metaspace"])
+def test_llama2_begins_no_answer_with_its_space(kind):
+    template = ChatTemplate(
+        "llama2",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        special=(("bos_token", "<s>"), ("eos_token", "</s>")),
+    )
+    content = content_of(kind)
+    ours, library = tokenizer_of(content, bos_id=1, eot_id=2), Library.from_str(json.dumps(content))
+    conversation = Conversation((Turn("the value", "", "of the type"), Turn("so", "", "it is")))
+    pieces = list(template.tokens(ours, template.segments(conversation, ours)))
+    expected = library.encode(template.text_of(conversation), add_special_tokens=False).ids
+    assert [index for ids, _ in pieces for index in ids.tolist()] == expected
+    answer, _ = template.answer_ids(ours, conversation)
+    assert library.decode(answer.tolist()) == "it is"
+    assert [ids.tolist() for ids, kind in pieces if kind == "response"][-1] == answer.tolist()
+
+
+@pytest.mark.parametrize("space", ["legacy", "always", "first", "never"])
+@pytest.mark.parametrize("text", [LLAMA2_CHAT, "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"])
+def test_conversations_have_the_spaces_of_transformers(text, space):
+    """Behind text, no answer gets the space of a text's beginning; behind a control token, some do."""
+    from transformers import PreTrainedTokenizerFast
+
+    content = llama2(legacy=space == "legacy")
+    if space != "legacy":
+        content["pre_tokenizer"]["prepend_scheme"] = space
+    ours, template = tokenizer_of(content, bos_id=1, eot_id=2), ChatTemplate("own", text)
+    library = Library.from_str(json.dumps(content))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
+    pair = Conversation((Turn("What is it?", "", "the  answer"), Turn("we are", "", "of it")), rejected="it is")
+    chosen, rejected = (
+        theirs.apply_chat_template(_messages(turns), chat_template=text, return_dict=False)
+        for turns in (pair.turns, (pair.turns[0], pair.turns[1]._replace(response="it is")))
+    )
+    assert encode(ours, template, pair).ids.tolist() == chosen
+    found = encode_pair(ours, template, 0, pair)
+    assert [*found.prompt_ids, *found.chosen_ids] == chosen
+    assert [*found.prompt_ids, *found.rejected_ids] == rejected
+    slots = choose_template("Q: {instruction}\nA:\n{response}")
+    prompt = theirs.apply_chat_template(
+        _messages(pair.turns)[:-1], chat_template=jinja_of(slots, ours), add_generation_prompt=True, return_dict=False
+    )
+    assert slots.prompt_ids(ours, pair) == prompt
+
+
+def _messages(turns):
+    pairs = [(("user", turn.instruction), ("assistant", turn.response)) for turn in turns]
+    return [{"role": role, "content": content} for pair in pairs for role, content in pair]
+
+
 @pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2", "llama2", "llama2-metaspace"])
 def test_long_texts_are_cut_without_changing_an_id(kind, monkeypatch):
     ours = tokenizer_of(content_of(kind))
@@ -181,11 +243,12 @@ def test_ends_of_documents_and_of_answers(tmp_path):
 
 
 def test_tokens_that_only_the_settings_name_are_added(tmp_path):
-    more = {"0": {"content": END_OF_TEXT, "special": True}, "802": {"content": "<tool>", "special": False}}
+    more = {"0": {"content": END_OF_TEXT, "rstrip": True}, "802": {"content": "<tool>", "special": False}}
     folder = write_folder(tmp_path, byte_level("smollm", not_special=("<a>", "<b>")), added_tokens_decoder=more)
     ours = from_description(describe_folder(folder, eos_ids=()))
     assert ours.controls["<tool>"] == 802
     assert ours.content.special == set(SPECIAL)
+    assert ours.control_flags == {END_OF_TEXT: {"rstrip"}}  # as in transformers, the settings win
 
 
 @pytest.mark.parametrize("kind", ["llama-bpe", "qwen2", "llama2"])
@@ -274,7 +337,8 @@ def begins_with(ids: list[Any]) -> dict[str, Any]:
         (changed(pre_tokenizer={"type": "Nonsense"}), "the library tokenizers cannot read it"),
         (changed(post_processor={"type": "BertProcessing"}), "the post_processor BertProcessing is not implemented"),
         (changed(post_processor={"type": "TemplateProcessing"}), "post_processor has no readable template"),
-        (changed(post_processor=begins_with(ids=[1, 2])), "post_processor has no readable template"),
+        (changed(post_processor=begins_with(ids=[1, 2])), "the post_processor begins a text with 2 tokens; one is"),
+        (changed(post_processor=begins_with(ids=3)), "post_processor has no readable template"),
         (changed(post_processor=begins_with(ids=[99999])), "bos_id=99999 has no token"),
         (changed(post_processor=begins_with(ids=["1"])), "bos_id='1' has no token"),
         (llama2() | {"model": llama2()["model"] | {"byte_fallback": False}}, "its decoder is Replace"),

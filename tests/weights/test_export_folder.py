@@ -98,6 +98,16 @@ def test_a_change_that_was_meant(tmp_path: Path) -> None:
     assert load_pretrained(tmp_path / "model").config.attention_dropout == 0.5
 
 
+def test_what_was_added_to_an_export_is_not_lost(tmp_path: Path) -> None:
+    export(tmp_path / "model", 1)
+    (tmp_path / "model" / "later").mkdir()
+    with pytest.raises(ValueError, match=r"model holds later, which is not of the export .* move it elsewhere"):
+        export(tmp_path / "model", 2)
+    (tmp_path / "model" / "later").rename(tmp_path / "later")
+    export(tmp_path / "model", 2)
+    assert exported(tmp_path / "model") == 2
+
+
 # --- killed exports ----------------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,8 @@ def test_other_factors_are_refused(factors: torch.Tensor) -> None:
         ({"qwen3.rope.dimension_count": 16}, "rope.dimension_count=16 must be the width of a head, 32"),
         ({"qwen3.attention.value_length": 16}, "attention.value_length=16 must be the width of a head, 32"),
         ({"qwen3.rope.scaling.type": "yarn"}, "rope.scaling.type='yarn' is not implemented, only none"),
+        ({"qwen3.attention.causal": False}, "attention.causal=False is not implemented, only True"),
+        ({"qwen3.rope.scaling.attn_factor": 0.5}, "rope.scaling.attn_factor=0.5 is not implemented, only 1.0"),
         ({"qwen3.expert_count": 8}, "expert_count=8 is not implemented"),
         ({"qwen3.attention.sliding_window": 4096}, "attention.sliding_window=4096 is not implemented"),
         ({"qwen3.vocab_size": 300}, "'token_embd.weight' has the shape"),

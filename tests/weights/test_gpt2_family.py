@@ -121,6 +121,8 @@ def test_sizes_inferred_from_shapes() -> None:
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
         ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        ({"num_attention_heads": 2}, "n_head=4 and num_attention_heads=2, which mean the same"),
         ({"n_inner": "100"}, "n_inner=.100. must be a number"),
         ({"n_layer": "3"}, "n_layer='3' must be a number"),
         ({"n_layer": True}, "n_layer=True must be a number"),
@@ -138,6 +140,20 @@ def test_absent_config_keys_mean_the_defaults_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     assert config_from_hf({"n_inner": 3072}) == config_from_hf(transformers.GPT2Config().to_dict())
     assert config_from_hf({"n_ctx": 77}).context_length == 77
+
+
+def test_a_stated_width_that_is_the_default_goes_and_comes_back_as_the_same() -> None:
+    config = replace(CONFIG, ffn_width=4 * CONFIG.n_embd)  # as a GGUF file has it
+    assert config_to_hf(config, None) == config_to_hf(config_from_hf(config_to_hf(config, None)), None)
+    assert config_from_hf(config_to_hf(replace(CONFIG, ffn_width=52), None)).ffn_width == 52
+
+
+def test_config_keys_may_have_the_names_of_other_families() -> None:
+    transformers = pytest.importorskip("transformers")
+    named = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5, "max_position_embeddings": 48}
+    theirs = transformers.GPT2Config(**named).to_dict()
+    assert not named.keys() & theirs.keys()
+    assert config_from_hf(named) == config_from_hf(theirs)
 
 
 def broken(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from hub_server import COMMIT, FakeRepository, serving_repository
 from huggingface_hub import constants
 from safetensors.torch import save
 
+from llm_lightning.files import hub_repository
 from llm_lightning.files.download import DownloadError
 from llm_lightning.weights.families.llama import to_hf
 from llm_lightning.weights.load import load_model
@@ -108,6 +110,21 @@ def test_offline_a_complete_copy_of_ours_is_enough(
     assert_right(load_pretrained(NAME).state)
     with pytest.raises(DownloadError, match=r"cannot download org/name@v2: .*unset HF_HUB_OFFLINE"):
         load_pretrained(f"{NAME}@v2")
+
+
+def test_a_complete_cache_may_be_read_only(hub: type[FakeRepository], monkeypatch: pytest.MonkeyPatch) -> None:
+    load_pretrained(NAME)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("locked", "write_atomically"):  # permissions do not stop an administrator
+        monkeypatch.setattr(hub_repository, name, refused)
+    for name in (NAME, f"{NAME}@{COMMIT}"):
+        assert_right(load_pretrained(name).state)
+    next((hub_repository.cache_dir() / "hub").rglob("config.json")).unlink()
+    with pytest.raises(OSError, match="Read-only"):
+        load_pretrained(NAME)
 
 
 def test_offline_the_cache_of_the_client_is_enough(

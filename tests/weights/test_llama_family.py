@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_lightning.models.gpt import GPT, GPTConfig
+from llm_lightning.models.rope import frequencies
 from llm_lightning.models.shapes import parameter_shapes
 from llm_lightning.weights.families.choose import FAMILIES, family_of, family_of_json
 from llm_lightning.weights.families.llama import (
@@ -116,6 +117,15 @@ def test_version_4_of_transformers_states_the_rotation_elsewhere(case: str) -> N
             rest.pop("rope_scaling")
         assert config_from_hf(rest) == expected
         assert transformers.AutoConfig.for_model(**rest).rope_parameters["rope_theta"] == expected.rope_theta
+
+
+def test_the_original_context_may_be_stated_beside_the_scaling_alone() -> None:
+    rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    stated = tiny(rope_parameters=rope, original_max_position_embeddings=16)
+    config = config_from_hf(stated)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**stated))
+    ours = frequencies(config.head_width, config.rope_theta, config.rope_scaling)
+    torch.testing.assert_close(ours, theirs.model.rotary_emb.inv_freq)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -234,6 +244,9 @@ def test_neutral_values_are_accepted(change: dict) -> None:
         ({"rope_scaling": 3}, "rope_parameters=3 must be an object"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "with one set of values for all layers"),
         ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta twice, 5.0 and 6.0"),
+        ({"rope_scaling": LLAMA3 | {"rope_theta": None}, "rope_parameters": {"rope_theta": 6.0}}, "in place of rope_p"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 16}, "max_position_embeddings twice, 16"),
+        ({"is_causal": False}, "is_causal=False is not supported; it must be True"),  # embeddings of texts, by Qwen2
         ({"rope_theta": "1e6"}, "rope_theta='1e6' must be a number"),
         ({"num_key_value_heads": 3}, "n_kv_head=3"),
         ({"num_key_value_heads": True}, "num_key_value_heads=True must be a number"),

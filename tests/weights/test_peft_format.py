@@ -76,7 +76,10 @@ def test_out_to_peft(tmp_path: Path, config: LoRAConfig) -> None:
     """Forward, gradients on the adapters, and the merged model."""
     ours, base = adapted(config)
     plain = base(IDS).logits
-    export_peft(ours, config, tmp_path / "adapter", base_name="gpt2")
+    base.save_pretrained(tmp_path / "base")
+    export_peft(ours, config, tmp_path / "adapter", base_name=str(tmp_path / "base"))
+    found = peft().AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(found(IDS).logits, ours(IDS), rtol=0, atol=1e-5)
     theirs = peft().PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
     logits, mine = theirs(IDS).logits, ours(IDS)
     assert (logits - plain).abs().max() > 0.1, "the adapter does something"

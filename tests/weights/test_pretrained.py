@@ -170,12 +170,19 @@ def test_a_lone_file_tells_its_sizes(folder: Path, model: GPT, caplog: pytest.Lo
     assert "n_head=2, because GPT-2's heads are 64 wide" in caplog.text
 
 
-def test_the_tokenizer_of_a_folder_is_recognised(folder: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_of_a_folder_is_recognised(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     transformers = pytest.importorskip("transformers")
     config = replace(CONFIG, vocab_size=50257)
     export_hf(random_gpt(config), config, build_tokenizer("gpt2"), tmp_path / "export")
     (tmp_path / "export" / "llm_lightning.json").unlink()
     assert load_pretrained(tmp_path / "export").tokenizer == {"name": "gpt2"}  # by merges.txt
+    assert "plain text" not in caplog.text
+    (tmp_path / "export" / "added_tokens.json").write_text('{"<|tool|>": 50257}')
+    load_pretrained(tmp_path / "export")
+    assert "adds tokens such as <|tool|>, which are plain text here" in caplog.text
+    (tmp_path / "export" / "added_tokens.json").unlink()
     transformers.AutoTokenizer.from_pretrained(tmp_path / "export").save_pretrained(folder)
     assert not (folder / "merges.txt").exists()
     assert load_pretrained(folder).tokenizer == {"name": "gpt2"}  # by tokenizer.json
@@ -283,7 +290,10 @@ def test_a_folder_in_use_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not empty; choose another folder"):
         export_hf(model, config, tokenizer, target)
     assert before == {path: path.read_bytes() for path in target.iterdir()}
-    (target / "stale").touch()
+    (target / "shard").touch()
+    report = json.loads((target / "export_report.json").read_text())
+    report["sha256"]["shard"] = "of a larger export"
+    (target / "export_report.json").write_text(json.dumps(report))
     export_hf(model, config, tokenizer, target, overwrite=True)
     assert before.keys() == set(target.iterdir())
     (target / "llm_lightning.json").unlink()

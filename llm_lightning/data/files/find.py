@@ -76,7 +76,7 @@ def _files_of(word: str, forms: Collection[str]) -> list[Path]:
         if files := sorted(match for match in matches if match.is_file()):
             return files
         raise FileNotFoundError(f"no file matches {word} (looked from {Path.cwd()})")
-    raise FileNotFoundError(f"{word} does not exist (looked from {Path.cwd()}); check data.path")
+    raise FileNotFoundError(f"{word} does not exist (looked from {Path.cwd()}); check the path (of a run: data.path)")
 
 
 def _files_in(folder: Path, word: str, forms: Collection[str]) -> list[Path]:

@@ -55,12 +55,12 @@ def _conversation(
 ) -> Conversation:
     """Raises ValueError with the reason."""
     messages = names["messages"]
-    system = text_field(record, names, "system", required=False)
+    system = text_field(record, names, "system", required=False) or None
     if messages is not None and record.get(messages) is not None:
         first, turns = turns_of(messages_of(record[messages], messages))
         if system and first:
             raise ValueError(f"a system message is both in {messages!r} and under {names['system']!r}")
-        system = first or system
+        system = system or first
     else:
         turns = (
             Turn(

@@ -48,13 +48,13 @@ def _checked(number: int, message: Any, is_strict: bool) -> Message:
     return Message(role, content)
 
 
-def turns_of(messages: Sequence[Message]) -> tuple[str, tuple[Turn, ...]]:
-    """The system message, "" if there is none, and the turns.
+def turns_of(messages: Sequence[Message]) -> tuple[str | None, tuple[Turn, ...]]:
+    """The system message, which may be empty, or None, and the turns.
 
     Raises:
         ValueError: if user and assistant do not alternate up to an answer of the assistant.
     """
-    system, rest = (messages[0].content, messages[1:]) if messages[0].role == "system" else ("", messages)
+    system, rest = (messages[0].content, messages[1:]) if messages[0].role == "system" else (None, messages)
     roles = [message.role for message in rest]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(

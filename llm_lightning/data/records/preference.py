@@ -56,14 +56,14 @@ def read_preferences(
 def _pair(record: Mapping[str, Any], place: str, names: Mapping[str, str | None], empty_answer: str) -> Conversation:
     """Raises ValueError with the reason."""
     history, chosen, rejected = _answers(record, names)
-    system = text_field(record, names, "system", required=False)
+    system = text_field(record, names, "system", required=False) or None
     if history is None:
         turns: tuple[Turn, ...] = (_question(record, names, chosen),)
     else:
         first, turns = turns_of([*history, Message("assistant", chosen)])
         if system and first:
             raise ValueError(f"a system message is both in the messages and under {names['system']!r}")
-        system = first or system
+        system = system or first
     for number, turn in enumerate(turns, start=1):
         where = f" of turn {number}" if len(turns) > 1 else ""
         if not turn.instruction.strip():

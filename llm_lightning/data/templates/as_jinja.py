@@ -102,7 +102,7 @@ def _quoted(text: str) -> str:
 
 def _prompts(template: Template, tokenizer: Tokenizer) -> Iterator[Prompt]:
     """Conversations of one and of several turns, with a system message where the template takes one."""
-    for system, n_turns in itertools.product(("", _SYSTEM), (1, len(_TURNS))):
+    for system, n_turns in itertools.product((None, _SYSTEM), (1, len(_TURNS))):
         turns = [Turn(question, "", answer) for question, answer in _TURNS[:n_turns]]
         conversation = Conversation((*turns[:-1], turns[-1]._replace(response="")), system, "the export's example")
         try:
@@ -113,7 +113,7 @@ def _prompts(template: Template, tokenizer: Tokenizer) -> Iterator[Prompt]:
         yield Prompt(_messages(system, turns), ids)
 
 
-def _messages(system: str, turns: Sequence[Turn]) -> list[Message]:
+def _messages(system: str | None, turns: Sequence[Turn]) -> list[Message]:
     pairs = [pair for turn in turns for pair in (("user", turn.instruction), ("assistant", turn.response))]
     told = [("system", system)] if system else []
     return [{"role": role, "content": content} for role, content in [*told, *pairs[:-1]]]

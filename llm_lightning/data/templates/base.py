@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -76,10 +76,10 @@ class Template(ABC):
         An answer is encoded by itself, so that the tokens before it are the same in training and generation. The header
         is encoded together with the question: a token that spans both counts as question.
         """
-        bos = tokenizer.bos_id
+        bos, pieces = tokenizer.bos_id, _pieces(tokenizer, segments)
         if bos is not None and not (segments and segments[0].ids[:1] == (bos,)):
-            segments = [Segment("", "prompt", (bos,)), *segments]
-        for kind, run in groupby(_pieces(tokenizer, segments), key=lambda piece: piece[1]):
+            pieces = chain([(np.array([bos]), "prompt")], pieces)
+        for kind, run in groupby(pieces, key=lambda piece: piece[1]):
             yield np.concatenate([ids for ids, _ in run]), kind
 
     def prompt_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
@@ -90,9 +90,9 @@ class Template(ABC):
     def answer_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids of the last answer and of its end, as they follow the prompt."""
         segments = self.segments(conversation, tokenizer)
-        before = [index for index, segment in enumerate(segments) if segment.kind in ("prompt", "header")]
+        last = max(index for index, segment in enumerate(segments) if segment.kind in ("prompt", "header"))
         of_kind: dict[str, list[np.ndarray]] = {"response": [np.zeros(0, np.int64)], "end": []}
-        for ids, kind in _pieces(tokenizer, segments[before[-1] + 1 :]):
+        for ids, kind in _pieces(tokenizer, segments[last + 1 :], segments[last]):
             of_kind[kind].append(ids)
         return np.concatenate(of_kind["response"]), np.concatenate(of_kind["end"])
 
@@ -102,8 +102,18 @@ class Template(ABC):
         return tuple(dict.fromkeys([*([] if end is None else [end]), *tokenizer.stop_ids]))
 
 
-def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Iterator[Piece]:
-    """Token ids and kind of each segment; text of the prompt is joined up to the next control token or answer."""
+def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment], before: Segment | None = None) -> Iterator[Piece]:
+    """Token ids and kind of each segment; text of the prompt is joined up to the next control token or answer.
+
+    Args:
+        before: the segment before them; None: they begin the text.
+    """
+
+    def encoded(text: str) -> np.ndarray:
+        if before is None:
+            return tokenizer.encode_array(text)
+        return tokenizer.encode_inside(text, after_control=bool(before.ids))
+
     question = ""
     for segment in segments:
         text, kind = segment.text, segment.kind
@@ -111,13 +121,16 @@ def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Iterator[Piece
             question += text
             continue
         if kind == "header" and not segment.ids:
-            ids, n = tokenizer.encode_array(question + text), len(tokenizer.encode_array(question))
+            ids, n = encoded(question + text), len(encoded(question))
             yield from ((ids[:n], "prompt"),) if n else ()
             yield ids[n:], "header"
         else:
             if question:
-                yield tokenizer.encode_array(question), "prompt"
-            yield np.array(segment.ids) if segment.ids else tokenizer.encode_array(text), kind
+                yield encoded(question), "prompt"
+                before = Segment(question, "prompt")
+            yield np.array(segment.ids) if segment.ids else encoded(text), kind
+        if text or segment.ids:
+            before = segment
         question = ""
     if question:
-        yield tokenizer.encode_array(question), "prompt"
+        yield encoded(question), "prompt"

@@ -165,8 +165,9 @@ class ChatTemplate(Template):
         whole = done.answered[-1] if is_answered else done.begun[-1]
         end = Segment("", "end", () if tokenizer.eot_id is None else (tokenizer.eot_id,))
         segments: list[Segment] = []
-        for start, stop, kind in self._regions(done, whole, shape, conversation.place):
-            pieces = controls.split(whole[start:stop])
+        regions = self._regions(done, whole, shape, conversation.place)
+        parts = controls.split(whole, [stop for _, stop, _ in regions])
+        for (_, _, kind), pieces in zip(regions, parts, strict=True):
             segments += [Segment(done.hiding.reveal(t), kind, () if i is None else (i,)) for t, i in pieces]
             if kind == "end" and shape.end is None:
                 segments.append(end)
@@ -243,7 +244,7 @@ def _hidden(message: dict[str, str], hiding: Hiding, controls: Controls, kept: C
 
 def _messages(conversation: Conversation) -> Messages:
     """A message for each role and turn; the input of a question is on the lines after the instruction."""
-    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
     turns = [
         {"role": role, "content": content}
         for turn in conversation.turns
@@ -263,7 +264,8 @@ def _shape(template: ChatTemplate, tokenizer: Tokenizer) -> Shape:
     if _MARK not in answered:
         raise ValueError(f"template {template.name} leaves answers out; give another one")
     footer = answered.rpartition(_MARK)[2]
-    ends = ((text, index) for text, index in _controls(tokenizer).split(footer) if index is not None)
+    (pieces,) = _controls(tokenizer).split(footer, [len(footer)])
+    ends = ((text, index) for text, index in pieces if index is not None)
     return Shape(begun[len(asked) :] if begun.startswith(asked) else "", footer, next(ends, None))
 
 
@@ -281,7 +283,7 @@ def _variables(template: ChatTemplate, tokenizer: Tokenizer | None) -> dict[str,
 
 @lru_cache(maxsize=16)
 def _controls(tokenizer: Tokenizer) -> Controls:
-    return Controls(tokenizer.controls)
+    return Controls(tokenizer.controls, tokenizer.control_flags)
 
 
 @cache

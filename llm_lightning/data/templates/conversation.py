@@ -18,7 +18,8 @@ class Conversation(NamedTuple):
     """One record."""
 
     turns: tuple[Turn, ...]
-    system: str = ""
+    system: str | None = None
+    """None: there is no system message, for which some templates write one of their own."""
     place: str = ""
     """file:line"""
     group: str = ""

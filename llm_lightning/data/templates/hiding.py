@@ -8,7 +8,8 @@ output, the template wrote. Lengths do not change, and the private characters ar
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 _PRIVATE = range(0xE000, 0xF900)
 """Code points without a meaning (Unicode's private use area)."""
@@ -19,26 +20,47 @@ class Controls:
 
     Args:
         ids: spelling -> id.
+        flags: spelling -> `Tokenizer.control_flags`.
     """
 
-    def __init__(self, ids: Mapping[str, int]) -> None:
+    def __init__(self, ids: Mapping[str, int], flags: Mapping[str, Collection[str]]) -> None:
         self.ids = {text: index for text, index in ids.items() if text}
         self._pattern = _any_of(self.ids)
+        written = [_written(text, flags.get(text, ())) for text in _longest_first(self.ids)]
+        self._written = re.compile("|".join(written) or "(?!)")
         # A message may also complete what the template begins, begin what it completes, or be a part in between.
         self._beginnings = {text[:n] for text in self.ids for n in range(1, len(text))}
         self._endings = {text[-n:] for text in self.ids for n in range(1, len(text))}
         self._longest = max(map(len, self.ids), default=0)
 
-    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """Yield the pieces of a text in order: control tokens with their ids, and what is between them."""
+    def split(self, text: str, stops: Sequence[int]) -> Iterator[list[tuple[str, int | None]]]:
+        """Yield the pieces of each part of a text, up to the first stop, from there to the second, and so on.
+
+        A piece is a control token with its id, or what is between two. White space that belongs to a control token is
+        left out, whichever part it is in.
+        """
+        pieces = deque(self._pieces(text))
+        for stop in stops:
+            part = []
+            while pieces and pieces[0][0] < stop:
+                start, end, index = pieces.popleft()
+                if index is None and end > stop:
+                    pieces.appendleft((stop, end, None))
+                    end = stop
+                part.append((text[start:end], index))
+            yield part
+
+    def _pieces(self, text: str) -> Iterator[tuple[int, int, int | None]]:
+        """(start, end, id) in order; the id is None between control tokens."""
         position = 0
-        for match in self._pattern.finditer(text):
+        for match in self._written.finditer(text):
+            start, end = match.span(match.lastindex or 0)
             if match.start() > position:
-                yield text[position : match.start()], None
-            yield match[0], self.ids[match[0]]
+                yield position, match.start(), None
+            yield start, end, self.ids[text[start:end]]
             position = match.end()
         if position < len(text):
-            yield text[position:], None
+            yield position, len(text), None
 
     def spelled_in(self, text: str, kept: Collection[str] = ()) -> set[int]:
         """Return the positions of a message whose characters must be hidden, so that no control token is found.
@@ -88,4 +110,15 @@ class Hiding:
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    return re.compile("|".join(map(re.escape, _longest_first(texts))) or "(?!)")
+
+
+def _longest_first(texts: Collection[str]) -> list[str]:
+    return sorted(texts, key=len, reverse=True)
+
+
+def _written(text: str, flags: Collection[str]) -> str:
+    """The expression of a control token with what belongs to it; the token itself is its group."""
+    edge = (r"(?<!\w)", r"(?!\w)") if "single_word" in flags else ("", "")
+    left, right = (r"\s*" if flag in flags else "" for flag in ("lstrip", "rstrip"))
+    return f"{left}{edge[0]}({re.escape(text)}){edge[1]}{right}"

@@ -12,6 +12,7 @@ ends with the end-of-text token.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation, Segment
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 SLOTS = ("system", "instruction", "input", "response")
 _TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{(\w*)\}|[\[\]{}]")
@@ -65,7 +68,10 @@ class SlotTemplate(Template):
     def segments(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         end = self.end_id(tokenizer)
         ids = () if end is None else (end,)
-        return [piece._replace(ids=ids) if piece.kind == "end" else piece for piece in self._segments(conversation)]
+        # As the exported program does: behind a control token, Llama 2's kind may add no space.
+        begin = [] if tokenizer.bos_id is None else [Segment("", "prompt", (tokenizer.bos_id,))]
+        segments = self._segments(conversation)
+        return [*begin, *(piece._replace(ids=ids) if piece.kind == "end" else piece for piece in segments)]
 
     def prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         answer = 2 if conversation.turns[-1].response else 1
@@ -87,6 +93,12 @@ class SlotTemplate(Template):
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eot_id is None:
             raise ValueError("this tokenizer has no end-of-text token, with which an answer ends; use another one")
+        if spelled := sorted(text for text in tokenizer.controls if text in self.text):
+            log.warning(
+                "template %s writes %s as plain text, not as this tokenizer's control tokens: a .jinja file, or the "
+                "model's own template, writes those",
+                self.name, ", ".join(spelled),
+            )  # fmt: skip
 
     def end_id(self, tokenizer: Tokenizer) -> int | None:
         return tokenizer.eot_id

@@ -28,6 +28,7 @@ from llm_lightning.weights.families.checks import (
     fitted,
     flag,
     number,
+    shown,
 )
 
 _OUTER = {  # ours -> theirs, without the `transformer.` prefix
@@ -56,6 +57,13 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that mat
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
+    "is_causal": (True,),
+}
+_ALSO = {  # what transformers reads as well -> the key
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 
 
@@ -66,6 +74,7 @@ def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
         ValueError: if it needs something that our GPT does not compute, or a value has the wrong type.
     """
     check_supported(config_json, _SUPPORTED)
+    config_json = _by_own_names(config_json)
     width = number(config_json, "n_embd", 768)
     inner = None if config_json.get("n_inner") is None else number(config_json, "n_inner", 4 * width)
     return GPTConfig(
@@ -82,6 +91,18 @@ def config_from_hf(config_json: Mapping[str, Any]) -> GPTConfig:
         tied_head=flag(config_json, "tie_word_embeddings", True),
         layer_norm_eps=number(config_json, "layer_norm_epsilon", 1e-5),
     )
+
+
+def _by_own_names(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with GPT-2's names for sizes that other families call otherwise."""
+    known = dict(config_json)
+    for other, key in _ALSO.items():
+        if other in known and known.setdefault(key, known[other]) != known[other]:
+            raise ValueError(
+                f"config.json states {key}={shown(known[key])} and {other}={shown(known[other])}, which mean the same; "
+                "keep one"
+            )
+    return known
 
 
 def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
@@ -101,7 +122,7 @@ def config_to_hf(config: GPTConfig, eot_id: int | None) -> dict[str, Any]:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
-        "n_inner": config.ffn_width,
+        "n_inner": None if config.mlp_width == 4 * config.n_embd else config.mlp_width,
         "activation_function": "gelu_new",
         "embd_pdrop": config.embedding_dropout,
         "attn_pdrop": config.attention_dropout,

@@ -10,7 +10,7 @@ sides rotate the halves of a head.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # config.json key -> values that mat
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
     "per_layer_config": (None, {}),
+    "is_causal": (True,),
 }
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor")
 _ROPE_KINDS = ("default", "llama3")
@@ -250,14 +251,26 @@ def _rope_of(config_json: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
                 f"config.json: rope_parameters={shown(node)} must be an object, with one set of values for all layers"
             )
         check_supported(node, {"partial_rotary_factor": (1.0, None)})
-    stated = {
-        float(number(place, "rope_theta", _THETA))
-        for place in (*nodes, config_json)
-        if place.get("rope_theta") is not None
-    }
+    rope = nodes[0] or nodes[1]
+    theta = _stated_once("rope_theta", (*nodes, config_json), _THETA)
+    if rope.get("rope_theta") is None and config_json.get("rope_theta") is None and theta != _THETA:
+        raise ValueError(
+            f"config.json: rope_scaling stands in place of rope_parameters, which alone states rope_theta={theta}; "
+            "state it beside them"
+        )
+    return theta, _scaling_of(rope, config_json)
+
+
+def _stated_once(key: str, places: Iterable[Mapping[str, Any]], default: float) -> float:
+    """The number that one or more places state alike.
+
+    Raises:
+        ValueError: if they contradict each other: versions of transformers differ in which one wins.
+    """
+    stated = {float(number(place, key, default)) for place in places if place.get(key) is not None}
     if len(stated) > 1:
-        raise ValueError(f"config.json states rope_theta twice, {' and '.join(map(str, sorted(stated)))}; keep one")
-    return stated.pop() if stated else _THETA, _scaling_of(nodes[0] or nodes[1], config_json)
+        raise ValueError(f"config.json states {key} twice, {' and '.join(map(str, sorted(stated)))}; keep one")
+    return stated.pop() if stated else default
 
 
 def _scaling_of(rope: Mapping[str, Any], config_json: Mapping[str, Any]) -> RopeScaling | None:
@@ -272,7 +285,8 @@ def _scaling_of(rope: Mapping[str, Any], config_json: Mapping[str, Any]) -> Rope
     if missing := [key for key in _SCALING if key not in rope]:
         raise ValueError(f"config.json: rope_scaling has no {missing[0]}, which llama3 needs")
     factors = {key: float(number(rope, key, 1.0)) for key in _SCALING}
-    return RopeScaling(**factors, original_context_length=number(rope, "original_max_position_embeddings", own))
+    original = _stated_once("original_max_position_embeddings", (rope, config_json), own)
+    return RopeScaling(**factors, original_context_length=int(original))
 
 
 def _refuse_sliding_windows(config_json: Mapping[str, Any]) -> None:

@@ -112,8 +112,8 @@ def pairs_from_halves(rows: Tensor, n_heads: int) -> Tensor:
 _NEUTRAL: dict[str, Any] = {
     "expert_count": 0, "attention.sliding_window": 0, "attention.causal": True, "attention.scale": 0.0,
     "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "rope.scaling.type": "none",
-    "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "logit_scale": 1.0, "embedding_scale": 1.0,
-    "residual_scale": 1.0,
+    "rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0, "rope.scale_linear": 1.0, "logit_scale": 1.0,
+    "embedding_scale": 1.0, "residual_scale": 1.0,
 }  # fmt: skip
 """Keys of what is not implemented -> the value with which the model does without it."""
 
@@ -203,7 +203,8 @@ class _Keys:
     def refuse_unless_neutral(self) -> None:
         for key, neutral in _NEUTRAL.items():
             value = self.metadata.get(self.full(key), neutral)
-            if value not in (neutral, 0) or isinstance(value, bool) != isinstance(neutral, bool):
+            is_neutral = value == neutral or (value == 0 and value is not False)
+            if not is_neutral or isinstance(value, bool) != isinstance(neutral, bool):
                 raise ValueError(f"{self.full(key)}={shown(value)} is not implemented, only {neutral}")
 
     def _value(self, key: str, default: Any) -> Any:
