@@ -38,7 +38,7 @@ class BaseDataModule(L.LightningDataModule):
         bucket: batches of similar length instead of a plain shuffle; the samples then have `n_tokens`.
         eval_batches: number of training batches that are evaluated, without dropout, for `train/eval_loss`.
         seed: of the shuffle.
-        files: how files are read; see `FileOptions`.
+        format, encoding, separator, header, quotes, newlines: how files are read; see `FileOptions`.
     """
 
     tokenizer: Tokenizer
@@ -59,10 +59,15 @@ class BaseDataModule(L.LightningDataModule):
         bucket: bool = False,
         eval_batches: int = 8,
         seed: int = 0,
-        **files: Any,
+        format: str | None = None,
+        encoding: str = "utf-8",
+        separator: str | None = None,
+        header: bool = True,
+        quotes: bool | None = None,
+        newlines: str = "lf",
     ) -> None:
         super().__init__()
-        self.file_options = FileOptions(**files)
+        self.file_options = FileOptions(format, encoding, separator, header, quotes, newlines)
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.batch_size, self.num_workers = batch_size, num_workers

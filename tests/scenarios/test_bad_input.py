@@ -187,12 +187,12 @@ CASES: list[tuple[str, Prepare, str]] = [
     (
         "malformed line",
         data("x.jsonl", '{"text": "a"}\n{"text": \n'),
-        r"1 bad record: .*x\.jsonl: .* line 2: not JSON",
+        r"1 bad record: .*x\.jsonl:2: not JSON",
     ),
     (
         "missing field",
         data("x.jsonl", '{"body": "a"}'),
-        r"x\.jsonl: .* line 1: no field 'text'.*'body'.*data\.text_field",
+        r"x\.jsonl:1: no field 'text'.*'body'.*data\.text_field",
     ),
     ("short corpus", data("short.txt", "hello"), r"not fill one window of 16 .*use more text, or lower model\.cont"),
     ("unknown corpus", settings("data.path=null", "data.name=the_verdit"), r"did you mean the_verdict\?"),
