@@ -34,6 +34,7 @@ KEYS = ("instruction", "input", "output")
 REMOVED_BY = ("input", "output")
 PROMPT = "prompt"
 WIDTH = 100
+WRITTEN = (".json", ".jsonl", ".ndjson")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +80,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--remove and --output FILE belong together: nothing is removed from the file itself")
     if args.output is not None and args.output.resolve() == args.file.resolve():
         raise ValueError(f"--output {args.output} is the file that is read; name another one")
+    if args.output is not None and args.output.suffix.lower() not in WRITTEN:
+        raise ValueError(f"--output {args.output} must end with {', '.join(WRITTEN)}")
     if args.output is not None and not args.output.parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
 
@@ -132,13 +135,12 @@ def _facts(duplicates: NearDuplicates, show: int) -> dict[str, Any]:
 
 def _remove(output: Path, records: Sequence[PlacedRecord], results: dict[str, NearDuplicates]) -> dict[str, Any]:
     """Write the remaining records; return their number and that of removed ones."""
-    from llm_lightning.data.files.form import named_form
     from llm_lightning.data.near_duplicates import keep_first
     from llm_lightning.files.atomic import write_atomically
 
     groups = chain.from_iterable(one.groups for one in results.values())
     kept = [records[index].record for index in keep_first(len(records), groups)]
-    if named_form(output) == "jsonl":
+    if output.suffix.lower() != ".json":
         content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     else:
         content = json.dumps(kept, ensure_ascii=False, indent=4) + "\n"

@@ -166,6 +166,11 @@ def test_an_encoding_of_ones_own(tmp_path: Path) -> None:
         read_labelled(file, options=FileOptions(encoding="latim1"))
 
 
+def test_runs_from_before_these_settings_kept_line_ends() -> None:
+    assert FileOptions.of({"path": "x.txt", "split": "auto"}) == FileOptions(newlines="keep")
+    assert FileOptions.of({"newlines": "lf", "encoding": "cp1252"}) == FileOptions(encoding="cp1252")
+
+
 def test_json_is_not_learnt_as_running_text_unless_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "corpus.txt"
     file.write_text('[{"text": "one"}, {"text": "two"}]')

@@ -47,8 +47,9 @@ class FileOptions:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> FileOptions:
-        """Those among the settings `data.*`."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+        """Those among the settings `data.*` of a run; runs before there were any kept line ends."""
+        known = {field.name: settings[field.name] for field in fields(cls) if field.name in settings}
+        return cls(**{"newlines": "keep"} | known)
 
 
 AS_THEY_ARE = FileOptions()
