@@ -93,7 +93,7 @@ RATES = [
     ("task=lora", BYTES, 1e-3),
     ("task=classification", BYTES, 1e-3),
     ("task=dpo", BYTES, 2e-4),
-    ("task=dpo lora=default", BYTES, 1e-4),
+    ("task=dpo lora=default", BYTES, 2e-4),
     ("model=nano_llama optimizer=muon", BYTES, 3e-3),
     ("model=nano", GPT2, 3e-3),
     ("model=gpt2_small", GPT2, 6e-4),
