@@ -86,6 +86,7 @@ def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str, texts_o
 
     def build(settings: dict[str, Any]) -> Any:
         options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
+        options = {"newlines": "keep"} | options  # of a run from before there was this setting
         if "template" in options:
             options |= {"template": None, "template_date": None, "own_template": template_in(loaded.header)}
         data = make(tokenizer=loaded.tokenizer, context_length=loaded.longest_input, **options)

@@ -171,6 +171,20 @@ def test_runs_from_before_these_settings_kept_line_ends() -> None:
     assert FileOptions.of({"newlines": "lf", "encoding": "cp1252"}) == FileOptions(encoding="cp1252")
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv", "x.parquet"])
+def test_line_ends_of_records_become_lf_and_that_is_said_once(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{"instruction": f"q{n}", "output": "one\r\ntwo\rthree\n"} for n in range(3)]
+    (tmp_path / name).write_bytes(FORMS[name](records))
+    with caplog.at_level(logging.INFO):
+        found = [read_instructions(tmp_path / name)[0] for _ in range(2)]
+    assert {one.turns[0].response for one in found[0] + found[1]} == {"one\ntwo\nthree\n"}
+    assert caplog.text.count("CRLF and CR are read as LF") == 1
+    kept, _ = read_instructions(tmp_path / name, options=FileOptions(newlines="keep"))
+    assert kept[0].turns[0].response == records[0]["output"]
+
+
 def test_json_is_not_learnt_as_running_text_unless_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "corpus.txt"
     file.write_text('[{"text": "one"}, {"text": "two"}]')

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.records.placed import PlacedRecord, has_text, placed_records, text_of
+
+AS_WRITTEN = FileOptions(newlines="keep")
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -33,7 +36,7 @@ def test_an_array_is_what_json_reads(tmp_path: Path, indent: int | None, ascii_o
     draw = random.Random(0)
     records = [{"id": number, "value": random_value(draw)} for number in range(200)]
     file = put(tmp_path / "x.json", json.dumps(records, indent=indent, ensure_ascii=ascii_only))
-    assert [record for record, _ in placed_records(file)] == records
+    assert [record for record, _ in placed_records(file, AS_WRITTEN)] == records
 
 
 def test_json_lines_are_what_json_reads(tmp_path: Path) -> None:
@@ -41,7 +44,7 @@ def test_json_lines_are_what_json_reads(tmp_path: Path) -> None:
     records = [{"id": number, "value": random_value(draw)} for number in range(200)]
     content = "\r\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     for name in ("x.jsonl", "x.NDJSON"):
-        assert [record for record, _ in placed_records(put(tmp_path / name, content))] == records
+        assert [record for record, _ in placed_records(put(tmp_path / name, content), AS_WRITTEN)] == records
 
 
 def test_each_record_has_the_line_where_it_starts(tmp_path: Path) -> None:

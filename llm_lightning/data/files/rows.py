@@ -14,6 +14,7 @@ from llm_lightning.data.files.find import Found
 from llm_lightning.data.files.form import FileForm, form_of
 from llm_lightning.data.files.json_array import json_array_rows
 from llm_lightning.data.files.json_lines import json_line_rows
+from llm_lightning.data.files.line_ends import say_changed, with_lf
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.files.row import Row
 from llm_lightning.data.files.table import table_rows
@@ -49,6 +50,9 @@ def rows_of_files(
         for place, record, wrong in _rows_of(file, options, fields, columns):
             kind, number = place.split()
             full = f"{file}:{number}" if kind == "line" else f"{file}, {place}"
+            if wrong is None and options.newlines == "lf" and (changed := with_lf(record)) is not record:
+                say_changed(file)
+                record = changed
             yield FileRow(record, wrong, full, f"{file.name}, {place}" if len(found.files) > 1 else place)
 
 

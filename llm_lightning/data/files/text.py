@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llm_lightning.data.files.compression import open_bytes
 from llm_lightning.data.files.form import FileForm
+from llm_lightning.data.files.line_ends import say_changed
 
 CHUNK = 1 << 20
 """Bytes that are decoded at once."""
@@ -49,6 +50,8 @@ class TextFile:
                 if text := ends.decode(text, final=not data):
                     yield text
                 if not data:
+                    if not self.keeps_ends and ends.newlines not in (None, "\n"):
+                        say_changed(self.path)
                     return
 
     def lines(self) -> Iterator[str]:
