@@ -18,6 +18,7 @@ import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, collate_padded
+from llm_lightning.data.control_words import WordCount, described, without_end
 from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.leaks import leaked_prompts, prompt_key
@@ -26,7 +27,7 @@ from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, order_split
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.choose import choose_template
-from llm_lightning.data.templates.conversation import Conversation
+from llm_lightning.data.templates.conversation import Conversation, answers_of, with_answers
 from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.tokenizers.base import Tokenizer
 
@@ -72,6 +73,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         template: a name, a text with slots or a `.jinja` file, see `templates/`; None: the model's own, else alpaca.
         template_date: the day that a Jinja template sees, YYYY-MM-DD; None: the own template's, else 2024-07-26.
         own_template: the description of the model's own template.
+        strip_eot: strip control tokens that are spelt out, such as `<|endoftext|>`, from the ends of answers.
         split: `grouped` (no prompt, and no group of records, appears in two splits) or `order` (the book's: the first
             records are for training, the next for test, the last for validation).
         val_fraction, test_fraction: of the records.
@@ -109,6 +111,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         template: str | None = None,
         template_date: str | None = None,
         own_template: Mapping[str, Any] | None = None,
+        strip_eot: bool = False,
         split: str = "grouped",
         val_fraction: float = 0.05,
         test_fraction: float = 0.1,
@@ -136,6 +139,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         self._name, self._path = name, path
         self._hub = HubDataset(hf_dataset, hf_config, hf_split, hf_revision) if hf_dataset is not None else None
         self._split, self._fractions, self._split_seed = split, (val_fraction, test_fraction), split_seed
+        self._strip_eot = strip_eot
         self._max_dropped, self._packing = max_dropped, packing
         self._report: dict[str, Any] = {}
 
@@ -169,6 +173,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
     def read(self) -> None:
         """Read, check and split the records, without tokenising: enough for `conversations_of` and `data_digest`."""
         records, skipped = self.read_records(self._source())
+        records = self._checked_ends(records)
         self.template.check(records)
         parts = split_conversations(records, self._split, self._fractions, self._split_seed)
         # After the split: a pair that is left out moves no other record to another split.
@@ -263,6 +268,22 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         if self._name is None:
             raise ValueError("data.name and data.path are both null; give data.path=FILE with records")
         return file_of(self.named[self._name])
+
+    def _checked_ends(self, records: list[Conversation]) -> list[Conversation]:
+        """Warn of control tokens that answers spell out, or strip them from their ends."""
+        if self._strip_eot:
+            records = [with_answers(one, without_end) for one in records]
+        spelt = WordCount()
+        for record in records:
+            for answer in answers_of(record):
+                spelt.add(answer)
+                spelt.end()
+        if spelt.found:
+            remedy = "" if self._strip_eot else "; data.strip_eot=true strips them from the ends of answers"
+            log.warning(
+                "Answers spell out control tokens, which are read as text: %s%s", described(spelt.found), remedy
+            )
+        return records
 
     def _training_texts(self) -> Iterable[str]:
         for record in self.records["train"]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import Example, LMBatch, collate_padded
+from llm_lightning.data.control_words import described
 from llm_lightning.data.corpus.sources import open_source
 from llm_lightning.data.corpus.token_files import TokenFile, build_token_files
 from llm_lightning.data.files.find import PathWords
 from llm_lightning.data.samples import Windows
 from llm_lightning.terminal import counted, visible
-from llm_lightning.tokenizers.base import Tokenizer
+from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class PretrainingDataModule(BaseDataModule):
@@ -28,6 +32,7 @@ class PretrainingDataModule(BaseDataModule):
         stride: distance between the starts of two training windows, in tokens; default: `context_length`.
         last_window: `keep` or `drop` the rest that does not fill a window.
         add_eot: put `<|endoftext|>` between documents.
+        split_on_eot: make documents of a text in which `<|endoftext|>` stands between them.
     """
 
     samples_are = "windows"
@@ -51,6 +56,7 @@ class PretrainingDataModule(BaseDataModule):
         stride: int | None = None,
         last_window: str = "keep",
         add_eot: bool = True,
+        split_on_eot: bool = False,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
@@ -69,6 +75,7 @@ class PretrainingDataModule(BaseDataModule):
             hf_config=hf_config,
             hf_split=hf_split,
             hf_revision=hf_revision,
+            split_on_eot=split_on_eot,
             options=self.file_options,
         )
 
@@ -83,6 +90,7 @@ class PretrainingDataModule(BaseDataModule):
         self.train_file, self.val_file = files["train"], files.get("val")
         self.tokenizer = self.train_file.tokenizer
         self.data_digest = self._source.digest()
+        self._warn_of_control_words()
         train = self._windows("train", self.train_file, self.stride)
         self.train_samples = train
         self.eval_samples = {}
@@ -117,6 +125,11 @@ class PretrainingDataModule(BaseDataModule):
         """Mean UTF-8 bytes per token in the text of a stage, which turn nats per token into bits per byte."""
         file = self.val_file if stage == "val" and self.val_file is not None else self.train_file
         return file.n_bytes / file.n_tokens
+
+    def _warn_of_control_words(self) -> None:
+        if found := self._source.survey().control_words:
+            remedy = "; data.split_on_eot=true makes documents of what is between them" if END_OF_TEXT in found else ""
+            log.warning("The text spells out control tokens, which are read as text: %s%s", described(found), remedy)
 
     def _windows(self, stage: str, file: TokenFile, stride: int) -> Windows:
         windows = Windows(file.tokens, self.context_length, stride, last=self.last_window)

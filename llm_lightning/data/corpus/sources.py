@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from llm_lightning.data.control_words import WordCount, documents_between
 from llm_lightning.data.files.bad_records import BadRecords, checked_text
 from llm_lightning.data.files.find import Found, PathWords, find_files
 from llm_lightning.data.files.form import PLAIN, FileForm, form_of
@@ -25,6 +27,7 @@ from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
 from llm_lightning.files.download import Pinned, download
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
+from llm_lightning.tokenizers.base import END_OF_TEXT
 
 EMBEDDED = "python_reference"
 NAMED = {
@@ -67,6 +70,8 @@ class Survey:
     """First 64 bits of the sha256 of the text that decides each document's side of a split."""
     lengths: array[int] = field(default_factory=lambda: array("Q"), repr=False)
     """Characters of each document."""
+    control_words: Counter[str] = field(default_factory=Counter)
+    """How often each is spelt out."""
 
 
 class Reader(Protocol):
@@ -106,21 +111,23 @@ class Source:
 
     @cached_property
     def _survey(self) -> Survey:
-        found, whole = Survey(), hashlib.sha256()
+        found, whole, words = Survey(), hashlib.sha256(), WordCount()
         for document in self.documents():
             content, n_chars = hashlib.sha256(), 0
             for chunk in document.chunks:
                 data = chunk.encode()
                 content.update(data)
                 n_chars += len(chunk)
+                words.add(chunk)
                 found.n_bytes += len(data)
+            words.end()
             whole.update(content.digest())
             by = content if document.split_by is None else hashlib.sha256(document.split_by.encode())
             found.keys.append(int.from_bytes(by.digest()[:8], "big"))
             found.lengths.append(n_chars)
         if not found.n_bytes:
             raise ValueError(f"{self.label} holds no text: it is empty; give a file or folder with text")
-        found.digest = whole.hexdigest()
+        found.digest, found.control_words = whole.hexdigest(), words.found
         found.n_documents, found.n_chars = len(found.lengths), sum(found.lengths)
         return found
 
@@ -149,6 +156,21 @@ class WholeFile:
     def documents(self) -> Iterator[Document]:
         """Yield the one document."""
         yield Document(str(self.path), TextFile(self.path, self.form, self.keeps_ends))
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """A file of running text with `<|endoftext|>` between its documents; one at a time is in memory."""
+
+    path: Path
+    form: FileForm = PLAIN
+    keeps_ends: bool = False
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents that are not empty."""
+        texts = documents_between(TextFile(self.path, self.form, self.keeps_ends), END_OF_TEXT)
+        for number, text in enumerate(texts, start=1):
+            yield Document(f"{self.path}, document {number}", (text,))
 
 
 @dataclass(frozen=True)
@@ -186,6 +208,7 @@ def open_source(
     hf_config: str | None = None,
     hf_split: str = "train",
     hf_revision: str | None = None,
+    split_on_eot: bool = False,
     options: FileOptions | None = None,
 ) -> Source:
     """Return the source that the settings name; `path` and `hf_dataset` win over `name`, which may be a default.
@@ -193,6 +216,7 @@ def open_source(
     Args:
         path: files, folders or globs; see `find_files`.
         text_field: field of a record or a Hugging Face row that holds the text.
+        split_on_eot: make documents of a text in which `<|endoftext|>` stands between them.
         options: how the files are read.
 
     Raises:
@@ -204,7 +228,8 @@ def open_source(
         raise ValueError(f"data.path={path} and data.hf_dataset={hf_dataset} are both set; set one of them to null")
     if path is not None:
         found = find_files(path)
-        return Source(found.label, [_reader(file, text_field, options or AS_THEY_ARE) for file in found.files])
+        readers = [_reader(file, text_field, split_on_eot, options or AS_THEY_ARE) for file in found.files]
+        return Source(found.label, readers)
     if hf_dataset is not None:
         file = hugging_face_file(HubDataset(hf_dataset, hf_config, hf_split, hf_revision), (text_field,))
         label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
@@ -221,10 +246,11 @@ def open_source(
     raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(known)}, or data.path or data.hf_dataset")
 
 
-def _reader(file: Path, text_field: str, options: FileOptions) -> Reader:
+def _reader(file: Path, text_field: str, split_on_eot: bool, options: FileOptions) -> Reader:
     if file.is_dir():  # saved by `datasets`
         return Records(file, text_field, options)
     form = form_of(file, asked=options.format, encoding=options.encoding)
     if form.form == "text":
-        return WholeFile(file, form, keeps_ends=options.newlines == "keep")
+        kind = SplitFile if split_on_eot else WholeFile
+        return kind(file, form, keeps_ends=options.newlines == "keep")
     return Records(file, text_field, options)

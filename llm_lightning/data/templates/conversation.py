@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -43,3 +43,16 @@ class Segment(NamedTuple):
     """prompt; header: the fixed text before an answer; response; end: what ends an answer."""
     ids: tuple[int, ...] = ()
     """Control tokens, which `text` spells out; none: the text is encoded, and never becomes one."""
+
+
+def answers_of(conversation: Conversation) -> list[str]:
+    """Every answer, the rejected one included."""
+    rejected = [] if conversation.rejected is None else [conversation.rejected]
+    return [turn.response for turn in conversation.turns] + rejected
+
+
+def with_answers(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
+    """The conversation with every answer changed."""
+    turns = tuple(turn._replace(response=change(turn.response)) for turn in conversation.turns)
+    rejected = None if conversation.rejected is None else change(conversation.rejected)
+    return conversation._replace(turns=turns, rejected=rejected)
