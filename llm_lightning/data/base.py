@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from llm_lightning.data.files.bad_records import POLICIES, BadRecord
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.workers import Loader, are_forked, begin_with
@@ -29,6 +30,7 @@ class BaseDataModule(L.LightningDataModule):
     - `eval_samples`: stage name (`val`, `train_eval`) to Dataset, in the order they are evaluated
     - `test_samples`: the same for what is evaluated once, at the end, with the best weights
     - `data_digest`: identifies the data, for lineage
+    - `quarantined`: the records that were left out because they could not be read
 
     Args:
         batch_size: samples per process and micro-batch.
@@ -39,6 +41,7 @@ class BaseDataModule(L.LightningDataModule):
         eval_batches: number of training batches that are evaluated, without dropout, for `train/eval_loss`.
         seed: of the shuffle.
         format, encoding, separator, header, quotes, newlines: how files are read; see `FileOptions`.
+        bad_records: what happens to records that cannot be read: `refuse`, or `quarantine` (they are left out).
     """
 
     tokenizer: Tokenizer
@@ -65,8 +68,12 @@ class BaseDataModule(L.LightningDataModule):
         header: bool = True,
         quotes: bool | None = None,
         newlines: str = "lf",
+        bad_records: str = "refuse",
     ) -> None:
         super().__init__()
+        if bad_records not in POLICIES:
+            raise ValueError(f"data.bad_records={bad_records!r} must be {' or '.join(POLICIES)}")
+        self.bad_records_policy, self.quarantined = bad_records, list[BadRecord]()
         self.file_options = FileOptions(format, encoding, separator, header, quotes, newlines)
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")

@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LISTED = 10
 """Bad records that an error lists; it counts all of them."""
+POLICIES = ("refuse", "quarantine")
+
+
+class BadRecord(NamedTuple):
+    """A record that is left out."""
+
+    place: str
+    """`file:12`, or `file, record 12`"""
+    reason: str
 
 
 def checked_text(record: Mapping[str, Any], text_field: str) -> str:
@@ -26,24 +35,37 @@ def checked_text(record: Mapping[str, Any], text_field: str) -> str:
 
 
 class BadRecords:
-    """What is wrong with the records of a source: all are counted, the first ten are kept."""
+    """What is wrong with the records of a source: all are counted, the first ten are kept, and in quarantine all.
 
-    def __init__(self) -> None:
+    Args:
+        policy: `refuse` (the first error names them) or `quarantine` (they are left out and kept in `quarantined`).
+    """
+
+    def __init__(self, policy: str = "refuse") -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"data.bad_records={policy!r} must be {' or '.join(POLICIES)}")
+        self.policy = policy
         self.n, self.first = 0, list[str]()
+        self.quarantined: list[BadRecord] = []
         self._kinds: set[str] = set()
 
-    def add(self, place: str, reason: object) -> None:
+    def add(self, place: str, reason: object, full_place: str | None = None) -> None:
+        """Count one; `full_place` names its file where `place` is short."""
         self.n += 1
+        if self.policy == "quarantine":
+            self.quarantined.append(BadRecord(full_place or place, str(reason)))
         self._kinds.add(re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", str(reason)))  # the reason without names and numbers
         if len(self.first) < LISTED:
             self.first.append(f"{place}: {reason}")
 
     def refuse(self, source: str | Path, remedy: str = "", *, n_records: int | None = None) -> None:
-        """Raise ValueError if there are any, with their number and the first ten.
+        """Raise ValueError if there are any, with their number and the first ten; in quarantine, only if all are bad.
 
         Args:
             n_records: good and bad ones; where all are bad for one reason, one says enough.
         """
+        if self.policy == "quarantine" and self.n != n_records:
+            return
         if self.n and self.n == n_records and self.n > 1 and len(self._kinds) == 1:
             tail = f"; {remedy}" if remedy else ""
             raise ValueError(f"{source}: all {self.n:,} records are bad, the first: {self.first[0]}{tail}")
