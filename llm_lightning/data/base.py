@@ -42,6 +42,7 @@ class BaseDataModule(L.LightningDataModule):
         seed: of the shuffle.
         format, encoding, separator, header, quotes, newlines: how files are read; see `FileOptions`.
         bad_records: what happens to records that cannot be read: `refuse`, or `quarantine` (they are left out).
+        verify: read and hash files again even where path, size, time and inode say that they are as before.
     """
 
     tokenizer: Tokenizer
@@ -69,8 +70,10 @@ class BaseDataModule(L.LightningDataModule):
         quotes: bool | None = None,
         newlines: str = "lf",
         bad_records: str = "refuse",
+        verify: bool = False,
     ) -> None:
         super().__init__()
+        self.verify = verify
         if bad_records not in POLICIES:
             raise ValueError(f"data.bad_records={bad_records!r} must be {' or '.join(POLICIES)}")
         self.bad_records_policy, self.quarantined = bad_records, list[BadRecord]()
