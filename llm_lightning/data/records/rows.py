@@ -57,12 +57,22 @@ def open_records(
         FileNotFoundError: if there is no such file.
         ValueError: if the dataset cannot be read.
     """
+    found = files_of(source, fields)
     if not isinstance(source, HubDataset):
-        found = find_files(source, RECORD_FORMS)
         return found.label, rows_of_files(found, options, fields=fields, columns=columns)
-    file = hugging_face_file(source, tuple(fields or ()))
-    rows = rows_of_files(Found(source.name, [file]), AS_THEY_ARE, fields=fields or ())
+    rows = rows_of_files(found, AS_THEY_ARE, fields=fields or ())
     return source.name, (_of_hub(row, f"{source.name}/{source.split}") for row in rows)
+
+
+def files_of(source: Source, fields: Sequence[str] | None = None) -> Found:
+    """The files of a source; a dataset of the hub is one file of the cache.
+
+    Args:
+        fields: of the dataset that matter; None: all.
+    """
+    if isinstance(source, HubDataset):
+        return Found(source.name, [hugging_face_file(source, tuple(fields or ()))])
+    return find_files(source, RECORD_FORMS)
 
 
 def _of_hub(row: FileRow, name: str) -> FileRow:

@@ -1,0 +1,234 @@
+"""Folders of flat columns: made once, by one process, complete or not at all; read in place, however long.
+
+A folder has one file per column and a manifest, which is written last: facts, and of each column its type, size and
+digest. A folder that is damaged is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from llm_lightning.files.atomic import commit, locked, sha256_of, write_atomically
+
+MANIFEST = "manifest.json"
+HELD = 1 << 20
+"""Bytes of a column that are written at once."""
+
+log = logging.getLogger(__name__)
+
+
+def key_of(spec: Any) -> str:
+    """A name for plain values: equal for equal ones."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sealed(content: Any) -> str:
+    """Plain values as text that knows its own digest."""
+    body = json.dumps(content, sort_keys=True)
+    return json.dumps({"content": content, "sha256": hashlib.sha256(body.encode()).hexdigest()})
+
+
+def unsealed(path: Path) -> Any:
+    """The values of a sealed file; None if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        body = json.dumps(found["content"], sort_keys=True)
+        if hashlib.sha256(body.encode()).hexdigest() == found["sha256"]:
+            return found["content"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    log.warning("%s is damaged: making it again", path)
+    return None
+
+
+class Column:
+    """One file being written."""
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype[Any], width: int) -> None:
+        self._file, self._dtype, self._width = file, dtype, width
+        self._held = bytearray()
+        self._numbers = array(dtype.char) if dtype.kind in "iu" else None
+        self._digest, self.n_bytes = hashlib.sha256(), 0
+
+    def add(self, value: int) -> None:
+        """Append one number."""
+        assert self._numbers is not None
+        self._numbers.append(value)
+        if len(self._numbers) * self._dtype.itemsize >= HELD:
+            self._write_numbers()
+
+    def extend(self, data: bytes) -> None:
+        """Append the bytes of any number of values."""
+        self._held += data
+        if len(self._held) >= HELD:
+            self._write_held()
+
+    def summary(self) -> dict[str, Any]:
+        """Flush the file to disk, and describe it for the manifest."""
+        self._write_numbers()
+        self._write_held()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        state = os.fstat(self._file.fileno())
+        return {
+            "dtype": self._dtype.str,
+            "width": self._width,
+            "n_bytes": self.n_bytes,
+            "sha256": self._digest.hexdigest(),
+            "mtime_ns": state.st_mtime_ns,
+        }
+
+    def _write_numbers(self) -> None:
+        if self._numbers:
+            numbers, self._numbers = self._numbers, array(self._dtype.char)
+            self.extend(np.frombuffer(numbers, self._dtype).tobytes())
+
+    def _write_held(self) -> None:
+        held, self._held = bytes(self._held), bytearray()
+        self._file.write(held)
+        self._digest.update(held)
+        self.n_bytes += len(held)
+
+
+class Writer:
+    """The columns of a folder being written."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._columns: dict[str, Column] = {}
+
+    def column(self, name: str, dtype: Any, width: int = 1) -> Column:
+        """Begin a column of numbers, or of `width` numbers a row."""
+        file = self._stack.enter_context((self._folder / name).open("wb"))
+        self._columns[name] = Column(file, np.dtype(dtype), width)
+        return self._columns[name]
+
+    def summaries(self) -> dict[str, Any]:
+        """What the manifest says about each column."""
+        return {name: column.summary() for name, column in self._columns.items()}
+
+
+class Columns:
+    """A finished folder. Can be pickled: it holds a path, and opens files when it needs them.
+
+    Attributes:
+        facts: the plain values that were written with it.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder, self.facts, self._about = folder, manifest["facts"], manifest["columns"]
+        self._open: dict[str, int] = {}
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A column as an array that is read page by page when it is touched: (n,), or (n, width)."""
+        about = self._about[name]
+        dtype, width = np.dtype(about["dtype"]), about["width"]
+        shape = (
+            (about["n_bytes"] // dtype.itemsize,)
+            if width == 1
+            else (about["n_bytes"] // dtype.itemsize // width, width)
+        )
+        if not about["n_bytes"]:
+            return np.zeros(shape, dtype)
+        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape)
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of a column. Unlike a mapped page, they do not stay in memory."""
+        if name not in self._open:
+            self._open[name] = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        if hasattr(os, "pread"):
+            return os.pread(self._open[name], stop - start, start)
+        os.lseek(self._open[name], start, os.SEEK_SET)
+        return os.read(self._open[name], stop - start)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The type of a column."""
+        return np.dtype(self._about[name]["dtype"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+def made_once(folder: Path, write: Callable[[Writer], dict[str, Any]], *, verify: bool = False) -> Columns:
+    """The columns in a folder of the cache; made by one process while others wait.
+
+    Args:
+        folder: its name says everything that the columns depend on.
+        write: fills a new folder, and returns the facts for its manifest.
+        verify: compute all digests again.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    if (found := _opened(folder, verify)) is not None:
+        return found
+    with locked(folder):
+        if (found := _opened(folder, verify)) is None:
+            _make(folder, write)
+            found = _opened(folder, verify)
+    if found is None:
+        raise OSError(f"{folder} reads back differently from what was written; check the disk and run again")
+    return found
+
+
+def _opened(folder: Path, verify: bool) -> Columns | None:
+    manifest = unsealed(folder / MANIFEST)
+    if manifest is None:
+        return None
+    for name, about in manifest["columns"].items():
+        if not _is_as_written(folder / name, about, verify):
+            log.warning("%s is not as it was written: making it again", folder / name)
+            return None
+    return Columns(folder, manifest)
+
+
+def _is_as_written(file: Path, about: Mapping[str, Any], verify: bool) -> bool:
+    try:
+        state = file.stat()
+    except FileNotFoundError:
+        return False
+    if state.st_size != about["n_bytes"]:
+        return False
+    return (state.st_mtime_ns == about["mtime_ns"] and not verify) or sha256_of(file) == about["sha256"]
+
+
+def _make(folder: Path, write: Callable[[Writer], dict[str, Any]]) -> None:
+    """Fill a folder under a temporary name and rename it when all is written. The caller holds the lock."""
+    making = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)  # left by a killed process: we hold the lock
+    try:
+        making.mkdir(parents=True)
+        with ExitStack() as stack:
+            writer = Writer(making, stack)
+            facts = write(writer)
+            manifest = {"facts": facts, "columns": writer.summaries()}
+        write_atomically(making / MANIFEST, sealed(manifest))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        commit(making, folder)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        raise OSError(
+            f"cannot write {folder}: {error} ({free:,.0f} MiB are free there); "
+            "make room, or set LLM_LIGHTNING_CACHE to a folder with more"
+        ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
