@@ -232,7 +232,7 @@ def _template(models: Sequence[LoadedModel], wanted: str | None) -> Template:
     return template_of(b if is_known else a, wanted)
 
 
-def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> tuple[list[Conversation], str]:
+def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> tuple[Sequence[Conversation], str]:
     """The prompts, and the name of their source."""
     from llm_lightning.data.of_checkpoint import conversations_of
     from llm_lightning.inference.respond import read_records

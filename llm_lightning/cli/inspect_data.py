@@ -126,26 +126,22 @@ def _form_of(args: argparse.Namespace) -> tuple[Tokenizer, Template]:
 def _record_samples(
     path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
 ) -> tuple[list[Example], None]:
-    from llm_lightning.data.batches import Example
-    from llm_lightning.data.instruction import encode
+    from llm_lightning.data.instruction import Targets, encode
     from llm_lightning.data.records.instruction import read_instructions
 
     records = read_instructions(path, empty_output="keep")[0][: args.number]
-    encoded = [encode(tokenizer, template, one, loss_on=args.loss_on) for one in records]
-    return [Example(index, one.ids, one.is_target) for index, one in enumerate(encoded)], None
+    return [encode(tokenizer, template, one, Targets(args.loss_on)) for one in records], None
 
 
 def _pair_samples(
     path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
 ) -> tuple[list[Example], list[str]]:
-    from llm_lightning.data.preference import encode_pair, titles_of_pairs
+    from llm_lightning.data.preference import Scoring, encode, titles_of_pairs
     from llm_lightning.data.records.preference import read_preferences
 
     if args.loss_on == "all":
         raise ValueError("--loss-on all: of pairs only the answers are scored; use response or header")
     pairs = read_preferences(path)[0][: args.number]
-    with_header = args.loss_on == "header"
-    encoded = [
-        encode_pair(tokenizer, template, index, one, score_header=with_header) for index, one in enumerate(pairs)
-    ]
+    scoring = Scoring(score_header=args.loss_on == "header")
+    encoded = [encode(tokenizer, template, one, scoring) for one in pairs]
     return [side for pair in encoded for side in pair.sequences], titles_of_pairs(2 * len(pairs))

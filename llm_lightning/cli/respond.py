@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--batch-size and --limit must be at least 1")
     columns = _columns(checkpoints)
-    conversations: list[Conversation] | None = None
+    conversations: Sequence[Conversation] | None = None
     answers: dict[str, list[str]] = {}
     for checkpoint, column in zip(checkpoints, columns, strict=True):
         loaded = open_model(args, checkpoint=checkpoint)
@@ -124,7 +125,7 @@ def _split_paths(args: argparse.Namespace) -> tuple[list[str], Path | None]:
     return (args.paths, None) if args.split else (checkpoints, Path(last))
 
 
-def _conversations(loaded: LoadedModel, data: Path | None, split: str) -> list[Conversation]:
+def _conversations(loaded: LoadedModel, data: Path | None, split: str) -> Sequence[Conversation]:
     from llm_lightning.data.of_checkpoint import conversations_of
     from llm_lightning.inference.respond import read_records
 

@@ -138,6 +138,10 @@ class BaseDataModule(L.LightningDataModule):
     def _measured(self, samples: Any) -> tuple[np.ndarray, np.ndarray]:
         """The number of tokens and the class of every sample, (n,) int64 each."""
         if samples not in self._lengths:
+            known = _known_lengths(samples)
+            if known is not None:
+                self._lengths[samples] = known, np.zeros(len(known), np.int64)
+                return self._lengths[samples]
             rows = [samples[index] for index in range(len(samples))]
             pairs = [(row.n_tokens, self.class_of(row)) for row in rows]
             lengths, classes = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
@@ -246,6 +250,14 @@ class BaseDataModule(L.LightningDataModule):
             # depend on how often the loader was made. Workers are seeded from it, differently on each rank.
             generator=torch.Generator().manual_seed(self.seed + order.rank),
         )
+
+
+def _known_lengths(samples: Any) -> np.ndarray | None:
+    """The lengths of samples that know them without being read: (n,) int64, all of one class."""
+    if isinstance(samples, Subset):
+        inner = _known_lengths(samples.dataset)
+        return None if inner is None else inner[np.asarray(samples.indices)]
+    return np.asarray(samples.lengths, np.int64) if hasattr(samples, "lengths") else None
 
 
 def evenly_spaced(samples: Dataset, n: int) -> Subset:

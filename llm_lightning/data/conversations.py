@@ -18,17 +18,22 @@ import numpy as np
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import LMBatch, collate_padded
-from llm_lightning.data.control_words import WordCount, described, without_end
+from llm_lightning.data.control_words import described
 from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
-from llm_lightning.data.leaks import leaked_prompts, prompt_key
-from llm_lightning.data.records.rows import Source
-from llm_lightning.data.samples import Rows
-from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, order_split
+from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, remembered
+from llm_lightning.data.record_store.records import FORMAT, Reading, RecordStore, open_store
+from llm_lightning.data.record_store.samples import Fitting
+from llm_lightning.data.record_store.tokens import tokens_of
+from llm_lightning.data.records.rows import RecordForm, Source
+from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, numbered, order_split
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.choose import choose_template
-from llm_lightning.data.templates.conversation import Conversation, answers_of, as_plain, with_answers
+from llm_lightning.data.templates.conversation import Conversation, as_plain
+from llm_lightning.files.atomic import cache_dir
+from llm_lightning.files.columns import Writer, key_of, made_once
 from llm_lightning.files.download import Pinned, check_name, file_of
+from llm_lightning.terminal import counted
 from llm_lightning.tokenizers.base import Tokenizer
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -80,6 +85,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         split_seed: of the grouped split; apart from the training seed, so that a sweep over seeds has one split.
         too_long: what happens to what exceeds the context: `cut_prompt`, `drop` or `cut_answer`; see the subclasses.
         max_dropped: the share of records that may be dropped or have an answer cut.
+        max_cut: the share of records that may have their prompt cut.
         max_length: longest input in tokens; default: `context_length`.
         packing: sequences end to end, a shared prefix stored once: true, false (padded), or `auto`: where that saves
             more than 5% of the positions.
@@ -118,6 +124,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         split_seed: int = 123,
         too_long: str = "cut_prompt",
         max_dropped: float = 0.05,
+        max_cut: float = 0.05,
         max_length: int | None = None,
         packing: bool | str = "auto",
         share_prefix: bool = True,
@@ -126,7 +133,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
     ) -> None:
         super().__init__(bucket=bucket, **loading)
         check_choices(CHOICES, split=split, too_long=too_long, packing=packing)
-        check_numbers(val_fraction, test_fraction, max_dropped, max_length)
+        check_numbers(val_fraction, test_fraction, max_dropped, max_cut, max_length)
         check_name(name, self.named)
         if path is not None and name is not None and isinstance(self.named[name], Path):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
@@ -134,27 +141,26 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         self.context_length, self.columns, self.too_long = context_length, columns, too_long
         self.limit = min(max_length or context_length, context_length)
         self.share_prefix, self.is_packed = share_prefix, packing is True
-        self.records: dict[str, list[Conversation]] = {}
+        self.records: dict[str, Part] = {}
         self._make_tokenizer = tokenizer
         self._name, self._path = name, path
         self._hub = HubDataset(hf_dataset, hf_config, hf_split, hf_revision) if hf_dataset is not None else None
-        self._split, self._fractions, self._split_seed = split, (val_fraction, test_fraction), split_seed
+        self._how, self._fractions, self._split_seed = split, (val_fraction, test_fraction), split_seed
         self._strip_eot = strip_eot
-        self._max_dropped, self._packing = max_dropped, packing
+        self._max_dropped, self._max_cut, self._packing = max_dropped, max_cut, packing
         self._report: dict[str, Any] = {}
 
     # --- what a subclass defines -----------------------------------------------------------------------------------
 
+    @property
     @abstractmethod
-    def read_records(self, source: Source) -> tuple[list[Conversation], int]:
-        """The records of a file or dataset, and the number skipped."""
+    def form(self) -> RecordForm:
+        """How a record becomes a conversation."""
 
+    @property
     @abstractmethod
-    def samples_of(self, records: Sequence[Conversation], counts: Counter[str]) -> tuple[list[Sample], dict[str, Any]]:
-        """The samples of a split within `limit`, and facts about them.
-
-        Counts under `prompts_cut`, `answers_cut` and `dropped`.
-        """
+    def kind(self) -> Any:
+        """How tokens become a sample: a `SampleKind`."""
 
     @abstractmethod
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
@@ -172,19 +178,15 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
 
     def read(self) -> None:
         """Read, check and split the records, without tokenising: enough for `conversations_of` and `data_digest`."""
-        records, skipped = self.read_records(self._source())
-        records = self._checked_ends(records)
-        self.template.check(records)
-        parts = split_conversations(records, self._split, self._fractions, self._split_seed)
+        pool = self._pool(self._source())
+        parts = self._split(pool)
+        self._report = {"records": len(pool), "skipped": sum(one.n_skipped for one in pool.stores), "split": self._how}
         # After the split: a pair that is left out moves no other record to another split.
-        self.records = {
-            split: [records[index] for index in part if not records[index].has_equal_answers]
-            for split, part in parts.items()
-        }
-        self.data_digest = self._digest()
-        self._report = {"records": len(records), "skipped": skipped, "split": self._split}
+        self.records = {split: Part(pool, rows[~pool.has_equal_answers[rows]]) for split, rows in parts.items()}
         if self.left_out_as is not None:
-            self._report[self.left_out_as] = len(records) - sum(map(len, self.records.values()))
+            self._report[self.left_out_as] = len(pool) - sum(map(len, self.records.values()))
+        self._say_what_was_found(pool.stores)
+        self.data_digest = self._digest()
 
     def build(self) -> None:
         self.read()
@@ -193,39 +195,39 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         self.template.check_tokenizer(self.tokenizer)
         self.pad_id = self.tokenizer.eot_id or 0  # without effect: nothing sees a pad, and no mask looks at ids
         self._encode()
-        self._report |= {"leaks": {split: leaked_prompts(self.records, split) for split in ("val", "test")}}
+        self._report |= {"leaks": self._remembered("leaks", self._leaks)}
         self.choose_layout()
         for line in self.lines_of(self._report):
             log.info(line)
-        leak = self._report["leaks"]["test"]
-        log.info("Test prompts also in training: %d of %d", leak["prompts"], leak["of"])
+        for split, leak in self._report["leaks"].items():
+            if split != "val":
+                log.info("%s prompts also in training: %d of %d", split.capitalize(), leak["prompts"], leak["of"])
 
     def choose_layout(self) -> None:
         """Measure what packing saves on the first training batches, and with `packing: auto` decide on the layout."""
+        samples: Any = self.train_samples
+        order = [self.batch_size, self.seed, self.shuffle, self.bucket, self.share_prefix]
+        saved = self._remembered("layout", self._saved_by_packing, samples.key, order)
+        if self._packing == "auto":
+            self.is_packed = saved > PACKING_PAYS_FROM
+        self._report |= {"packed": self.is_packed, "saved_by_packing": round(saved, 4)}
+
+    def _saved_by_packing(self) -> float:
         padded = packed = 0
         for samples in self.first_batches(BATCHES_LOOKED_AT):
             lengths = [sequence.n_tokens - 1 for sample in samples for sequence in sample.sequences]
             padded += len(lengths) * max(lengths)
             packed += self.layouts.packed_length(samples, share_prefix=self.share_prefix)
-        saved = 1 - packed / padded
-        if self._packing == "auto":
-            self.is_packed = saved > PACKING_PAYS_FROM
-        self._report |= {"packed": self.is_packed, "saved_by_packing": round(saved, 4)}
+        return 1 - packed / padded
 
     def collator(self) -> Callable[[Sequence[Sample]], Any]:
         if self.is_packed:
             return partial(self.layouts.packed, pad_id=self.pad_id, share_prefix=self.share_prefix)
         return partial(self.layouts.padded, pad_id=self.pad_id, context_length=self.context_length)
 
-    def kept_behind_cut(self, ids: np.ndarray, excess: int) -> np.ndarray:
-        """The indices of `ids` that remain when `excess` are cut from the left; the id that begins a text does."""
-        indices = np.arange(len(ids))
-        first = indices[: int(len(ids) > excess and ids[0] == self.tokenizer.bos_id)]
-        return np.concatenate([first, indices[len(first) + excess :]])
-
     # --- inspection ------------------------------------------------------------------------------------------------
 
-    def conversations_of(self, split: str) -> list[Conversation]:
+    def conversations_of(self, split: str) -> Sequence[Conversation]:
         """The conversations of `train`, `val` or `test`, including those that are too long to train on."""
         return self.records[split]
 
@@ -269,21 +271,32 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             raise ValueError("data.name and data.path are both null; give data.path=FILE with records")
         return file_of(self.named[self._name])
 
-    def _checked_ends(self, records: list[Conversation]) -> list[Conversation]:
-        """Warn of control tokens that answers spell out, or strip them from their ends."""
-        if self._strip_eot:
-            records = [with_answers(one, without_end) for one in records]
-        spelt = WordCount()
-        for record in records:
-            for answer in answers_of(record):
-                spelt.add(answer)
-                spelt.end()
-        if spelt.found:
+    def _pool(self, *sources: Source) -> Pool:
+        reading = Reading(self.form, self.file_options, self._strip_eot, self.bad_records_policy)
+        return Pool([open_store(source, reading, verify=self.verify) for source in sources])
+
+    def _split(self, pool: Pool) -> dict[str, np.ndarray]:
+        """split -> rows of the pool."""
+        spec = [pool.key, self._how, self._fractions, self._split_seed]
+        folder = cache_dir() / "records" / f"split-{key_of([FORMAT, spec])}"
+
+        def write(writer: Writer) -> dict[str, Any]:
+            for split, rows in split_pool(pool, self._how, self._fractions, self._split_seed).items():
+                writer.column(split, np.int64).extend(rows.tobytes())
+            return {}
+
+        columns = made_once(folder, write, verify=self.verify)
+        return {split: columns.mapped(split) for split in SPLITS}
+
+    def _say_what_was_found(self, stores: Sequence[RecordStore]) -> None:
+        """Counts of what was changed, left out or found when the records were read, also if that was long ago."""
+        spelt = sum((store.control_words for store in stores), Counter[str]())
+        if spelt:
             remedy = "" if self._strip_eot else "; data.strip_eot=true strips them from the ends of answers"
-            log.warning(
-                "Answers spell out control tokens, which are read as text: %s%s", described(spelt.found), remedy
-            )
-        return records
+            log.warning("Answers spell out control tokens, which are read as text: %s%s", described(spelt), remedy)
+        for what, n in sum((store.counts for store in stores), Counter[str]()).items():
+            log.info("%s: %s", counted(n, "record"), what)
+        self.quarantined = [one for store in stores for one in store.quarantined]
 
     def _training_texts(self) -> Iterable[str]:
         for record in self.records["train"]:
@@ -292,26 +305,44 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
                 yield record.rejected
 
     def _encode(self) -> None:
-        counts: Counter[str] = Counter()
-        samples: dict[str, Rows[Sample]] = {}
-        facts: dict[str, Any] = {}
-        for split in SPLITS:
-            rows, facts[split] = self.samples_of(self.records[split], counts)
-            if not rows:
+        pool = self.records["train"].pool
+        encode = type(self.kind).encode
+        tokens = TokenPool(
+            [tokens_of(store, self.tokenizer, self.template, encode, verify=self.verify) for store in pool.stores]
+        )
+        rows = np.concatenate([part.rows for part in self.records.values()])
+        lengths = tokens.longest(rows)
+        if self.too_long == "cut_prompt":
+            check_lengths(lengths, len(pool), self.limit, self._max_cut, self._max_dropped)
+        fitting = Fitting(self.kind, self.limit, self.too_long, self.tokenizer, self.template)
+        samples = {split: fitting.samples(part, tokens, verify=self.verify) for split, part in self.records.items()}
+        for split, found in samples.items():
+            if not len(found):
                 raise ValueError(self.nothing_fits.format(split=split, limit=self.limit))
-            samples[split] = Rows(rows)
+        counts = sum((rows.counts for rows in samples.values()), Counter[str]())
         counted = {name: counts[name] for name in ("prompts_cut", "answers_cut", "dropped")}
+        facts = {split: rows.facts for split, rows in samples.items()}
         self._report |= {"limit": self.limit, "splits": facts, "too_long": self.too_long, **counted}
         check_dropped_fraction(self._report, self._max_dropped)
+        if counts["prompts_cut"] > self._max_cut * len(pool):
+            raise ValueError(too_many_cut(counts["prompts_cut"], len(pool), self.limit, self._max_cut, lengths))
         self.train_samples, self.test_samples = samples["train"], {"test": samples["test"]}
         self.eval_samples = {"val": samples["val"]}
         if self.eval_batches > 0:
             self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
 
+    def _leaks(self) -> dict[str, dict[str, int]]:
+        return {split: leaks(self.records, split) for split in self.records if split != "train"}
+
     def _digest(self) -> str:
-        content = {split: [as_plain(record) for record in rows] for split, rows in self.records.items()}
-        values = [content, *self.template.digest_values(), *self.digest_more()]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        values = [*self.template.digest_values(), *self.digest_more()]
+        digest: str = self._remembered("digest", lambda: digest_of(self.records, values), values)
+        return digest
+
+    def _remembered(self, name: str, compute: Callable[[], Any], *spec: Any) -> Any:
+        """A value that follows from the records of all splits and `spec`."""
+        keys = [[split, part.key] for split, part in self.records.items()]
+        return remembered(name, [keys, *spec], compute, verify=self.verify)
 
 
 def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> bool:
@@ -324,10 +355,8 @@ def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -
     return not any(dropouts) and not (lora and lora.get("dropout"))
 
 
-def split_conversations(
-    records: Sequence[Conversation], split: str, fractions: tuple[float, float], seed: int
-) -> dict[str, list[int]]:
-    """split -> indices of its records.
+def split_pool(pool: Pool, split: str, fractions: tuple[float, float], seed: int) -> dict[str, np.ndarray]:
+    """split -> rows of a pool.
 
     Args:
         split: `grouped` (no prompt, and no group of records, appears in two splits) or `order`.
@@ -337,15 +366,29 @@ def split_conversations(
         ValueError: if a split would be empty.
     """
     if split == "order":
-        parts = order_split(len(records), fractions)
+        parts = order_split(len(pool), fractions)
     else:
-        prompts = list(map(prompt_key, records))
-        keys = joined_groups([one.group or key for one, key in zip(records, prompts, strict=True)], prompts)
-        parts = grouped_split(keys, [0] * len(keys), fractions, seed)
+        has_group = np.any(pool.groups, axis=1)
+        keys = numbered(pool.prompts)
+        if has_group.any():
+            keys = joined_groups(numbered(np.where(has_group[:, None], pool.groups, pool.prompts)), keys)
+        parts = grouped_split(keys, pool.store_of(np.arange(len(pool))), fractions, seed)
     for name, part in parts.items():
-        if not part:
-            raise ValueError(f"{len(records)} records leave none for {name}; give more, or raise data.{name}_fraction")
+        if not len(part):
+            raise ValueError(f"{len(pool)} records leave none for {name}; give more, or raise data.{name}_fraction")
     return parts
+
+
+def digest_of(parts: Mapping[str, Iterable[Conversation]], values: Sequence[Any]) -> str:
+    """The sha256 of `json.dumps([{split: [record, ...], ...}, *values])`, of which a part at a time is in memory."""
+    digest = hashlib.sha256(b"[{")
+    for number, (split, records) in enumerate(parts.items()):
+        digest.update(f"{', ' if number else ''}{json.dumps(split)}: [".encode())
+        for index, record in enumerate(records):
+            digest.update(f"{', ' if index else ''}{json.dumps(as_plain(record))}".encode())
+        digest.update(b"]")
+    digest.update("".join(["}", *(f", {json.dumps(value)}" for value in values), "]"]).encode())
+    return digest.hexdigest()
 
 
 def check_choices(allowed: Mapping[str, tuple[Any, ...]], **given: Any) -> None:
@@ -356,16 +399,39 @@ def check_choices(allowed: Mapping[str, tuple[Any, ...]], **given: Any) -> None:
             raise ValueError(f"data.{name}={value!r} must be one of {words}")
 
 
-def check_numbers(val: float, test: float, max_dropped: float, max_length: int | None) -> None:
+def check_numbers(val: float, test: float, max_dropped: float, max_cut: float, max_length: int | None) -> None:
     """Raise ValueError for impossible fractions or lengths."""
     if val <= 0 or test <= 0 or val + test >= 1:
         raise ValueError(
             f"data.val_fraction={val} and data.test_fraction={test} must be positive and sum to less than 1"
         )
-    if not 0 <= max_dropped <= 1:
-        raise ValueError(f"data.max_dropped={max_dropped} must be between 0 and 1")
+    for name, share in (("max_dropped", max_dropped), ("max_cut", max_cut)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"data.{name}={share} must be between 0 and 1")
     if max_length is not None and max_length < 2:
         raise ValueError(f"data.max_length={max_length} must be at least 2")
+
+
+def check_lengths(lengths: np.ndarray, n_records: int, limit: int, max_cut: float, max_dropped: float) -> None:
+    """Raise ValueError if more is too long than may be cut or dropped: at once, since cutting takes time.
+
+    Args:
+        lengths: tokens of the records that are used.
+    """
+    n_long = int((lengths > limit + 2).sum())  # the end of an answer may not be scored
+    if n_long > (max_cut + max_dropped) * n_records:
+        raise ValueError(too_many_cut(n_long, n_records, limit, max_cut, lengths))
+
+
+def too_many_cut(n_cut: int, n_records: int, limit: int, max_cut: float, lengths: np.ndarray) -> str:
+    """The error for prompts that do not fit."""
+    half, most, longest = (int(one) - 1 for one in np.quantile(lengths, (0.5, 0.95, 1), method="higher"))
+    return (
+        f"{n_cut:,} of {n_records:,} records do not fit into {limit} tokens without a cut in their prompt, more than "
+        f"data.max_cut={max_cut:g} allows: half of them need {half} tokens, 95% {most}, the longest {longest}; set "
+        f"model.context_length (and data.max_length, if it is set) to {longest}, or to {most} for 95% of them, or "
+        "raise data.max_cut if the cuts are intended"
+    )
 
 
 def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float) -> None:

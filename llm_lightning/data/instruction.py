@@ -6,17 +6,17 @@ Everything that was dropped or cut is counted in `report()` and logged once.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from llm_lightning.data.batches import Example, collate_packed, collate_padded, packed_length
 from llm_lightning.data.conversations import ConversationDataModule, Layouts, check_choices
-from llm_lightning.data.records.instruction import read_instructions
-from llm_lightning.data.records.rows import Source
+from llm_lightning.data.record_store.tokens import KINDS, Pieces, encode_conversation, of_kinds
+from llm_lightning.data.records.instruction import InstructionForm
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned
@@ -46,15 +46,59 @@ LOSS_ON = ("response", "header", "all")
 _CHOICES = {"loss_on": LOSS_ON, "eos_targets": ("all", "first")}
 
 
-class Encoded(NamedTuple):
-    """Token ids of a conversation."""
+@dataclass(frozen=True)
+class Targets:
+    """Which tokens of a conversation are trained on.
 
-    ids: np.ndarray
-    is_target: np.ndarray
-    is_answer: np.ndarray
-    """(n,) bool: answers and their ends, whatever the targets are."""
-    answer_at: int
-    """Index of the first token of the last answer."""
+    Args:
+        loss_on: `response` (each answer and its end), `header` (also the fixed text before an answer, as in the book's
+            exercise 7.2), or `all` (also the prompt: the book's chapter 7).
+        eos_targets: whether `all` ends of a conversation are targets, or the `first` one (the book's collate function).
+    """
+
+    loss_on: str = "response"
+    eos_targets: str = "all"
+    encode = staticmethod(encode_conversation)
+
+    def sample(self, number: int, pieces: Pieces) -> Example | None:
+        example = Example(number, pieces.ids, self.are_targets(pieces))
+        return example if example.label_mask.any() else None
+
+    def are_targets(self, pieces: Pieces) -> np.ndarray:
+        """(n,) bool."""
+        is_target = _TRAINED[self.loss_on][pieces.kinds]
+        if self.eos_targets == "first":
+            is_target[np.flatnonzero(pieces.kinds == _END)[1:]] = False
+        return pieces.marked(is_target)
+
+    def length(self, pieces: Pieces) -> int:
+        return len(pieces.ids)
+
+    def n_answer(self, pieces: Pieces) -> int:
+        # The first token of a row is never a target, even of an answer.
+        return int(pieces.marked(_ANSWERS[pieces.kinds])[1:].sum())
+
+    def with_cut_answers(self, pieces: Pieces, most: int) -> Pieces:
+        return pieces.cut(most)
+
+    def measures(self, sample: Example) -> tuple[int, ...]:
+        return (sample.n_targets,)
+
+    def facts(self, whole: np.ndarray, measures: np.ndarray) -> dict[str, Any]:
+        return {
+            "records": len(measures),
+            "mean_tokens": int(whole.sum()) / len(whole),
+            "most_tokens": int(whole.max()),
+            "targets": int(measures.sum()),
+        }
+
+
+_TRAINED = {
+    "response": of_kinds("response", "end"),
+    "header": of_kinds("header", "response", "end"),
+    "all": ~of_kinds("untrained"),
+}
+_ANSWERS, _END = of_kinds("response", "end"), KINDS.index("end")
 
 
 class InstructionDataModule(ConversationDataModule[Example]):
@@ -63,12 +107,9 @@ class InstructionDataModule(ConversationDataModule[Example]):
     Args:
         name: `short_answers` (embedded), `book_instructions` or `alpaca_52k` (downloaded).
         empty_output: see `read_instructions`.
-        loss_on: the targets: `response` (each answer and its end), `header` (also the fixed text before an answer, as
-            in the book's exercise 7.2), or `all` (also the prompt: the book's chapter 7).
-        eos_targets: whether `all` ends of a conversation are targets, or the `first` one (the book's collate function).
-        too_long: what happens to a conversation longer than the context: `cut_prompt` from the left, behind the id that
-            begins a text (a conversation whose answer alone is too long is dropped), `drop`, or `cut_answer` from the
-            right (the book's).
+        loss_on, eos_targets: see `Targets`.
+        too_long: what happens to a conversation longer than the context: `cut_prompt` (see `cutting.py`; one whose last
+            answer alone is too long is dropped), `drop`, or `cut_answer` from the right (the book's).
     """
 
     named = NAMED
@@ -87,19 +128,15 @@ class InstructionDataModule(ConversationDataModule[Example]):
     ) -> None:
         super().__init__(name=name, **common)
         check_choices(_CHOICES, loss_on=loss_on, eos_targets=eos_targets)
-        self._empty_output, self._loss_on, self._eos_targets = empty_output, loss_on, eos_targets
+        self._empty_output, self._targets = empty_output, Targets(loss_on, eos_targets)
 
-    def read_records(self, source: Source) -> tuple[list[Conversation], int]:
-        return read_instructions(
-            source, options=self.file_options, columns=self.columns, empty_output=self._empty_output
-        )
+    @property
+    def form(self) -> InstructionForm:
+        return InstructionForm(self.columns, self._empty_output)
 
-    def samples_of(self, records: Sequence[Conversation], counts: Counter[str]) -> tuple[list[Example], dict[str, Any]]:
-        options = {"loss_on": self._loss_on, "eos_targets": self._eos_targets}
-        encoded = [encode(self.tokenizer, self.template, one, **options) for one in records]
-        fitted = [self._fitted(one, counts) for one in encoded]
-        rows = [Example(index, one.ids, one.is_target) for index, one in enumerate(fitted) if one is not None]
-        return rows, _facts(encoded, rows)
+    @property
+    def kind(self) -> Targets:
+        return self._targets
 
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
         for split, part in facts["splits"].items():
@@ -113,58 +150,10 @@ class InstructionDataModule(ConversationDataModule[Example]):
             f"{facts['limit']} tokens, {facts['dropped']} dropped"
         )
 
-    def _fitted(self, one: Encoded, counts: Counter[str]) -> Encoded | None:
-        """`one` cut to the limit, or None if it is dropped; both are counted."""
-        excess = len(one.ids) - (self.limit + 1)  # the last token is only a label
-        if excess > 0 and (self.too_long == "drop" or (self.too_long == "cut_prompt" and excess >= one.answer_at)):
-            counts["dropped"] += 1
-            return None
-        kept = np.arange(self.limit + 1 if excess > 0 else len(one.ids))
-        if excess > 0 and self.too_long == "cut_prompt":
-            kept = self.kept_behind_cut(one.ids, excess)
-        fitted = Encoded(one.ids[kept], one.is_target[kept], one.is_answer[kept], one.answer_at)
-        if not fitted.is_target[1:].any():
-            counts["dropped"] += 1
-            return None
-        if excess > 0:
-            # The first token of a row is never a target, even of an answer.
-            counts["answers_cut" if fitted.is_answer[1:].sum() < one.is_answer.sum() else "prompts_cut"] += 1
-        return fitted
-
 
 def encode(
-    tokenizer: Tokenizer,
-    template: Template,
-    conversation: Conversation,
-    *,
-    loss_on: str = "response",
-    eos_targets: str = "all",
-) -> Encoded:
-    """Token ids of a whole conversation, and which of them are targets."""
-    trained = {"response": {"response", "end"}, "header": {"header", "response", "end"}}.get(loss_on)
-    ids: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    answers: list[np.ndarray] = []
-    answer_at, n_ids, n_ends = 0, 0, 0
-    for piece, kind in template.tokens(tokenizer, template.segments(conversation, tokenizer)):
-        is_target = trained is None or kind in trained
-        if kind == "end":
-            n_ends += 1
-            is_target = is_target and (eos_targets == "all" or n_ends == 1)
-        if kind in ("header", "prompt"):
-            answer_at = n_ids + len(piece)
-        n_ids += len(piece)
-        ids.append(piece)
-        targets.append(np.full(len(piece), is_target))
-        answers.append(np.full(len(piece), kind in ("response", "end")))
-    return Encoded(np.concatenate(ids), np.concatenate(targets), np.concatenate(answers), answer_at)
-
-
-def _facts(encoded: Sequence[Encoded], rows: Sequence[Example]) -> dict[str, Any]:
-    lengths = [len(one.ids) for one in encoded]
-    return {
-        "records": len(rows),
-        "mean_tokens": sum(lengths) / len(lengths),
-        "most_tokens": max(lengths),
-        "targets": sum(row.n_targets for row in rows),
-    }
+    tokenizer: Tokenizer, template: Template, conversation: Conversation, targets: Targets | None = None
+) -> Example:
+    """Token ids of a whole conversation, however long, and which of them are targets."""
+    pieces = Pieces.of(encode_conversation(tokenizer, template, conversation))
+    return Example(0, pieces.ids, (targets or Targets()).are_targets(pieces))

@@ -6,8 +6,8 @@ prefixes stored once. Everything that was dropped or cut is counted in `report()
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from llm_lightning.data.pairs import (
     collate_padded_pairs,
     packed_pairs_length,
 )
-from llm_lightning.data.records.preference import read_preferences
-from llm_lightning.data.records.rows import Source
+from llm_lightning.data.record_store.tokens import Pieces, encode_pair, of_kinds
+from llm_lightning.data.records.preference import PreferenceForm
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned
@@ -41,17 +41,83 @@ NAMED: dict[str, Path | Pinned] = {
 }
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Which tokens of a pair are scored.
+
+    Args:
+        score_eos: the end of an answer, so that the model learns when to stop; false: the book's.
+        score_header: the fixed text before an answer, without the line breaks at its start (the book's).
+    """
+
+    score_eos: bool = True
+    score_header: bool = False
+    encode = staticmethod(encode_pair)
+
+    def sample(self, number: int, pieces: Pieces) -> PairSample | None:
+        pair = self.whole(number, pieces)
+        # Without a prompt nothing predicts the first token of an answer.
+        is_useless = not len(pair.prompt_ids) or not len(pair.chosen_ids) or not len(pair.rejected_ids)
+        return None if is_useless or np.array_equal(pair.chosen_ids, pair.rejected_ids) else pair
+
+    def whole(self, number: int, pieces: Pieces) -> PairSample:
+        """The pair, also if it is of no use."""
+        prompt, chosen, rejected = self._parts(pieces)
+        n_header = min(int(pieces.marked(_HEADER[pieces.kinds]).sum()), len(prompt) - 1) if self.score_header else 0
+        return PairSample(number, prompt, chosen, rejected, n_header)
+
+    def length(self, pieces: Pieces) -> int:
+        prompt, chosen, rejected = map(len, self._parts(pieces))
+        return prompt + max(chosen, rejected)
+
+    def n_answer(self, pieces: Pieces) -> int:
+        return sum(map(len, self._parts(pieces)[1:]))
+
+    def with_cut_answers(self, pieces: Pieces, most: int) -> Pieces:
+        """Both answers are cut to the same limit."""
+        prompt, chosen, rejected = self._parts(pieces)
+        room = max(most - len(prompt), 0)
+        kept = [part for part in pieces.parts() if part[1] in ("prompt", "header")]
+        return Pieces.of([*kept, (chosen[:room], "response"), (rejected[:room], "rejected")])
+
+    def measures(self, sample: PairSample) -> tuple[int, ...]:
+        return len(sample.prompt_ids), len(sample.chosen_ids), len(sample.rejected_ids)
+
+    def facts(self, whole: np.ndarray, measures: np.ndarray) -> dict[str, Any]:
+        prompt, chosen, rejected = measures.T.astype(np.int64)
+        n = len(measures)
+        return {
+            "pairs": n,
+            "mean_prompt": int(prompt.sum()) / n,
+            "mean_chosen": int(chosen.sum()) / n,
+            "mean_rejected": int(rejected.sum()) / n,
+            "chosen_longer": int((chosen > rejected).sum()) / n,
+            "most_tokens": int((prompt + np.maximum(chosen, rejected)).max()),
+        }
+
+    def _parts(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The scored tokens of prompt, chosen and rejected answer."""
+        chosen = _CHOSEN if self.score_eos else _CHOSEN_TEXT
+        rejected = _REJECTED if self.score_eos else _REJECTED_TEXT
+        prompt, first, second = (pieces.ids[pieces.marked(one[pieces.kinds])] for one in (_PROMPT, chosen, rejected))
+        return prompt, first, second
+
+
+_PROMPT, _HEADER = of_kinds("prompt", "header"), of_kinds("header")
+_CHOSEN, _CHOSEN_TEXT = of_kinds("response", "end"), of_kinds("response")
+_REJECTED, _REJECTED_TEXT = of_kinds("rejected", "rejected_end"), of_kinds("rejected")
+
+
 class PreferenceDataModule(ConversationDataModule[PairSample]):
     """Pairs of answers; a pair with equal answers is left out. For the other settings see `ConversationDataModule`.
 
     Args:
         name: `short_preferences` (embedded) or `book_preferences` (downloaded).
         empty_answer: see `read_preferences`.
-        score_eos: whether the end of an answer is scored, so that the model learns when to stop; false: the book's.
-        score_header: whether the fixed text before an answer is scored, without line breaks at its start (the book's).
-        too_long: what happens to a pair whose prompt and longer answer exceed the context: `cut_prompt` from the left,
-            alike for both answers (a pair with an answer that alone is too long is dropped), `drop`, or `cut_answer`:
-            both answers from the right, to the same limit.
+        score_eos, score_header: see `Scoring`.
+        too_long: what happens to a pair whose prompt and longer answer exceed the context: `cut_prompt` (see
+            `cutting.py`; alike for both answers; a pair with an answer that alone is too long is dropped), `drop`, or
+            `cut_answer`: both answers from the right, to the same limit.
     """
 
     named = NAMED
@@ -73,29 +139,21 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
         **common: Any,
     ) -> None:
         super().__init__(name=name, **common)
-        self._empty_answer, self._score_eos, self._score_header = empty_answer, score_eos, score_header
+        self._empty_answer, self._scoring = empty_answer, Scoring(score_eos, score_header)
 
-    def read_records(self, source: Source) -> tuple[list[Conversation], int]:
-        return read_preferences(
-            source, options=self.file_options, columns=self.columns, empty_answer=self._empty_answer
-        )
+    @property
+    def form(self) -> PreferenceForm:
+        return PreferenceForm(self.columns, self._empty_answer)
 
-    def samples_of(
-        self, records: Sequence[Conversation], counts: Counter[str]
-    ) -> tuple[list[PairSample], dict[str, Any]]:
-        options: dict[str, Any] = {"score_eos": self._score_eos, "score_header": self._score_header}
-        rows = []
-        for index, record in enumerate(records):
-            one = self._fitted(encode_pair(self.tokenizer, self.template, index, record, **options), counts)
-            if one is not None:
-                rows.append(one)
-        return rows, _facts(rows) if rows else {}
+    @property
+    def kind(self) -> Scoring:
+        return self._scoring
 
     def preview_titles(self, n_rows: int) -> list[str]:
         return titles_of_pairs(n_rows)
 
     def digest_more(self) -> list[Any]:
-        return [[self._score_eos, self._score_header]]
+        return [[self._scoring.score_eos, self._scoring.score_header]]
 
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
         for split, part in facts["splits"].items():
@@ -109,74 +167,12 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
             f"{counted(facts['answers_cut'], 'answer')} cut to {facts['limit']} tokens, {facts['dropped']} dropped"
         )
 
-    def _fitted(self, pair: PairSample, counts: Counter[str]) -> PairSample | None:
-        """`pair` cut to the limit, or None if it is dropped or its answers are equal; both are counted."""
-        most = self.limit + 1  # the last token is only a label
-        prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
-        excess = len(prompt) + max(len(chosen), len(rejected)) - most
-        if excess > 0 and self.too_long == "cut_prompt":
-            prompt = prompt[self.kept_behind_cut(prompt, excess)]  # both answers follow the same prompt
-        if excess > 0 and self.too_long == "cut_answer":
-            room = max(most - len(prompt), 0)
-            chosen, rejected = chosen[:room], rejected[:room]
-        # Without a prompt nothing predicts the first token of an answer.
-        is_useless = not len(prompt) or not len(chosen) or not len(rejected) or np.array_equal(chosen, rejected)
-        if is_useless or (excess > 0 and self.too_long == "drop"):
-            counts["dropped"] += 1
-            return None
-        if excess > 0:
-            counts["prompts_cut" if self.too_long == "cut_prompt" else "answers_cut"] += 1
-        return PairSample(pair.sample_id, prompt, chosen, rejected, min(pair.n_header, len(prompt) - 1))
 
-
-def encode_pair(
-    tokenizer: Tokenizer,
-    template: Template,
-    index: int,
-    pair: Conversation,
-    *,
-    score_eos: bool = True,
-    score_header: bool = False,
-) -> PairSample:
-    """Token ids of a whole pair, however long; see `PreferenceDataModule` for what is scored."""
-    pieces = list(template.tokens(tokenizer, template.prompt(pair, tokenizer)))
-    prompt = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in pieces)])
-    chosen, rejected = (
-        _answer(tokenizer, template, pair, text, score_eos) for text in (pair.turns[-1].response, pair.rejected or "")
-    )
-    return PairSample(index, prompt, chosen, rejected, _n_header(tokenizer, pieces) if score_header else 0)
-
-
-def _answer(tokenizer: Tokenizer, template: Template, pair: Conversation, text: str, score_eos: bool) -> np.ndarray:
-    """Token ids of one answer to the last question, with its end if that is scored."""
-    last = pair.turns[-1]._replace(response=text)
-    ids, end = template.answer_ids(tokenizer, pair._replace(turns=(*pair.turns[:-1], last)))
-    return np.concatenate([ids, end]) if score_eos else ids
+def encode(tokenizer: Tokenizer, template: Template, pair: Conversation, scoring: Scoring | None = None) -> PairSample:
+    """Token ids of a whole pair, however long."""
+    return (scoring or Scoring()).whole(0, Pieces.of(encode_pair(tokenizer, template, pair)))
 
 
 def titles_of_pairs(n_rows: int) -> list[str]:
     """Titles of rows that hold both answers of every pair."""
     return [f"record {row // 2}, {('chosen', 'rejected')[row % 2]}" for row in range(n_rows)]
-
-
-def _n_header(tokenizer: Tokenizer, pieces: Sequence[tuple[np.ndarray, str]]) -> int:
-    """Number of last prompt tokens that are the header, without the line breaks before it."""
-    if not pieces or pieces[-1][1] != "header":
-        return 0
-    ids = pieces[-1][0].tolist()
-    breaks = 0
-    while breaks < len(ids) and tokenizer.decode([ids[breaks]]).isspace():
-        breaks += 1
-    return len(ids) - breaks
-
-
-def _facts(rows: Sequence[PairSample]) -> dict[str, Any]:
-    chosen, rejected = [len(row.chosen_ids) for row in rows], [len(row.rejected_ids) for row in rows]
-    return {
-        "pairs": len(rows),
-        "mean_prompt": sum(len(row.prompt_ids) for row in rows) / len(rows),
-        "mean_chosen": sum(chosen) / len(rows),
-        "mean_rejected": sum(rejected) / len(rows),
-        "chosen_longer": sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(rows),
-        "most_tokens": max(len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) for row in rows),
-    }

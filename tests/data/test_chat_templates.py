@@ -15,8 +15,10 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from llm_lightning.data.instruction import InstructionDataModule, encode
-from llm_lightning.data.preference import PreferenceDataModule, encode_pair
+from llm_lightning.data.batches import Example
+from llm_lightning.data.instruction import InstructionDataModule, Targets, encode
+from llm_lightning.data.preference import PreferenceDataModule, Scoring
+from llm_lightning.data.preference import encode as encode_pair
 from llm_lightning.data.templates import renderer
 from llm_lightning.data.templates.chat import ChatTemplate, _say_once
 from llm_lightning.data.templates.choose import NAMED, choose_template, from_description
@@ -257,6 +259,12 @@ def test_pieces_of_two_turns_by_hand(name: str, by_hand: list[tuple[list[int], s
     assert [part.tolist() for part in template.answer_ids(tokenizer, TWO_TURNS)] == [by_hand[-2][0], by_hand[-1][0]]
 
 
+def marks_of(example: Example) -> list[bool]:
+    assert example.is_target is not None
+    marks: list[bool] = example.is_target.tolist()
+    return marks
+
+
 @pytest.mark.parametrize(
     ("loss_on", "kinds"),
     [
@@ -267,29 +275,31 @@ def test_pieces_of_two_turns_by_hand(name: str, by_hand: list[tuple[list[int], s
 )
 @pytest.mark.parametrize(("name", "by_hand"), [("smollm2", smollm2_pieces()), ("llama3", llama3_pieces())])
 def test_targets_by_hand(name: str, by_hand: list[tuple[list[int], str]], loss_on: str, kinds: set[str]) -> None:
-    found = encode(made_tokenizer(), choose_template(name), TWO_TURNS, loss_on=loss_on)
+    found = encode(made_tokenizer(), choose_template(name), TWO_TURNS, Targets(loss_on))
     ids, targets = masked(by_hand, kinds)
-    assert (found.ids.tolist(), found.is_target.tolist()) == (ids, targets)
-    assert found.answer_at == len(ids) - len(by_hand[-2][0]) - 1
-    first = encode(made_tokenizer(), choose_template(name), TWO_TURNS, loss_on=loss_on, eos_targets="first")
-    assert first.is_target.tolist() == [*targets[:-1], False]
+    assert (found.token_ids.tolist(), marks_of(found)) == (ids, targets)
+    first = encode(made_tokenizer(), choose_template(name), TWO_TURNS, Targets(loss_on, "first"))
+    assert marks_of(first) == [*targets[:-1], False]
 
 
 @pytest.mark.parametrize("data_of", [InstructionDataModule, PreferenceDataModule])
 def test_a_prompt_that_is_cut_keeps_the_beginning_of_a_text(data_of: type, tmp_path: Path) -> None:
-    records = [{"instruction": f"What is {n}?", "output": f"{n}", "chosen": f"{n}", "rejected": "?"} for n in range(9)]
+    records = [{"instruction": "word " * n, "output": f"{n}", "chosen": f"{n}", "rejected": "?"} for n in range(30, 39)]
     path = tmp_path / "records.json"
     path.write_text(json.dumps(records))
     bos = "<|begin_of_text|>"
     data = data_of(
-        tokenizer=made_tokenizer(bos=bos), context_length=12, name=None, path=str(path), template="alpaca",
-        split="order", val_fraction=0.2, test_fraction=0.2, batch_size=2,
+        tokenizer=made_tokenizer(bos=bos), context_length=12, name=None, path=str(path),
+        template="Q: {instruction}\nA: {response}", split="order",
+        val_fraction=0.2, test_fraction=0.2, batch_size=2, max_cut=1,
     )  # fmt: skip
     data.build()
     assert data.report()["prompts_cut"] == 9
     for sample in data.all_samples():
         for one in sample.sequences:
-            assert one.token_ids[:-2].tolist() == [*ids_of(bos), *ids_of("Response:\n")]
+            assert len(one.token_ids) <= 13
+            text = data.tokenizer.decode(one.token_ids.tolist())
+            assert text.startswith(f"{bos}Q: d \nA: "), "the end of the last word, and all that the template writes"
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -330,29 +340,29 @@ def test_targets_are_those_that_the_template_marks(name: str) -> None:
         expected = reference.apply_chat_template(
             as_messages(conversation), chat_template=text, return_dict=True, return_assistant_tokens_mask=True
         )
-        n, end = len(found.ids), template.end_id(tokenizer)
-        assert found.ids.tolist() == expected["input_ids"][:n]
+        n, end = len(found.token_ids), template.end_id(tokenizer)
+        assert found.token_ids.tolist() == expected["input_ids"][:n]
         marked = [bool(one) for one in expected["assistant_masks"][:n]]
-        follows_end = [False, *(index == end for index in found.ids[:-1].tolist())]
+        follows_end = [False, *(index == end for index in found.token_ids[:-1].tolist())]
         wanted = [one and not behind for one, behind in zip(marked, follows_end, strict=True)]
-        assert found.is_target.tolist() == wanted
+        assert marks_of(found) == wanted
         assert sum(wanted) >= len(conversation.turns)
 
 
 def test_an_answer_is_encoded_by_itself() -> None:
     """Its line break is not joined to that of the prompt, which generation will see alone."""
     found = encode(made_tokenizer(), choose_template("smollm2"), talk("a", "\nb", system="S"))
-    assert found.ids[found.answer_at - 1 :].tolist() == ids_of(NEW, NEW, "b", "<|im_end|>")
+    assert found.token_ids[marks_of(found).index(True) - 1 :].tolist() == ids_of(NEW, NEW, "b", "<|im_end|>")
 
 
 def test_pairs_share_the_prompt_and_end_with_the_template() -> None:
     pair = TWO_TURNS._replace(rejected="No!")
-    found = encode_pair(made_tokenizer(), choose_template("smollm2"), 0, pair, score_header=True)
+    found = encode_pair(made_tokenizer(), choose_template("smollm2"), pair, Scoring(score_header=True))
     assert found.prompt_ids.tolist() == masked(smollm2_pieces(with_answer=False), set())[0]
     assert found.chosen_ids.tolist() == ids_of("Ciao", "<|im_end|>")
     assert found.rejected_ids.tolist() == ids_of("No!", "<|im_end|>")
     assert found.n_header == len(ids_of("<|im_start|>", "assistant\n"))
-    without = encode_pair(made_tokenizer(), choose_template("smollm2"), 0, pair, score_eos=False)
+    without = encode_pair(made_tokenizer(), choose_template("smollm2"), pair, Scoring(score_eos=False))
     assert without.rejected_ids.tolist() == ids_of("No!")
 
 

@@ -199,7 +199,7 @@ def limited(tmp_path: Path, **options: Any) -> InstructionDataModule:
 @pytest.mark.parametrize(
     ("too_long", "counts", "rows"),
     [
-        ("cut_prompt", (2, 0, 1), {0: ".....xyz$", 1: ".....xyz$", 2: ".1234567$"}),
+        ("cut_prompt", (1, 0, 2), {0: ".....xyz$", 1: ".....xyz$"}),
         ("drop", (0, 0, 3), {0: ".....xyz$"}),
         ("cut_answer", (0, 3, 0), {0: ".....xyz$", 1: "........x", 2: "...123456", 3: "...123456"}),
     ],
@@ -214,21 +214,22 @@ def test_what_becomes_of_records_that_are_too_long(
     assert report["splits"]["train"]["records"] == 24 - counts[2] == len(data.train_samples)  # type: ignore[arg-type]
     assert len(data.conversations_of("train")) == 24, "also what is not trained on can be answered"
     # A sample is named by its record.
-    found = {sample.sample_id: shown(data, index) for index, sample in enumerate(data.train_samples.rows)}
+    found = {sample.sample_id: shown(data, index) for index, sample in enumerate(data.train_samples)}
     assert {index: learnt for index, (_, learnt) in found.items() if index < 4} == rows
     assert all(len(whole) <= LIMIT + 1 for whole, _ in found.values())
 
 
-def test_a_prompt_is_cut_from_the_left(tmp_path: Path) -> None:
+def test_what_the_template_writes_is_never_cut(tmp_path: Path) -> None:
+    """One word, so that it is cut before a letter; of the third record no letter of the question would be left."""
     data = limited(tmp_path)
-    assert [shown(data, index)[0] for index in range(3)] == ["QabcAxyz$", "cdefAxyz$", "A1234567$"]
+    assert [shown(data, index)[0] for index in range(3)] == ["QabcAxyz$", "QdefAxyz$", "Q0Ay$"]
 
 
 @pytest.mark.parametrize(
     ("max_length", "tokens", "learnt", "counts"),
     [
-        (9, "Ab$|QcAde$", ".b$....de$", (1, 0)),
-        (7, "$|QcAde$", ".....de$", (0, 1)),
+        (11, "QaAb$|QcAde$", "...b$....de$", (0, 0)),
+        (10, "QcAde$", "...de$", (0, 1)),
     ],
 )
 def test_of_a_conversation_the_earlier_turns_are_cut_first(
@@ -246,8 +247,8 @@ def test_of_a_conversation_the_earlier_turns_are_cut_first(
     [
         (
             "cut_prompt",
-            1,
-            r"1 of 30 records do not fit into 8 tokens \(1 dropped, 0 answers cut\), more than data.max_dropped",
+            2,
+            r"2 of 30 records do not fit into 8 tokens \(2 dropped, 0 answers cut\), more than data.max_dropped",
         ),
         ("drop", 3, r"3 of 30 records do not fit into 8 tokens \(3 dropped, 0 answers cut\)"),
         (
@@ -278,7 +279,7 @@ def test_a_split_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
 
 
 def test_max_length_never_exceeds_the_context(tmp_path: Path) -> None:
-    data = module(write(tmp_path / "x.json", LENGTHS * 5), max_length=100, context_length=LIMIT)
+    data = module(write(tmp_path / "x.json", LENGTHS[:2] * 10), max_length=100, max_cut=1, context_length=LIMIT)
     assert data.report()["limit"] == LIMIT
     assert max(batch.input_ids.size(1) for batch in data.train_dataloader() if batch.packing is None) <= LIMIT
 

@@ -27,7 +27,8 @@ from llm_lightning.data.pairs import (
     collate_padded_pairs,
     packed_pairs_length,
 )
-from llm_lightning.data.preference import PreferenceDataModule
+from llm_lightning.data.preference import PreferenceDataModule, Scoring
+from llm_lightning.data.record_store.tokens import Pieces
 from llm_lightning.data.records.preference import read_preferences
 from llm_lightning.data.templates.conversation import Turn
 from llm_lightning.losses import preference_loss, sequence_log_probs, token_log_probs
@@ -82,7 +83,7 @@ def rows_of(data: PreferenceDataModule) -> dict[int, tuple[str, str, str]]:
     """sample -> (prompt, chosen, rejected), the end of text written as $."""
     return {
         one.sample_id: (in_letters(one.prompt_ids), in_letters(one.chosen_ids), in_letters(one.rejected_ids))
-        for one in data.train_samples.rows  # type: ignore[attr-defined]
+        for one in data.train_samples  # type: ignore[attr-defined]
     }
 
 
@@ -267,8 +268,8 @@ LIMIT = 10
 LONG = [
     plain("abc", "xyz", "uv"),  # 6 + 4 tokens: fits
     plain("abcd", "xyzw", "u"),  # 7 + 5, one too many
-    plain("abc", "u", "1234567"),  # 6 + 8, three too many, by the rejected answer
-    plain("a", "123456789", "u"),  # 4 + 10, three too many: one token of the prompt is left
+    plain("abc", "u", "1234567"),  # 6 + 8, three too many, by the rejected answer: nothing of the question is left
+    plain("a", "123456789", "u"),  # 4 + 10, the same
     plain("a", "u", "1234567890"),  # 11 tokens leave no room for a prompt
     plain("abcdefgh", "u", "v"),  # a prompt that alone fills the limit
     plain("abcd", "xyzw", "xyzv"),  # 7 + 5: the first four tokens, which are left of them, differ
@@ -278,7 +279,7 @@ LONG = [
 
 def limited(tmp_path: Path, **options: Any) -> PreferenceDataModule:
     path = write(tmp_path / "x.json", [*LONG, *[plain(f"{i}", "y", "n") for i in range(32)]])
-    return module(path, max_length=LIMIT, **options)
+    return module(path, max_length=LIMIT, **{"max_cut": 1, **options})
 
 
 @pytest.mark.parametrize(
@@ -286,15 +287,13 @@ def limited(tmp_path: Path, **options: Any) -> PreferenceDataModule:
     [
         (
             "cut_prompt",
-            (6, 0, 1),
+            (4, 0, 3),
             {
                 0: ("Qabc\nA", "xyz$", "uv$"),
-                1: ("abcd\nA", "xyzw$", "u$"),
-                2: ("c\nA", "u$", "1234567$"),
-                3: ("A", "123456789$", "u$"),
-                5: ("bcdefgh\nA", "u$", "v$"),
-                6: ("abcd\nA", "xyzw$", "xyzv$"),
-                7: ("bcd\nA", "xyzwu$", "xyzwv$"),
+                1: ("Qbcd\nA", "xyzw$", "u$"),
+                5: ("Qcdefgh\nA", "u$", "v$"),
+                6: ("Qbcd\nA", "xyzw$", "xyzv$"),
+                7: ("Qcd\nA", "xyzwu$", "xyzwv$"),
             },
         ),
         ("drop", (0, 0, 7), {0: ("Qabc\nA", "xyz$", "uv$")}),
@@ -338,11 +337,12 @@ def test_more_losses_than_allowed_are_refused(tmp_path: Path, too_long: str) -> 
 
 
 def test_a_header_is_scored_as_far_as_something_predicts_it(tmp_path: Path) -> None:
-    records = [plain("a", "123456789", "u"), *[plain(f"{i}") for i in range(9)]]
-    data = module(write(tmp_path / "x.json", records), max_length=LIMIT, score_header=True)
-    assert rows_of(data)[0][0] == "A"
-    assert scored(data, 0) == ("123456789$", "u$")
+    data = module(write(tmp_path / "x.json", [plain(f"{i}") for i in range(10)]), score_header=True)
     assert scored(data, 1) == ("Ayes$", "Ano$")
+    parts = [("A:", "header"), ("b", "response"), ("c", "rejected")]
+    alone = Pieces.of((np.frombuffer(text.encode(), np.uint8), kind) for text, kind in parts)
+    pair = Scoring(score_header=True).whole(0, alone)
+    assert (pair.prompt_ids.tolist(), pair.n_header) == ([65, 58], 1)
 
 
 # --- packed and padded ------------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_what_packing_saves_is_measured(tmp_path: Path) -> None:
     n_packed = n_padded = 0
     for batch, same in zip(data.train_dataloader(), padded.train_dataloader(), strict=True):
         assert batch.sample_ids == same.sample_ids
-        samples = [data.train_samples.rows[index] for index in batch.sample_ids]  # type: ignore[attr-defined]
+        samples = [data.train_samples[index] for index in batch.sample_ids]  # type: ignore[attr-defined]
         n_packed += packed_pairs_length(samples)
         assert batch.input_ids.size(1) == -(-packed_pairs_length(samples) // 8) * 8
         n_padded += len(same.input_ids) * max(len(s.token_ids) - 1 for pair in samples for s in pair.sequences)
@@ -555,7 +555,7 @@ def test_every_epoch_shows_every_pair_once(tmp_path: Path, bucket: bool) -> None
     assert seen[0] != seen[1]
     evaluated = [index for batch in data.val_dataloader()[0] for index in batch.sample_ids]
     assert sorted(evaluated) == list(range(15))
-    lengths = [sum(len(s.token_ids) for s in one.sequences) for one in data.eval_samples["val"].rows]  # type: ignore[attr-defined]
+    lengths = [sum(len(s.token_ids) for s in one.sequences) for one in data.eval_samples["val"]]  # type: ignore[attr-defined]
     assert ([lengths[i] for i in evaluated] == sorted(lengths)) == bucket
 
 

@@ -226,7 +226,7 @@ def test_what_the_book_counts(data_dir: Path) -> None:
     entries = json.loads((data_dir / "instruction-data.json").read_text(encoding="utf-8"))
     for split, part in (("train", slice(935)), ("test", slice(935, 1045)), ("val", slice(1045, 1100))):
         assert [one.record for one in data.conversations_of(split)] == entries[part]
-    lengths = [len(row.token_ids) - 1 for row in data.train_samples.rows]  # type: ignore[attr-defined]
+    lengths = [len(row.token_ids) - 1 for row in data.train_samples]  # type: ignore[attr-defined]
     assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (935, 52_760, 40, 91)
     assert round(sum(lengths) / 935, 2) == 56.43
     asked_of = [GPT2.encode(data.template.question(one)) for one in data.conversations_of("train")]

@@ -87,7 +87,7 @@ def fields() -> None:
 def turns() -> None:
     one = Conversation(tuple(Turn("say", "", "yes") for _ in range(N)))
     encoded = encode(CountingTokenizer(), choose_template("alpaca"), one)
-    assert int(encoded.is_answer[encoded.answer_at :].sum()) == 4, "the last answer and its end"
+    assert encoded.n_targets == 4 * N, "each answer and its end"
 
 
 def classes() -> None:

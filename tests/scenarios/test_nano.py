@@ -219,9 +219,9 @@ def held_out_hits(reference: LoadedModel, policy: LoadedModel) -> dict[str, list
     data: Any = conversations_of(policy, instead="")
     hits: dict[str, list[bool]] = {"tone": [], "truth": []}
     for split, samples in (("val", data.eval_samples["val"]), ("test", data.test_samples["test"])):
-        batch = data.collate(samples.rows)
+        batch = data.collate(list(samples))
         gained = answer_log_probs(policy, batch) - answer_log_probs(reference, batch)
-        for sample, chosen, rejected in zip(samples.rows, *gained.chunk(2), strict=True):
+        for sample, chosen, rejected in zip(list(samples), *gained.chunk(2), strict=True):
             pair = data.records[split][sample.sample_id]
             turn = pair.turns[-1]
             right = next(

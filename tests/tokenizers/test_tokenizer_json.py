@@ -14,7 +14,7 @@ from odd_texts import random_text
 from tokenizers import Tokenizer as Library
 
 from llm_lightning.data.instruction import encode
-from llm_lightning.data.preference import encode_pair
+from llm_lightning.data.preference import encode as encode_pair
 from llm_lightning.data.templates.as_jinja import jinja_of
 from llm_lightning.data.templates.chat import ChatTemplate
 from llm_lightning.data.templates.choose import choose_template
@@ -148,8 +148,8 @@ def test_conversations_have_the_spaces_of_transformers(text, space):
         theirs.apply_chat_template(_messages(turns), chat_template=text, return_dict=False)
         for turns in (pair.turns, (pair.turns[0], pair.turns[1]._replace(response="it is")))
     )
-    assert encode(ours, template, pair).ids.tolist() == chosen
-    found = encode_pair(ours, template, 0, pair)
+    assert encode(ours, template, pair).token_ids.tolist() == chosen
+    found = encode_pair(ours, template, pair)
     assert [*found.prompt_ids, *found.chosen_ids] == chosen
     assert [*found.prompt_ids, *found.rejected_ids] == rejected
     slots = choose_template("Q: {instruction}\nA:\n{response}")
