@@ -279,9 +279,11 @@ def test_a_split_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
 
 
 def test_max_length_never_exceeds_the_context(tmp_path: Path) -> None:
-    data = module(write(tmp_path / "x.json", LENGTHS[:2] * 10), max_length=100, max_cut=1, context_length=LIMIT)
+    data = module(
+        write(tmp_path / "x.json", LENGTHS[:2] * 10), max_length=100, max_cut=1, packing=False, context_length=LIMIT
+    )
     assert data.report()["limit"] == LIMIT
-    assert max(batch.input_ids.size(1) for batch in data.train_dataloader() if batch.packing is None) <= LIMIT
+    assert max(batch.input_ids.size(1) for batch in data.train_dataloader()) <= LIMIT
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
