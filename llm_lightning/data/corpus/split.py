@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_lightning.data.corpus.sources import Document, Source
+from llm_lightning.data.corpus.readers import Document
+from llm_lightning.data.corpus.sources import Source
 from llm_lightning.terminal import counted
 
 FEW_DOCUMENTS = 20  # split=auto cuts fewer than these by character: whole documents would miss val_fraction by far
