@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,12 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from llm_lightning.data.files.bad_records import POLICIES, BadRecord
+from llm_lightning.data.files.bad_records import LISTED, POLICIES, BadRecord
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.mixture import Mixture
 from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.workers import Loader, are_forked, begin_with
+from llm_lightning.terminal import counted
 from llm_lightning.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class BaseDataModule(L.LightningDataModule):
@@ -119,6 +123,14 @@ class BaseDataModule(L.LightningDataModule):
     def report(self) -> dict[str, Any]:
         """Facts about the data for `summary.json`, as plain values. Subclasses may override."""
         return {}
+
+    def say_quarantined(self) -> None:
+        """Print how many records were left out because they could not be read, and the first of them."""
+        if self.quarantined:
+            shown = "; ".join(f"{place}: {reason}" for place, reason in self.quarantined[:LISTED])
+            which = f" (the first {LISTED})" if len(self.quarantined) > LISTED else ""
+            number = counted(len(self.quarantined), "bad record")
+            log.warning("%s left out (data.bad_records=quarantine)%s: %s", number, which, shown)
 
     def digest_of_source(self) -> str | None:
         """`data_digest` without building anything, where that is cheaper; else None. May be overridden."""
