@@ -50,6 +50,7 @@ def hugging_face_file(
                 write_atomically(manifest, sha256_of(temporary))
                 backdate(temporary)
                 commit(temporary, target)
+                keep_verified(_record_of(target), signature_of([target]))
             finally:
                 temporary.unlink(missing_ok=True)
     return target
@@ -59,7 +60,7 @@ def _is_whole(target: Path, manifest: Path, verify: bool) -> bool:
     """Whether a file of the cache is there with the digest of its manifest."""
     if not (target.exists() and manifest.exists()):
         return False
-    record = target.with_suffix(".verified.json")
+    record = _record_of(target)
     if not verify and is_as_verified(record, [target]):
         return True
     signature = signature_of([target])
@@ -67,6 +68,11 @@ def _is_whole(target: Path, manifest: Path, verify: bool) -> bool:
         return False
     keep_verified(record, signature)
     return True
+
+
+def _record_of(target: Path) -> Path:
+    """The size and time of a file that was verified."""
+    return target.with_suffix(".verified.json")
 
 
 def _local_state(folder: Path) -> list[tuple[str, int, int]]:
