@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
     is_answer: np.ndarray
     """(n,) bool: answers and their ends, whatever the targets are."""
     answer_at: int
-    """Index of the first token of the last answer."""
+    """Index of the first token of the last answer that is trained."""
 
 
 class InstructionDataModule(ConversationDataModule[Example]):
@@ -145,14 +145,16 @@ def encode(
     ids: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     answers: list[np.ndarray] = []
-    answer_at, n_ids, n_ends = 0, 0, 0
+    prompt_end, answer_at, n_ids, n_ends = 0, 0, 0, 0
     for piece, kind in template.tokens(tokenizer, template.segments(conversation, tokenizer)):
-        is_target = trained is None or kind in trained
+        is_target = kind != "untrained" and (trained is None or kind in trained)
         if kind == "end":
             n_ends += 1
             is_target = is_target and (eos_targets == "all" or n_ends == 1)
         if kind in ("header", "prompt"):
-            answer_at = n_ids + len(piece)
+            prompt_end = n_ids + len(piece)
+        elif kind != "untrained":
+            answer_at = prompt_end
         n_ids += len(piece)
         ids.append(piece)
         targets.append(np.full(len(piece), is_target))
