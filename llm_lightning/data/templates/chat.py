@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date as day
 from functools import cache, lru_cache
@@ -107,16 +107,20 @@ class ChatTemplate(Template):
                     first.setdefault(what, one)
         for what, one in first.items():
             if self._leaves_out(what, one):
-                raise ValueError(
-                    f"{one.place} has {what}, but template {self.name} leaves {_PRONOUNS.get(what, 'them')} out"
-                )
+                it = "it" if what == "a system message" else "them"
+                raise ValueError(f"{one.place} has {what}, but template {self.name} leaves {it} out")
 
     def _leaves_out(self, what: str, one: Conversation) -> bool:
         """Whether a rendering is the same without it; a system message may be moved, so that is probed by itself."""
         if what == "a system message":
             probe = chat_of(Conversation((Turn("a", "", "b"),), system=_MARK))
             return _MARK not in self._render(one.place, probe, [(len(probe.messages), False)], None)[0]
-        return self.text_of(one) == self.text_of(_WITHOUT[what](one))
+        if what == "results of tools":
+            return _MARK not in self.text_of(_with_marked_results(one))
+        without = (
+            one._replace(tools=()) if what == "tools" else one._replace(turns=tuple(map(_without_calls, one.turns)))
+        )
+        return self.text_of(one) == self.text_of(without)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         missing = [text for text in self.controls if text not in tokenizer.controls]
@@ -181,9 +185,7 @@ class ChatTemplate(Template):
                 f"{conversation.place}: in template {self.name} an answer does not begin where the generation prompt "
                 "ends, so what is trained would not be generated; give another one, data.template=FILE.jinja"
             )
-        if not all(
-            own.fits(b, answered) and whole.startswith(own.up_to_end(answered)) for own, b, answered, _ in turns
-        ):
+        if not all(own.is_in(whole, begun, answered) for own, begun, answered, _ in turns):
             _say_once(
                 f"template {self.name} changes earlier turns of a conversation when it goes on: of each conversation "
                 "only the last answer is trained"
@@ -245,17 +247,16 @@ class ChatTemplate(Template):
             raise ValueError(f"template {self.name} {error}") from None
 
 
-_PRONOUNS = {"a system message": "it"}
-_WITHOUT: dict[str, Callable[[Conversation], Conversation]] = {
-    "tools": lambda one: one._replace(tools=()),
-    "tool calls": lambda one: one._replace(turns=tuple(turn._replace(calls=()) for turn in one.turns)),
-    "results of tools": lambda one: one._replace(turns=tuple(map(_without_results, one.turns))),
-}
-"""What a conversation may have -> the conversation without it."""
+def _without_calls(turn: Turn) -> Turn:
+    return turn._replace(calls=())
 
 
-def _without_results(turn: Turn) -> Turn:
-    return turn._replace(before=tuple(one | {"content": ""} if one["role"] == "tool" else one for one in turn.before))
+def _with_marked_results(conversation: Conversation) -> Conversation:
+    turns = []
+    for turn in conversation.turns:
+        marked = ({**one, "content": _MARK} if one["role"] == "tool" else one for one in turn.before)
+        turns.append(turn._replace(before=tuple(marked)))
+    return conversation._replace(turns=tuple(turns))
 
 
 @lru_cache(maxsize=16)
