@@ -69,6 +69,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         name: of a set in `named`.
         path: files of your own, see `find_files`; with a downloaded set, a local copy of it.
         columns: names of the fields in the records.
+        roles, irregular, other_parts: how messages are read, see `ConversationForm`.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
         template: a name, a text with slots or a `.jinja` file, see `templates/`; None: the model's own, else alpaca.
         template_date: the day that a Jinja template sees, YYYY-MM-DD; None: the own template's, else 2024-07-26.
@@ -104,6 +105,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         name: str | None,
         path: PathWords | None = None,
         columns: Mapping[str, str | None] | None = None,
+        roles: Mapping[str, str] | None = None,
+        irregular: str = "refuse",
+        other_parts: str = "refuse",
         hf_dataset: str | None = None,
         hf_config: str | None = None,
         hf_split: str = "train",
@@ -132,6 +136,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
         self.template = choose_template(template, own=own_template, template_date=template_date)
         self.context_length, self.columns, self.too_long = context_length, columns, too_long
+        self.form_settings = {"roles": roles, "irregular": irregular, "other_parts": other_parts}
         self.limit = min(max_length or context_length, context_length)
         self.share_prefix, self.is_packed = share_prefix, packing is True
         self.records: dict[str, list[Conversation]] = {}

@@ -91,7 +91,11 @@ class InstructionDataModule(ConversationDataModule[Example]):
 
     def read_records(self, source: Source) -> tuple[list[Conversation], int]:
         return read_instructions(
-            source, options=self.file_options, columns=self.columns, empty_output=self._empty_output
+            source,
+            options=self.file_options,
+            columns=self.columns,
+            empty_output=self._empty_output,
+            **self.form_settings,
         )
 
     def samples_of(self, records: Sequence[Conversation], counts: Counter[str]) -> tuple[list[Example], dict[str, Any]]:

@@ -46,7 +46,7 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
 
     Args:
         name: `short_preferences` (embedded) or `book_preferences` (downloaded).
-        empty_answer: see `read_preferences`.
+        empty_answer, repeated_prompt: see `PreferenceForm`.
         score_eos: whether the end of an answer is scored, so that the model learns when to stop; false: the book's.
         score_header: whether the fixed text before an answer is scored, without line breaks at its start (the book's).
         too_long: what happens to a pair whose prompt and longer answer exceed the context: `cut_prompt` from the left,
@@ -68,16 +68,23 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
         *,
         name: str | None = "short_preferences",
         empty_answer: str = "refuse",
+        repeated_prompt: str = "strip",
         score_eos: bool = True,
         score_header: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(name=name, **common)
+        self._repeated_prompt = repeated_prompt
         self._empty_answer, self._score_eos, self._score_header = empty_answer, score_eos, score_header
 
     def read_records(self, source: Source) -> tuple[list[Conversation], int]:
         return read_preferences(
-            source, options=self.file_options, columns=self.columns, empty_answer=self._empty_answer
+            source,
+            options=self.file_options,
+            columns=self.columns,
+            empty_answer=self._empty_answer,
+            repeated_prompt=self._repeated_prompt,
+            **self.form_settings,
         )
 
     def samples_of(

@@ -50,12 +50,12 @@ class ConversationForm(ABC):
     @cached_property
     def names(self) -> dict[str, str | None]:
         """field -> its name in the records; None: there is none."""
-        return field_names((*self.fields, "weight"), self.columns)
+        return field_names(self.fields, self.columns)
 
     @cached_property
     def reading(self) -> Reading:
         """How messages are read."""
-        return Reading(self.roles, self.other_parts, self.names["weight"])
+        return Reading(self.roles, self.other_parts, self.names.get("weight"))
 
     def __call__(self, record: Mapping[str, Any], place: str, counts: Counter[str]) -> Conversation:
         fields, found = Fields(record, self.names), Counter[str]()

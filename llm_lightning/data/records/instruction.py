@@ -22,7 +22,7 @@ from llm_lightning.data.templates.conversation import Conversation, Turn
 
 FIELDS = (
     "instruction", "input", "output", "history", "messages", "conversations", "prompt", "completion", "tools",
-    "system", "group",
+    "weight", "system", "group",
 )  # fmt: skip
 EMPTY_OUTPUTS = ("refuse", "skip", "keep")
 OTHER_DATA = {

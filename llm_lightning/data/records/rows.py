@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -17,6 +18,7 @@ from llm_lightning.terminal import counted
 Source = PathWords | HubDataset
 """`data.path` (see `find_files`) or a dataset of the hub."""
 
+log = logging.getLogger(__name__)
 
 SKIPPED = "skipped"
 """Key of a count: records that are left out on purpose."""
@@ -90,6 +92,8 @@ def collected(source: Source, options: FileOptions, form: RecordForm) -> tuple[l
     bad, counts = BadRecords(), Counter[str]()
     made = list(conversations(rows, form, bad, counts))
     bad.refuse(label, n_records=len(made) + counts[SKIPPED] + bad.n)
+    for line in lines_of(counts):
+        log.info("%s: %s", label, line)
     if not made:
         raise ValueError(f"{label} holds no records; give a file with {form.needed} in each")
     return made, counts[SKIPPED]
@@ -115,7 +119,7 @@ def lines_of(counts: Counter[str]) -> Iterator[str]:
     unread = {name.removeprefix(NOT_READ): n for name, n in counts.items() if name.startswith(NOT_READ)}
     for name, n in counts.items():
         if name != SKIPPED and not name.startswith(NOT_READ):
-            yield f"{n:,} x {name}"
+            yield f"{name}: {n:,}"
     if unread:
         by_number = sorted(unread.items(), key=lambda item: -item[1])
         yield NOT_READ + ", ".join(f"{name} ({counted(n, 'record')})" for name, n in by_number)
