@@ -6,8 +6,9 @@ llm-lightning statistics instruction-data.json --plot lengths.png
 llm-lightning statistics the-verdict.txt
 
 For a file of records, the lengths are those of the fields `instruction`, `input`, `output`, `chosen`,
-`rejected` and `text`, where they exist, and of the text of each role in `messages`. Any other file is one text. Lengths
-leave out empty values; a prompt is everything in a record before its answer.
+`rejected` and `text`, where they exist, and of the text of each role in `messages` or `conversations`, or in `prompt`
+and `completion`. Any other file is one text. Lengths leave out empty values; a prompt is everything in a record before
+its answer.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 def _present(file: Path, records: Sequence[PlacedRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to measure: the wanted ones, or the usual ones that occur."""
     from llm_lightning.data.records.messages import ROLES
-    from llm_lightning.data.records.placed import has_text, text_of
+    from llm_lightning.data.records.placed import has_messages, has_text, text_of
 
     if wanted:
         present = [key for key in wanted if any(has_text(one, key) for one in records)]
     else:  # `chosen` and `rejected` may be lists of messages
         present = [key for key in FIELDS if any(isinstance(one.record.get(key), str) for one in records)]
-        present += [role for role in ROLES if any("messages" in one.record and text_of(one, role) for one in records)]
+        present += [role for role in ROLES if any(has_messages(one) and text_of(one, role) for one in records)]
     missing = [key for key in wanted or () if key not in present]
     if missing or not present:
         there = ", ".join(sorted({repr(key) for one in records for key in one.record})) or "none"

@@ -25,7 +25,7 @@ from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, r
 from llm_lightning.data.record_store.records import FORMAT, Reading, RecordStore, open_store
 from llm_lightning.data.record_store.samples import Fitting
 from llm_lightning.data.record_store.tokens import tokens_of
-from llm_lightning.data.records.rows import RecordForm, Source
+from llm_lightning.data.records.rows import RecordForm, Source, lines_of
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, numbered, order_split
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.choose import choose_template
@@ -33,7 +33,6 @@ from llm_lightning.data.templates.conversation import Conversation, as_plain
 from llm_lightning.files.atomic import cache_dir
 from llm_lightning.files.columns import Writer, key_of, made_once
 from llm_lightning.files.download import Pinned, check_name, file_of
-from llm_lightning.terminal import counted
 from llm_lightning.tokenizers.base import Tokenizer
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -74,6 +73,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         name: of a set in `named`.
         path: files of your own, see `find_files`; with a downloaded set, a local copy of it.
         columns: names of the fields in the records.
+        roles, irregular, other_parts: how messages are read, see `ConversationForm`.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
         template: a name, a text with slots or a `.jinja` file, see `templates/`; None: the model's own, else alpaca.
         template_date: the day that a Jinja template sees, YYYY-MM-DD; None: the own template's, else 2024-07-26.
@@ -110,6 +110,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         name: str | None,
         path: PathWords | None = None,
         columns: Mapping[str, str | None] | None = None,
+        roles: Mapping[str, str] | None = None,
+        irregular: str = "refuse",
+        other_parts: str = "refuse",
         hf_dataset: str | None = None,
         hf_config: str | None = None,
         hf_split: str = "train",
@@ -139,6 +142,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
         self.template = choose_template(template, own=own_template, template_date=template_date)
         self.context_length, self.columns, self.too_long = context_length, columns, too_long
+        self.form_settings: dict[str, Any] = {"roles": roles, "irregular": irregular, "other_parts": other_parts}
         self.limit = min(max_length or context_length, context_length)
         self.share_prefix, self.is_packed = share_prefix, packing is True
         self.records: dict[str, Part] = {}
@@ -294,9 +298,10 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         if spelt:
             remedy = "" if self._strip_eot else "; data.strip_eot=true strips them from the ends of answers"
             log.warning("Answers spell out control tokens, which are read as text: %s%s", described(spelt), remedy)
-        for what, n in sum((store.counts for store in stores), Counter[str]()).items():
-            log.info("%s: %s", counted(n, "record"), what)
+        for line in lines_of(sum((store.counts for store in stores), Counter[str]())):
+            log.info("%s", line)
         self.quarantined = [one for store in stores for one in store.quarantined]
+        self.say_quarantined()
 
     def _training_texts(self) -> Iterable[str]:
         for record in self.records["train"]:

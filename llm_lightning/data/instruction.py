@@ -132,7 +132,7 @@ class InstructionDataModule(ConversationDataModule[Example]):
 
     @property
     def form(self) -> InstructionForm:
-        return InstructionForm(self.columns, self._empty_output)
+        return InstructionForm(columns=self.columns, empty_output=self._empty_output, **self.form_settings)
 
     @property
     def kind(self) -> Targets:

@@ -88,12 +88,21 @@ def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str, texts_o
         options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
         options = {"newlines": "keep"} | options  # of a run from before there was this setting
         if "template" in options:
+            options["columns"] = _unread_before(make) | dict(options.get("columns") or {})
+            options |= (
+                {"repeated_prompt": options.get("repeated_prompt", "keep")} if make is PreferenceDataModule else {}
+            )
             options |= {"template": None, "template_date": None, "own_template": template_in(loaded.header)}
         data = make(tokenizer=loaded.tokenizer, context_length=loaded.longest_input, **options)
         data.read() if texts_only else data.build()
         return data
 
     return _same(loaded, build, lambda data: data.data_digest, instead)
+
+
+def _unread_before(make: Callable[..., Any]) -> dict[str, None]:
+    """Columns that runs did not read before they had a setting for them."""
+    return dict.fromkeys(("history", "tools", *(["weight"] if make is InstructionDataModule else [])))
 
 
 def _same(

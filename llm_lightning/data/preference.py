@@ -113,7 +113,7 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
 
     Args:
         name: `short_preferences` (embedded) or `book_preferences` (downloaded).
-        empty_answer: see `read_preferences`.
+        empty_answer, repeated_prompt: see `PreferenceForm`.
         score_eos, score_header: see `Scoring`.
         too_long: what happens to a pair whose prompt and longer answer exceed the context: `cut_prompt` (see
             `cutting.py`; alike for both answers; a pair with an answer that alone is too long is dropped), `drop`, or
@@ -134,16 +134,23 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
         *,
         name: str | None = "short_preferences",
         empty_answer: str = "refuse",
+        repeated_prompt: str = "strip",
         score_eos: bool = True,
         score_header: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(name=name, **common)
+        self._repeated_prompt = repeated_prompt
         self._empty_answer, self._scoring = empty_answer, Scoring(score_eos, score_header)
 
     @property
     def form(self) -> PreferenceForm:
-        return PreferenceForm(self.columns, self._empty_answer)
+        return PreferenceForm(
+            columns=self.columns,
+            empty_answer=self._empty_answer,
+            repeated_prompt=self._repeated_prompt,
+            **self.form_settings,
+        )
 
     @property
     def kind(self) -> Scoring:

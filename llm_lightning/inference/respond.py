@@ -166,14 +166,16 @@ def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    columns = settings_of(loaded).get("columns") or {}
+    settings = settings_of(loaded)
+    columns = settings.get("columns") or {}
+    how = {name: settings[name] for name in ("roles", "irregular", "other_parts") if name in settings}
     first = placed_records(path)[0].record
     pair = {columns.get(field) or field for field in ("chosen", "rejected")}
     if pair <= set(first) and (columns.get("output") or "output") not in first:
         known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}
-        return preference_records.read_preferences(path, columns=known)[0]
+        return preference_records.read_preferences(path, columns=known, **how)[0]
     known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
-    return instruction_records.read_instructions(path, columns=known, empty_output="keep")[0]
+    return instruction_records.read_instructions(path, columns=known, empty_output="keep", **how)[0]
 
 
 def _key(settings: list[Any], prompt_ids: list[int]) -> str:

@@ -506,8 +506,8 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     record = {"talk": talk("a", "b")["messages"], "messages": "not meant"}
     [found], _ = read_instructions(write(tmp_path / "y.json", [record]), columns={"messages": "talk"})
     assert found.turns == (Turn("a", "", "b"),)
-    with pytest.raises(ValueError, match=r"data.columns: unknown field 'prompt'; there are instruction, input, output"):
-        read_instructions(tmp_path / "x.json", columns={"prompt": "question"})
+    with pytest.raises(ValueError, match=r"data.columns: unknown field 'chosen'; there are instruction, input, output"):
+        read_instructions(tmp_path / "x.json", columns={"chosen": "question"})
 
 
 def test_a_missing_input_is_none(tmp_path: Path) -> None:
@@ -550,16 +550,25 @@ def test_empty_outputs_are_refused_skipped_or_kept(tmp_path: Path) -> None:
         ({"messages": ["a"]}, r"message 1 must be an object with 'role' and 'content'"),
         ({"messages": [{"content": "a"}]}, r"message 1 must be an object with 'role' and 'content'"),
         ({"messages": [{"role": "user"}]}, r"message 1 has no text under 'content'"),
-        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, r"message 1 has no text under 'content'"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, r"message 1 has the role 'tool'; only user and assistant"),
+        ({"messages": [{"role": "user", "content": {"text": "a"}}]}, r"message 1 has no text under 'content'"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            r"the conversation has no question with an answer: .* tool$",
+        ),
         (
             {"messages": [*talk("a", "b")["messages"], {"role": "system", "content": "c"}]},
-            r"message 3 has the role 'system'; only user and assistant, and system as the first",
+            r"the conversation has a system message behind the first message; data.irregular=mend",
         ),
-        (talk("a"), r"messages must alternate between user and assistant and end with assistant; roles: user$"),
-        (talk("a", "b", "c", system="S"), r"messages must alternate .*; roles: user, assistant, user$"),
-        ({"messages": talk("a", "b", "c")["messages"][1:]}, r"messages must alternate .*; roles: assistant, user$"),
-        ({"messages": [{"role": "system", "content": "S"}]}, r"messages must alternate .*; roles: none$"),
+        (talk("a"), r"the conversation has no question with an answer: its roles are user$"),
+        (talk("a", "b", "c", system="S"), r"the conversation ends with the user; data.irregular=mend"),
+        (
+            {"messages": talk("a", "b", "c")["messages"][1:]},
+            r"the conversation begins with the assistant and ends with the user; data",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "S"}]},
+            r"the conversation has no question with an answer: its roles are system$",
+        ),
         ("text", r"a JSON str, not an object"),
     ],
 )

@@ -178,10 +178,10 @@ def test_the_text_of_a_field_and_of_a_role() -> None:
         ({"messages": "hi"}, "x.jsonl:7: field 'messages' must be a list of messages"),
         ({"messages": ["hi"]}, "x.jsonl:7: message 1 must be an object with 'role'"),
         (
-            {"messages": [{"role": "gpt", "content": ""}]},
-            "x.jsonl:7: message 1 has the role 'gpt'; there are system, user, assistant and tool",
+            {"messages": [{"role": "narrator", "content": ""}]},
+            "x.jsonl:7: message 1 has the role 'narrator', which is none of system, user, assistant, tool",
         ),
-        ({"messages": [{"role": "user", "content": []}]}, "x.jsonl:7: message 1 has no text under 'content'"),
+        ({"messages": [{"role": "user", "content": 1}]}, "x.jsonl:7: message 1 has no text under 'content'"),
     ],
 )
 def test_what_is_no_text_is_named(record: dict[str, Any], message: str) -> None:

@@ -172,7 +172,10 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         ({"messages": [], "chosen": "c", "rejected": "r"}, r"field 'messages' must be a list of messages"),
         ({"messages": "a", "chosen": "c", "rejected": "r"}, r"field 'messages' must be a list of messages"),
         ({"messages": ["a"], "chosen": "c", "rejected": "r"}, r"message 1 must be an object with 'role'"),
-        ({"prompt": [*answer("a"), *says("b")], "chosen": "c", "rejected": "r"}, r"messages must alternate"),
+        (
+            {"prompt": [*answer("a"), *says("b")], "chosen": "c", "rejected": "r"},
+            r"the conversation begins with the assistant; data.irregular=mend",
+        ),
         (
             {"messages": says("a", system="S"), "chosen": "c", "rejected": "r", "system": "T"},
             r"a system message is both in the messages and under 'system'",

@@ -1,6 +1,6 @@
 """Records of a source, read and checked once: conversations in a file of the cache, with what decides on their split.
 
-    files -> their sha256 -> rows -> form -> conversations, one a line; hashes of prompt, group and content; counts
+    files -> their sha256 -> rows -> form -> conversations, one a line; hashes of prompt and group; counts
 
 The folder is named by the files' names and content and by everything that decides on how they are read. While path,
 size, time and inode of the files are as before, nothing of them is read.
@@ -9,7 +9,6 @@ size, time and inode of the files are as before, nothing of them is read.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,6 @@ from llm_lightning.data.records.rows import SKIPPED, RecordForm, Source, convers
 from llm_lightning.data.templates.conversation import (
     Conversation,
     answers_of,
-    as_plain,
     as_stored,
     from_stored,
     with_answers,
@@ -63,7 +61,7 @@ class Reading:
 
     def describe(self) -> dict[str, Any]:
         """Plain values that decide on what is read."""
-        form = {"kind": type(self.form).__name__, **asdict(self.form)}  # type: ignore[call-overload]
+        form = {"kind": type(self.form).__name__, "version": self.form.version, **asdict(self.form)}  # type: ignore[call-overload]
         options = asdict(self.options)
         return {"form": form, "options": options, "strip_eot": self.strip_eot, "bad_records": self.bad_records}
 
@@ -75,7 +73,6 @@ class RecordStore(Sequence[Conversation]):
         label: what the source was named by.
         prompts: (n, 16) uint8, equal for equal prompts, see `prompt_key`.
         groups: (n, 16) uint8, equal for records of one group; 0 where there is none.
-        contents: (n, 16) uint8, hashes of everything that tells conversations apart.
         has_equal_answers: (n,) bool.
         counts: what was changed or left out, under words for a reader.
         control_words: control tokens that answers spell out, and how often.
@@ -84,7 +81,7 @@ class RecordStore(Sequence[Conversation]):
 
     def __init__(self, label: str, columns: Columns) -> None:
         self.label, self._columns = label, columns
-        self.prompts, self.groups, self.contents = (columns.mapped(name) for name in ("prompts", "groups", "contents"))
+        self.prompts, self.groups = columns.mapped("prompts"), columns.mapped("groups")
         self.has_equal_answers = columns.mapped("has_equal_answers").view(bool)
         self._ends = columns.mapped("ends")
         facts = columns.facts
@@ -158,7 +155,7 @@ def _write(writer: Writer, source: Source, reading: Reading) -> dict[str, Any]:
     label, rows = open_records(source, reading.options)
     bad, counts, spelt = BadRecords(reading.bad_records), Counter[str](), WordCount()
     records, ends = writer.column("records", np.uint8), writer.column("ends", np.int64)
-    prompts, groups, contents = (writer.column(name, np.uint8, HASH) for name in ("prompts", "groups", "contents"))
+    prompts, groups = writer.column("prompts", np.uint8, HASH), writer.column("groups", np.uint8, HASH)
     equal = writer.column("has_equal_answers", np.uint8)
     n = end = 0
     shown = tqdm(conversations(rows, reading.form, bad, counts), desc="reading", unit=" records", disable=None, delay=1)
@@ -169,7 +166,6 @@ def _write(writer: Writer, source: Source, reading: Reading) -> dict[str, Any]:
         ends.add(end)
         prompts.extend(_hash(prompt_key(one)))
         groups.extend(_hash(one.group) if one.group else bytes(HASH))
-        contents.extend(_hash(json.dumps(as_plain(one))))
         equal.add(one.has_equal_answers)
     skipped = counts.pop(SKIPPED, 0)
     bad.refuse(label, n_records=n + skipped + bad.n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -12,13 +13,17 @@ from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.files.rows import RECORD_FORMS, FileRow, rows_of_files
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
 from llm_lightning.data.templates.conversation import Conversation
+from llm_lightning.terminal import counted
 
 Source = PathWords | HubDataset
 """`data.path` (see `find_files`) or a dataset of the hub."""
 
+log = logging.getLogger(__name__)
 
 SKIPPED = "skipped"
 """Key of a count: records that are left out on purpose."""
+NOT_READ = "not read: "
+"""Begins the key of a count: records with a field that is not read."""
 
 
 class RecordForm(Protocol):
@@ -26,12 +31,14 @@ class RecordForm(Protocol):
 
     needed: ClassVar[str]
     """in each record, for error messages"""
+    version: ClassVar[int]
+    """is raised when the same record becomes another conversation"""
 
     def __call__(self, record: Mapping[str, Any], place: str, counts: Counter[str]) -> Conversation:
         """Make the conversation of a record.
 
         Args:
-            counts: what is changed is counted here, under words for a reader.
+            counts: what is changed, left out or not read is counted here, under words for a reader; see `lines_of`.
 
         Raises:
             ValueError: with what is wrong.
@@ -95,6 +102,8 @@ def collected(source: Source, options: FileOptions, form: RecordForm) -> tuple[l
     bad, counts = BadRecords(), Counter[str]()
     made = list(conversations(rows, form, bad, counts))
     bad.refuse(label, n_records=len(made) + counts[SKIPPED] + bad.n)
+    for line in lines_of(counts):
+        log.info("%s: %s", label, line)
     if not made:
         raise ValueError(f"{label} holds no records; give a file with {form.needed} in each")
     return made, counts[SKIPPED]
@@ -115,30 +124,12 @@ def conversations(
             bad.add(row.short, error, row.place)
 
 
-def field_names(fields: Sequence[str], columns: Mapping[str, str | None] | None) -> dict[str, str | None]:
-    """field -> its name in the records; None: there is none."""
-    unknown = set(columns or {}) - set(fields)
-    if unknown:
-        raise ValueError(f"data.columns: unknown field {sorted(unknown)[0]!r}; there are {', '.join(fields)}")
-    return {field: field for field in fields} | dict(columns or {})
-
-
-def text_field(record: Mapping[str, Any], names: Mapping[str, str | None], field: str, *, required: bool = True) -> str:
-    """A field that holds text; "" where one that is not required is missing or null.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    name = names[field]
-    if name is None or name not in record:
-        if not required:
-            return ""
-        raise ValueError(
-            f"no field {name!r}; there are {', '.join(map(repr, record)) or 'none'} (choose with data.columns.{field})"
-        )
-    value = record[name]
-    if value is None and not required:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
-    return value
+def lines_of(counts: Counter[str]) -> Iterator[str]:
+    """What a reader should know of the counts of a form: what was changed or left out, and in one line, what unread."""
+    unread = {name.removeprefix(NOT_READ): n for name, n in counts.items() if name.startswith(NOT_READ)}
+    for name, n in counts.items():
+        if name != SKIPPED and not name.startswith(NOT_READ):
+            yield f"{name}: {n:,}"
+    if unread:
+        by_number = sorted(unread.items(), key=lambda item: -item[1])
+        yield NOT_READ + ", ".join(f"{name} ({counted(n, 'record')})" for name, n in by_number)

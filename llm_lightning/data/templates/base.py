@@ -89,7 +89,8 @@ class Template(ABC):
 
     def answer_ids(self, tokenizer: Tokenizer, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids of the last answer and of its end, as they follow the prompt."""
-        segments = self.segments(conversation, tokenizer)
+        turns = (*conversation.turns[:-1], conversation.turns[-1]._replace(is_trained=True))
+        segments = self.segments(conversation._replace(turns=turns), tokenizer)
         last = max(index for index, segment in enumerate(segments) if segment.kind in ("prompt", "header"))
         of_kind: dict[str, list[np.ndarray]] = {"response": [np.zeros(0, np.int64)], "end": []}
         for ids, kind in _pieces(tokenizer, segments[last + 1 :], segments[last]):

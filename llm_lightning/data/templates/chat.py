@@ -5,6 +5,9 @@ beginnings -> segments -> token ids. The segments are cut by comparing rendering
 see: the prompt is a rendering with the generation prompt, and the answer is what the whole rendering has behind it. The
 time grows with the square of the number of turns.
 
+Messages with tool calls, results of tools and the schemas of tools reach the program as they are; an answer is whatever
+it writes for a message of the assistant, tool calls included.
+
 Of the kinds of segments, `header` is the generation prompt, such as `<|im_start|>assistant`; `response` is all that
 generation writes before the end, thinking included; `end` goes up to the first control token that the template writes
 after an answer, or is the tokenizer's end of text where it writes none; `prompt` is the rest.
@@ -15,26 +18,32 @@ answer is marked as an answer, because no prompt led to the others as they are.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date as day
 from functools import cache, lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 from llm_lightning.data.templates.base import Template
-from llm_lightning.data.templates.conversation import Conversation, Segment, Turn
+from llm_lightning.data.templates.chat_messages import Chat, chat_of, cuts_of, hidden
+from llm_lightning.data.templates.conversation import Conversation, Segment, Turn, more_than_text, untrained
 from llm_lightning.data.templates.hiding import Controls, Hiding
 from llm_lightning.data.templates.renderer import RENDERER, RenderError
+from llm_lightning.data.templates.shape import Region, Shape
 from llm_lightning.tokenizers.base import Tokenizer
 
 DATE = "2024-07-26"
 """The day that a template sees, never today's: the one that Llama 3.1's and 3.2's name themselves."""
-Messages = list[dict[str, str]]
 _LIKE_CONTROLS = re.compile(r"<\|\w+\|>")
 _MARK = "\ue000"
 """Is in no template: a private character."""
+
+_CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+"""For probing; the id has as many characters as Mistral's."""
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +56,6 @@ class Renderings(NamedTuple):
     answered: list[str]
     """Up to each answer; without the last one where that is not known yet."""
     hiding: Hiding
-
-
-class Shape(NamedTuple):
-    """What a template writes around every answer."""
-
-    header: str
-    """The generation prompt, the last text before an answer."""
-    footer: str
-    """The text after the last answer."""
-    end: tuple[str, int] | None
-    """The first control token of the footer, by which an answer ends; None: there is none."""
-
-    def fits(self, begun: str, answered: str) -> bool:
-        """Whether a rendering is its prompt, an answer, and the footer."""
-        n_around = len(begun) + len(self.footer)
-        return answered.startswith(begun) and answered.endswith(self.footer) and len(answered) >= n_around
-
-    def up_to_end(self, answered: str) -> str:
-        """A rendering without what follows the end of its last answer."""
-        before = len(answered) - len(self.footer)
-        return answered[: before + (self.footer.index(self.end[0]) + len(self.end[0]) if self.end else 0)]
-
-    def prompt_regions(self, begun: str, start: int) -> list[tuple[int, int, str]]:
-        """(start, stop, kind) of the prompt and the header at the end of `begun`."""
-        header = len(begun) - len(self.header) if begun.endswith(self.header) else len(begun)
-        return [(start, header, "prompt"), (header, len(begun), "header")]
 
 
 @dataclass(frozen=True)
@@ -110,19 +93,34 @@ class ChatTemplate(Template):
         return self._segments(conversation, tokenizer, is_answered=False)
 
     def text_of(self, conversation: Conversation) -> str:
-        messages = _messages(conversation)
-        return self._render(conversation.place, messages, [(len(messages), False)], None)[0]
+        chat = self._chat(conversation)
+        return self._render(conversation.place, chat, [(len(chat.messages), False)], None)[0]
 
     def question(self, conversation: Conversation) -> str:
-        return _messages(conversation)[-2]["content"]
+        return str(self._chat(conversation).messages[-2]["content"])
 
     def check(self, records: Sequence[Conversation]) -> None:
-        first = next((one for one in records if one.system), None)
-        if first is None:
-            return
-        probe = _messages(Conversation((Turn("a", "", "b"),), system=_MARK))
-        if _MARK not in self._render(first.place, probe, [(len(probe), False)], None)[0]:
-            raise ValueError(f"{first.place} has a system message, but template {self.name} leaves it out")
+        first: dict[str, Conversation] = {}
+        for one in records:
+            for what, is_there in {"a system message": bool(one.system), **more_than_text(one)}.items():
+                if is_there:
+                    first.setdefault(what, one)
+        for what, one in first.items():
+            if self._leaves_out(what, one):
+                it = "it" if what == "a system message" else "them"
+                raise ValueError(f"{one.place} has {what}, but template {self.name} leaves {it} out")
+
+    def _leaves_out(self, what: str, one: Conversation) -> bool:
+        """Whether a rendering is the same without it; a system message may be moved, so that is probed by itself."""
+        if what == "a system message":
+            probe = chat_of(Conversation((Turn("a", "", "b"),), system=_MARK))
+            return _MARK not in self._render(one.place, probe, [(len(probe.messages), False)], None)[0]
+        if what == "results of tools":
+            return _MARK not in self.text_of(_with_marked_results(one))
+        without = (
+            one._replace(tools=()) if what == "tools" else one._replace(turns=tuple(map(_without_calls, one.turns)))
+        )
+        return self.text_of(one) == self.text_of(without)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         missing = [text for text in self.controls if text not in tokenizer.controls]
@@ -160,39 +158,45 @@ class ChatTemplate(Template):
     # --- renderings ------------------------------------------------------------------------------------------------
 
     def _segments(self, conversation: Conversation, tokenizer: Tokenizer, *, is_answered: bool) -> list[Segment]:
-        shape, controls = _shape(self, tokenizer), _controls(tokenizer)
+        controls = _controls(tokenizer)
         done = self._renderings(conversation, tokenizer, is_answered)
         whole = done.answered[-1] if is_answered else done.begun[-1]
-        end = Segment("", "end", () if tokenizer.eot_id is None else (tokenizer.eot_id,))
+        eot = Segment("", "end", () if tokenizer.eot_id is None else (tokenizer.eot_id,))
         segments: list[Segment] = []
-        regions = self._regions(done, whole, shape, conversation.place)
-        parts = controls.split(whole, [stop for _, stop, _ in regions])
-        for (_, _, kind), pieces in zip(regions, parts, strict=True):
-            segments += [Segment(done.hiding.reveal(t), kind, () if i is None else (i,)) for t, i in pieces]
-            if kind == "end" and shape.end is None:
-                segments.append(end)
+        regions = self._regions(done, whole, conversation, tokenizer)
+        parts = controls.split(whole, [region.stop for region in regions])
+        for region, pieces in zip(regions, parts, strict=True):
+            found = [Segment(done.hiding.reveal(t), region.kind, () if i is None else (i,)) for t, i in pieces]
+            if region.kind == "end" and not pieces:
+                found = [eot]
+            segments += found if region.is_trained else map(untrained, found)
         return segments
 
-    def _regions(self, done: Renderings, whole: str, shape: Shape, place: str) -> list[tuple[int, int, str]]:
-        """(start, stop, kind) of the parts of `whole`; nothing follows the end of a last answer."""
-        turns = list(zip(done.begun, done.answered, strict=False))
+    def _regions(self, done: Renderings, whole: str, conversation: Conversation, tokenizer: Tokenizer) -> list[Region]:
+        """The parts of `whole`; nothing follows the end of a last answer."""
+        shape, controls = _shape(self, tokenizer), _controls(tokenizer)
         is_answered = len(done.answered) == len(done.begun)
-        if is_answered and not shape.fits(*turns[-1]):
+        turns = [
+            (shape.of_calls(begun, answered, controls) if turn.calls else shape, begun, answered, turn.is_trained)
+            for turn, begun, answered in zip(conversation.turns, done.begun, done.answered, strict=False)
+        ]
+        if is_answered and not turns[-1][0].fits(*turns[-1][1:3]):
             raise ValueError(
-                f"{place}: in template {self.name} an answer does not begin where the generation prompt ends, so what "
-                "is trained would not be generated; give another one, data.template=FILE.jinja"
+                f"{conversation.place}: in template {self.name} an answer does not begin where the generation prompt "
+                "ends, so what is trained would not be generated; give another one, data.template=FILE.jinja"
             )
-        if not all(shape.fits(*turn) and whole.startswith(shape.up_to_end(turn[1])) for turn in turns):
+        if not all(own.is_in(whole, begun, answered) for own, begun, answered, _ in turns):
             _say_once(
                 f"template {self.name} changes earlier turns of a conversation when it goes on: of each conversation "
                 "only the last answer is trained"
             )
             turns = turns[-1:] if is_answered else []
-        regions: list[tuple[int, int, str]] = []
+        regions: list[Region] = []
         position = 0
-        for begun, answered in turns:
-            begin, stop, end = len(begun), len(answered) - len(shape.footer), len(shape.up_to_end(answered))
-            regions += [*shape.prompt_regions(begun, position), (begin, stop, "response"), (stop, end, "end")]
+        for own, begun, answered, is_trained in turns:
+            begin, stop, end = len(begun), len(answered) - len(own.footer), len(own.up_to_end(answered))
+            found = [*own.prompt_regions(begun, position), Region(begin, stop, "response"), Region(stop, end, "end")]
+            regions += [region._replace(is_trained=is_trained) for region in found]
             position = end
         return regions if is_answered else [*regions, *shape.prompt_regions(whole, position)]
 
@@ -202,29 +206,36 @@ class ChatTemplate(Template):
         A template may look for control tokens in an answer and write them itself, as Qwen3's does with `</think>`: then
         those that it looks for are not hidden in answers.
         """
-        messages = _messages(conversation)[: None if is_answered else -1]
-        roles, n_questions = [message["role"] for message in messages], len(conversation.turns)
-        cuts = [(n, True) for n, role in enumerate(roles, start=1) if role == "user"]
-        cuts += [(n, False) for n, role in enumerate(roles, start=1) if role == "assistant"]
-        hiding = Hiding([self.text, *(message["content"] for message in messages)])
+        chat = self._chat(conversation)
+        begun, answered = cuts_of(conversation)
+        cuts = begun + (answered if is_answered else answered[:-1])
+        if not is_answered:
+            chat = chat._replace(messages=chat.messages[:-1])
+        hiding = Hiding([self.text, json.dumps(chat, ensure_ascii=False)])
         direct = None
-        for kept in ((), self._looked_for()):
-            hidden = [_hidden(message, hiding, _controls(tokenizer), kept) for message in messages]
-            texts = self._render(conversation.place, hidden, cuts, tokenizer)
-            if hidden != messages:
-                direct = direct or self._render(conversation.place, messages, cuts, tokenizer)
-            if hidden == messages or list(map(hiding.reveal, texts)) == direct:
-                return Renderings(texts[:n_questions], texts[n_questions:], hiding)
+        for whole_only, kept in product((False, True) if chat.is_structured else (False,), ((), self._looked_for())):
+            masked = hidden(chat, hiding, _controls(tokenizer), kept, whole_only=whole_only)
+            texts = self._render(conversation.place, masked, cuts, tokenizer)
+            if masked != chat:
+                direct = direct or self._render(conversation.place, chat, cuts, tokenizer)
+            if masked == chat or list(map(hiding.reveal, texts)) == direct:
+                return Renderings(texts[: len(begun)], texts[len(begun) :], hiding)
         raise ValueError(
             f"{conversation.place}: a message spells out a control token, for which template {self.name} writes "
             "something else; leave the record out, or give another template"
         )
 
+    def _chat(self, conversation: Conversation) -> Chat:
+        has_calls = any(turn.calls for turn in conversation.turns)
+        return chat_of(conversation, takes_objects=not has_calls or _takes_objects(self))
+
     def _render(
-        self, place: str, messages: Messages, cuts: Sequence[tuple[int, bool]], tokenizer: Tokenizer | None
+        self, place: str, chat: Chat, cuts: Sequence[tuple[int, bool]], tokenizer: Tokenizer | None
     ) -> list[str]:
         try:
-            return RENDERER.render(self.text, self.date, messages, cuts, _variables(self, tokenizer))
+            return RENDERER.render(
+                self.text, self.date, chat.messages, cuts, _variables(self, tokenizer), tools=chat.tools
+            )
         except RenderError as error:
             raise ValueError(f"{f'{place}: ' if place else ''}template {self.name} {error}") from None
 
@@ -236,37 +247,42 @@ class ChatTemplate(Template):
             raise ValueError(f"template {self.name} {error}") from None
 
 
-def _hidden(message: dict[str, str], hiding: Hiding, controls: Controls, kept: Collection[str]) -> dict[str, str]:
-    content = message["content"]
-    positions = controls.spelled_in(content, kept if message["role"] == "assistant" else ())
-    return {**message, "content": hiding.hide(content, positions)} if positions else message
+def _without_calls(turn: Turn) -> Turn:
+    return turn._replace(calls=())
 
 
-def _messages(conversation: Conversation) -> Messages:
-    """A message for each role and turn; the input of a question is on the lines after the instruction."""
-    system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
-    turns = [
-        {"role": role, "content": content}
-        for turn in conversation.turns
-        for role, content in (
-            ("user", f"{turn.instruction}\n{turn.input}" if turn.input else turn.instruction),
-            ("assistant", turn.response),
-        )
-    ]
-    return [*system, *turns]
+def _with_marked_results(conversation: Conversation) -> Conversation:
+    turns = []
+    for turn in conversation.turns:
+        marked = ({**one, "content": _MARK} if one["role"] == "tool" else one for one in turn.before)
+        turns.append(turn._replace(before=tuple(marked)))
+    return conversation._replace(turns=tuple(turns))
 
 
 @lru_cache(maxsize=16)
 def _shape(template: ChatTemplate, tokenizer: Tokenizer) -> Shape:
     """What a template writes around the answer of a conversation of one turn."""
-    messages = _messages(Conversation((Turn("a", "", _MARK),)))
-    asked, begun, answered = template._render("", messages, [(1, False), (1, True), (2, False)], tokenizer)
+    chat = chat_of(Conversation((Turn("a", "", _MARK),)))
+    asked, begun, answered = template._render("", chat, [(1, False), (1, True), (2, False)], tokenizer)
     if _MARK not in answered:
         raise ValueError(f"template {template.name} leaves answers out; give another one")
     footer = answered.rpartition(_MARK)[2]
     (pieces,) = _controls(tokenizer).split(footer, [len(footer)])
     ends = ((text, index) for text, index in pieces if index is not None)
     return Shape(begun[len(asked) :] if begun.startswith(asked) else "", footer, next(ends, None))
+
+
+@lru_cache(maxsize=16)
+def _takes_objects(template: ChatTemplate) -> bool:
+    """Whether a template writes arguments of tool calls that are objects; DeepSeek's takes their JSON text alone."""
+    for takes_objects in (True, False):
+        probe = chat_of(Conversation((Turn("a", "", "", calls=(_CALL,)),)), takes_objects=takes_objects)
+        try:
+            template._render("", probe, [(len(probe.messages), False)], None)
+        except ValueError:
+            continue
+        return takes_objects
+    return True  # rendering a record says what is wrong
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,13 @@ class Turn(NamedTuple):
     instruction: str
     input: str
     response: str
+    is_trained: bool = True
+    """Whether the answer has a loss."""
+    before: tuple[Mapping[str, Any], ...] = ()
+    """The messages of the question, as a chat template gets them, where they are not one text of the user: results of
+    tools. `instruction` has their texts."""
+    calls: tuple[Mapping[str, Any], ...] = ()
+    """Tool calls of the answer, as a chat template gets them."""
 
 
 class Conversation(NamedTuple):
@@ -29,6 +36,8 @@ class Conversation(NamedTuple):
     """As it was read."""
     rejected: str | None = None
     """In preference data, the worse answer to the last question, whose response is the better one."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that the assistant may call, as a chat template gets them."""
 
     @property
     def has_equal_answers(self) -> bool:
@@ -39,7 +48,15 @@ class Conversation(NamedTuple):
 def as_plain(conversation: Conversation) -> list[Any]:
     """Plain values that tell conversations apart: their digest is over these."""
     rejected = [] if conversation.rejected is None else [conversation.rejected]
-    return [conversation.system or "", *map(list, conversation.turns), *rejected]
+    tools = [{"tools": list(conversation.tools)}] if conversation.tools else []
+    return [conversation.system or "", *map(_plain_turn, conversation.turns), *rejected, *tools]
+
+
+def _plain_turn(turn: Turn) -> list[Any]:
+    """The three texts, and what else a turn has: that of a question and an answer alone is always the same."""
+    more = {"is_trained": turn.is_trained, "before": list(turn.before), "calls": list(turn.calls)}
+    usual = {"is_trained": True, "before": [], "calls": []}
+    return [turn.instruction, turn.input, turn.response, *([more] if more != usual else [])]
 
 
 def as_stored(conversation: Conversation) -> str:
@@ -51,7 +68,18 @@ def as_stored(conversation: Conversation) -> str:
 def from_stored(line: str | bytes) -> Conversation:
     """The conversation that `as_stored` wrote."""
     values = json.loads(line)
-    return Conversation(**values | {"turns": tuple(Turn(*turn) for turn in values["turns"])})
+    turns = (Turn(*turn) for turn in values["turns"])
+    whole = (turn._replace(before=tuple(turn.before), calls=tuple(turn.calls)) for turn in turns)
+    return Conversation(**values | {"turns": tuple(whole), "tools": tuple(values["tools"])})
+
+
+def more_than_text(conversation: Conversation) -> dict[str, bool]:
+    """What a conversation may have besides texts of system, user and assistant -> whether it does."""
+    return {
+        "tools": bool(conversation.tools),
+        "tool calls": any(turn.calls for turn in conversation.turns),
+        "results of tools": any(turn.before for turn in conversation.turns),
+    }
 
 
 class Segment(NamedTuple):
@@ -59,9 +87,15 @@ class Segment(NamedTuple):
 
     text: str
     kind: str
-    """prompt; header: the fixed text before an answer; response; end: what ends an answer."""
+    """prompt; header: the fixed text before an answer; response; end: what ends an answer; untrained: an answer and its
+    end that have no loss, whatever the settings."""
     ids: tuple[int, ...] = ()
     """Control tokens, which `text` spells out; none: the text is encoded, and never becomes one."""
+
+
+def untrained(segment: Segment) -> Segment:
+    """A segment of a turn whose answer has no loss."""
+    return segment._replace(kind="prompt" if segment.kind in ("prompt", "header") else "untrained")
 
 
 def answers_of(conversation: Conversation) -> list[str]:

@@ -62,18 +62,23 @@ class Controls:
         if position < len(text):
             yield position, len(text), None
 
-    def spelled_in(self, text: str, kept: Collection[str] = ()) -> set[int]:
-        """Return the positions of a message whose characters must be hidden, so that no control token is found.
-
-        Args:
-            kept: control tokens that stay as they are.
-        """
+    def whole_in(self, text: str, kept: Collection[str] = ()) -> set[int]:
+        """Return the positions where control tokens begin in a text, except the `kept` ones."""
         pattern = _any_of(self.ids.keys() - set(kept)) if kept else self._pattern
         found = set()
         start = 0
         while match := pattern.search(text, start):
             found.add(match.start())
             start = match.start() + 1  # the next one may begin inside
+        return found
+
+    def spelled_in(self, text: str, kept: Collection[str] = ()) -> set[int]:
+        """Return the positions of a message whose characters must be hidden, so that no control token is found.
+
+        Args:
+            kept: control tokens that stay as they are.
+        """
+        found = self.whole_in(text, kept)
         if text.strip() and any(text in control for control in self.ids):
             found.add(0)
         for n in range(1, min(self._longest, len(text) + 1)):

@@ -39,9 +39,11 @@ class Renderer:
         self,
         template: str,
         date: str,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         cuts: Sequence[tuple[int, bool]],
         variables: Mapping[str, str],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[str]:
         """Render a conversation once for each cut.
 
@@ -50,12 +52,14 @@ class Renderer:
             date: the day that the program sees, YYYY-MM-DD.
             cuts: (number of first messages, whether the generation prompt follows).
             variables: what the program may name beside the messages.
+            tools: schemas of the tools that the assistant may call.
 
         Raises:
             RenderError: if the template is no Jinja program, refuses the messages, or exceeds the limits of time,
                 memory or output.
         """
-        conversation = {"messages": list(messages), "cuts": list(cuts), "variables": dict(variables)}
+        conversation: dict[str, Any] = {"messages": list(messages), "cuts": list(cuts), "variables": dict(variables)}
+        conversation |= {"tools": tools}
         return self._ask({"template": template, "date": date, "seconds": SECONDS, **conversation})
 
     def strings_looked_for(self, template: str) -> list[str]:

@@ -105,7 +105,7 @@ def _rendered(template: jinja2.Template, request: dict[str, Any], n_messages: in
     pieces: list[str] = []
     length = 0
     known = {"messages": request["messages"][:n_messages], "add_generation_prompt": is_prompt, **request["variables"]}
-    for piece in template.generate(tools=None, documents=None, **known):
+    for piece in template.generate(tools=request["tools"], documents=None, **known):
         length += len(piece)
         if length > MOST_CHARACTERS:
             raise TemplateError(f"writes more than {MOST_CHARACTERS:,} characters")

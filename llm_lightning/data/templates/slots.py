@@ -21,7 +21,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from llm_lightning.data.templates.base import Template
-from llm_lightning.data.templates.conversation import Conversation, Segment
+from llm_lightning.data.templates.conversation import Conversation, Segment, more_than_text, untrained
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.tokenizers.base import Tokenizer
 
@@ -70,8 +70,7 @@ class SlotTemplate(Template):
         ids = () if end is None else (end,)
         # As the exported program does: behind a control token, Llama 2's kind may add no space.
         begin = [] if tokenizer.bos_id is None else [Segment("", "prompt", (tokenizer.bos_id,))]
-        segments = self._segments(conversation)
-        return [*begin, *(piece._replace(ids=ids) if piece.kind == "end" else piece for piece in segments)]
+        return [*begin, *self._segments(conversation, ids)]
 
     def prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         answer = 2 if conversation.turns[-1].response else 1
@@ -85,6 +84,12 @@ class SlotTemplate(Template):
 
     def check(self, records: Sequence[Conversation]) -> None:
         for one in records:
+            if has := [what for what, is_there in more_than_text(one).items() if is_there]:
+                raise ValueError(
+                    f"{one.place} has {' and '.join(has)}, for which template {self.name} has no place; use the "
+                    "model's own chat template (data.template=null with init_from), or a Jinja file, "
+                    "data.template=FILE.jinja"
+                )
             if "system" not in self.slots and one.system:
                 raise ValueError(f"{one.place} has a system message, but template {self.name} has no {{system}} slot")
             if "input" not in self.slots and any(turn.input for turn in one.turns):
@@ -109,14 +114,15 @@ class SlotTemplate(Template):
     def digest_values(self) -> list[Any]:
         return [self.text, self.system]
 
-    def _segments(self, conversation: Conversation) -> list[Segment]:
-        pieces: list[Segment] = []
+    def _segments(self, conversation: Conversation, end: tuple[int, ...] = ()) -> list[Segment]:
+        segments: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
-            if number:
-                pieces.append(Segment(self._after, "prompt"))
-            pieces += self._question(conversation, number)
-            pieces += [Segment(turn.response, "response"), Segment("", "end")]
-        return [piece for piece in pieces if piece.text or piece.kind == "end"]
+            asked = [Segment(self._after, "prompt")] if number else []
+            asked += self._question(conversation, number)
+            answer = [Segment(turn.response, "response")] if turn.response else []
+            pieces = [*(piece for piece in asked if piece.text), *answer, Segment("", "end", end)]
+            segments += pieces if turn.is_trained else map(untrained, pieces)
+        return segments
 
     @cached_property
     def _parts(self) -> tuple[Part, ...]:

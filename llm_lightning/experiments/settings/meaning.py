@@ -85,6 +85,9 @@ UNDECLARED: dict[str, Kind] = {
 SEVERAL = ("data.path", "data.val_path", "data.test_path")
 """Text settings that also accept a list."""
 
+OPEN = ("data.roles.",)
+"""Nodes whose keys are names of the user's choice."""
+
 _NUMBER_OR_SWITCH = re.compile(r"[+-]?(\d[\d_]*)?\.?[\d_]*(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
 _SWEEP = re.compile(r"(choice|shuffle|sort|tag)\((.*)\)", re.DOTALL)
 
@@ -104,6 +107,9 @@ def as_meant(argv: Sequence[str], config_dir: Path) -> list[str]:
 def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = False) -> str:
     """`as_meant` for one word; several values outside a multirun stay as typed, and are refused later."""
     key, equals, value = word.partition("=")
+    if f"{key}.".startswith(OPEN):  # any name may be added
+        key = f"++{key}"
+        word = f"{key}{equals}{value}"
     kind = _kind_of_word(key.lstrip("+"), folders)
     if (
         not equals
@@ -207,6 +213,8 @@ def _kind_of(key: str, values: Mapping[str, Any]) -> Kind:
 
 
 def _kind_of_word(key: str, folders: tuple[Path, ...]) -> Kind:
+    if key.startswith(OPEN):
+        return "text"
     if any((folder / key).is_dir() for folder in folders):
         return "text"  # the name of a group's file
     return declared_kinds(folders).get(key, "anything")
