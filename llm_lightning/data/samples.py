@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from llm_lightning.data.batches import Example
+from llm_lightning.data.batches import Example, LabelledSample
 
 One = TypeVar("One")
 
@@ -23,6 +23,32 @@ class Rows(Dataset, Generic[One]):
 
     def __getitem__(self, index: int) -> One:
         return self.rows[index]
+
+
+class LabelledTokens(Dataset):
+    """Tokens of many texts in one array, with a class each.
+
+    Args:
+        tokens: ids of all texts, end to end.
+        ends: (n + 1,) int64: text i is tokens[ends[i]:ends[i + 1]].
+        labels: (n,) int: class indices.
+        limit: number of tokens that a text is cut to.
+    """
+
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, labels: np.ndarray, limit: int) -> None:
+        self.tokens, self.ends, self.labels, self.limit = tokens, ends, labels, limit
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: number of tokens of each text."""
+        return np.minimum(np.diff(self.ends), self.limit)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> LabelledSample:
+        start, end = self.ends[index], self.ends[index + 1]
+        return LabelledSample(index, self.tokens[start : min(end, start + self.limit)], int(self.labels[index]))
 
 
 class Windows(Dataset):

@@ -6,13 +6,16 @@ import csv
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from llm_lightning.data.files.bad_records import BadRecords
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
+from llm_lightning.data.records.labelled_texts import LabelledText, LabelledTexts
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -99,6 +102,52 @@ def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"25 bad records \(the first 10 of 25\)") as error:
         read_labelled(file)
     assert str(error.value).count("line ") == 10
+
+
+@pytest.mark.parametrize(("name", "place"), [("empty_label.csv", "line 62"), ("null_text.jsonl", "line 61")])
+def test_the_cases_with_bad_records_read_with_quarantine(data_dir: Path, name: str, place: str) -> None:
+    folder = data_dir.parent / "cases" / "cls_formats"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    wanted = dict(line.split("\t")[:2] for line in (folder / "wanted.tsv").read_text().splitlines())
+    bad = BadRecords("quarantine")
+    found = read_labelled(folder / name, bad=bad)
+    assert (len(found) + 1, len(bad.quarantined)) == (int(wanted[name]), 1)
+    assert bad.quarantined[0].place == f"{folder / name}:{place.removeprefix('line ')}"
+    assert {record.label for record in found} == {"praise", "complaint"}
+
+
+def test_records_in_flat_buffers_are_those_of_a_list() -> None:
+    draw = random.Random(1)
+    letters = "ab\u00e9\U0001f600\ud800 "
+    records = [
+        LabelledText("".join(draw.choices(letters, k=draw.randrange(4))), draw.choice("xyz"), f"{file}{n}")
+        for file in ("a.csv:", "b, 2.parquet, record ", "a.csv:")
+        for n in range(1, 40)
+    ]
+    found = LabelledTexts(records)
+    assert list(found) == records
+    assert [found[index] for index in range(-len(records), len(records))] == records + records
+    assert found[5:90:7] == records[5:90:7]
+    with pytest.raises(IndexError):
+        found[len(records)]
+    assert found.counts() == Counter(record.label for record in records)
+    found.rename({"x": "z"})
+    assert [record.label for record in found] == [record.label.replace("x", "z") for record in records]
+    assert found.first_place("z") == next(record.place for record in records if record.label in "xz")
+    found.append("new", "y", "c:7")
+    assert found[-1] == ("new", "y", "c:7")
+
+
+@pytest.mark.parametrize("looked_at", [2, 1000])
+def test_the_columns_are_chosen_by_all_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: int) -> None:
+    monkeypatch.setattr("llm_lightning.data.records.labelled.LOOKED_AT", looked_at)
+    rows = [{"Text": f"text {n}", "label": "ab"[n % 2]} for n in range(5)]
+    file = put(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    assert pairs(file) == [(row["Text"], row["label"]) for row in rows]
+    put(file, "\n".join(map(json.dumps, [*rows, {"text": "here", "label": "a"}])))
+    with pytest.raises(ValueError, match=r"5 bad records: line 1: no column 'text' \(data.text_column\)"):
+        read_labelled(file)
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

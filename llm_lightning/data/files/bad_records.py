@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,3 +73,16 @@ class BadRecords:
             more = f" (the first {LISTED} of {self.n})" if self.n > LISTED else ""
             tail = f"; {remedy}" if remedy else ""
             raise ValueError(f"{source}: {self.n} bad record{'s'[: self.n > 1]}{more}: {'; '.join(self.first)}{tail}")
+
+
+def quarantine_facts(quarantined: Sequence[BadRecord]) -> dict[str, Any]:
+    """For a report: the number of records that were left out, and the first ten."""
+    first = [f"{bad.place}: {bad.reason}" for bad in quarantined[:LISTED]]
+    return {"records": len(quarantined), "first": first}
+
+
+def quarantine_line(facts: Mapping[str, Any]) -> str:
+    """For every start: `facts` as of `quarantine_facts`."""
+    n, first = facts["records"], facts["first"]
+    which = f", the first {LISTED}" if n > LISTED else ""
+    return f"{n:,} bad record{'s'[: n > 1]} left out (data.bad_records=quarantine){which}: {'; '.join(first)}"

@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from tqdm import tqdm
 
 from llm_lightning.data.files.bad_records import BadRecords
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.files.rows import FileRow
+from llm_lightning.data.records.labelled_texts import LabelledTexts
 from llm_lightning.data.records.rows import Source, open_records
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
 
 SETTINGS = {"text": "data.text_column", "label": "data.label_column"}
+LOOKED_AT = 1000
+"""Records in which both columns are looked for before all are."""
 
 log = logging.getLogger(__name__)
-
-
-class LabelledText(NamedTuple):
-    """One record."""
-
-    text: str
-    label: str
-    place: str
-    """file:line"""
 
 
 def read_labelled(
@@ -40,7 +38,8 @@ def read_labelled(
     label_column: str = "label",
     columns: Sequence[str] | None = None,
     fold_labels: bool = False,
-) -> list[LabelledText]:
+    bad: BadRecords | None = None,
+) -> LabelledTexts:
     """Read labelled texts. No text means a missing value: "NA" and "null" are texts like others.
 
     Args:
@@ -49,30 +48,31 @@ def read_labelled(
         text_column, label_column: columns or fields that are read; others are ignored.
         columns: names of the columns of a table without a header line.
         fold_labels: take labels that differ only in case for one.
+        bad: what is wrong is added here, and refused or left out by its policy; default: refused.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
     wanted = {"text": text_column, "label": label_column}
-    name, rows = open_records(source, options or AS_THEY_ARE, fields=(text_column, label_column), columns=columns)
-    found = list(rows)
-    bad, records = BadRecords(), []
-    chosen = _chosen_columns(name, found, wanted)
-    for row in found:
+    bad, records, n_rows = bad or BadRecords(), LabelledTexts(), 0
+    name, rows, chosen = _open(source, options or AS_THEY_ARE, wanted, columns)
+    for row in tqdm(rows, desc="reading", unit=" records", disable=None, delay=1):
+        n_rows += 1
         reason = row.wrong or _problem(row.record, chosen)
         if reason is not None:
-            bad.add(row.short, reason)
+            bad.add(row.short, reason, row.place)
         else:
             text, label = row.record[chosen["text"]], _label(row.record[chosen["label"]])
-            records.append(LabelledText(text, label.casefold() if fold_labels else label, row.place))
-    bad.refuse(name, n_records=len(found))
+            records.append(text, label.casefold() if fold_labels else label, row.place)
+    bad.refuse(name, n_records=n_rows)
     if not records:
         raise ValueError(f"{name} holds no records; give a file with a text and a label in each line")
-    return _with_one_spelling(name, records)
+    _give_one_spelling(name, records)
+    return records
 
 
-def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[LabelledText], list[str]]:
+def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[LabelledTexts, list[str]]:
     """Read a tab-separated file as `pandas.read_csv(path, sep="\\t", header=None)` does, quotes and all.
 
     A text that begins with a quotation mark then goes on, over line ends, to the next one.
@@ -84,23 +84,42 @@ def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[Lab
 
     path = Path(path)
     frame = pandas.read_csv(path, sep="\t", header=None, names=list(columns), keep_default_na=False, dtype=str)
-    records, merged, line = [], [], 1
+    records, merged, line = LabelledTexts(), [], 1
     for row in frame.to_dict("records"):
         n_lines = 1 + str(row["text"]).count("\n")
-        records.append(LabelledText(row["text"], row["label"], f"{path}:{line}"))
+        records.append(row["text"], row["label"], f"{path}:{line}")
         if n_lines > 1:
             merged.append(f"{path}:{line}-{line + n_lines - 1}")
         line += n_lines
     return records, merged
 
 
-def _chosen_columns(source: str, rows: Sequence[FileRow], wanted: Mapping[str, str]) -> dict[str, str]:
+def _open(
+    source: Source, options: FileOptions, wanted: Mapping[str, str], columns: Sequence[str] | None
+) -> tuple[str, Iterator[FileRow], dict[str, str]]:
+    """(name of the source, its rows, columns to read)."""
+    opened = partial(open_records, source, options, fields=list(wanted.values()), columns=columns)
+    name, rows = opened()
+    first = list(islice(rows, LOOKED_AT))
+    there = _columns_of(first)
+    rows = chain(first, rows)
+    if len(first) == LOOKED_AT and not set(wanted.values()) <= there.keys():
+        there = _columns_of(rows)  # another column is taken only if no record has the wanted one
+        _, rows = opened()
+    return name, rows, _chosen_columns(name, list(there), wanted)
+
+
+def _columns_of(rows: Iterable[FileRow]) -> dict[str, None]:
+    """The names of all columns, in the order in which they first occur."""
+    return {name: None for row in rows if row.wrong is None for name in row.record}
+
+
+def _chosen_columns(source: str, there: Sequence[str], wanted: Mapping[str, str]) -> dict[str, str]:
     """The columns to read: the wanted ones, one that differs in case, or the only one that is left.
 
     Raises:
         ValueError: if there is no such column, said once for all records.
     """
-    there = list(dict.fromkeys(name for row in rows if row.wrong is None for name in row.record))
     chosen = {what: name for what, name in wanted.items() if name in there}
     for what, name in wanted.items():
         same = [one for one in there if one.casefold() == name.casefold()]
@@ -145,13 +164,13 @@ def _label(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
-def _with_one_spelling(source: str, records: list[LabelledText]) -> list[LabelledText]:
+def _give_one_spelling(source: str, records: LabelledTexts) -> None:
     """Labels such as 1 and 1.0 become one.
 
     Raises:
         ValueError: if labels differ only in their case.
     """
-    counts = Counter(record.label for record in records)
+    counts = records.counts()
     folded: dict[str, list[str]] = defaultdict(list)
     for label in counts:
         folded[label.casefold()].append(label)
@@ -161,14 +180,12 @@ def _with_one_spelling(source: str, records: list[LabelledText]) -> list[Labelle
         raise ValueError(
             f"{source}: the labels {spelled} differ only in their case; set data.fold_labels=true to take them for one"
         )
-    whole = {label: whole_number(label) for label in counts}
-    twice = {number for number, n in Counter(whole.values()).items() if number is not None and n > 1}
-    if not twice:
-        return records
-    log.info(
-        "%s: labels such as %s are one class", source, " and ".join(sorted(k for k, v in whole.items() if v in twice))
-    )
-    return [one._replace(label=whole[one.label]) if whole[one.label] in twice else one for one in records]  # type: ignore[arg-type]
+    whole = {label: number for label in counts if (number := whole_number(label)) is not None}
+    twice = {number for number, n in Counter(whole.values()).items() if n > 1}
+    new = {label: number for label, number in whole.items() if number in twice}
+    if new:
+        log.info("%s: labels such as %s are one class", source, " and ".join(sorted(new)))
+        records.rename(new)
 
 
 def whole_number(label: str) -> str | None:
@@ -180,7 +197,7 @@ def whole_number(label: str) -> str | None:
     return str(int(number)) if number.is_integer() else None
 
 
-def in_order(labels: set[str]) -> list[str]:
+def in_order(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their indices: numbers by value, else by the alphabet."""
     try:
         return sorted(labels, key=float)

@@ -30,11 +30,16 @@ UNDECLARED: dict[str, Kind] = {
     "monitor": "text",
     "tokenizer.name": "text",
     "data.path": "text",
+    "data.val_path": "text",
+    "data.test_path": "text",
+    "data.val_sets": "anything",
     "data.hf_dataset": "text",
     "data.format": "text",
     "data.separator": "text",
     "data.quotes": "anything",
     "data.hf_config": "text",
+    "data.hf_val_split": "text",
+    "data.hf_test_split": "text",
     "data.hf_revision": "text",
     "data.template": "text",
     "data.template_date": "text",
@@ -76,7 +81,7 @@ UNDECLARED: dict[str, Kind] = {
 }
 """Kinds of the settings whose default in conf/ does not show it: null, missing, or a word besides numbers."""
 
-SEVERAL = ("data.path",)
+SEVERAL = ("data.path", "data.val_path", "data.test_path")
 """Text settings that also accept a list."""
 
 _NUMBER_OR_SWITCH = re.compile(r"[+-]?(\d[\d_]*)?\.?[\d_]*(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
