@@ -109,7 +109,7 @@ class ClassReport:
                 continue
             matrix = confusion(seen["predicted"], seen["labels"], len(self.labels))
             drawn[f"{name}_confusion"] = confusion_figure(matrix, self.labels, stage)
-            if len(self.labels) == 2:
+            if len(self.labels) == 2 and len(seen["labels"].unique()) == 2:
                 drawn[f"{name}_roc"] = roc_figure(seen["logits"].softmax(-1)[:, 1], seen["labels"], stage)
         return drawn
 

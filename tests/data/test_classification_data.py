@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_run import WITH_PLOTS, fit_here
 
 from llm_lightning.data.classification import (
     NAMED,
@@ -23,6 +24,7 @@ from llm_lightning.data.order import BUCKET, bucketed_order
 from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
 from llm_lightning.data.splits import book_split, grouped_split, normalized, undersampled
 from llm_lightning.data.text_keys import TextKeys
+from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.tokenizers.build import build_tokenizer
 
 BYTES = build_tokenizer("byte")
@@ -399,6 +401,33 @@ def test_bad_records_are_left_out_of_every_file_and_said_at_every_start(
     assert "quarantined" not in module().report()
     with pytest.raises(ValueError, match=r"12 bad records \(the first 10 of 12\)"):
         module(train)
+
+
+def test_a_run_measures_every_named_set(tmp_path: Path) -> None:
+    hard = write(tmp_path / "hard.tsv", [("ham zz", "ham"), ("word ham", "spam"), ("nothing", "spam")])
+    only = write(tmp_path / "only.tsv", made_up(4, "spam"))
+    files = [
+        f"data.path={write(tmp_path / 'x.tsv', TRAIN)}",
+        f"data.val_path={write(tmp_path / 'val.tsv', [*made_up(3, 'ham'), *made_up(3, 'spam')])}",
+        f"data.test_path={tmp_path / 'val.tsv'}",
+        f"data.val_sets={{hard: {hard}, only-spam: {only}}}",
+    ]
+    settings = [word for word in WITH_PLOTS if "samples" not in word]
+    folder = tmp_path / "run"
+    outcome = fit_here(
+        [*settings, "task=classification", *files, "monitor=val/hard/accuracy", f"hydra.run.dir={folder}"]
+    )
+    assert outcome.code == 0, outcome.err
+    metrics, summary = read_metrics(folder / "metrics.csv"), json.loads((folder / "summary.json").read_text())
+    for stage, n in (("val", 6), ("val/hard", 3), ("val/only-spam", 4)):
+        _, accuracy = metrics[f"{stage}/accuracy"][-1]
+        matrix = np.array(summary["confusion"][stage])
+        assert matrix.sum() == n == sum(summary["data"]["splits"][stage]["classes"].values())
+        assert accuracy == pytest.approx(matrix.trace() / n)
+    assert summary["data"]["leaks"]["val"]["exact"] == 6
+    plots = {file.name for file in (folder / "plots").iterdir()}
+    assert {"val_confusion.png", "val-hard_confusion.png", "val-hard_roc.png", "val-only-spam_confusion.png"} <= plots
+    assert "val-only-spam_roc.png" not in plots, "there is no curve of one class"
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
