@@ -18,25 +18,23 @@ from torch.utils.data import Subset
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
-from llm_lightning.data.files.bad_records import BadRecords, quarantine_facts, quarantine_line
+from llm_lightning.data.files.bad_records import quarantine_facts, quarantine_line
 from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.labelled_parts import (
-    LabelledSet,
     Part,
     classes_in_own_split,
     classes_of,
-    digest_of,
     facts_of,
     listed,
-    tokenized,
+    remembered_facts,
 )
-from llm_lightning.data.leaks import duplicates, leaked_texts
 from llm_lightning.data.own_splits import cut_fractions, own_splits
-from llm_lightning.data.records.labelled import in_order, read_labelled, read_like_pandas
-from llm_lightning.data.records.labelled_texts import LabelledTexts
+from llm_lightning.data.record_store.labelled import LabelledStore, open_labelled, tokens_of_texts
+from llm_lightning.data.records.labelled import LabelledReading, in_order
 from llm_lightning.data.records.rows import Source
+from llm_lightning.data.samples import LabelledTokens
 from llm_lightning.data.splits import book_split, grouped_split, undersampled
 from llm_lightning.data.text_keys import keys_with_digits
 from llm_lightning.files.download import Pinned, check_name, file_of
@@ -159,19 +157,27 @@ class ClassificationDataModule(BaseDataModule):
         self.parts: dict[str, Part] = {}
         """train, val, val/<name> ..., test"""
         self._report: dict[str, Any] = {}
+        self._notes: list[str] = []
 
     def read(self) -> None:
         """Read, split and balance the texts, without tokenising: enough for `split_of` and `data_digest`."""
-        self.quarantined = []
-        records, merged = self._read()
+        stores = {"": self._read()} | {split: self._labelled(own.source) for split, own in self._own.items()}
+        records = stores[""]
         self.labels = list(self._labels or self._named_labels() or in_order(records.labels))
-        source = LabelledSet(records, classes_of(records, self.labels))
-        parts = self._cut(source) | {split: self._own_part(split) for split in self._own}
+        classes = classes_of(records, self.labels)
+        rows = self._cut(records, classes)
+        self.parts = {split: Part(records, part, classes[part]) for split, part in rows.items()}
+        for split, (setting, _) in self._own.items():
+            own = classes_in_own_split(stores[split], self.labels, setting)
+            self.parts[split] = Part(stores[split], np.arange(len(own)), own)
         val_sets = [split for split in self._own if "/" in split]
-        self.parts = {split: parts[split] for split in ("train", "val", *val_sets, "test")}
-        self.data_digest = digest_of(self.parts, self.labels)
-        self._report = {"records": len(records), "records_over_several_lines": merged, "split": self._split}
-        self._report |= duplicates(source.keys) | {"leaks": self._leaks()}
+        self.parts = {split: self.parts[split] for split in ("train", "val", *val_sets, "test")}
+        self._notes = [note for store in stores.values() for note in store.notes]
+        self.quarantined = [bad for store in stores.values() for bad in store.quarantined]
+        facts = remembered_facts(records, self.parts, self.labels, verify=self.verify)
+        self.data_digest = facts.pop("digest")
+        self._report = {"records": len(records), "records_over_several_lines": records.merged, "split": self._split}
+        self._report |= facts
         if self.quarantined:
             self._report["quarantined"] = quarantine_facts(self.quarantined)
 
@@ -180,7 +186,7 @@ class ClassificationDataModule(BaseDataModule):
         self._tokenize()
         if self.quarantined:
             log.warning(quarantine_line(self._report["quarantined"]))
-        for line in self._lines():
+        for line in (*self._notes, *self._lines()):
             log.info(line)
 
     def collator(self) -> Callable[[Sequence[LabelledSample]], ClassificationBatch]:
@@ -211,61 +217,51 @@ class ClassificationDataModule(BaseDataModule):
 
     # --- reading and splitting -------------------------------------------------------------------------------------
 
-    def _read(self) -> tuple[LabelledTexts, list[str]]:
-        """All records, and the places of lines that pandas merges into one."""
+    def _read(self) -> LabelledStore:
+        """All records."""
         if self._hub is not None:
-            return self._labelled(self._hub), []
+            return self._labelled(self._hub)
         named = NAMED.get(self._name or "")
         if named is None:
             if self._path is None:
                 raise ValueError("data.name and data.path are both null; give data.path=FILE with records")
-            return self._labelled(self._path), []
+            return self._labelled(self._path)
         if self._path is not None and not isinstance(self._path, str):
             raise ValueError(f"data.name={self._name} is one file; data.path names a copy of it, not {self._path}")
         file = Path(self._path) if self._path else file_of(named.file)
-        if self._split == "book":
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} does not exist; check data.path")
-            return read_like_pandas(file, named.columns or ())
-        return self._labelled(file, options=FileOptions(quotes=False), columns=named.columns), []
+        if self._split == "book" and not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; check data.path")
+        reading = LabelledReading(FileOptions(quotes=False), columns=named.columns)
+        return self._labelled(file, reading, like_pandas=self._split == "book")
 
-    def _labelled(self, source: Source, **of_named: Any) -> LabelledTexts:
-        """The records of a source, read as the settings say, but for `of_named`."""
-        bad = BadRecords(self.bad_records_policy)
-        options = {"options": self.file_options, "fold_labels": self._fold_labels, **of_named}
-        if not of_named:
-            options |= dict(zip(("text_column", "label_column"), self._columns, strict=True))
-        records = read_labelled(source, bad=bad, **options)
-        self.quarantined += bad.quarantined
-        return records
+    def _labelled(self, source: Source, reading: LabelledReading | None = None, **how: Any) -> LabelledStore:
+        """The records of a source, read as the settings say unless `reading` does."""
+        if reading is None:
+            text, label = self._columns
+            reading = LabelledReading(self.file_options, text, label, fold_labels=self._fold_labels)
+        return open_labelled(source, reading, bad_records=self.bad_records_policy, verify=self.verify, **how)
 
     def _named_labels(self) -> tuple[str, ...] | None:
         return NAMED[self._name].labels if self._name and not self._hub else None
 
-    def _own_part(self, split: str) -> Part:
-        setting, source = self._own[split]
-        records = self._labelled(source)
-        whole = LabelledSet(records, classes_in_own_split(records, self.labels, setting))
-        return whole.part(np.arange(len(records)))
-
-    def _cut(self, source: LabelledSet) -> dict[str, Part]:
+    def _cut(self, records: LabelledStore, classes: np.ndarray) -> dict[str, np.ndarray]:
         """The splits of the training records, balanced; a split with texts of its own is not cut off."""
-        classes = source.classes.tolist()
         if self._split == "book":
-            parts = book_split(classes, self._fractions, self._split_seed)
+            parts: Any = book_split(classes.tolist(), self._fractions, self._split_seed)
         else:
-            parts = self._grouped(source, classes)
+            parts = self._grouped(records, classes)
         self._check_classes(parts, classes)
         if self._split == "grouped" and self._balance == "undersample":
-            parts = {split: undersampled(part, classes, self._split_seed) for split, part in parts.items()}
-        return {split: source.part(part) for split, part in parts.items()}
+            known = classes.tolist()
+            parts = {split: undersampled(part.tolist(), known, self._split_seed) for split, part in parts.items()}
+        return {split: np.asarray(part, np.int64) for split, part in parts.items()}
 
-    def _grouped(self, source: LabelledSet, classes: Sequence[int]) -> dict[str, list[int]]:
+    def _grouped(self, records: LabelledStore, classes: np.ndarray) -> dict[str, np.ndarray]:
         """The grouped split; digits count where a split would otherwise lack a class."""
-        folded = self._split_by(source.keys.normalized, classes)
+        folded = self._split_by(records.keys.normalized, classes)
         if self._first_missing(folded, classes) is None:
             return folded
-        parts = self._split_by(keys_with_digits(source.texts()), classes)
+        parts = self._split_by(keys_with_digits(records.texts()), classes)
         if self._first_missing(parts, classes) is not None:
             return folded
         log.warning(
@@ -274,11 +270,11 @@ class ClassificationDataModule(BaseDataModule):
         )
         return parts
 
-    def _split_by(self, keys: np.ndarray, classes: Sequence[int]) -> dict[str, list[int]]:
+    def _split_by(self, keys: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
         parts = grouped_split(keys, classes, self._fractions, self._split_seed)
         return {split: part for split, part in parts.items() if split not in self._own}
 
-    def _check_classes(self, parts: dict[str, list[int]], classes: Sequence[int]) -> None:
+    def _check_classes(self, parts: Mapping[str, Any], classes: np.ndarray) -> None:
         found = self._first_missing(parts, classes)
         if found is not None:
             split, label = found
@@ -287,20 +283,14 @@ class ClassificationDataModule(BaseDataModule):
                 "give more texts, or raise data.val_fraction and data.test_fraction"
             )
 
-    def _first_missing(self, parts: dict[str, list[int]], classes: Sequence[int]) -> tuple[str, str] | None:
+    def _first_missing(self, parts: Mapping[str, Any], classes: np.ndarray) -> tuple[str, str] | None:
         """The first split that lacks a class, and the class."""
         for split, part in parts.items():
-            present = {classes[index] for index in part}
+            present = set(np.unique(classes[part]).tolist()) if len(part) else set()
             missing = (label for index, label in enumerate(self.labels) if index not in present)
             if (label := next(missing, None)) is not None:
                 return split, label
         return None
-
-    def _leaks(self) -> dict[str, dict[str, Any]]:
-        """split -> its texts that are also in training."""
-        train = self.parts["train"].keys
-        evaluated = {split: part for split, part in self.parts.items() if split != "train"}
-        return {split: leaked_texts(train, part.keys, part.classes, self.labels) for split, part in evaluated.items()}
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
@@ -309,18 +299,20 @@ class ClassificationDataModule(BaseDataModule):
         self.tokenizer = make if isinstance(make, Tokenizer) else make(self.parts["train"].texts())
         self.pad_id = 0 if self.tokenizer.eot_id is None else self.tokenizer.eot_id
         limit = min(self._max_length or self.context_length, self.context_length)
-        made = {split: tokenized(part, self.tokenizer, limit, split) for split, part in self.parts.items()}
-        samples = {split: one for split, (one, _) in made.items()}
+        samples = {split: self._samples(part, limit) for split, part in self.parts.items()}
         self.pad_to = self._padded_length(int(samples["train"].lengths.max()))
-        limit = min(limit, self.pad_to or limit)
         for one in samples.values():
-            one.limit = limit
+            one.limit = min(limit, self.pad_to or limit)
         self.train_samples, self.test_samples = samples["train"], {"test": samples["test"]}
         self.eval_samples = {split: one for split, one in samples.items() if split.startswith("val")}
         if self.eval_batches > 0:
             self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
-        facts = {split: facts_of(whole, self.parts[split], self.labels, limit) for split, (_, whole) in made.items()}
+        facts = {split: facts_of(one, self.parts[split], self.labels) for split, one in samples.items()}
         self._report |= {"splits": facts, "pad_to": self.pad_to}
+
+    def _samples(self, part: Part, limit: int) -> LabelledTokens:
+        tokens = tokens_of_texts(part.store, self.tokenizer, verify=self.verify)
+        return LabelledTokens(tokens, part.rows, part.classes, limit)
 
     def _measured(self, samples: Any) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(samples, Subset):

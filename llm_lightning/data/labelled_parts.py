@@ -1,79 +1,59 @@
-"""Splits of labelled texts: their classes, their digest, their tokens.
-
-Memory: of each text its UTF-8 bytes, its tokens, and some 100 bytes.
-"""
+"""Splits of labelled texts: their classes, and what a run says of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from llm_lightning.data.leaks import duplicates, leaked_texts
+from llm_lightning.data.record_store.labelled import FORMAT, LabelledStore
 from llm_lightning.data.records.labelled import whole_number
-from llm_lightning.data.records.labelled_texts import LabelledTexts
 from llm_lightning.data.samples import LabelledTokens
 from llm_lightning.data.text_keys import TextKeys
+from llm_lightning.files.atomic import cache_dir
+from llm_lightning.files.columns import Writer, key_of, made_once
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
-from llm_lightning.tokenizers.base import Tokenizer
 
 MOST_LISTED = 100
 """Classes that a message names."""
 
 
 @dataclass(frozen=True)
-class LabelledSet:
-    """The records of one source with their class indices, (n,) int32."""
+class Part:
+    """The texts of one split, in order.
 
-    records: LabelledTexts
+    Args:
+        store: the records of its source.
+        rows: (n,) int64, their numbers in the store.
+        classes: (n,) int32, their class indices.
+    """
+
+    store: LabelledStore
+    rows: np.ndarray
     classes: np.ndarray
 
-    @cached_property
-    def keys(self) -> TextKeys:
-        return TextKeys.of(self.texts())
-
-    def texts(self) -> Iterator[str]:
-        return (self.records.text(index) for index in range(len(self.records)))
-
-    def part(self, indices: Sequence[int] | np.ndarray) -> Part:
-        return Part(self, np.asarray(indices, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class Part:
-    """The texts of one split, in order: those of `source` at `indices`, (n,) int64."""
-
-    source: LabelledSet
-    indices: np.ndarray
-
-    @property
-    def classes(self) -> np.ndarray:
-        """(n,) int32"""
-        return self.source.classes[self.indices]
-
     @property
     def keys(self) -> TextKeys:
-        return self.source.keys.of_rows(self.indices)
+        return self.store.keys.of_rows(self.rows)
 
     def texts(self) -> Iterator[str]:
-        return (self.source.records.text(index) for index in self.indices.tolist())
+        return self.store.texts(self.rows.tolist())
 
     def counts(self, labels: Sequence[str]) -> dict[str, int]:
         """label -> its number of texts."""
         return dict(zip(labels, np.bincount(self.classes, minlength=len(labels)).tolist(), strict=True))
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.rows)
 
 
-def classes_of(records: LabelledTexts, labels: Sequence[str]) -> np.ndarray:
+def classes_of(records: LabelledStore, labels: Sequence[str]) -> np.ndarray:
     """The class indices of training records, (n,) int32: the places of their labels in `labels`.
 
     Raises:
@@ -99,7 +79,7 @@ def classes_of(records: LabelledTexts, labels: Sequence[str]) -> np.ndarray:
     return np.array([index[label] for label in records.labels], dtype=np.int32)[records.codes]
 
 
-def classes_in_own_split(records: LabelledTexts, labels: Sequence[str], setting: str) -> np.ndarray:
+def classes_in_own_split(records: LabelledStore, labels: Sequence[str], setting: str) -> np.ndarray:
     """The class indices of records of a split of its own, (n,) int32; 1.0 is the class 1, as in one file.
 
     Args:
@@ -129,6 +109,38 @@ def _remedy(label: str, labels: Sequence[str]) -> str:
     return did_you_mean(label, labels, "{!r}") + "correct it, or give training texts of this class"
 
 
+def remembered_facts(
+    records: LabelledStore, parts: Mapping[str, Part], labels: Sequence[str], *, verify: bool = False
+) -> dict[str, Any]:
+    """Digest, duplicates and leaks; computed once, then taken from the cache.
+
+    Args:
+        records: the training records, of which duplicates are counted.
+        verify: compute them again.
+    """
+    names = [
+        [split, part.store.folder.name, _sha256(part.rows), _sha256(part.classes)] for split, part in parts.items()
+    ]
+    folder = cache_dir() / "records" / f"splits-{key_of([FORMAT, records.folder.name, names, list(labels)])}"
+
+    def compute(writer: Writer) -> dict[str, Any]:
+        return {"digest": digest_of(parts, labels), **duplicates(records.keys), "leaks": _leaks(parts, labels)}
+
+    facts = dict(made_once(folder, compute, verify=verify).facts)
+    return facts | {"leaks": {split: facts["leaks"][split] for split in parts if split != "train"}}  # in their order
+
+
+def _leaks(parts: Mapping[str, Part], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """split -> its texts that are also in training."""
+    train = parts["train"].keys
+    evaluated = {split: part for split, part in parts.items() if split != "train"}
+    return {split: leaked_texts(train, part.keys, part.classes, labels) for split, part in evaluated.items()}
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
 def digest_of(parts: Mapping[str, Part], labels: Sequence[str]) -> str:
     """sha256 of the JSON of [{split: [[text, class index], ...], ...}, labels], which is never whole in memory."""
     digest = hashlib.sha256(b"[{")
@@ -141,28 +153,14 @@ def digest_of(parts: Mapping[str, Part], labels: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def tokenized(part: Part, tokenizer: Tokenizer, limit: int, name: str) -> tuple[LabelledTokens, np.ndarray]:
-    """The tokens of a split, each text cut to `limit`; and the lengths of the whole texts, (n,) int32."""
-    ids, ends, lengths = bytearray(), array("q", [0]), array("i")
-    bar = tqdm(part.texts(), desc=f"tokenising {name}", total=len(part), unit=" texts", disable=None, delay=1)
-    for text in bar:
-        whole = tokenizer.encode_document(text)
-        lengths.append(len(whole))
-        ids += whole[:limit].tobytes()
-        ends.append(ends[-1] + min(len(whole), limit))
-    tokens = np.frombuffer(ids, dtype=tokenizer.dtype)
-    samples = LabelledTokens(tokens, np.frombuffer(ends, dtype=np.int64), part.classes, limit)
-    return samples, np.frombuffer(lengths, dtype=np.int32)
-
-
-def facts_of(lengths: np.ndarray, part: Part, labels: Sequence[str], limit: int) -> dict[str, Any]:
-    """What a report says of a split; `lengths` as of `tokenized`."""
+def facts_of(samples: LabelledTokens, part: Part, labels: Sequence[str]) -> dict[str, Any]:
+    """What a report says of a split."""
     return {
         "classes": part.counts(labels),
-        "mean_tokens": int(lengths.sum(dtype=np.int64)) / len(lengths),
-        "most_tokens": int(lengths.max()),
-        "limit": limit,
-        "cut": int((lengths > limit).sum()),
+        "mean_tokens": int(samples.whole.sum()) / len(samples),
+        "most_tokens": int(samples.whole.max()),
+        "limit": samples.limit,
+        "cut": int((samples.whole > samples.limit).sum()),
     }
 
 

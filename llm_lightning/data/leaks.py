@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_lightning.data.splits import normalized
 from llm_lightning.data.templates.conversation import Conversation
-from llm_lightning.data.text_keys import TextKeys
+from llm_lightning.data.text_keys import TextKeys, as_scalars
 
 
 def prompt_key(conversation: Conversation) -> str:
@@ -32,7 +32,7 @@ def leaked_texts(train: TextKeys, evaluated: TextKeys, classes: np.ndarray, labe
         classes: of the split's texts, (n,) int.
     """
     hits = {
-        way: np.bincount(classes[np.isin(keys, known)], minlength=len(labels)).tolist()
+        way: np.bincount(classes[np.isin(as_scalars(keys), as_scalars(known))], minlength=len(labels)).tolist()
         for way, known, keys in zip(TextKeys._fields, train, evaluated, strict=True)
     }
     of_class = np.bincount(classes, minlength=len(labels)).tolist()
@@ -45,7 +45,5 @@ def leaked_texts(train: TextKeys, evaluated: TextKeys, classes: np.ndarray, labe
 
 def duplicates(keys: TextKeys) -> dict[str, int]:
     """Numbers of texts that repeat another one: byte for byte, and normalized."""
-    return {
-        "exact_duplicates": len(keys.exact) - len(np.unique(keys.exact)),
-        "normalized_duplicates": len(keys.normalized) - len(np.unique(keys.normalized)),
-    }
+    repeats = {way: len(found) - len(np.unique(as_scalars(found))) for way, found in keys._asdict().items()}
+    return {"exact_duplicates": repeats["exact"], "normalized_duplicates": repeats["normalized"]}

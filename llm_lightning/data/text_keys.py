@@ -7,21 +7,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from llm_lightning.data.splits import normalized
 
 SIZE = 16
-"""Bytes; two different texts among 2 million have the same key with a probability of 1 in 10 ** 26."""
-
-
-def text_key(text: str) -> bytes:
-    """Equal for equal texts alone (BLAKE2b)."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE).digest()
+"""Bytes; two of 2 million different texts have the same key once in 10^26 times."""
 
 
 class TextKeys(NamedTuple):
-    """Keys of the same texts, (n,) S16 each: equal for texts that are equal in one of three ways."""
+    """Keys of some texts, (n, 16) uint8 each: equal for texts that are equal in one of three ways."""
 
     exact: np.ndarray
     """byte for byte"""
@@ -32,20 +26,34 @@ class TextKeys(NamedTuple):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> TextKeys:
-        exact, trimmed, folded = bytearray(), bytearray(), bytearray()
-        for text in tqdm(texts, desc="comparing", unit=" texts", disable=None, delay=1):
-            key, inner = text_key(text), text.strip()
-            exact += key
-            trimmed += key if inner == text else text_key(inner)
-            folded += text_key(normalized(text))
-        return cls(*(np.frombuffer(keys, dtype=f"S{SIZE}") for keys in (exact, trimmed, folded)))
+        ways = zip(*map(keys_of, texts), strict=True)
+        return cls(*(as_array(b"".join(keys)) for keys in ways))
 
-    def of_rows(self, indices: np.ndarray) -> TextKeys:
+    def of_rows(self, rows: np.ndarray) -> TextKeys:
         """The keys of some of the texts."""
-        return TextKeys(*(keys[indices] for keys in self))
+        return TextKeys(*(keys[rows] for keys in self))
+
+
+def keys_of(text: str) -> tuple[bytes, bytes, bytes]:
+    """The three keys of a text."""
+    key, inner = _key(text), text.strip()
+    return key, key if inner == text else _key(inner), _key(normalized(text))
 
 
 def keys_with_digits(texts: Iterable[str]) -> np.ndarray:
     """As `TextKeys.normalized`, but digits count."""
-    keys = b"".join(text_key(normalized(text, fold_digits=False)) for text in texts)
-    return np.frombuffer(keys, dtype=f"S{SIZE}")
+    return as_array(b"".join(_key(normalized(text, fold_digits=False)) for text in texts))
+
+
+def as_array(keys: bytes) -> np.ndarray:
+    """Keys end to end as (n, 16) uint8."""
+    return np.frombuffer(keys, np.uint8).reshape(-1, SIZE)
+
+
+def as_scalars(keys: np.ndarray) -> np.ndarray:
+    """(n, 16) uint8 as (n,) values that can be sorted and compared."""
+    return np.ascontiguousarray(keys).view(f"S{SIZE}")[:, 0]
+
+
+def _key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE).digest()

@@ -14,8 +14,9 @@ import pytest
 from llm_lightning.data.files.bad_records import BadRecords
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.hugging_face import HubDataset
-from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
-from llm_lightning.data.records.labelled_texts import LabelledText, LabelledTexts
+from llm_lightning.data.record_store.labelled import open_labelled
+from llm_lightning.data.records.labelled import LabelledReading, read_labelled, texts_as_pandas_reads_them
+from llm_lightning.data.splits import normalized
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -117,26 +118,41 @@ def test_the_cases_with_bad_records_read_with_quarantine(data_dir: Path, name: s
     assert {record.label for record in found} == {"praise", "complaint"}
 
 
-def test_records_in_flat_buffers_are_those_of_a_list() -> None:
+def test_a_store_gives_the_texts_labels_keys_and_places_of_the_records(tmp_path: Path) -> None:
     draw = random.Random(1)
-    letters = "ab\u00e9\U0001f600\ud800 "
-    records = [
-        LabelledText("".join(draw.choices(letters, k=draw.randrange(4))), draw.choice("xyz"), f"{file}{n}")
-        for file in ("a.csv:", "b, 2.parquet, record ", "a.csv:")
-        for n in range(1, 40)
-    ]
-    found = LabelledTexts(records)
-    assert list(found) == records
-    assert [found[index] for index in range(-len(records), len(records))] == records + records
-    assert found[5:90:7] == records[5:90:7]
-    with pytest.raises(IndexError):
-        found[len(records)]
-    assert found.counts() == Counter(record.label for record in records)
-    found.rename({"x": "z"})
-    assert [record.label for record in found] == [record.label.replace("x", "z") for record in records]
-    assert found.first_place("z") == next(record.place for record in records if record.label in "xz")
-    found.append("new", "y", "c:7")
-    assert found[-1] == ("new", "y", "c:7")
+    words = ["a", "A!", " \u00e9", "\U0001f600", "7 ", "9"]
+    for name in ("x.jsonl", "y.jsonl"):
+        rows = [
+            {"text": "".join(draw.choices(words, k=5)) + "x", "label": draw.choice(["1", "1.0", "2"])}
+            for _ in range(60)
+        ]
+        put(tmp_path / name, "\n".join(map(json.dumps, rows)))
+    files = [str(tmp_path / name) for name in ("x.jsonl", "y.jsonl")]
+    records = read_labelled(files)
+    for _ in range(2):
+        store = open_labelled(files, LabelledReading())
+        assert list(store.texts()) == [record.text for record in records]
+        assert [store.labels[code] for code in store.codes] == [record.label for record in records]
+        assert store.counts() == Counter(record.label for record in records)
+        assert store.first_place("2") == next(record.place for record in records if record.label == "2")
+        assert len(store.notes) == 1
+        assert "labels such as 1 and 1.0 are one class" in store.notes[0]
+        ways = {"exact": str, "trimmed": str.strip, "normalized": normalized}
+        for way, form in ways.items():
+            found = [bytes(key) for key in getattr(store.keys, way)]
+            alike = [form(record.text) for record in records]
+            assert [found.index(key) for key in found] == [alike.index(text) for text in alike], way
+
+
+def test_a_store_is_made_again_when_files_or_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "x.jsonl", '{"text": "one", "label": "A"}\n{"text": "two", "label": "b"}\n')
+    first = open_labelled(str(file), LabelledReading())
+    assert open_labelled(str(file), LabelledReading(fold_labels=True)).labels == ["a", "b"]
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_lightning.data.record_store.labelled._write", None)  # nothing is written again
+        assert open_labelled(str(file), LabelledReading()).folder == first.folder
+    put(file, '{"text": "1st", "label": "A"}\n{"text": "two", "label": "b"}\n')
+    assert list(open_labelled(str(file), LabelledReading()).texts()) == ["1st", "two"]
 
 
 @pytest.mark.parametrize("looked_at", [2, 1000])
@@ -168,7 +184,8 @@ def test_a_hugging_face_set_by_its_class_names(tmp_path: Path) -> None:
 
 def test_reading_as_pandas_does_merges_quoted_lines(tmp_path: Path) -> None:
     file = put(tmp_path / "x.tsv", 'a\tone\nb\t"two\na\tthree"\nb\tNA\n')
-    records, merged = read_like_pandas(file, ("label", "text"))
+    merged: list[str] = []
+    records = list(texts_as_pandas_reads_them(file, ("label", "text"), merged))
     assert [(record.label, record.text) for record in records] == [("a", "one"), ("b", "two\na\tthree"), ("b", "NA")]
     assert merged == [f"{file}:2-3"]
     assert [record.place for record in records] == [f"{file}:{line}" for line in (1, 2, 4)]
@@ -181,6 +198,7 @@ def test_all_messages_of_the_real_file(data_dir: Path) -> None:
     assert sum(record.label == "spam" for record in strict) == 747
     by_hand = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
     assert [[record.label, record.text] for record in strict] == by_hand
-    lenient, merged = read_like_pandas(file, ("label", "text"))
+    merged: list[str] = []
+    lenient = list(texts_as_pandas_reads_them(file, ("label", "text"), merged))
     assert len(lenient) == 5572
     assert sum(place.count("-") for place in merged) >= 1
