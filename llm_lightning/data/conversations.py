@@ -8,7 +8,8 @@ import logging
 import sys
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,9 +22,11 @@ from llm_lightning.data.batches import LMBatch, collate_padded
 from llm_lightning.data.control_words import described
 from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.mixture import Mixture, mixture_entries
+from llm_lightning.data.own_splits import cut_fractions, own_splits
 from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, remembered
 from llm_lightning.data.record_store.records import FORMAT, Reading, RecordStore, open_store
-from llm_lightning.data.record_store.samples import Fitting
+from llm_lightning.data.record_store.samples import Fitting, Samples
 from llm_lightning.data.record_store.tokens import tokens_of
 from llm_lightning.data.records.rows import RecordForm, Source, lines_of
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, numbered, order_split
@@ -75,13 +78,17 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         columns: names of the fields in the records.
         roles, irregular, other_parts: how messages are read, see `ConversationForm`.
         hf_dataset, hf_config, hf_split, hf_revision: a dataset of the hub instead.
+        val_path, test_path: files with records of one's own for validation and test, used whole.
+        hf_val_split, hf_test_split: splits of that dataset instead.
+        val_sets: further validation sets, name -> path, each with metrics `val/<name>/...`.
+        mixture: several sources with their shares of the records of an epoch, see `mixture_entries`.
         template: a name, a text with slots or a `.jinja` file, see `templates/`; None: the model's own, else alpaca.
         template_date: the day that a Jinja template sees, YYYY-MM-DD; None: the own template's, else 2024-07-26.
         own_template: the description of the model's own template.
         strip_eot: strip control tokens that are spelt out, such as `<|endoftext|>`, from the ends of answers.
         split: `grouped` (no prompt, and no group of records, appears in two splits) or `order` (the book's: the first
             records are for training, the next for test, the last for validation).
-        val_fraction, test_fraction: of the records.
+        val_fraction, test_fraction: of the records; not used for a split with records of its own.
         split_seed: of the grouped split; apart from the training seed, so that a sweep over seeds has one split.
         too_long: what happens to what exceeds the context: `cut_prompt`, `drop` or `cut_answer`; see the subclasses.
         max_dropped: the share of records that may be dropped or have an answer cut.
@@ -117,6 +124,12 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         hf_config: str | None = None,
         hf_split: str = "train",
         hf_revision: str | None = None,
+        val_path: PathWords | None = None,
+        test_path: PathWords | None = None,
+        hf_val_split: str | None = None,
+        hf_test_split: str | None = None,
+        val_sets: Mapping[str, PathWords] | None = None,
+        mixture: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         template_date: str | None = None,
         own_template: Mapping[str, Any] | None = None,
@@ -136,7 +149,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
     ) -> None:
         super().__init__(bucket=bucket, **loading)
         check_choices(CHOICES, split=split, too_long=too_long, packing=packing)
-        check_numbers(val_fraction, test_fraction, max_dropped, max_cut, max_length)
+        check_numbers(max_dropped, max_cut, max_length)
         check_name(name, self.named)
         if path is not None and name is not None and isinstance(self.named[name], Path):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
@@ -149,7 +162,16 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         self._make_tokenizer = tokenizer
         self._name, self._path = name, path
         self._hub = HubDataset(hf_dataset, hf_config, hf_split, hf_revision) if hf_dataset is not None else None
-        self._how, self._fractions, self._split_seed = split, (val_fraction, test_fraction), split_seed
+        self._own = own_splits(
+            val_path=val_path, test_path=test_path, val_sets=val_sets,
+            hub=self._hub, hf_val_split=hf_val_split, hf_test_split=hf_test_split,
+        )  # fmt: skip
+        self._how, self._split_seed = split, split_seed
+        self._fractions = cut_fractions(self._own, val_fraction, test_fraction)
+        self._entries = mixture_entries(mixture) if mixture is not None else []
+        for key, value in (("path", path), ("hf_dataset", hf_dataset)):
+            if self._entries and value is not None:
+                raise ValueError(f"data.mixture and data.{key}={value} are both set; set one of them to null")
         self._strip_eot = strip_eot
         self._max_dropped, self._max_cut, self._packing = max_dropped, max_cut, packing
         self._report: dict[str, Any] = {}
@@ -182,14 +204,19 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
 
     def read(self) -> None:
         """Read, check and split the records, without tokenising: enough for `conversations_of` and `data_digest`."""
-        pool = self._pool(self._source())
-        parts = self._split(pool)
-        self._report = {"records": len(pool), "skipped": sum(one.n_skipped for one in pool.stores), "split": self._how}
+        pool = self._pool(self._sources())
+        parts = {split: Part(pool, rows) for split, rows in self._split(pool).items() if split not in self._own}
+        own = {split: self._pool({one.setting: one.source}) for split, one in self._own.items()}
+        parts |= {split: Part(one, np.arange(len(one))) for split, one in own.items()}
+        pools = [pool, *own.values()]
+        stores = [store for one in pools for store in one.stores]
+        n_records = sum(map(len, pools))
+        self._report = {"records": n_records, "skipped": sum(one.n_skipped for one in stores), "split": self._how}
         # After the split: a pair that is left out moves no other record to another split.
-        self.records = {split: Part(pool, rows[~pool.has_equal_answers[rows]]) for split, rows in parts.items()}
+        self.records = {split: part.with_different_answers() for split, part in parts.items()}
         if self.left_out_as is not None:
-            self._report[self.left_out_as] = len(pool) - sum(map(len, self.records.values()))
-        self._say_what_was_found(pool.stores)
+            self._report[self.left_out_as] = n_records - sum(map(len, self.records.values()))
+        self._say_what_was_found(stores)
         self.data_digest = self._digest()
 
     def build(self) -> None:
@@ -204,13 +231,14 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         for line in self.lines_of(self._report):
             log.info(line)
         for split, leak in self._report["leaks"].items():
-            if split != "val":
+            if split != "val" or self._own:
                 log.info("%s prompts also in training: %d of %d", split.capitalize(), leak["prompts"], leak["of"])
 
     def choose_layout(self) -> None:
         """Measure what packing saves on the first training batches, and with `packing: auto` decide on the layout."""
         samples: Any = self.train_samples
-        order = [self.batch_size, self.seed, self.shuffle, self.bucket, self.share_prefix]
+        order: list[Any] = [self.batch_size, self.seed, self.shuffle, self.bucket, self.share_prefix]
+        order += [self.mixture.report()] if self.mixture else []
         saved = self._remembered("layout", self._saved_by_packing, samples.key, order)
         if self._packing == "auto":
             self.is_packed = saved > PACKING_PAYS_FROM
@@ -266,6 +294,12 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
 
     # --- details ---------------------------------------------------------------------------------------------------
 
+    def _sources(self) -> dict[str, Source]:
+        """setting that names it -> source"""
+        if self._entries:
+            return {f"data.mixture ({one.name})": one.hub or one.path or "" for one in self._entries}
+        return {"": self._source()}
+
     def _source(self) -> Source:
         if self._hub is not None:
             return self._hub
@@ -275,12 +309,16 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             raise ValueError("data.name and data.path are both null; give data.path=FILE with records")
         return file_of(self.named[self._name])
 
-    def _pool(self, *sources: Source) -> Pool:
+    def _pool(self, sources: Mapping[str, Source]) -> Pool:
         reading = Reading(self.form, self.file_options, self._strip_eot, self.bad_records_policy)
-        return Pool([open_store(source, reading, verify=self.verify) for source in sources])
+        stores = []
+        for setting, source in sources.items():
+            with named_by(setting):
+                stores.append(open_store(source, reading, verify=self.verify))
+        return Pool(stores)
 
     def _split(self, pool: Pool) -> dict[str, np.ndarray]:
-        """split -> rows of the pool."""
+        """split -> rows of the pool; of a mixture the training rows are source after source."""
         spec = [pool.key, self._how, self._fractions, self._split_seed]
         folder = cache_dir() / "records" / f"split-{key_of([FORMAT, spec])}"
 
@@ -290,7 +328,10 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             return {}
 
         columns = made_once(folder, write, verify=self.verify)
-        return {split: columns.mapped(split) for split in SPLITS}
+        parts = {split: columns.mapped(split) for split in SPLITS}
+        if self._entries:
+            parts["train"] = parts["train"][np.argsort(pool.store_of(parts["train"]), kind="stable")]
+        return parts
 
     def _say_what_was_found(self, stores: Sequence[RecordStore]) -> None:
         """Counts of what was changed, left out or found when the records were read, also if that was long ago."""
@@ -310,37 +351,50 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
                 yield record.rejected
 
     def _encode(self) -> None:
-        pool = self.records["train"].pool
-        encode = type(self.kind).encode
-        tokens = TokenPool(
-            [tokens_of(store, self.tokenizer, self.template, encode, verify=self.verify) for store in pool.stores]
-        )
-        rows = np.concatenate([part.rows for part in self.records.values()])
-        lengths = tokens.longest(rows)
-        if self.too_long == "cut_prompt":
-            check_lengths(lengths, len(pool), self.limit, self._max_cut, self._max_dropped)
+        """Make samples of all splits."""
         fitting = Fitting(self.kind, self.limit, self.too_long, self.tokenizer, self.template)
-        samples = {split: fitting.samples(part, tokens, verify=self.verify) for split, part in self.records.items()}
+        tokens = {split: self._tokens(part.pool) for split, part in self.records.items()}
+        lengths = np.concatenate([tokens[split].longest(part.rows) for split, part in self.records.items()])
+        if self.too_long == "cut_prompt":
+            check_lengths(lengths, self._report["records"], self.limit, self._max_cut, self._max_dropped)
+        samples = {
+            split: fitting.samples(part, tokens[split], verify=self.verify) for split, part in self.records.items()
+        }
         for split, found in samples.items():
             if not len(found):
                 raise ValueError(self.nothing_fits.format(split=split, limit=self.limit))
-        counts = sum((rows.counts for rows in samples.values()), Counter[str]())
-        counted = {name: counts[name] for name in ("prompts_cut", "answers_cut", "dropped")}
-        facts = {split: rows.facts for split, rows in samples.items()}
-        self._report |= {"limit": self.limit, "splits": facts, "too_long": self.too_long, **counted}
+        self._report |= lost_of(samples) | {"limit": self.limit, "too_long": self.too_long}
         check_dropped_fraction(self._report, self._max_dropped)
-        if counts["prompts_cut"] > self._max_cut * len(pool):
-            raise ValueError(too_many_cut(counts["prompts_cut"], len(pool), self.limit, self._max_cut, lengths))
-        self.train_samples, self.test_samples = samples["train"], {"test": samples["test"]}
-        self.eval_samples = {"val": samples["val"]}
+        check_cut_fraction(self._report, self._max_cut, lengths)
+        self._take(samples)
+
+    def _tokens(self, pool: Pool) -> TokenPool:
+        encode = type(self.kind).encode
+        stores = [tokens_of(one, self.tokenizer, self.template, encode, verify=self.verify) for one in pool.stores]
+        return TokenPool(stores)
+
+    def _take(self, samples: dict[str, Samples[Sample]]) -> None:
+        """Give each split its role."""
+        train = samples["train"]
+        self.train_samples, self.test_samples = train, {"test": samples["test"]}
+        self.eval_samples = {split: found for split, found in samples.items() if split.startswith("val")}
         if self.eval_batches > 0:
-            self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
+            self.eval_samples["train_eval"] = evenly_spaced(train, self.eval_batches * self.batch_size)
+        if self._entries:
+            sizes = np.bincount(self.records["train"].pool.store_of(train.rows), minlength=len(self._entries)).tolist()
+            names, weights = [one.name for one in self._entries], [one.weight for one in self._entries]
+            self.mixture = Mixture(names, sizes, weights, self.seed, shuffle=self.shuffle)
+            self._report["mixture"] = self.mixture.report()
+            for line in self.mixture.lines(self.samples_are):
+                log.info("Mixture: %s", line)
 
     def _leaks(self) -> dict[str, dict[str, int]]:
         return {split: leaks(self.records, split) for split in self.records if split != "train"}
 
     def _digest(self) -> str:
         values = [*self.template.digest_values(), *self.digest_more()]
+        if self._entries:
+            values.append({"mixture": [[one.name, one.weight] for one in self._entries]})
         digest: str = self._remembered("digest", lambda: digest_of(self.records, values), values)
         return digest
 
@@ -348,6 +402,22 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         """A value that follows from the records of all splits and `spec`."""
         keys = [[split, part.key] for split, part in self.records.items()]
         return remembered(name, [keys, *spec], compute, verify=self.verify)
+
+
+@contextmanager
+def named_by(setting: str) -> Iterator[None]:
+    """Begin the errors of a source with the setting that names it, where that is not data.path alone."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{setting}: {error}" if setting else str(error)) from None
+
+
+def lost_of(samples: Mapping[str, Samples[Any]]) -> dict[str, Any]:
+    """Facts about each split, and what was cut or dropped in all of them."""
+    counts = sum((found.counts for found in samples.values()), Counter[str]())
+    lost = {name: counts[name] for name in ("prompts_cut", "answers_cut", "dropped")}
+    return {"splits": {split: found.facts for split, found in samples.items()}, **lost}
 
 
 def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> bool:
@@ -378,8 +448,12 @@ def split_pool(pool: Pool, split: str, fractions: tuple[float, float], seed: int
         if has_group.any():
             keys = joined_groups(numbered(np.where(has_group[:, None], pool.groups, pool.prompts)), keys)
         parts = grouped_split(keys, pool.store_of(np.arange(len(pool))), fractions, seed)
+    for name, share in zip(("val", "test"), fractions, strict=True):
+        if not share:  # there are records of its own for it
+            parts["train"] = np.concatenate([parts["train"], parts[name]])
+            parts[name] = parts[name][:0]
     for name, part in parts.items():
-        if not len(part):
+        if not len(part) and (name == "train" or dict(zip(("val", "test"), fractions, strict=True))[name]):
             raise ValueError(f"{len(pool)} records leave none for {name}; give more, or raise data.{name}_fraction")
     return parts
 
@@ -404,17 +478,19 @@ def check_choices(allowed: Mapping[str, tuple[Any, ...]], **given: Any) -> None:
             raise ValueError(f"data.{name}={value!r} must be one of {words}")
 
 
-def check_numbers(val: float, test: float, max_dropped: float, max_cut: float, max_length: int | None) -> None:
-    """Raise ValueError for impossible fractions or lengths."""
-    if val <= 0 or test <= 0 or val + test >= 1:
-        raise ValueError(
-            f"data.val_fraction={val} and data.test_fraction={test} must be positive and sum to less than 1"
-        )
+def check_numbers(max_dropped: float, max_cut: float, max_length: int | None) -> None:
+    """Raise ValueError for impossible shares or lengths."""
     for name, share in (("max_dropped", max_dropped), ("max_cut", max_cut)):
         if not 0 <= share <= 1:
             raise ValueError(f"data.{name}={share} must be between 0 and 1")
     if max_length is not None and max_length < 2:
         raise ValueError(f"data.max_length={max_length} must be at least 2")
+
+
+def check_cut_fraction(facts: Mapping[str, Any], max_cut: float, lengths: np.ndarray) -> None:
+    """Raise ValueError if more prompts were cut than allowed."""
+    if facts["prompts_cut"] > max_cut * facts["records"]:
+        raise ValueError(too_many_cut(facts["prompts_cut"], facts["records"], facts["limit"], max_cut, lengths))
 
 
 def check_lengths(lengths: np.ndarray, n_records: int, limit: int, max_cut: float, max_dropped: float) -> None:

@@ -91,6 +91,10 @@ class Part(Sequence[Conversation]):
         """(n, 16) uint8, see `RecordStore`."""
         return self.pool.prompts[self.rows]
 
+    def with_different_answers(self) -> Part:
+        """Without pairs of equal answers, from which nothing can be learnt."""
+        return Part(self.pool, self.rows[~self.pool.has_equal_answers[self.rows]])
+
     def __len__(self) -> int:
         return len(self.rows)
 

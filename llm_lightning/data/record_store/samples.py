@@ -49,6 +49,11 @@ class Samples(Dataset, Generic[Sample]):
         """Names what is in it."""
         return self._columns.folder.name
 
+    @property
+    def rows(self) -> np.ndarray:
+        """(n,) int64: the number of each in the pool."""
+        return self._rows[self._numbers]
+
     def __len__(self) -> int:
         return len(self._numbers)
 
