@@ -82,9 +82,9 @@ def _of_model(args: argparse.Namespace) -> Shown:
     from llm_lightning.weights.load import load_model
 
     data = conversations_of(load_model(args.source), instead="give a file of records")
-    batch = data.first_batch(args.split, args.number)
+    batch, titles = data.first_rows(args.split, args.number)
     title = f"{data.describe()}: {args.split}"
-    return Shown(title, data.tokenizer, batch, data.preview_titles(len(batch.input_ids)))
+    return Shown(title, data.tokenizer, batch, titles)
 
 
 def _of_records(args: argparse.Namespace) -> Shown:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sys
 from abc import abstractmethod
@@ -24,18 +22,18 @@ from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.mixture import Mixture, mixture_entries
 from llm_lightning.data.own_splits import cut_fractions, own_splits
+from llm_lightning.data.record_store.limits import check_cut_fraction, check_dropped_fraction, check_lengths, lost_of
 from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, remembered
-from llm_lightning.data.record_store.records import FORMAT, Reading, RecordStore, open_store
+from llm_lightning.data.record_store.records import Reading, RecordStore, open_store
 from llm_lightning.data.record_store.samples import Fitting, Samples
+from llm_lightning.data.record_store.splitting import digest_of, split_pool
 from llm_lightning.data.record_store.tokens import tokens_of
 from llm_lightning.data.records.rows import RecordForm, Source, lines_of
-from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, numbered, order_split
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.choose import choose_template
-from llm_lightning.data.templates.conversation import Conversation, as_plain
-from llm_lightning.files.atomic import cache_dir
-from llm_lightning.files.columns import Writer, key_of, made_once
+from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.download import Pinned, check_name, file_of
+from llm_lightning.terminal import counted
 from llm_lightning.tokenizers.base import Tokenizer
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -47,6 +45,8 @@ PACKING_PAYS_FROM = 0.05
 """Share of saved positions from which packing is faster: with 5% of padding and no shared prefix, it took as long as
 padded batches, with 124M parameters on a CPU."""
 BATCHES_LOOKED_AT = 200
+WORST = 2
+"""Records that a preview shows of those that were cut most."""
 
 Sample = TypeVar("Sample")
 
@@ -196,16 +196,17 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         """Further plain values for the digest. May be overridden."""
         return []
 
-    def preview_titles(self, n_rows: int) -> list[str] | None:
-        """Titles for the rows of a preview. May be overridden."""
-        return None
+    def titled(self, record: str, sequence: int) -> str:
+        """The title of a sequence of a record in a preview. May be overridden."""
+        return record
 
     # --- building --------------------------------------------------------------------------------------------------
 
     def read(self) -> None:
         """Read, check and split the records, without tokenising: enough for `conversations_of` and `data_digest`."""
         pool = self._pool(self._sources())
-        parts = {split: Part(pool, rows) for split, rows in self._split(pool).items() if split not in self._own}
+        how = (self._how, self._fractions, self._split_seed)
+        parts = split_pool(pool, *how, by_source=bool(self._entries), verify=self.verify)
         own = {split: self._pool({one.setting: one.source}) for split, one in self._own.items()}
         parts |= {split: Part(one, np.arange(len(one))) for split, one in own.items()}
         pools = [pool, *own.values()]
@@ -268,18 +269,26 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         prompts = (self.template.prompt_ids(self.tokenizer, one) for one in self.records["val"])
         return list(islice((ids for ids in prompts if len(ids) < self.context_length), n))
 
-    def first_batch(self, split: str, n: int) -> LMBatch:
-        """The sequences of the first `n` samples of a split, padded."""
+    def first_rows(self, split: str, n: int) -> tuple[LMBatch, list[str]]:
+        """The sequences of the first `n` samples of a split, padded, and their titles."""
         samples: Any = {"train": self.train_samples, **self.eval_samples, **self.test_samples}[split]
-        rows = [one for index in range(min(n, len(samples))) for one in samples[index].sequences]
-        return collate_padded(rows, pad_id=self.pad_id, context_length=self.context_length)
+        return self._shown([(f"record {index}", samples[index]) for index in range(min(n, len(samples)))])
 
     def preview(self, n: int) -> str:
+        """The first samples, and those that lost most when they were cut."""
         from llm_lightning.data.inspection import as_text
 
-        batch = self.first_batch("train", n)
-        titles = self.preview_titles(len(batch.input_ids))
+        samples: Any = self.train_samples
+        rows = [(f"record {index}", samples[index]) for index in range(min(n, len(samples)))]
+        for number, n_tokens, sample in samples.most_cut(WORST):
+            rows.append((f"record {number}, cut from {counted(n_tokens, 'token')}", sample))
+        batch, titles = self._shown(rows)
         return as_text(self.tokenizer, batch, colour=sys.stdout.isatty(), titles=titles)
+
+    def _shown(self, samples: Sequence[tuple[str, Any]]) -> tuple[LMBatch, list[str]]:
+        titles = [self.titled(title, at) for title, sample in samples for at in range(len(sample.sequences))]
+        rows = [one for _, sample in samples for one in sample.sequences]
+        return collate_padded(rows, pad_id=self.pad_id, context_length=self.context_length), titles
 
     def describe(self) -> str:
         source = (
@@ -316,22 +325,6 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             with named_by(setting):
                 stores.append(open_store(source, reading, verify=self.verify))
         return Pool(stores)
-
-    def _split(self, pool: Pool) -> dict[str, np.ndarray]:
-        """split -> rows of the pool; of a mixture the training rows are source after source."""
-        spec = [pool.key, self._how, self._fractions, self._split_seed]
-        folder = cache_dir() / "records" / f"split-{key_of([FORMAT, spec])}"
-
-        def write(writer: Writer) -> dict[str, Any]:
-            for split, rows in split_pool(pool, self._how, self._fractions, self._split_seed).items():
-                writer.column(split, np.int64).extend(rows.tobytes())
-            return {}
-
-        columns = made_once(folder, write, verify=self.verify)
-        parts = {split: columns.mapped(split) for split in SPLITS}
-        if self._entries:
-            parts["train"] = parts["train"][np.argsort(pool.store_of(parts["train"]), kind="stable")]
-        return parts
 
     def _say_what_was_found(self, stores: Sequence[RecordStore]) -> None:
         """Counts of what was changed, left out or found when the records were read, also if that was long ago."""
@@ -413,13 +406,6 @@ def named_by(setting: str) -> Iterator[None]:
         raise type(error)(f"{setting}: {error}" if setting else str(error)) from None
 
 
-def lost_of(samples: Mapping[str, Samples[Any]]) -> dict[str, Any]:
-    """Facts about each split, and what was cut or dropped in all of them."""
-    counts = sum((found.counts for found in samples.values()), Counter[str]())
-    lost = {name: counts[name] for name in ("prompts_cut", "answers_cut", "dropped")}
-    return {"splits": {split: found.facts for split, found in samples.items()}, **lost}
-
-
 def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> bool:
     """Whether a shared prefix may be computed once: dropout would give all sequences the same draws.
 
@@ -428,46 +414,6 @@ def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -
     """
     dropouts = [model.get(f"{place}_dropout") for place in ("embedding", "attention", "residual")]
     return not any(dropouts) and not (lora and lora.get("dropout"))
-
-
-def split_pool(pool: Pool, split: str, fractions: tuple[float, float], seed: int) -> dict[str, np.ndarray]:
-    """split -> rows of a pool.
-
-    Args:
-        split: `grouped` (no prompt, and no group of records, appears in two splits) or `order`.
-        fractions: of validation and test.
-
-    Raises:
-        ValueError: if a split would be empty.
-    """
-    if split == "order":
-        parts = order_split(len(pool), fractions)
-    else:
-        has_group = np.any(pool.groups, axis=1)
-        keys = numbered(pool.prompts)
-        if has_group.any():
-            keys = joined_groups(numbered(np.where(has_group[:, None], pool.groups, pool.prompts)), keys)
-        parts = grouped_split(keys, pool.store_of(np.arange(len(pool))), fractions, seed)
-    for name, share in zip(("val", "test"), fractions, strict=True):
-        if not share:  # there are records of its own for it
-            parts["train"] = np.concatenate([parts["train"], parts[name]])
-            parts[name] = parts[name][:0]
-    for name, part in parts.items():
-        if not len(part) and (name == "train" or dict(zip(("val", "test"), fractions, strict=True))[name]):
-            raise ValueError(f"{len(pool)} records leave none for {name}; give more, or raise data.{name}_fraction")
-    return parts
-
-
-def digest_of(parts: Mapping[str, Iterable[Conversation]], values: Sequence[Any]) -> str:
-    """The sha256 of `json.dumps([{split: [record, ...], ...}, *values])`, of which a part at a time is in memory."""
-    digest = hashlib.sha256(b"[{")
-    for number, (split, records) in enumerate(parts.items()):
-        digest.update(f"{', ' if number else ''}{json.dumps(split)}: [".encode())
-        for index, record in enumerate(records):
-            digest.update(f"{', ' if index else ''}{json.dumps(as_plain(record))}".encode())
-        digest.update(b"]")
-    digest.update("".join(["}", *(f", {json.dumps(value)}" for value in values), "]"]).encode())
-    return digest.hexdigest()
 
 
 def check_choices(allowed: Mapping[str, tuple[Any, ...]], **given: Any) -> None:
@@ -485,42 +431,3 @@ def check_numbers(max_dropped: float, max_cut: float, max_length: int | None) ->
             raise ValueError(f"data.{name}={share} must be between 0 and 1")
     if max_length is not None and max_length < 2:
         raise ValueError(f"data.max_length={max_length} must be at least 2")
-
-
-def check_cut_fraction(facts: Mapping[str, Any], max_cut: float, lengths: np.ndarray) -> None:
-    """Raise ValueError if more prompts were cut than allowed."""
-    if facts["prompts_cut"] > max_cut * facts["records"]:
-        raise ValueError(too_many_cut(facts["prompts_cut"], facts["records"], facts["limit"], max_cut, lengths))
-
-
-def check_lengths(lengths: np.ndarray, n_records: int, limit: int, max_cut: float, max_dropped: float) -> None:
-    """Raise ValueError if more is too long than may be cut or dropped: at once, since cutting takes time.
-
-    Args:
-        lengths: tokens of the records that are used.
-    """
-    n_long = int((lengths > limit + 2).sum())  # the end of an answer may not be scored
-    if n_long > (max_cut + max_dropped) * n_records:
-        raise ValueError(too_many_cut(n_long, n_records, limit, max_cut, lengths))
-
-
-def too_many_cut(n_cut: int, n_records: int, limit: int, max_cut: float, lengths: np.ndarray) -> str:
-    """The error for prompts that do not fit."""
-    half, most, longest = (int(one) - 1 for one in np.quantile(lengths, (0.5, 0.95, 1), method="higher"))
-    return (
-        f"{n_cut:,} of {n_records:,} records do not fit into {limit} tokens without a cut in their prompt, more than "
-        f"data.max_cut={max_cut:g} allows: half of them need {half} tokens, 95% {most}, the longest {longest}; set "
-        f"model.context_length (and data.max_length, if it is set) to {longest}, or to {most} for 95% of them, or "
-        "raise data.max_cut if the cuts are intended"
-    )
-
-
-def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float) -> None:
-    """Raise ValueError if more records were dropped, or had an answer cut, than allowed."""
-    n_dropped = facts["dropped"] + facts["answers_cut"]
-    if n_dropped > max_dropped * facts["records"]:
-        raise ValueError(
-            f"{n_dropped} of {facts['records']} records do not fit into {facts['limit']} tokens ({facts['dropped']} "
-            f"dropped, {facts['answers_cut']} answers cut), more than data.max_dropped={max_dropped:g} allows; "
-            "raise model.context_length or data.max_length, or data.max_dropped if that is intended"
-        )

@@ -156,8 +156,8 @@ class PreferenceDataModule(ConversationDataModule[PairSample]):
     def kind(self) -> Scoring:
         return self._scoring
 
-    def preview_titles(self, n_rows: int) -> list[str]:
-        return titles_of_pairs(n_rows)
+    def titled(self, record: str, sequence: int) -> str:
+        return f"{record}, {('chosen', 'rejected')[sequence]}"
 
     def digest_more(self) -> list[Any]:
         return [[self._scoring.score_eos, self._scoring.score_header]]

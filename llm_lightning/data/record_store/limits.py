@@ -1,0 +1,57 @@
+"""How much may be cut or dropped before a run is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llm_lightning.data.record_store.samples import Samples
+
+
+def lost_of(samples: Mapping[str, Samples[Any]]) -> dict[str, Any]:
+    """Facts about each split, and what was cut or dropped in all of them."""
+    counts = sum((found.counts for found in samples.values()), Counter[str]())
+    lost = {name: counts[name] for name in ("prompts_cut", "answers_cut", "dropped")}
+    return {"splits": {split: found.facts for split, found in samples.items()}, **lost}
+
+
+def check_cut_fraction(facts: Mapping[str, Any], max_cut: float, lengths: np.ndarray) -> None:
+    """Raise ValueError if more prompts were cut than allowed."""
+    if facts["prompts_cut"] > max_cut * facts["records"]:
+        raise ValueError(too_many_cut(facts["prompts_cut"], facts["records"], facts["limit"], max_cut, lengths))
+
+
+def check_lengths(lengths: np.ndarray, n_records: int, limit: int, max_cut: float, max_dropped: float) -> None:
+    """Raise ValueError if more is too long than may be cut or dropped: at once, since cutting takes time.
+
+    Args:
+        lengths: tokens of the records that are used.
+    """
+    n_long = int((lengths > limit + 2).sum())  # the end of an answer may not be scored
+    if n_long > (max_cut + max_dropped) * n_records:
+        raise ValueError(too_many_cut(n_long, n_records, limit, max_cut, lengths))
+
+
+def too_many_cut(n_cut: int, n_records: int, limit: int, max_cut: float, lengths: np.ndarray) -> str:
+    """The error for prompts that do not fit."""
+    half, most, longest = (int(one) - 1 for one in np.quantile(lengths, (0.5, 0.95, 1), method="higher"))
+    return (
+        f"{n_cut:,} of {n_records:,} records do not fit into {limit} tokens without a cut in their prompt, more than "
+        f"data.max_cut={max_cut:g} allows: half of them need {half} tokens, 95% {most}, the longest {longest}; set "
+        f"model.context_length (and data.max_length, if it is set) to {longest}, or to {most} for 95% of them, or "
+        "raise data.max_cut if the cuts are intended"
+    )
+
+
+def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float) -> None:
+    """Raise ValueError if more records were dropped, or had an answer cut, than allowed."""
+    n_dropped = facts["dropped"] + facts["answers_cut"]
+    if n_dropped > max_dropped * facts["records"]:
+        raise ValueError(
+            f"{n_dropped} of {facts['records']} records do not fit into {facts['limit']} tokens ({facts['dropped']} "
+            f"dropped, {facts['answers_cut']} answers cut), more than data.max_dropped={max_dropped:g} allows; "
+            "raise model.context_length or data.max_length, or data.max_dropped if that is intended"
+        )
