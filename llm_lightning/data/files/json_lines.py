@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_lightning.data.files.compression import open_bytes
 from llm_lightning.data.files.form import FileForm
+from llm_lightning.data.files.line_ends import json_may_hold_cr
 from llm_lightning.data.files.row import Row
 from llm_lightning.data.files.strict_json import LENIENT, STRICT, decode, problem
 from llm_lightning.data.files.text import TextFile, encoding_remedy
@@ -33,7 +34,7 @@ def json_line_rows(path: Path, form: FileForm, fields: Sequence[str] | None = No
                 wrong = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
             except ValueError as error:
                 wrong = str(error)
-        yield Row(f"line {number}", value, wrong)
+        yield Row(f"line {number}", value, wrong, json_may_hold_cr(line))
 
 
 def _lines(path: Path, form: FileForm) -> Iterator[tuple[str, str | None]]:
