@@ -6,21 +6,11 @@ A tokenizer would learn tokens such as `\\r\\n`, and a model would answer with t
 from __future__ import annotations
 
 import logging
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-
-
-_CR_IN_JSON = re.compile(r"\\(?:r|u000[dD])")
-"""In a string of JSON, a CR can only be written as an escape."""
-
-
-def json_may_hold_cr(text: str) -> bool:
-    """Whether strings of a JSON text may hold CR; a walk through the values takes as long as parsing them."""
-    return _CR_IN_JSON.search(text) is not None
 
 
 def with_lf(value: Any) -> Any:
