@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 MOST_LEVELS = 200
@@ -39,7 +39,7 @@ def has_escapes(text: str) -> bool:
 
 def refuse_deep(text: str) -> None:
     """Raise ValueError where the value of a text that is JSON is nested so deeply that Python's own walks fail."""
-    if text.count("[") + text.count("{") <= MOST_LEVELS:
+    if text.count("[") <= MOST_LEVELS // 2 and text.count("{") <= MOST_LEVELS // 2:
         return
     depth = deepest = 0
     for mark in _BRACKETS.findall(text):
@@ -56,7 +56,7 @@ def problem(value: Any, escapes: bool, fields: Sequence[str] | None = None) -> s
         escapes: whether the JSON of the value `has_escapes`.
         fields: see `json_line_rows`.
     """
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         return f"a JSON {type(value).__name__}, not an object"
     if escapes:
         for field, content in value.items():
