@@ -95,7 +95,8 @@ def _say_how_files_are_read() -> None:
     for name in SAYS:
         logging.getLogger(name).setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(OwnWords("%(message)s"))
+        if type(handler) is logging.StreamHandler:  # of `main`, not of what has called it
+            handler.setFormatter(OwnWords("%(message)s"))
 
 
 def _parsed(argv: list[str] | None) -> tuple[str, ModuleType, argparse.Namespace]:
