@@ -63,7 +63,8 @@ def table_rows(path: Path, form: FileForm, options: FileOptions, columns: Sequen
             hint = "" if is_quoted else _if_parted(cells)
             yield Row(place, None, f"{counted(len(cells), 'column')}, {what} than the {len(names or ())} {whose}{hint}")
         else:
-            yield Row(place, {name: cell for name, cell in zip(names or (), cells, strict=True) if name}, None)
+            record = {name: cell for name, cell in zip(names or (), cells, strict=True) if name}
+            yield Row(place, record, None, may_hold_cr=any("\r" in cell for cell in cells))
 
 
 def _separator(lines: Iterator[str], form: FileForm, options: FileOptions) -> tuple[str, int, Iterator[str]]:
@@ -142,7 +143,7 @@ def _quoted(path: Path, lines: Iterator[str], separator: str) -> Iterator[_Cells
         except csv.Error as error:
             raise ValueError(
                 f"{path}, line {line}: quotes are not balanced from here on ({error}); double a quotation mark inside "
-                "quotes, also where a backslash stands before it; or set data.quotes=false"
+                "quotes, also where a backslash stands before it; or set data.quotes=false if they enclose nothing"
             ) from error
 
 

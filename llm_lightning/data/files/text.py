@@ -62,11 +62,15 @@ class TextFile:
         """The lines with their ends."""
         pieces: list[str] = []  # of one line, which may be longer than a chunk
         for chunk in self:
-            for piece in _LINE.findall(chunk):
-                pieces.append(piece)
-                if piece.endswith(("\n", "\r")):
-                    yield "".join(pieces)
-                    pieces = []
+            *whole, last = _LINE.findall(chunk)
+            if whole and pieces:
+                whole[0] = "".join([*pieces, whole[0]])
+                pieces = []
+            yield from whole
+            pieces.append(last)
+            if last.endswith(("\n", "\r")):
+                yield "".join(pieces)
+                pieces = []
         if pieces:
             yield "".join(pieces)
 
