@@ -16,7 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, names_records, open_model
+from llm_lightning.cli.arguments import (
+    add_base_argument,
+    add_columns_argument,
+    add_device_arguments,
+    add_file_arguments,
+    file_options,
+    names_records,
+    open_model,
+    typed_columns,
+)
 from llm_lightning.cli.comparison_page import Item, Page, as_html
 from llm_lightning.inference.defaults import ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.terminal import aligned, say_lines, visible
@@ -36,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data",
         metavar="DATA",
         nargs="?",
-        type=Path,
-        help="a file of records; of pairs, the chosen answer is the correct one",
+        help="a file of records (or a glob, or a folder); of pairs, the chosen answer is the correct one",
     )
     parser.add_argument(
         "-o",
@@ -85,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--judge-model", metavar="NAME", help="its name there (default: llama3)")
     add_device_arguments(parser)
     add_base_argument(parser)
+    add_columns_argument(parser)
+    add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,6 +148,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for what is wrong before a model is loaded."""
+    from llm_lightning.data.files.find import find_files
+    from llm_lightning.data.files.rows import RECORD_FORMS
+
     for option in ("batch_size", "max_new_tokens", "limit"):
         value = getattr(args, option)
         if value is not None and value < 1:
@@ -147,10 +160,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"give a file of records, or --split test; {given} given")
     if args.data_of is not None and args.split is None:
         raise ValueError(f"--data-of {args.data_of} goes with --split")
-    if args.data is not None and not names_records(args.data.name):
+    if args.data is not None and not names_records(args.data):
         raise ValueError(f"{args.data} must be a file of records; only two models can be compared")
-    if args.data is not None and not args.data.is_file():
-        raise FileNotFoundError(f"{args.data} does not exist or is not a file")
+    if args.data is not None:
+        find_files(args.data, RECORD_FORMS)
     if args.output.suffix == ".md":
         raise ValueError(f"-o {args.output}: the Markdown page was removed; write {args.output.with_suffix('.html')}")
     if args.output.suffix != ".html":
@@ -238,7 +251,8 @@ def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> t
     from llm_lightning.inference.respond import read_records
 
     if args.data is not None:
-        return read_records(args.data, models[1])[: args.limit], str(args.data)
+        read = read_records(args.data, models[1], options=file_options(args), columns=typed_columns(args))
+        return read[: args.limit], args.data
     given = {name: loaded for name, loaded in zip("BA", reversed(models), strict=True) if args.data_of in (None, name)}
     for name, loaded in given.items():
         if loaded.header.get("task") in ("sft", "dpo"):

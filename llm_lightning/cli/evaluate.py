@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.arguments import add_model_arguments, open_model
+from llm_lightning.cli.arguments import add_file_arguments, add_model_arguments, file_options, open_model
 from llm_lightning.terminal import aligned, inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:
@@ -38,19 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         nargs="+",
         metavar="FILE",
-        help="text or JSONL files, folders or globs; for a classifier a CSV, TSV or JSONL with labels",
+        help="files of text or records, folders or globs; for a classifier records with labels",
     )
     what.add_argument(
         "--split", choices=("train", "val", "test"), help="a split of the data that the model was trained on"
     )
     parser.add_argument(
-        "--text-field", default="text", metavar="KEY", help="of records: where the text is (default: %(default)s)"
+        "--text-field", metavar="KEY", help="of records: where the text is (default: as in the training)"
     )
     parser.add_argument(
-        "--label-column", default="label", metavar="KEY", help="of records: where the class is (default: %(default)s)"
+        "--label-column", metavar="KEY", help="of records: where the class is (default: as in the training)"
     )
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (default: the context)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,7 +86,7 @@ def _evaluated(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
         file = tokens_of(loaded, args.split, instead=INSTEAD)
         options = {"length": loaded.longest_input, "stride": args.stride, "progress": True}
         return evaluate_tokens(loaded.gpt, [file.tokens], file.n_bytes, **options)
-    return evaluate_texts(loaded, _read_texts(args.text, args.text_field), stride=args.stride, progress=True)
+    return evaluate_texts(loaded, _read_texts(args, loaded), stride=args.stride, progress=True)
 
 
 def _run_tuned(loaded: LoadedModel, args: argparse.Namespace) -> None:
@@ -125,7 +126,7 @@ def _run_classifier(loaded: LoadedModel, args: argparse.Namespace) -> None:
     from llm_lightning.data.of_checkpoint import labelled_texts_of
     from llm_lightning.inference.evaluate import evaluate_labelled
 
-    records = labelled_texts_of(loaded, args.split, instead=INSTEAD) if args.split else _labelled(args)
+    records = labelled_texts_of(loaded, args.split, instead=INSTEAD) if args.split else _labelled(args, loaded)
     result = evaluate_labelled(loaded, records, progress=True)
     if args.json:
         say_json(result)
@@ -152,16 +153,26 @@ def _confused_lines(pairs: list[dict[str, Any]]) -> list[str]:
     return aligned([("most confused: true", "said", "texts", "of"), *shown]) if pairs else ["no text was confused"]
 
 
-def _labelled(args: argparse.Namespace) -> list[tuple[str, str]]:
+def _labelled(args: argparse.Namespace, loaded: LoadedModel) -> list[tuple[str, str]]:
+    from llm_lightning.data.of_checkpoint import settings_of
     from llm_lightning.data.records.labelled import read_labelled
 
-    files = [read_labelled(path, text_column=args.text_field, label_column=args.label_column) for path in args.text]
-    return [(record.text, record.label) for records in files for record in records]
+    trained = settings_of(loaded)
+    columns = {
+        "text_column": args.text_field or trained.get("text_column") or "text",
+        "label_column": args.label_column or trained.get("label_column") or "label",
+    }
+    records = read_labelled(
+        args.text, options=file_options(args), fold_labels=trained.get("fold_labels", False), **columns
+    )
+    return [(record.text, record.label) for record in records]
 
 
-def _read_texts(paths: list[str], text_field: str) -> list[str]:
+def _read_texts(args: argparse.Namespace, loaded: LoadedModel) -> list[str]:
     from llm_lightning.data.corpus.sources import open_source
+    from llm_lightning.data.of_checkpoint import settings_of
 
-    source = open_source(path=paths, text_field=text_field)
+    field = args.text_field or settings_of(loaded).get("text_field") or "text"
+    source = open_source(path=args.text, text_field=field, options=file_options(args))
     source.survey()  # names bad text before any work is spent
     return ["".join(document.chunks) for document in source.documents()]

@@ -15,12 +15,11 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.arguments import add_model_arguments, open_model
+from llm_lightning.cli.arguments import add_file_arguments, add_model_arguments, file_options, named_file, open_model
 from llm_lightning.inference.defaults import ANSWER_TOKENS, MAX_NEW_TOKENS, TEMPERATURE, TOP_K
-from llm_lightning.terminal import say, say_lines, write_raw
+from llm_lightning.terminal import counted, say, say_lines, write_raw
 
 if TYPE_CHECKING:
     from llm_lightning.weights.load import LoadedModel
@@ -44,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each prompt is a question, in the template of the model's training, else its own; show the answer alone",
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message (default: the template's)")
-    parser.add_argument(
-        "--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line; - reads the standard input"
-    )
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one per line; - reads the standard input")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -75,10 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="show the text as it grows (default: for a single prompt on a terminal)",
     )
+    add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    prompts = args.prompts + (_read_prompts(args.prompts_file) if args.prompts_file else [])
+    prompts = args.prompts + (_read_prompts(args) if args.prompts_file else [])
     if not prompts:
         raise ValueError('no prompt: give one in quotes, such as "Every effort moves you", or --prompts-file FILE')
     if args.stream and len(prompts) > 1:
@@ -163,10 +161,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
-        lines = data.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    return [line for line in lines if line]
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    from llm_lightning.data.lines import lines_of
+
+    with named_file(args.prompts_file) as file:
+        lines = [line.text for line in lines_of(file, file_options(args))]
+    prompts = [line for line in lines if line]
+    if len(prompts) < len(lines):
+        log.warning("%s: %s left out", args.prompts_file, counted(len(lines) - len(prompts), "empty line"))
+    return prompts

@@ -10,15 +10,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_lightning.cli.arguments import names_records
+from llm_lightning.cli.arguments import (
+    add_columns_argument,
+    add_file_arguments,
+    file_options,
+    names_records,
+    typed_columns,
+)
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
     from llm_lightning.data.batches import Example, LMBatch
     from llm_lightning.data.templates.base import Template
+    from llm_lightning.data.templates.conversation import Conversation
     from llm_lightning.files.download import Pinned
     from llm_lightning.tokenizers.base import Tokenizer
 
@@ -35,7 +43,9 @@ class Shown(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="a file of records, a named set, or a model of task=sft or task=dpo"
+        "source",
+        metavar="SOURCE",
+        help="a file of records (or a glob, or a folder), a named set, or a model of task=sft or task=dpo",
     )
     parser.add_argument("-n", "--number", type=int, default=4, metavar="N", help="records (default: %(default)s)")
     parser.add_argument(
@@ -50,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss-on", default="response", help="of a file: response, header or all (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", help="of a file (default: that of --model, else gpt2)")
+    add_columns_argument(parser)
+    add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,18 +103,17 @@ def _of_records(args: argparse.Namespace) -> Shown:
     """The first records of a file, whether or not there are enough to train on."""
     from llm_lightning.data.batches import collate_padded
     from llm_lightning.data.instruction import LOSS_ON
-    from llm_lightning.data.records.placed import placed_records
+    from llm_lightning.data.records.like_training import read_like_training
     from llm_lightning.files.download import file_of
 
     if args.loss_on not in LOSS_ON:
         raise ValueError(f"--loss-on {args.loss_on} must be one of {', '.join(LOSS_ON)}")
     tokenizer, template = _form_of(args)
     template.check_tokenizer(tokenizer)
-    path = file_of(_named()[args.source]) if args.source in _named() else Path(args.source)
-    first = placed_records(path)[0].record
-    is_pairs = {"chosen", "rejected"} <= set(first)
-    make = _pair_samples if is_pairs else _record_samples
-    samples, titles = make(path, args, tokenizer, template)
+    path = file_of(_named()[args.source]) if args.source in _named() else args.source
+    records = read_like_training(path, file_options(args), {}, typed_columns(args), pairs_win=True)[: args.number]
+    make = _record_samples if records[0].rejected is None else _pair_samples
+    samples, titles = make(records, args, tokenizer, template)
     longest = max(len(one.token_ids) for one in samples)
     batch = collate_padded(samples, pad_id=tokenizer.eot_id or 0, context_length=longest)
     return Shown(f"{args.source}: template {template.name}", tokenizer, batch, titles)
@@ -124,24 +135,19 @@ def _form_of(args: argparse.Namespace) -> tuple[Tokenizer, Template]:
 
 
 def _record_samples(
-    path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
+    records: Sequence[Conversation], args: argparse.Namespace, tokenizer: Tokenizer, template: Template
 ) -> tuple[list[Example], None]:
     from llm_lightning.data.instruction import Targets, encode
-    from llm_lightning.data.records.instruction import read_instructions
 
-    records = read_instructions(path, empty_output="keep")[0][: args.number]
     return [encode(tokenizer, template, one, Targets(args.loss_on)) for one in records], None
 
 
 def _pair_samples(
-    path: Path, args: argparse.Namespace, tokenizer: Tokenizer, template: Template
+    pairs: Sequence[Conversation], args: argparse.Namespace, tokenizer: Tokenizer, template: Template
 ) -> tuple[list[Example], list[str]]:
     from llm_lightning.data.preference import Scoring, encode, titles_of_pairs
-    from llm_lightning.data.records.preference import read_preferences
 
     if args.loss_on == "all":
         raise ValueError("--loss-on all: of pairs only the answers are scored; use response or header")
-    pairs = read_preferences(path)[0][: args.number]
-    scoring = Scoring(score_header=args.loss_on == "header")
-    encoded = [encode(tokenizer, template, one, scoring) for one in pairs]
+    encoded = [encode(tokenizer, template, one, Scoring(score_header=args.loss_on == "header")) for one in pairs]
     return [side for pair in encoded for side in pair.sequences], titles_of_pairs(2 * len(pairs))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_lightning.cli.arguments import add_file_arguments, file_options
 from llm_lightning.metrics.judge.client import DEFAULT_MODEL, DEFAULT_URL, SEED, Judge
 from llm_lightning.metrics.judge.prompts import PROMPTS
 from llm_lightning.terminal import say_json, say_lines
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a JSON array of records, or JSONL")
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a file of records")
     parser.add_argument(
         "--column",
         action="append",
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "modes); the histogram has the same name and ends in .png",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object per file")
+    add_file_arguments(parser)
 
 
 def _add_judge_arguments(group: argparse._ArgumentGroup) -> None:
@@ -91,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1")
     outputs = _output_files(args)
-    files = [read_responses(path, args.column, args.limit) for path in args.files]  # all, before anything is sent
+    options = file_options(args)
+    files = [read_responses(path, args.column, args.limit, options) for path in args.files]  # before anything is sent
     report_on = _mode(args, files)
     for file, output in zip(files, outputs, strict=True):
         report = report_on(file)

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import NoReturn
 
+from llm_lightning.cli.arguments import OwnWords, in_own_words
 from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.processes import end_with_parent
 from llm_lightning.files.disk_errors import explain
@@ -38,6 +39,8 @@ VERBS = {
     "inspect": "show what a checkpoint contains",
     "completion": "print a script for the completion of verbs and options in a shell",
 }
+SAYS = ("llm_lightning.data.files", "llm_lightning.data.lines", "llm_lightning.data.records")
+"""Loggers of how files are read."""
 USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -60,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         raise
     guard_messages()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    own_words = in_own_words if hasattr(args, "encoding") else str
+    if hasattr(args, "encoding"):
+        _say_how_files_are_read()
     try:
         module.run(args)
         write_raw("", flush=True)
@@ -72,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get(unforeseen.SHOW_TRACEBACK):
             say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
         message = error if isinstance(error, ValueError) else explain(error, elsewhere=ELSEWHERE, again=AGAIN)
-        say(f"llm-lightning {verb}: {one_line(message)}", file=sys.stderr)
+        say(f"llm-lightning {verb}: {one_line(own_words(str(message)))}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename == STANDARD_OUTPUT:
             unforeseen.stop_writing()
         return USAGE_ERROR
@@ -82,6 +88,15 @@ def main(argv: list[str] | None = None) -> int:
             return USAGE_ERROR
         return unforeseen.report(error, prefix=f"llm-lightning {verb}: ", file=unforeseen.cache_file(verb))
     return 0
+
+
+def _say_how_files_are_read() -> None:
+    """What is said once of a file, such as the column that is read, goes to the standard error."""
+    for name in SAYS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:  # of `main`, not of what has called it
+            handler.setFormatter(OwnWords("%(message)s"))
 
 
 def _parsed(argv: list[str] | None) -> tuple[str, ModuleType, argparse.Namespace]:

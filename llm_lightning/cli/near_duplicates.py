@@ -24,6 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_lightning.cli.arguments import add_file_arguments, file_options
 from llm_lightning.terminal import one_line, say_json, say_lines
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ WRITTEN = (".json", ".jsonl", ".ndjson")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a file of records")
+    parser.add_argument("file", metavar="FILE", help="a file of records (or a glob, or a folder)")
     parser.add_argument("--keys", nargs="+", metavar="KEY", help=f"keys to compare (default: {' '.join(KEYS)})")
     parser.add_argument("--threshold", type=float, default=0.9, help="least similarity, 0 to 1 (default: %(default)s)")
     parser.add_argument("--show", type=int, default=20, metavar="N", help="pairs shown per key (default: %(default)s)")
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="for --remove: the .json or .jsonl file to write"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all groups")
+    add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from llm_lightning.data.near_duplicates import find_near_duplicates
     from llm_lightning.data.records.placed import placed_records
 
-    records = placed_records(args.file)
+    records = placed_records(args.file, file_options(args))
     keys = _present(args.file, records, args.keys)
     results = {}
     for key in keys:
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         results[key] = find_near_duplicates(texts, args.threshold, progress=True)
         if not args.json:
             say_lines(_lines(key, texts, results[key], args.show))
-    facts = {"file": str(args.file), "records": len(records), "threshold": args.threshold}
+    facts = {"file": args.file, "records": len(records), "threshold": args.threshold}
     facts["keys"] = {key: _facts(one, args.show) for key, one in results.items()}
     if args.remove:
         facts |= _remove(args.output, records, {key: results[key] for key in args.keys or REMOVED_BY if key in results})
@@ -78,7 +80,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--show {args.show} must be 0 or more")
     if args.remove != (args.output is not None):
         raise ValueError("--remove and --output FILE belong together: nothing is removed from the file itself")
-    if args.output is not None and args.output.resolve() == args.file.resolve():
+    if args.output is not None and args.output.resolve() in _files(args.file):
         raise ValueError(f"--output {args.output} is the file that is read; name another one")
     if args.output is not None and args.output.suffix.lower() not in WRITTEN:
         raise ValueError(f"--output {args.output} must end with {', '.join(WRITTEN)}")
@@ -86,7 +88,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
 
 
-def _present(file: Path, records: Sequence[PlacedRecord], wanted: Sequence[str] | None) -> list[str]:
+def _files(path: str) -> set[Path]:
+    from llm_lightning.data.files.find import find_files
+    from llm_lightning.data.files.rows import RECORD_FORMS
+
+    return {file.resolve() for file in find_files(path, RECORD_FORMS).files}
+
+
+def _present(file: str, records: Sequence[PlacedRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to compare: the wanted ones, or the usual ones that occur."""
     from llm_lightning.data.records.placed import has_text
 

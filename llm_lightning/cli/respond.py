@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, names_records, open_model
+from llm_lightning.cli.arguments import (
+    add_base_argument,
+    add_columns_argument,
+    add_device_arguments,
+    add_file_arguments,
+    file_options,
+    names_records,
+    open_model,
+    typed_columns,
+)
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.terminal import say_lines
@@ -32,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         metavar="CHECKPOINT",
         nargs="+",
-        help="one or several models (see llm-lightning generate --help), and then a file of records",
+        help="one or several models (see llm-lightning generate --help), and then a file of records (or a glob, or "
+        "a folder)",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="the answers (.json)")
     parser.add_argument(
@@ -69,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
     add_device_arguments(parser)
     add_base_argument(parser)
+    add_columns_argument(parser)
+    add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     for checkpoint, column in zip(checkpoints, columns, strict=True):
         loaded = open_model(args, checkpoint=checkpoint)
         if conversations is None:
-            conversations = _conversations(loaded, data, args.split)[: args.limit]
+            conversations = _conversations(loaded, data, args)[: args.limit]
         answers[column] = respond(
             loaded,
             conversations,
@@ -114,24 +126,24 @@ def progress_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.progress.jsonl")
 
 
-def _split_paths(args: argparse.Namespace) -> tuple[list[str], Path | None]:
-    """(models, file of records)."""
+def _split_paths(args: argparse.Namespace) -> tuple[list[str], str | None]:
+    """(models, files of records)."""
     *checkpoints, last = args.paths
     is_data = names_records(last)
     if args.split and is_data:
         raise ValueError(f"both {last} and --split {args.split} are given; leave one out")
     if not args.split and (not is_data or not checkpoints):
         raise ValueError("give one or more models and then a file of records, or --split test")
-    return (args.paths, None) if args.split else (checkpoints, Path(last))
+    return (args.paths, None) if args.split else (checkpoints, last)
 
 
-def _conversations(loaded: LoadedModel, data: Path | None, split: str) -> Sequence[Conversation]:
+def _conversations(loaded: LoadedModel, data: str | None, args: argparse.Namespace) -> Sequence[Conversation]:
     from llm_lightning.data.of_checkpoint import conversations_of
     from llm_lightning.inference.respond import read_records
 
     if data is None:
-        return conversations_of(loaded, instead="give a file of records", texts_only=True).conversations_of(split)
-    return read_records(data, loaded)
+        return conversations_of(loaded, instead="give a file of records", texts_only=True).conversations_of(args.split)
+    return read_records(data, loaded, options=file_options(args), columns=typed_columns(args))
 
 
 def _columns(checkpoints: list[str]) -> list[str]:

@@ -7,8 +7,8 @@ llm-lightning statistics the-verdict.txt
 
 For a file of records, the lengths are those of the fields `instruction`, `input`, `output`, `chosen`,
 `rejected` and `text`, where they exist, and of the text of each role in `messages` or `conversations`, or in `prompt`
-and `completion`. Any other file is one text. Lengths leave out empty values; a prompt is everything in a record before
-its answer.
+and `completion`. Any other file is one text, and so are several such files together. Lengths leave out empty values; a
+prompt is everything in a record before its answer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_lightning.cli.arguments import add_file_arguments, file_options
 from llm_lightning.files.atomic import write_figure
 from llm_lightning.terminal import say_json, say_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from llm_lightning.data.files.options import FileOptions
+    from llm_lightning.data.files.text import TextFile
     from llm_lightning.data.records.placed import PlacedRecord
     from llm_lightning.tokenizers.base import Tokenizer
 
@@ -40,11 +44,12 @@ Lengths = dict[str, list[int]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a file of records, or a text")
+    parser.add_argument("file", metavar="FILE", help="a file of records, or a text (or a glob, or a folder)")
     parser.add_argument("--keys", nargs="+", metavar="KEY", help="fields or roles to measure (default: see above)")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), byte, or an encoding of tiktoken")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw histograms of the lengths in tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,32 +58,42 @@ def run(args: argparse.Namespace) -> None:
     if args.tokenizer in ("word", "bpe"):
         raise ValueError(f"--tokenizer {args.tokenizer} is trained on text; use gpt2, byte or an encoding of tiktoken")
     tokenizer = build_tokenizer(args.tokenizer)
-    if _holds_records(args.file):
+    options = file_options(args)
+    texts = _texts_in(args.file, options)
+    if not texts:
         _report_records(args, tokenizer)
         return
     if args.plot or args.keys:
         raise ValueError(f"--plot and --keys are for files of records; {args.file} is read as one text")
-    facts = describe_text(args.file, tokenizer)
+    facts = describe_text(args.file, texts, tokenizer)
     if args.json:
         say_json(facts)
     else:
         say_lines(_text_lines(facts))
 
 
-def _holds_records(file: Path) -> bool:
-    """Whether a file holds records of any form, and not one text."""
+def _texts_in(path: str, options: FileOptions) -> list[TextFile]:
+    """The files, if all of them are running text; none if there are records."""
+    from llm_lightning.data.files.find import find_files
     from llm_lightning.data.files.form import form_of
+    from llm_lightning.data.files.text import TextFile
 
-    return file.is_dir() or (file.is_file() and form_of(file).form != "text")
+    texts = []
+    for file in find_files(path).files:
+        form = None if file.is_dir() else form_of(file, asked=options.format, encoding=options.encoding)
+        if form is None or form.form != "text":
+            return []
+        texts.append(TextFile(file, form, keeps_ends=options.newlines == "keep"))
+    return texts
 
 
 def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     from llm_lightning.data.records.placed import placed_records
 
-    records = placed_records(args.file)
+    records = placed_records(args.file, file_options(args))
     keys = _present(args.file, records, args.keys)
     tokens = _token_lengths(records, keys, tokenizer)
-    facts = {"file": str(args.file), **describe_records(records, tokens), "tokenizer": args.tokenizer}
+    facts = {"file": args.file, **describe_records(records, tokens), "tokenizer": args.tokenizer}
     if args.plot:
         write_figure(args.plot, _histograms(tokens, args.tokenizer))
     if args.json:
@@ -87,7 +102,7 @@ def _report_records(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         say_lines(_record_lines(facts))
 
 
-def _present(file: Path, records: Sequence[PlacedRecord], wanted: Sequence[str] | None) -> list[str]:
+def _present(file: str, records: Sequence[PlacedRecord], wanted: Sequence[str] | None) -> list[str]:
     """The keys to measure: the wanted ones, or the usual ones that occur."""
     from llm_lightning.data.records.messages import ROLES
     from llm_lightning.data.records.placed import has_messages, has_text, text_of
@@ -159,24 +174,18 @@ def _measures(lengths: Sequence[int]) -> dict[str, float] | None:
     return dict(zip(MEASURES, values, strict=True))
 
 
-def describe_text(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The statistics of a text file, as plain values.
+def describe_text(path: str, files: Sequence[TextFile], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The statistics of files of text, one after the other, as plain values.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is empty or not UTF-8.
+        ValueError: if they are empty, or are not in their encoding.
     """
-    from llm_lightning.data.files.form import form_of
-    from llm_lightning.data.files.text import TextFile
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; give a .json, .jsonl or text file")
-    text = "".join(TextFile(path, form_of(path)))
+    text = "".join(chain.from_iterable(files))
     if not text:
         raise ValueError(f"{path} is empty; give a file with text")
     n_bytes, n_tokens = len(text.encode()), _n_tokens(text, tokenizer)
     return {
-        "file": str(path),
+        "file": path,
         "characters": len(text),
         "bytes": n_bytes,
         "words": len(text.split()),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_lightning.data.files.bad_records import LISTED
+from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.records.placed import placed_records
 from llm_lightning.files.atomic import write_atomically, write_figure
 from llm_lightning.inference.judging import compare_responses, score_responses
@@ -55,14 +56,16 @@ class Report(NamedTuple):
     figure: Figure | None = None
 
 
-def read_responses(path: Path, columns: Sequence[str] | None = None, limit: int | None = None) -> Responses:
+def read_responses(
+    path: Path, columns: Sequence[str] | None = None, limit: int | None = None, options: FileOptions | None = None
+) -> Responses:
     """Read records with columns of responses; None: all columns that start with `model_response`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming file, record and field of everything that is wrong, the first ten.
     """
-    found = placed_records(path)[:limit]
+    found = placed_records(path, options)[:limit]
     chosen = _columns(path, [one.record for one in found], columns)
     bad = []
     for number, (record, place) in enumerate(found, start=1):

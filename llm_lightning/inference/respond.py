@@ -11,10 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llm_lightning.data.files.find import PathWords
+from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.of_checkpoint import settings_of
-from llm_lightning.data.records import instruction as instruction_records
-from llm_lightning.data.records import preference as preference_records
-from llm_lightning.data.records.placed import placed_records
+from llm_lightning.data.records.like_training import Columns, read_like_training
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.atomic import naming, write_atomically
@@ -50,7 +50,7 @@ def respond(
 
     Args:
         loaded: what `load_model` returns.
-        records: a file of records, or what `read_records` or `ConversationDataModule.conversations_of` returns.
+        records: files of records, or what `read_records` or `ConversationDataModule.conversations_of` returns.
         template: see `template.template_of`.
         max_new_tokens: per answer; an answer also ends at the end of text and at the model's context length.
         batch_size: records at once.
@@ -154,28 +154,17 @@ def answered(conversation: Conversation, responses: Mapping[str, str]) -> dict[s
     return {**shape, **conversation.record, **shape, **responses}
 
 
-def read_records(path: str | Path, loaded: LoadedModel) -> list[Conversation]:
-    """Read a file of records, whose columns have the names of the model's training.
+def read_records(
+    path: PathWords, loaded: LoadedModel, *, options: FileOptions | None = None, columns: Columns | None = None
+) -> list[Conversation]:
+    """Read records as the training of a model reads its own; see `read_like_training`.
 
-    The answer of a pair of `chosen` and `rejected` is the chosen one.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file, line and field of everything that is wrong, the first ten.
+    Args:
+        path: files, folders or globs; see `find_files`.
+        options: how the files are read.
+        columns: names of fields, where they differ from those of the training.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    settings = settings_of(loaded)
-    columns = settings.get("columns") or {}
-    how = {name: settings[name] for name in ("roles", "irregular", "other_parts") if name in settings}
-    first = placed_records(path)[0].record
-    pair = {columns.get(field) or field for field in ("chosen", "rejected")}
-    if pair <= set(first) and (columns.get("output") or "output") not in first:
-        known = {field: name for field, name in columns.items() if field in preference_records.FIELDS}
-        return preference_records.read_preferences(path, columns=known, **how)[0]
-    known = {field: name for field, name in columns.items() if field in instruction_records.FIELDS}
-    return instruction_records.read_instructions(path, columns=known, empty_output="keep", **how)[0]
+    return read_like_training(path, options or AS_THEY_ARE, settings_of(loaded), columns)
 
 
 def _key(settings: list[Any], prompt_ids: list[int]) -> str:

@@ -236,11 +236,11 @@ def test_evaluate_on_a_file_of_ones_own(plain: Path, tmp_path: Path, capsys: pyt
     [
         ("classify PLAIN", "no text: give one in quotes"),
         ("classify PLAIN --file TMP/none.txt", "none.txt"),
-        ("classify PLAIN --file TMP/latin1.txt", "latin1.txt is not UTF-8 at byte 1"),
+        ("classify PLAIN --file TMP/latin1.txt", "latin1.txt, line 1: byte 1 (0xe9) is not valid UTF-8"),
         ("classify PLAIN --file TMP/gap.txt", "gap.txt, line 2 is empty; every line is one text"),
         ("classify BASE hello", "this model has no classification head; train one"),
         ("generate PLAIN hello", "this model classifies and cannot continue text"),
-        ("evaluate PLAIN --text TMP/wrong.csv", "no column 'text' (data.text_column); there are 'body', 'kind',"),
+        ("evaluate PLAIN --text TMP/wrong.csv", "name it, as --text-field body, or give --no-header if"),
         ("evaluate PLAIN --text TMP/unknown.csv", "'eggs' is not a class of this model; its classes are ham, spam"),
         ("evaluate TMP/changed.ckpt --split test", "not the data that the model was trained with"),
         ("export PLAIN TMP/new --format peft", "this model has no adapter"),

@@ -126,8 +126,8 @@ def test_histograms_count_every_value_that_is_not_empty(longest: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("TMP/none.json", "none.json does not exist or is not a file"),
-        ("TMP/none.txt", "none.txt does not exist or is not a file"),
+        ("TMP/none.json", "none.json does not exist"),
+        ("TMP/none.txt", "none.txt does not exist"),
         ("TMP/empty.txt", "empty.txt is empty"),
         ("TMP/latin1.txt", "latin1.txt, line 1: byte 1 (0xe9) is not valid UTF-8"),
         ("FILE --keys inptu", "no record has the key 'inptu'; there are 'input', 'instruction', 'output'"),

@@ -250,7 +250,7 @@ CASES += [
     ("wrong columns", labelled("x.csv", "body,kind\nhi,ham\n"),
      r"no column 'text' \(data\.text_column\) and 'label' .* there are 'body', 'kind'"),
     ("unbalanced quotes", labelled("x.csv", 'text,label\nfine,ham\n"open,ham\n'),
-     r"x\.csv: .* line 3: quotes are not balanced from here on .*; double a quotation mark"),
+     r"x\.csv, line 3: quotes are not balanced from here on .*; double a quotation mark"),
     ("extra columns", labelled("x.tsv", table(9, 9, "a\tb\tham")), r"line 20: 3 columns, more than the 2 of the head"),
     ("NUL byte", labelled("x.tsv", table(9, 9, "a\0b\tham")), r"line 20: the text holds a NUL byte; is the file dam"),
     ("labels in latin-1", labelled("x.tsv", b"text\tlabel\ncaf\xe9\tham"), r"x\.tsv, line 2: byte 14 .*data.encoding"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def parquet_rows(path: Path, form: FileForm) -> Iterator[Row]:
             with open_bytes(path, form.compression) as stream:
                 file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()))
         names = _class_names(file.schema_arrow.metadata)
+        _refuse_twice(path, file.schema_arrow.names)
         number = 0
         for batch in file.iter_batches(BATCH):
             for record in batch.to_pylist():
@@ -38,6 +40,13 @@ def parquet_rows(path: Path, form: FileForm) -> Iterator[Row]:
                 yield Row(f"record {number}", _named(record, names), None)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no parquet file that can be read: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
+    """A record would silently keep the last one."""
+    twice = next((name for name, n in Counter(columns).items() if n > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: the column {twice!r} occurs twice; there are {', '.join(columns)}")
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -76,13 +85,18 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
 
 
 def _named(record: Mapping[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
-    """A class index as its name; fields of structs that are null are absent, since a column gives all of them."""
+    """Classes by their names; fields of structs that are null are absent, since a column gives all of them."""
     return {
-        name: names[name][value]
-        if name in names and isinstance(value, int) and 0 <= value < len(names[name])
-        else _without_nulls(value)
+        name: _class_of(value, names[name]) if name in names else _without_nulls(value)
         for name, value in record.items()
     }
+
+
+def _class_of(value: Any, names: list[str]) -> Any:
+    """The name of a class index; -1 says that there is no class."""
+    if not isinstance(value, int) or not -1 <= value < len(names):
+        return value
+    return None if value == -1 else names[value]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_lightning.data.files.compression import COMPRESSIONS, compression_of, open_bytes
+from llm_lightning.data.files.compression import COMPRESSIONS, compression_of, marked_compression, open_bytes
 
 FORMS = ("text", "json", "jsonl", "csv", "tsv", "parquet")
 SUFFIXES = {
@@ -55,6 +55,7 @@ FOREIGN = (
     (0, b"SQLite format 3", "an SQLite database", "export the table as CSV"),
     (0, b"7z\xbc\xaf", "a 7z archive", "unpack it"),
     (0, b"Rar!", "a rar archive", "unpack it"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS and not the file itself", "fetch that with git lfs pull"),
     (0, b"GGUF", "a model in GGUF", "weights go into init_from"),
 )
 """(where, first bytes, what begins so, remedy)"""
@@ -95,7 +96,10 @@ def form_of(path: Path, *, asked: str | None = None, encoding: str = "utf-8") ->
     for start, mark, what, remedy in FOREIGN:
         if head.startswith(mark, start):
             raise ValueError(f"{path} is {what}, which is not read; {remedy}")
+    if marked_compression(head) is not None and compression is not None:
+        raise ValueError(f"{path} is compressed twice, and once is read; unpack it once")
     named = named_form(path)
+    _say_if_not_compressed(path, compression)
     if head.startswith(b"PAR1"):
         _say_if_other(path, named, "parquet")
         return FileForm("parquet", compression, encoding)
@@ -136,7 +140,7 @@ def json_form(head: str) -> str | None:
         return "jsonl"  # one line, whole or cut
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "json" if head[1:].lstrip(" \t\r")[:1] == "\n" else "jsonl"  # an indented object; a bad line
     return "jsonl"
 
@@ -144,6 +148,12 @@ def json_form(head: str) -> str | None:
 def _say_if_other(path: Path, named: str | None, form: str) -> None:
     if named is not None and named != form:
         log.info("%s is read as %s, which its content is", path, form)
+
+
+def _say_if_not_compressed(path: Path, compression: str | None) -> None:
+    named = path.suffix.lower().removeprefix(".")
+    if named in COMPRESSIONS and named != compression:
+        log.info("%s is read as %s, which it is", path, compression or "a file that is not compressed")
 
 
 def _refuse_wide_text(path: Path, head: bytes, encoding: str) -> None:

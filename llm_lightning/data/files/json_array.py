@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_lightning.data.files.form import FileForm
 from llm_lightning.data.files.row import Row
-from llm_lightning.data.files.strict_json import STRICT, problem
+from llm_lightning.data.files.strict_json import STRICT, TOO_DEEP, has_escapes, problem, refuse_deep
 from llm_lightning.data.files.text import TextFile
 
 MOST_BYTES = 200 * 10**6
@@ -26,23 +26,38 @@ def json_array_rows(path: Path, form: FileForm) -> list[Row]:
     Raises:
         ValueError: if it is no array of objects, is broken, or is too large.
     """
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(
-            f"{path} is a JSON array of {path.stat().st_size / 1e6:,.0f} MB, which is read as a whole, and "
-            f"{MOST_BYTES / 1e6:.0f} MB are the most; write one object per line (.jsonl): jq -c '.[]' {path.name}"
-        )
-    text = "".join(TextFile(path, form, keeps_ends=True))
+    text = _whole_text(path, form)
     try:
         elements = list(_elements(path, text))
     except JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg.removesuffix(' at')}"
         ) from error
+    escapes = has_escapes(text)
     has_own_lines = len({line for line, _, _ in elements}) == len(elements)
     return [
-        Row(f"line {line}" if has_own_lines else f"record {number}", value, wrong)
+        Row(f"line {line}" if has_own_lines else f"record {number}", value, wrong, escapes)
         for number, (line, value, wrong) in enumerate(elements, start=1)
     ]
+
+
+def _whole_text(path: Path, form: FileForm) -> str:
+    """The text of a file of at most `MOST_BYTES`, decompressed ones too."""
+    _refuse_large(path, path.stat().st_size)
+    chunks, n_chars = [], 0
+    for chunk in TextFile(path, form, keeps_ends=True):
+        chunks.append(chunk)
+        n_chars += len(chunk)
+        _refuse_large(path, n_chars)
+    return "".join(chunks)
+
+
+def _refuse_large(path: Path, n_bytes: int) -> None:
+    if n_bytes > MOST_BYTES:
+        raise ValueError(
+            f"{path} is a JSON array of at least {n_bytes / 1e6:,.0f} MB, which is read as a whole, and "
+            f"{MOST_BYTES / 1e6:.0f} MB are the most; write one object per line (.jsonl): jq -c '.[]' {path.name}"
+        )
 
 
 def _elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
@@ -66,7 +81,7 @@ def _elements(path: Path, text: str) -> Iterator[tuple[int, Any, str | None]]:
             yield (line, None, str(error))
             _, end = json.JSONDecoder(parse_int=len).raw_decode(text, start)  # refuses nothing: to go on behind it
         else:
-            yield (line, value, problem(value, text[start:end]))
+            yield (line, value, problem(value, has_escapes(text[start:end])))
         start = _after_space(text, end)
         is_last = text.startswith("]", start)
         if not is_last:
@@ -112,6 +127,8 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
         ValueError: if it is JSON that is refused.
     """
     try:
-        return STRICT.raw_decode(text, start)
+        value, end = STRICT.raw_decode(text, start)
     except RecursionError as error:
-        raise JSONDecodeError("nested too deeply", text, start) from error
+        raise JSONDecodeError(TOO_DEEP, text, start) from error
+    refuse_deep(text[start:end])
+    return value, end

@@ -15,6 +15,8 @@ class Row(NamedTuple):
     """a mapping of column or field to value; anything if something is wrong"""
     wrong: str | None
     """the reason why this is no record"""
+    may_hold_cr: bool = True
+    """whether its texts are searched for CRLF and CR"""
 
 
 Record = Mapping[str, Any]

@@ -47,13 +47,13 @@ def rows_of_files(
         ValueError: if a file is of no form with records, or is broken beyond single records.
     """
     for file in found.files:
-        for place, record, wrong in _rows_of(file, options, fields, columns):
-            kind, number = place.split()
-            full = f"{file}:{number}" if kind == "line" else f"{file}, {place}"
-            if wrong is None and options.newlines == "lf" and (changed := with_lf(record)) is not record:
+        prefix = f"{file.name}, " if len(found.files) > 1 else ""
+        for place, record, wrong, may_hold_cr in _rows_of(file, options, fields, columns):
+            full = f"{file}:{place[5:]}" if place.startswith("line ") else f"{file}, {place}"
+            if may_hold_cr and wrong is None and options.newlines == "lf" and (new := with_lf(record)) is not record:
                 say_changed(file)
-                record = changed
-            yield FileRow(record, wrong, full, f"{file.name}, {place}" if len(found.files) > 1 else place)
+                record = new
+            yield FileRow(record, wrong, full, prefix + place)
 
 
 def _rows_of(

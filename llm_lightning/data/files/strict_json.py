@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""In a file that is UTF-8, half a pair can only be written as an escape."""
+MOST_LEVELS = 200
+TOO_DEEP = "nested too deeply"
+
+_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]')
+"""A string, in which brackets are text, or a bracket."""
+_ESCAPES = re.compile(r"\\(?:r|u000[dD]|u[dD][89a-fA-F])")
+"""Of CR and of halves of surrogate pairs: strings of JSON that is UTF-8 can hold them in no other way."""
 
 
 def decode(decoder: json.JSONDecoder, text: str) -> Any:
@@ -20,16 +25,40 @@ def decode(decoder: json.JSONDecoder, text: str) -> Any:
         ValueError: if it is JSON that is refused.
     """
     try:
-        return decoder.decode(text)
+        value = decoder.decode(text)
     except RecursionError as error:
-        raise json.JSONDecodeError("nested too deeply", text, 0) from error
+        raise json.JSONDecodeError(TOO_DEEP, text, 0) from error
+    refuse_deep(text)
+    return value
 
 
-def problem(value: Any, text: str, fields: Sequence[str] | None = None) -> str | None:
-    """Why `value`, written as `text`, is no record; None if it is one. For `fields` see `json_line_rows`."""
-    if not isinstance(value, Mapping):
+def has_escapes(text: str) -> bool:
+    """Whether a JSON text may hold CR or half a surrogate pair: to walk through its values takes as long as parsing."""
+    return _ESCAPES.search(text) is not None
+
+
+def refuse_deep(text: str) -> None:
+    """Raise ValueError where the value of a text that is JSON is nested so deeply that Python's own walks fail."""
+    if text.count("[") <= MOST_LEVELS // 2 and text.count("{") <= MOST_LEVELS // 2:
+        return
+    depth = deepest = 0
+    for mark in _BRACKETS.findall(text):
+        depth += 1 if mark in "[{" else -1 if mark in "]}" else 0
+        deepest = max(deepest, depth)
+    if deepest > MOST_LEVELS:
+        raise ValueError(f"{TOO_DEEP}: {deepest:,} levels, and {MOST_LEVELS} are the most")
+
+
+def problem(value: Any, escapes: bool, fields: Sequence[str] | None = None) -> str | None:
+    """Why a value is no record; None if it is one.
+
+    Args:
+        escapes: whether the JSON of the value `has_escapes`.
+        fields: see `json_line_rows`.
+    """
+    if not isinstance(value, dict):
         return f"a JSON {type(value).__name__}, not an object"
-    if _SURROGATE.search(text):
+    if escapes:
         for field, content in value.items():
             if fields is not None and field not in fields:
                 continue

@@ -25,14 +25,11 @@ SEPARATORS = {";": "';'", "\t": "'\\t'", ",": "','", "|": "'|'"}
 
 _SEP_LINE = re.compile(r"sep=(.)\r?\n?$", re.IGNORECASE)
 """The first line of a table that is meant for a spreadsheet program."""
-_ENCLOSED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
-"""A cell in quotation marks with doubled ones inside: no text that happens to be quoted."""
 
 
 class _Cells(NamedTuple):
     line: int
     cells: list[str]
-    wrong: str | None = None
 
 
 def table_rows(path: Path, form: FileForm, options: FileOptions, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -44,15 +41,15 @@ def table_rows(path: Path, form: FileForm, options: FileOptions, columns: Sequen
     Raises:
         ValueError: if the table cannot be told apart from one of another kind, or its header has a name twice.
     """
-    lines = iter(TextFile(path, form, keeps_ends=options.newlines == "keep").lines())
+    lines = iter(TextFile(path, form, keeps_ends=True).lines())  # those between rows are in no text
     separator, n_skipped, lines = _separator(lines, form, options)
     is_quoted = form.form == "csv" if options.quotes is None else options.quotes
     rows = _quoted(path, lines, separator) if is_quoted else _plain(path, lines, separator, options)
     names = list(columns) if columns else None
     is_first = True
-    for line, cells, wrong in rows:
+    for line, cells in rows:
         place = f"line {line + n_skipped}"
-        if is_first and wrong is None:
+        if is_first:
             is_first = False
             _refuse_one_column(path, cells, options)
             if names is None and not options.header:
@@ -60,14 +57,14 @@ def table_rows(path: Path, form: FileForm, options: FileOptions, columns: Sequen
             elif names is None:
                 names = _header(path, place, cells)
                 continue
-        if wrong is not None:
-            yield Row(place, None, wrong)
-        elif len(cells) != len(names or ()):
+        if len(cells) != len(names or ()):
             what = "more" if len(cells) > len(names or ()) else "fewer"
             whose = "of the header" if options.header and not columns else "of the first line"
-            yield Row(place, None, f"{counted(len(cells), 'column')}, {what} than the {len(names or ())} {whose}")
+            hint = "" if is_quoted else _if_parted(cells)
+            yield Row(place, None, f"{counted(len(cells), 'column')}, {what} than the {len(names or ())} {whose}{hint}")
         else:
-            yield Row(place, {name: cell for name, cell in zip(names or (), cells, strict=True) if name}, None)
+            record = {name: cell for name, cell in zip(names or (), cells, strict=True) if name}
+            yield Row(place, record, None, may_hold_cr=any("\r" in cell for cell in cells))
 
 
 def _separator(lines: Iterator[str], form: FileForm, options: FileOptions) -> tuple[str, int, Iterator[str]]:
@@ -107,12 +104,24 @@ def _plain(path: Path, lines: Iterator[str], separator: str, options: FileOption
         if not line:
             continue
         cells = line.split(separator)
-        if options.quotes is None and any(map(_ENCLOSED.fullmatch, cells)):
+        if options.quotes is None and any(map(_is_enclosed, cells)):
             raise ValueError(
                 f"{path}, line {number}: quotation marks enclose a cell and are doubled in it; set data.quotes=true, "
                 "or data.quotes=false to keep them as text"
             )
         yield _Cells(number, cells)
+
+
+def _if_parted(cells: list[str]) -> str:
+    """What to do where a cell begins or ends with a quotation mark whose partner is in another cell or line."""
+    is_parted = any((cell[:1] == '"') != (cell[-1:] == '"') or cell == '"' for cell in cells)
+    return "; if quotation marks enclose its cells, set data.quotes=true" if is_parted else ""
+
+
+def _is_enclosed(cell: str) -> bool:
+    """Whether a cell is in quotation marks with doubled ones inside: no text that happens to be quoted."""
+    inside = cell[1:-1]
+    return cell[:1] == cell[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', "")
 
 
 def _quoted(path: Path, lines: Iterator[str], separator: str) -> Iterator[_Cells]:
@@ -132,12 +141,10 @@ def _quoted(path: Path, lines: Iterator[str], separator: str) -> Iterator[_Cells
                 raw.clear()
                 line = reader.line_num + 1
         except csv.Error as error:
-            yield _Cells(
-                line,
-                [],
-                f"quotes are not balanced from here on ({error}); double a quotation mark inside quotes, also where a "
-                "backslash stands before it",
-            )
+            raise ValueError(
+                f"{path}, line {line}: quotes are not balanced from here on ({error}); double a quotation mark inside "
+                "quotes, also where a backslash stands before it; or set data.quotes=false if they enclose nothing"
+            ) from error
 
 
 def _noted(lines: Iterator[str], into: list[str]) -> Iterator[str]:

@@ -22,6 +22,10 @@ _CP1252 = frozenset(range(0x80, 0xA0)) - {0x81, 0x8D, 0x8F, 0x90, 0x9D}
 """Bytes that are quotes, dashes and the euro sign in cp1252, and unused control characters in latin1."""
 
 
+OTHER_REMEDY = "is the file cut, or is data.encoding not what it was written in?"
+"""What to do about bytes that another encoding than UTF-8 does not have."""
+
+
 @dataclass(frozen=True)
 class TextFile:
     """The text of a file in chunks; a byte-order mark is dropped, NULs are kept.
@@ -58,11 +62,15 @@ class TextFile:
         """The lines with their ends."""
         pieces: list[str] = []  # of one line, which may be longer than a chunk
         for chunk in self:
-            for piece in _LINE.findall(chunk):
-                pieces.append(piece)
-                if piece.endswith(("\n", "\r")):
-                    yield "".join(pieces)
-                    pieces = []
+            *whole, last = _LINE.findall(chunk)
+            if whole and pieces:
+                whole[0] = "".join([*pieces, whole[0]])
+                pieces = []
+            yield from whole
+            pieces.append(last)
+            if last.endswith(("\n", "\r")):
+                yield "".join(pieces)
+                pieces = []
         if pieces:
             yield "".join(pieces)
 
@@ -75,10 +83,8 @@ class TextFile:
                 line += data.count(b"\n")
                 rest -= len(data)
         byte, name = error.object[error.start], self.form.encoding.removesuffix("-sig").upper()
-        return (
-            f"{self.path}, line {line}: byte {offset} (0x{byte:02x}) is not valid {name} ({error.reason}); "
-            f"{encoding_remedy(bytes(error.object[error.start :]))}"
-        )
+        remedy = encoding_remedy(bytes(error.object[error.start :])) if name == "UTF-8" else OTHER_REMEDY
+        return f"{self.path}, line {line}: byte {offset} (0x{byte:02x}) is not valid {name} ({error.reason}); {remedy}"
 
 
 def decoder_of(encoding: str) -> codecs.IncrementalDecoder:
