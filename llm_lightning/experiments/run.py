@@ -105,11 +105,11 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     if parent is not None:
         take_from_weights(settings, parent.model.trunk.config, parent.tokenizer)
     make_data = partial(build_datamodule, settings, tokenizer, template=template)
-    datamodule, data_path = whereabouts.read_data(settings, run, start, make_data)
+    datamodule, data = whereabouts.read_data(settings, run, start, make_data)
     take_rate(settings, start.rates, task_of(settings), model_config(settings, task_of(settings), datamodule.tokenizer))
     module = build_module(settings, datamodule, parent, init_from, continued)
     lineage = module.header["lineage"]
-    lineage["places"] = whereabouts.places_of(settings, run, lineage, data_path, init_from)
+    lineage["places"] = whereabouts.places_of(settings, run, lineage, data, init_from)
     del parent  # or its weights stay in memory, besides the cast ones
     if continued is not None:
         refuse_other_data(continued["lineage"]["data"], datamodule.data_digest)
@@ -296,7 +296,7 @@ def read_new_data(settings: Settings) -> BaseDataModule:
     if parent is not None:
         take_from_weights(settings, parent.model.trunk.config, parent.tokenizer)
     tokenizer = choose_tokenizer(settings, parent=parent)
-    return build_datamodule(settings, tokenizer, settings["data"].get("path"), template=template)
+    return build_datamodule(settings, tokenizer, settings["data"], template=template)
 
 
 def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFolder) -> None:

@@ -124,6 +124,33 @@ def test_a_job_is_its_settings_and_the_content_of_its_files(tmp_path: Path) -> N
     assert identity("optimizer.lr=1").digest() == identity("optimizer.lr=1.0").digest()
 
 
+def test_a_job_is_the_content_of_every_path_of_its_data(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        for name in "abcd":
+            (folder / f"{name}.txt").write_text(f"text of {name}")
+
+    def one(folder: Path, weight: float = 1, **more: Any) -> Identity:
+        mixture = [{"name": "web", "path": f"{folder}/a.txt", "weight": weight}, {"name": "hub", "hf_dataset": "x"}]
+        paths = {"path": f"{folder}/a.txt,{folder}/b.txt", "val_path": f"{folder}/b.txt", "test_path": None}
+        paths |= {"val_sets.hard": f"{folder}/c.txt", "mixture": mixture}
+        settings = {f"data.{key}": value for key, value in (paths | more).items()}
+        return Identity(settings, content_of(settings, {}), ())
+
+    before = one(here)
+    assert before.digest() == one(there, weight=1.0).digest()
+    assert before.is_same(one(there), {}.get)
+    others = [one(there, weight=2), one(there, test_path=f"{there}/d.txt"), one(there, mixture=None)]
+    others.append(one(there, **{"val_sets.hard": None, "val_sets.easy": f"{there}/c.txt"}))
+    for name in "abc":
+        (there / f"{name}.txt").write_text("changed")
+        others.append(one(there))
+        (there / f"{name}.txt").write_text(f"text of {name}")
+    assert before.digest() not in [other.digest() for other in others]
+    assert not any(before.is_same(other, {}.get) or other.is_same(before, {}.get) for other in others)
+
+
 def test_a_setting_that_changes_no_result_counts_where_it_is_swept() -> None:
     short, long = (identity(f"trainer.max_epochs={n}") for n in (1, 2))
     assert short.digest() == long.digest()
