@@ -96,7 +96,7 @@ def build_datamodule(
     """
     options = {key: value for key, value in data.items() if key != "preview"}
     if "val_sets" in options:  # null leaves out a set that a file names
-        options["val_sets"] = {name: path for name, path in options["val_sets"].items() if path is not None}
+        options["val_sets"] = {name: path for name, path in (options["val_sets"] or {}).items() if path is not None}
     if "template" in options:
         options["own_template"] = template
     if "packing" in options:

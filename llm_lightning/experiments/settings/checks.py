@@ -26,7 +26,7 @@ from llm_lightning.experiments.settings.compose import (
     without_hydra,
 )
 from llm_lightning.experiments.settings.groups import OPTIONAL, is_off, option_with, refuse_missing, switched_off
-from llm_lightning.experiments.settings.meaning import settle, word_as_meant
+from llm_lightning.experiments.settings.meaning import OPEN, settle, word_as_meant
 from llm_lightning.experiments.settings.nodes import dotted, plain
 from llm_lightning.experiments.settings.overrides import parse_arguments, parsed
 from llm_lightning.experiments.settings.targets import arguments_of, check_hydra_targets, check_targets
@@ -139,7 +139,12 @@ def unknown_keys(
     for key, value in config.items():
         inner = f"{path}.{key}" if path else str(key)
         is_node = isinstance(value, Mapping)
-        declared = inner in known or key in _SPECIAL_KEYS or (path in OPEN_GROUPS and is_node and "_target_" in value)
+        declared = (
+            inner in known
+            or inner.startswith(OPEN)
+            or key in _SPECIAL_KEYS
+            or (path in OPEN_GROUPS and is_node and "_target_" in value)
+        )
         if not declared:
             arguments = arguments_of(path, config["_target_"], allow) if "_target_" in config else []
             if arguments is not None and key not in arguments:

@@ -62,6 +62,17 @@ def test_a_name_has_only_letters_that_hydra_and_paths_take(value: str) -> None:
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name), name
 
 
+def test_a_mixture_is_named_by_its_shares() -> None:
+    mixtures = [f"[{{name: web, path: data/web.txt, weight: {one}}}, {{name: books, path: b}}]" for one in (0.7, 3)]
+    listed = jobs_of(f"data.mixture={','.join(mixtures)}", "seed=1,2")
+    assert [job.name for job in listed[::2]] == ["mixture_web_0.7_books_1-seed_1", "mixture_web_3_books_1-seed_1"]
+    assert names("data.mixture.0.weight=0.1,0.2") == ["weight_0.1", "weight_0.2"]
+    assert names("data.mixture=[],null") == ["mixture_empty", "mixture_null"]
+    assert jobs_of("data.val_sets.hard=1984,b.txt")[0] == Listed(
+        "hard_1984", ("++data.val_sets.hard='1984'",), ("data.val_sets.hard",)
+    )
+
+
 def test_listed_jobs_take_shared_settings_and_what_is_typed_beats_both() -> None:
     jobs = {"small": {"model.n_layer": 1}, "large": {"model.n_layer": 2, "optimizer.lr": 0.5}}
     params = {"optimizer.lr": 0.25, "model.dropout": 0}
