@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def closing_lines(summary: dict[str, Any], run_dir: Path, typed_in: Path) -> lis
         lines.append("It is not finished: the same command trains on, for as long again.")
     if summary["best_value"] is not None:
         reached = [f"Best {summary['monitor']} {summary['best_value']:.4f} after {summary['best_step']:,} steps"]
-        reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
+        sets = [name for name in metrics if re.fullmatch(r"val/[^/]+/loss", name) and name != summary["monitor"]]
+        reached += [f"{name} {metrics[name]:.4f}" for name in (*SHOWN_METRICS, *sets) if name in metrics]
         line = "; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached)
         lines.append(f"{line}{_sample_note(summary, 'val')}.")
     lines += _tested(metrics, _sample_note(summary, "test"), _sample_note(summary, "answers"))
