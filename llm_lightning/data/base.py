@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -13,11 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from llm_lightning.data.files.bad_records import POLICIES, BadRecord
+from llm_lightning.data.files.bad_records import LISTED, POLICIES, BadRecord
 from llm_lightning.data.files.options import FileOptions
+from llm_lightning.data.mixture import Mixture
 from llm_lightning.data.order import BatchOrder, bucketed_order, limited, spread_sample
 from llm_lightning.data.workers import Loader, are_forked, begin_with
+from llm_lightning.terminal import counted
 from llm_lightning.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class BaseDataModule(L.LightningDataModule):
@@ -30,6 +36,7 @@ class BaseDataModule(L.LightningDataModule):
     - `eval_samples`: stage name (`val`, `train_eval`) to Dataset, in the order they are evaluated
     - `test_samples`: the same for what is evaluated once, at the end, with the best weights
     - `data_digest`: identifies the data, for lineage
+    - `mixture`: which of the training samples an epoch takes, where they come from several sources by weight
     - `quarantined`: the records that were left out because they could not be read
 
     Args:
@@ -42,6 +49,7 @@ class BaseDataModule(L.LightningDataModule):
         seed: of the shuffle.
         format, encoding, separator, header, quotes, newlines: how files are read; see `FileOptions`.
         bad_records: what happens to records that cannot be read: `refuse`, or `quarantine` (they are left out).
+        verify: read and hash files again even where path, size, time and inode say that they are as before.
     """
 
     tokenizer: Tokenizer
@@ -69,8 +77,10 @@ class BaseDataModule(L.LightningDataModule):
         quotes: bool | None = None,
         newlines: str = "lf",
         bad_records: str = "refuse",
+        verify: bool = False,
     ) -> None:
         super().__init__()
+        self.verify = verify
         if bad_records not in POLICIES:
             raise ValueError(f"data.bad_records={bad_records!r} must be {' or '.join(POLICIES)}")
         self.bad_records_policy, self.quarantined = bad_records, list[BadRecord]()
@@ -81,6 +91,7 @@ class BaseDataModule(L.LightningDataModule):
         self.shuffle, self.drop_last, self.bucket = shuffle, drop_last, bucket
         self.eval_batches, self.seed = eval_batches, seed
         self.test_samples = {}
+        self.mixture: Mixture | None = None
         self._train_order: BatchOrder | None = None
         self._lengths: WeakKeyDictionary[Dataset, tuple[np.ndarray, np.ndarray]] = WeakKeyDictionary()
         self._resume_at = (0, 0)
@@ -113,6 +124,14 @@ class BaseDataModule(L.LightningDataModule):
         """Facts about the data for `summary.json`, as plain values. Subclasses may override."""
         return {}
 
+    def say_quarantined(self) -> None:
+        """Print how many records were left out because they could not be read, and the first of them."""
+        if self.quarantined:
+            shown = "; ".join(f"{place}: {reason}" for place, reason in self.quarantined[:LISTED])
+            which = f" (the first {LISTED})" if len(self.quarantined) > LISTED else ""
+            number = counted(len(self.quarantined), "bad record")
+            log.warning("%s left out (data.bad_records=quarantine)%s: %s", number, which, shown)
+
     def digest_of_source(self) -> str | None:
         """`data_digest` without building anything, where that is cheaper; else None. May be overridden."""
         return None
@@ -126,11 +145,31 @@ class BaseDataModule(L.LightningDataModule):
 
         Lengths are measured when an order is first needed, once per data set: counting batches needs none.
         """
+        if is_training and self.mixture is not None:
+            return partial(self._mixed_order, self.mixture, samples)
         if not self.bucket or (is_training and not self.shuffle):
             return None
         if not is_training:
             return lambda epoch: np.argsort(self._measured(samples)[0], kind="stable")
         return lambda epoch: bucketed_order(*self._measured(samples), seed=self.seed, epoch=epoch)
+
+    def _mixed_order(self, mixture: Mixture, samples: Dataset, epoch: int) -> np.ndarray:
+        """The order of an epoch of a mixture."""
+        chosen = mixture.chosen(epoch)
+        if not self.bucket or not self.shuffle:
+            return chosen
+        lengths, classes = self._measured(samples)
+        return chosen[bucketed_order(lengths[chosen], classes[chosen], seed=self.seed, epoch=epoch)]
+
+    def taken_per_source(self, epoch: int, batches_done: int, world_size: int) -> dict[str, int]:
+        """name -> how many samples of each source of a mixture the first batches of `epoch` took; else empty."""
+        if self.mixture is None:
+            return {}
+        order = self.order_of(self.train_samples, is_training=True)
+        assert order is not None
+        taken = order(epoch)[: batches_done * self.batch_size * world_size]
+        counts = np.bincount(self.mixture.source_of(taken), minlength=len(self.mixture.names))
+        return dict(zip(self.mixture.names, counts.tolist(), strict=True))
 
     def _measured(self, samples: Any) -> tuple[np.ndarray, np.ndarray]:
         """The number of tokens and the class of every sample, (n,) int64 each."""
@@ -213,9 +252,12 @@ class BaseDataModule(L.LightningDataModule):
     def sampled(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
         """split -> how many samples are evaluated, and of how many, where the limits of `trainer` leave some out."""
         limited_splits = {}
-        limits = {"val": trainer.limit_val_batches, "test": trainer.limit_test_batches}
+        own = [split for split in self.eval_samples if split != "train_eval"]
+        limits = dict.fromkeys(own, trainer.limit_val_batches) | dict.fromkeys(
+            self.test_samples, trainer.limit_test_batches
+        )
         for split, limit in limits.items():
-            samples: Any = {**self.eval_samples, **self.test_samples}.get(split, ())
+            samples: Any = {**self.eval_samples, **self.test_samples}[split]
             per_batch = self.batch_size * trainer.world_size
             measured = min(len(samples), limited(-(-len(samples) // per_batch), limit) * per_batch)
             if measured < len(samples):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_lightning.data.files.bad_records import checked_text
+from llm_lightning.data.files.signature import signature_of
+from llm_lightning.data.files.verified import backdate, is_as_verified, keep_verified
 from llm_lightning.files.atomic import cache_dir, commit, locked, naming, sha256_of, write_atomically
 
 
@@ -22,11 +24,15 @@ class HubDataset(NamedTuple):
     revision: str | None = None
 
 
-def hugging_face_file(dataset: HubDataset, wanted_fields: tuple[str, ...] = ()) -> Path:
+def hugging_face_file(
+    dataset: HubDataset, wanted_fields: tuple[str, ...] = (), *, check: bool = True, verify: bool = False
+) -> Path:
     """Stream a dataset into one JSONL file of the cache, once; return the file.
 
     Args:
         wanted_fields: the text, and others; none: all. A class index is written as the name that the dataset gives it.
+        check: refuse a row whose first wanted field holds no text.
+        verify: hash the file even where its size and time are as they were when it was last verified.
 
     Raises:
         ValueError: the dataset, its split or its fields cannot be read, with the reason.
@@ -36,16 +42,37 @@ def hugging_face_file(dataset: HubDataset, wanted_fields: tuple[str, ...] = ()) 
     target = cache_dir() / "huggingface" / f"{Path(dataset.name).name}-{key}.jsonl"
     manifest = target.with_suffix(".sha256")
     with locked(target):
-        if not (target.exists() and manifest.exists() and manifest.read_text() == sha256_of(target)):
+        if not _is_whole(target, manifest, verify):
             temporary = target.with_suffix(".tmp")
             try:
                 with naming(target):
-                    _write_rows(_rows(dataset, wanted_fields), temporary)
+                    _write_rows(_rows(dataset, wanted_fields, check), temporary)
                 write_atomically(manifest, sha256_of(temporary))
+                backdate(temporary)
                 commit(temporary, target)
+                keep_verified(_record_of(target), signature_of([target]))
             finally:
                 temporary.unlink(missing_ok=True)
     return target
+
+
+def _is_whole(target: Path, manifest: Path, verify: bool) -> bool:
+    """Whether a file of the cache is there with the digest of its manifest."""
+    if not (target.exists() and manifest.exists()):
+        return False
+    record = _record_of(target)
+    if not verify and is_as_verified(record, [target]):
+        return True
+    signature = signature_of([target])
+    if manifest.read_text() != sha256_of(target):
+        return False
+    keep_verified(record, signature)
+    return True
+
+
+def _record_of(target: Path) -> Path:
+    """The size and time of a file that was verified."""
+    return target.with_suffix(".verified.json")
 
 
 def _local_state(folder: Path) -> list[tuple[str, int, int]]:
@@ -54,15 +81,16 @@ def _local_state(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _rows(dataset: HubDataset, wanted_fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _rows(dataset: HubDataset, wanted_fields: tuple[str, ...], check: bool) -> Iterator[dict[str, Any]]:
     import datasets
 
     name, config, split, revision = dataset
     try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        streaming = "[" not in split  # a slice, as train[:50%], needs to know how many rows there are
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         for number, row in enumerate(rows):
             try:
-                if wanted_fields:
+                if wanted_fields and check:
                     checked_text(row, wanted_fields[0])
                 yield {field: _class_name(row, field, rows.features) for field in wanted_fields or row}
             except ValueError as error:

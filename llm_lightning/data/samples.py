@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -23,6 +26,23 @@ class Rows(Dataset, Generic[One]):
 
     def __getitem__(self, index: int) -> One:
         return self.rows[index]
+
+
+class Joined(Dataset):
+    """Several data sets of examples, one after the other; their samples are numbered through."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        which = bisect_right(self.ends, index)
+        start = self.ends[which - 1] if which else 0
+        example: Example = self.parts[which][index - start]
+        return example._replace(sample_id=index)
 
 
 class Windows(Dataset):

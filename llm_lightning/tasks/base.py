@@ -233,6 +233,10 @@ class TaskModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log_row({f"train/{name}_epoch": mean for name, mean in averages(self._epoch_sums).items()})
+        done = self.trainer.fit_loop.epoch_loop.batch_idx + 1
+        taken = self.datamodule.taken_per_source(self.current_epoch, done, self.trainer.world_size)
+        if taken:
+            self.log_row({f"mixture/{name}": n for name, n in taken.items()})
 
     def log_row(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Send metrics to every logger under a step; default: the last update's, from `on_train_batch_end` on."""

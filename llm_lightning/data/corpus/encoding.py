@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llm_lightning.data.corpus.sources import Document
+from llm_lightning.data.corpus.readers import Document
 from llm_lightning.tokenizers.base import Tokenizer
 
 PIECE = 1 << 18  # characters that a thread encodes at once

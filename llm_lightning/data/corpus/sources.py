@@ -1,33 +1,29 @@
 """Text sources: the embedded corpus, files of any form, pinned downloads, Hugging Face datasets.
 
-Each becomes a `Source`: an ordered sequence of documents that can be read repeatedly and in constant memory. A document
-is read in chunks, so that a file may be larger than memory. `Source.survey()` reads everything once and strictly: bad
-text is found before training, not during it.
+Each becomes a `Source`: an ordered sequence of documents that can be read repeatedly and in constant memory.
+`Source.survey()` reads everything once and strictly: bad text is found before training, not during it.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
-from llm_lightning.data.control_words import WordCount, documents_between
-from llm_lightning.data.files.bad_records import BadRecords, checked_text
-from llm_lightning.data.files.find import Found, PathWords, find_files
-from llm_lightning.data.files.form import PLAIN, FileForm, form_of
+from llm_lightning.data.corpus.readers import DEFAULT_FIELD, Document, InMemory, Reader, Records, SplitFile, WholeFile
+from llm_lightning.data.corpus.survey import Survey, keep, record_of, recorded, surveyed
+from llm_lightning.data.files.bad_records import BadRecords
+from llm_lightning.data.files.find import PathWords, find_files
+from llm_lightning.data.files.form import form_of
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
-from llm_lightning.data.files.rows import rows_of_files
-from llm_lightning.data.files.text import TextFile
+from llm_lightning.data.files.signature import is_settled, signature_of
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
 from llm_lightning.files.download import Pinned, download
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
-from llm_lightning.tokenizers.base import END_OF_TEXT
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = "python_reference"
 NAMED = {
@@ -47,53 +43,36 @@ NAMED = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text, read in chunks as often as needed."""
-
-    name: str
-    chunks: Iterable[str]
-    split_by: str | None = None
-    """Text that decides its side of a split by document; None: its content."""
-
-
-@dataclass
-class Survey:
-    """The result of reading a whole source strictly; 16 bytes per document."""
-
-    digest: str = ""
-    """sha256 over the sha256 of each document's UTF-8 text: the same content has the same digest wherever it is."""
-    n_documents: int = 0
-    n_chars: int = 0
-    n_bytes: int = 0
-    keys: array[int] = field(default_factory=lambda: array("Q"), repr=False)
-    """First 64 bits of the sha256 of the text that decides each document's side of a split."""
-    lengths: array[int] = field(default_factory=lambda: array("Q"), repr=False)
-    """Characters of each document."""
-    control_words: Counter[str] = field(default_factory=Counter)
-    """How often each is spelt out."""
-
-
-class Reader(Protocol):
-    """Anything that yields the same documents each time."""
-
-    def documents(self) -> Iterator[Document]: ...
-
-
 class Source:
-    """Documents from an ordered list of readers."""
+    """Documents from an ordered list of readers.
 
-    def __init__(self, label: str, readers: Sequence[Reader]) -> None:
-        self.label = label
-        self.readers = readers
+    Args:
+        label: for messages.
+        policy: `refuse` records that cannot be read, or `quarantine` them: they are left out at every reading.
+        verify: read everything again, even where the files are as they were when their survey was recorded.
+    """
 
-    def documents(self) -> Iterator[Document]:
-        """Yield all documents in a fixed order."""
+    def __init__(self, label: str, readers: Sequence[Reader], *, policy: str = "refuse", verify: bool = False) -> None:
+        self.label, self.readers, self.policy, self.verify = label, readers, policy, verify
+
+    def documents(self, bad: BadRecords | None = None) -> Iterator[Document]:
+        """Yield all documents in a fixed order.
+
+        Args:
+            bad: counts the records that cannot be read.
+        """
+        bad = BadRecords(self.policy) if bad is None else bad
+        n_documents = 0
         for reader in self.readers:
-            yield from reader.documents()
+            for document in reader.documents(bad):
+                n_documents += 1
+                yield document
+        if bad.n and not n_documents:
+            remedies = [reader.remedy for reader in self.readers if isinstance(reader, Records)]
+            bad.refuse(self.label, remedies[0], n_records=bad.n)
 
     def survey(self) -> Survey:
-        """Read everything once, strictly.
+        """Read everything once, strictly; nothing, if the cache has a record of it and no file has changed.
 
         Raises:
             ValueError: text that is not UTF-8, bad JSONL lines, or no text at all; names file and line.
@@ -111,105 +90,46 @@ class Source:
 
     @cached_property
     def _survey(self) -> Survey:
-        found, whole, words = Survey(), hashlib.sha256(), WordCount()
-        for document in self.documents():
-            content, n_chars = hashlib.sha256(), 0
-            for chunk in document.chunks:
-                data = chunk.encode()
-                content.update(data)
-                n_chars += len(chunk)
-                words.add(chunk)
-                found.n_bytes += len(data)
-            words.end()
-            whole.update(content.digest())
-            by = content if document.split_by is None else hashlib.sha256(document.split_by.encode())
-            found.keys.append(int.from_bytes(by.digest()[:8], "big"))
-            found.lengths.append(n_chars)
-        if not found.n_bytes:
-            raise ValueError(f"{self.label} holds no text: it is empty; give a file or folder with text")
-        found.digest, found.control_words = whole.hexdigest(), words.found
-        found.n_documents, found.n_chars = len(found.lengths), sum(found.lengths)
+        files = [reader.path for reader in self.readers if not isinstance(reader, InMemory)]  # type: ignore[attr-defined]
+        if len(files) < len(self.readers):
+            return self._read()
+        record, signature = record_of(self.readers, self.policy), signature_of(files)
+        can_trust = is_settled(signature)
+        found = None if self.verify or not can_trust else recorded(record, signature)
+        if found is None:
+            found = self._read()
+            if can_trust and signature_of(files) == signature:
+                keep(found, record, signature)
+        for note in found.notes:
+            log.info(note)
         return found
 
-
-@dataclass(frozen=True)
-class InMemory:
-    """Small texts; with `names_split` their names, not their content, decide their side of a split."""
-
-    texts: Mapping[str, str]
-    names_split: bool = False
-
-    def documents(self) -> Iterator[Document]:
-        """Yield one document per text."""
-        for name, text in self.texts.items():
-            yield Document(name, (text,), split_by=name if self.names_split else None)
-
-
-@dataclass(frozen=True)
-class WholeFile:
-    """A file of running text, which is one document."""
-
-    path: Path
-    form: FileForm = PLAIN
-    keeps_ends: bool = False
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the one document."""
-        yield Document(str(self.path), TextFile(self.path, self.form, self.keeps_ends))
-
-
-@dataclass(frozen=True)
-class SplitFile:
-    """A file of running text with `<|endoftext|>` between its documents; one at a time is in memory."""
-
-    path: Path
-    form: FileForm = PLAIN
-    keeps_ends: bool = False
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents that are not empty."""
-        texts = documents_between(TextFile(self.path, self.form, self.keeps_ends), END_OF_TEXT)
-        for number, text in enumerate(texts, start=1):
-            yield Document(f"{self.path}, document {number}", (text,))
-
-
-@dataclass(frozen=True)
-class Records:
-    """A file of records; the string under `text_field` of each is a document."""
-
-    path: Path
-    text_field: str
-    options: FileOptions = AS_THEY_ARE
-
-    def documents(self) -> Iterator[Document]:
-        """Yield one document per record.
-
-        Raises:
-            ValueError: after the last record, if some were bad: counts all of them and lists the first ten.
-        """
-        bad = BadRecords()
-        for row in rows_of_files(Found(str(self.path), [self.path]), self.options, fields=(self.text_field,)):
-            try:
-                if row.wrong is not None:
-                    raise ValueError(row.wrong)
-                yield Document(row.place, (checked_text(row.record, self.text_field),))
-            except ValueError as error:
-                bad.add(row.place, error)
-        bad.refuse(
-            self.path, f"each record must be an object with a string under '{self.text_field}' (data.text_field)"
-        )
+    def _read(self) -> Survey:
+        bad = BadRecords(self.policy)
+        found = surveyed(self.documents(bad))
+        if not found.n_bytes:
+            raise ValueError(f"{self.label} holds no text: it is empty; give a file or folder with text")
+        found.quarantined = bad.quarantined
+        guessed = {(one.text_field, one.field): one for one in self.readers if isinstance(one, Records)}
+        for (wanted, field), first in guessed.items():
+            if field != wanted:
+                found.notes.append(f"{first.path}: no field {wanted!r} (data.text_field): {field!r} is read")
+        return found
 
 
 def open_source(
     name: str | None = None,
     path: PathWords | None = None,
-    text_field: str = "text",
+    text_field: str = DEFAULT_FIELD,
     hf_dataset: str | None = None,
     hf_config: str | None = None,
     hf_split: str = "train",
     hf_revision: str | None = None,
     split_on_eot: bool = False,
     options: FileOptions | None = None,
+    *,
+    policy: str = "refuse",
+    verify: bool = False,
 ) -> Source:
     """Return the source that the settings name; `path` and `hf_dataset` win over `name`, which may be a default.
 
@@ -218,6 +138,7 @@ def open_source(
         text_field: field of a record or a Hugging Face row that holds the text.
         split_on_eot: make documents of a text in which `<|endoftext|>` stands between them.
         options: how the files are read.
+        policy, verify: see `Source`.
 
     Raises:
         FileNotFoundError: no such file, or a folder or glob without text files.
@@ -229,18 +150,19 @@ def open_source(
     if path is not None:
         found = find_files(path)
         readers = [_reader(file, text_field, split_on_eot, options or AS_THEY_ARE) for file in found.files]
-        return Source(found.label, readers)
+        return Source(found.label, readers, policy=policy, verify=verify)
     if hf_dataset is not None:
-        file = hugging_face_file(HubDataset(hf_dataset, hf_config, hf_split, hf_revision), (text_field,))
+        hub = HubDataset(hf_dataset, hf_config, hf_split, hf_revision)
+        file = hugging_face_file(hub, (text_field,), check=policy == "refuse", verify=verify)
         label = "/".join(filter(None, (hf_dataset, hf_config, hf_split)))
-        return Source(f"Hugging Face dataset {label}", [Records(file, text_field)])
+        return Source(f"Hugging Face dataset {label}", [Records(file, text_field)], policy=policy, verify=verify)
     if name == EMBEDDED:
         from llm_lightning.data.embedded import python_reference
 
         # The texts differ a little between Python versions, the topics' names do not.
         return Source(name, [InMemory(dict(python_reference.documents()), names_split=True)])
     if name in NAMED:
-        return Source(name, [WholeFile(download(NAMED[name]))])
+        return Source(name, [WholeFile(download(NAMED[name]))], verify=verify)
     known = [EMBEDDED, *NAMED]
     hint = did_you_mean(name, known)
     raise ValueError(f"data.name={name} is unknown: {hint}use {', '.join(known)}, or data.path or data.hf_dataset")

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_lightning.data.corpus.sources import Document, Source
+from llm_lightning.data.corpus.readers import Document
+from llm_lightning.data.corpus.sources import Source
 from llm_lightning.terminal import counted
 
 FEW_DOCUMENTS = 20  # split=auto cuts fewer than these by character: whole documents would miss val_fraction by far
@@ -48,6 +49,18 @@ class Split:
     def describe(self) -> dict[str, Any]:
         """Return what the parts depend on, as plain values."""
         return {"source": self.source.digest(), "split": self.kind, "val_fraction": self.val_fraction}
+
+    def contents(self, part: str) -> np.ndarray:
+        """The keys of the contents of the documents that lie in a part, whole and not empty: (n,) uint64."""
+        survey = self.source.survey()
+        lengths = np.asarray(survey.lengths).astype(np.int64)
+        if self.kind == "character":
+            ends = lengths.cumsum()
+            inside = ends <= self._n_train_chars() if part == "train" else ends - lengths >= self._n_train_chars()
+        else:
+            held_out = np.isin(np.asarray(survey.keys), np.array(self._val_keys(), dtype=np.uint64))
+            inside = held_out if part == "val" else ~held_out
+        return np.asarray(survey.contents)[inside & (lengths > 0)]
 
     def _by_character(self) -> Iterator[tuple[str, Document]]:
         """Cut the concatenated text once, as the book does (chapter 5.1.3)."""

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,8 @@ from tqdm import tqdm
 from llm_lightning.data.corpus.encoding import before_last_space, encoded, in_batches, in_pieces
 from llm_lightning.data.corpus.sources import Source
 from llm_lightning.data.corpus.split import Split
+from llm_lightning.data.files.signature import signature_of
+from llm_lightning.data.files.verified import backdate, is_as_verified, keep_verified
 from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.build import from_description
@@ -64,6 +66,7 @@ def build_token_files(
     val_fraction: float = 0.1,
     add_eot: bool = True,
     cache: Path | None = None,
+    verify: bool = False,
 ) -> dict[str, TokenFile]:
     """Return the verified files of "train" and, unless `val_fraction` is 0, "val"; build them if necessary.
 
@@ -72,6 +75,7 @@ def build_token_files(
             arguments must determine the result, and the trained tokenizer is cached.
         add_eot: put the tokenizer's end of text between two documents of a part. Each begins with the tokenizer's
             `bos_id`, where there is one.
+        verify: hash the files even where their sizes and times are as they were when they were last verified.
 
     Raises:
         ValueError: bad text, a split or a part without tokens, or a tokenizer without an end of text.
@@ -80,45 +84,52 @@ def build_token_files(
     cache = cache or cache_dir()
     parts = Split.of(source, split, val_fraction)
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = _trained(tokenizer, parts, cache)
+        tokenizer = trained_tokenizer(tokenizer, [parts], cache)
     add_eot = add_eot and source.survey().n_documents > 1
     if add_eot and tokenizer.eot_id is None:
         raise ValueError("this tokenizer has no end-of-text token to put between documents; set data.add_eot=false")
     spec = {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "add_eot": add_eot, **parts.describe()}
     folder = cache / "tokens" / _key(spec)
-    if (files := _opened(folder, tokenizer)) is not None:
+    if (files := _opened(folder, tokenizer, verify)) is not None:
         return files
     with locked(folder):
-        if (files := _opened(folder, tokenizer)) is not None:
+        if (files := _opened(folder, tokenizer, verify)) is not None:
             return files
         _build(folder, parts, tokenizer, add_eot, spec)
-        files = _opened(folder, tokenizer)
+        files = _opened(folder, tokenizer, verify=True)
     if files is None:
         raise OSError(f"{folder} reads back differently from what was written; check the disk and run again")
     return files
 
 
-def _trained(train: TrainTokenizer, parts: Split, cache: Path) -> Tokenizer:
-    """Train a tokenizer on the training part, or take it from the cache."""
+def trained_tokenizer(train: TrainTokenizer, splits: Sequence[Split], cache: Path | None = None) -> Tokenizer:
+    """Train a tokenizer on the training parts of one or several sources, or take it from the cache.
+
+    Args:
+        train: if it is a `functools.partial`, its arguments must determine the result, and the tokenizer is cached.
+    """
     if not isinstance(train, partial):
-        return train(_training_texts(parts))
+        return train(_training_texts(splits))
     settings = [train.func.__qualname__, train.args, train.keywords]
-    path = cache / "tokenizers" / f"{_key({'format': FORMAT, 'train': settings, **parts.describe()})}.json"
+    texts = [parts.describe() for parts in splits]
+    spec = {"format": FORMAT, "train": settings, **(texts[0] if len(texts) == 1 else {"texts": texts})}
+    path = (cache or cache_dir()) / "tokenizers" / f"{_key(spec)}.json"
     with locked(path):
         if (description := _unsealed(path)) is not None:
             return from_description(description)
-        tokenizer = train(_training_texts(parts))
+        tokenizer = train(_training_texts(splits))
         write_atomically(path, _sealed(tokenizer.describe()))
     return tokenizer
 
 
-def _training_texts(parts: Split) -> Iterator[str]:
-    for part, document in parts.documents():
-        if part == "train":
-            yield from in_pieces(document.chunks, before_last_space)
+def _training_texts(splits: Sequence[Split]) -> Iterator[str]:
+    for parts in splits:
+        for part, document in parts.documents():
+            if part == "train":
+                yield from in_pieces(document.chunks, before_last_space)
 
 
-def _opened(folder: Path, tokenizer: Tokenizer) -> dict[str, TokenFile] | None:
+def _opened(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dict[str, TokenFile] | None:
     """Return the files of a folder, or None unless all are there with the right content."""
     manifest = _unsealed(folder / "manifest.json")
     if manifest is None:
@@ -127,15 +138,31 @@ def _opened(folder: Path, tokenizer: Tokenizer) -> dict[str, TokenFile] | None:
         name: TokenFile(folder / f"{name}.bin", tokenizer=tokenizer, **values)
         for name, values in manifest["parts"].items()
     }
-    for file in files.values():
-        try:
-            actual = sha256_of(file.path)
-        except FileNotFoundError:
-            actual = "none"
-        if actual != file.digest:
-            log.warning("%s has sha256 %s, expected %s: rebuilding it", file.path, actual, file.digest)
-            return None
-    return files
+    return files if _are_right(list(files.values()), _record_of(folder), verify) else None
+
+
+def _are_right(files: Sequence[TokenFile], record: Path, verify: bool) -> bool:
+    """Whether the files have their digests; those that are as when they were last verified are not read."""
+    paths = [file.path for file in files]
+    if not verify and is_as_verified(record, paths):
+        return True
+    try:
+        signature = signature_of(paths)
+        actual = [sha256_of(path) for path in paths]
+    except FileNotFoundError as error:
+        log.warning("%s is missing: rebuilding it", error.filename)
+        return False
+    for file, digest in zip(files, actual, strict=True):
+        if digest != file.digest:
+            log.warning("%s has sha256 %s, expected %s: rebuilding it", file.path, digest, file.digest)
+            return False
+    keep_verified(record, signature)
+    return True
+
+
+def _record_of(folder: Path) -> Path:
+    """The sizes and times of files that were verified."""
+    return folder.with_name(f"{folder.name}.verified.json")
 
 
 def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec: dict[str, Any]) -> None:
@@ -202,15 +229,13 @@ class _Part:
     def finish(self) -> None:
         """Flush everything to the disk."""
         self.file.flush()
+        backdate(Path(self.file.name))
         os.fsync(self.file.fileno())
 
     def summary(self) -> dict[str, Any]:
         """Return the fields of TokenFile that the manifest keeps."""
         counts = {"n_tokens": self.n_tokens, "n_bytes": self.n_bytes, "n_documents": self.n_documents}
         return {"dtype": self.dtype, **counts, "digest": self.sha256.hexdigest()}
-
-
-# -- encoding ------------------------------------------------------------------------------------------------
 
 
 # -- small files that know their own digest ------------------------------------------------------------------

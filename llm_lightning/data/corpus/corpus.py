@@ -1,0 +1,174 @@
+"""The sources of a run by their roles: training text from one source or a mixture, and validation and test text of
+its own; their common digest, their token files, and the documents that they share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llm_lightning.data.corpus.sources import Source
+from llm_lightning.data.corpus.split import Split
+from llm_lightning.data.corpus.token_files import TokenFile, TrainTokenizer, build_token_files, trained_tokenizer
+from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.mixture import check_source_name, mixture_entries
+from llm_lightning.tokenizers.base import Tokenizer
+
+OpenSource = Callable[..., Source]
+"""`open_source` with the settings that all sources share."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sources by role."""
+
+    train: dict[str, Source]
+    """name -> source; the only one of a run without a mixture has the name `` """
+    weights: tuple[float, ...]
+    """Of the sources of a mixture."""
+    own: dict[str, Source] = field(default_factory=dict)
+    """`val`, `test`, `val/<name>` -> what is read for it alone"""
+
+    @property
+    def is_mixture(self) -> bool:
+        return "" not in self.train
+
+    @property
+    def sources(self) -> list[Source]:
+        return [*self.train.values(), *self.own.values()]
+
+    def digest(self) -> str:
+        """sha256 of all texts with their roles and shares; of a single source, its own."""
+        if not self.is_mixture and not self.own:
+            return self.train[""].digest()
+        rows = zip(self.train.items(), self.weights, strict=True)
+        total = sum(self.weights)
+        roles = [["train", name, round(weight / total, 9), source.digest()] for (name, source), weight in rows]
+        roles += [["own", stage, source.digest()] for stage, source in self.own.items()]
+        return hashlib.sha256(json.dumps(roles).encode()).hexdigest()
+
+    def splits(self, kind: str, val_fraction: float) -> dict[str, Split]:
+        """The split of each training source; with validation text of its own it is whole."""
+        fraction = 0.0 if "val" in self.own else val_fraction
+        return {name: Split.of(source, kind, fraction) for name, source in self.train.items()}
+
+
+def open_corpus(
+    open_one: OpenSource,
+    main: Mapping[str, Any],
+    *,
+    mixture: Any = None,
+    val_path: Any = None,
+    test_path: Any = None,
+    hf_val_split: str | None = None,
+    hf_test_split: str | None = None,
+    val_sets: Mapping[str, Any] | None = None,
+) -> Corpus:
+    """Open what the settings name.
+
+    Args:
+        open_one: opens a source by `name`, `path` and `hf_*`.
+        main: these settings of the main source.
+
+    Raises:
+        ValueError, OSError: settings that exclude each other; or from `open_source`, naming the setting.
+    """
+    own: dict[str, Source] = {}
+    for stage, path, split in (("val", val_path, hf_val_split), ("test", test_path, hf_test_split)):
+        if path is not None and split is not None:
+            raise ValueError(f"data.{stage}_path={path} and data.hf_{stage}_split={split} are both set; leave one out")
+        if split is not None and (main.get("hf_dataset") is None or mixture is not None):
+            raise ValueError(f"data.hf_{stage}_split={split} is a split of data.hf_dataset, which is not set")
+        if path is not None:
+            own[stage] = _opened(f"data.{stage}_path", open_one, path=path)
+        elif split is not None:
+            own[stage] = open_one(**{**main, "path": main.get("path"), "hf_split": split})
+    for name, path in (val_sets or {}).items():
+        check_source_name(name, "data.val_sets")
+        own[f"val/{name}"] = _opened(f"data.val_sets.{name}", open_one, path=path)
+    if mixture is None:
+        return Corpus({"": open_one(**main)}, (1.0,), own)
+    return Corpus(*_mixture(open_one, main, mixture), own)
+
+
+def _mixture(
+    open_one: OpenSource, main: Mapping[str, Any], setting: Any
+) -> tuple[dict[str, Source], tuple[float, ...]]:
+    for key in ("path", "hf_dataset"):
+        if main.get(key) is not None:
+            raise ValueError(f"data.mixture and data.{key}={main[key]} are both set; set one of them to null")
+    entries = mixture_entries(setting)
+    sources = {}
+    for entry in entries:
+        what = {"path": entry.path} if entry.hub is None else _of_hub(entry.hub)
+        sources[entry.name] = _opened(f"data.mixture ({entry.name})", open_one, **what)
+    return sources, tuple(entry.weight for entry in entries)
+
+
+def _of_hub(hub: HubDataset) -> dict[str, Any]:
+    return {"hf_dataset": hub.name, "hf_config": hub.config, "hf_split": hub.split, "hf_revision": hub.revision}
+
+
+def _opened(setting: str, open_one: OpenSource, **what: Any) -> Source:
+    """A source; its error begins with the setting that names it."""
+    try:
+        return open_one(**what)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{setting}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
+
+
+def token_files(
+    corpus: Corpus,
+    splits: Mapping[str, Split],
+    tokenizer: Tokenizer | TrainTokenizer,
+    *,
+    add_eot: bool = True,
+    verify: bool = False,
+) -> dict[str, list[TokenFile]]:
+    """stage -> the files of its sources, in their order: `train`, `val` unless it is empty, and those of its own.
+
+    Args:
+        tokenizer: or a function that trains one on the training texts of all sources.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = trained_tokenizer(tokenizer, list(splits.values()))
+    options: dict[str, Any] = {"add_eot": add_eot, "verify": verify}
+    files: dict[str, list[TokenFile]] = {}
+    for split in splits.values():
+        built = build_token_files(split.source, tokenizer, split=split.kind, val_fraction=split.val_fraction, **options)
+        for stage, file in built.items():
+            files.setdefault(stage, []).append(file)
+    for stage, source in corpus.own.items():
+        files[stage] = [build_token_files(source, tokenizer, val_fraction=0, **options)["train"]]
+    return files
+
+
+def leaked_documents(corpus: Corpus, splits: Mapping[str, Split]) -> dict[str, dict[str, int]]:
+    """stage -> how many of its documents are, character by character, in training too, and of how many.
+
+    Empty documents and the one that a split by character cuts through are left out.
+    """
+    training = np.unique(np.concatenate([split.contents("train") for split in splits.values()]))
+    stages = {"val": np.concatenate([split.contents("val") for split in splits.values()])}
+    stages |= {stage: _contents(source) for stage, source in corpus.own.items()}
+    return {
+        stage: {"documents": int(np.isin(contents, training).sum()), "of": len(contents)}
+        for stage, contents in stages.items()
+        if len(contents)
+    }
+
+
+def _contents(source: Source) -> np.ndarray:
+    survey = source.survey()
+    return np.asarray(survey.contents)[np.asarray(survey.lengths) > 0]
+
+
+def bytes_per_token(files: Sequence[TokenFile]) -> float:
+    """Mean UTF-8 bytes per token."""
+    return sum(file.n_bytes for file in files) / sum(file.n_tokens for file in files)
