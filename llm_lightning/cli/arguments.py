@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_lightning.weights.load import LoadedModel
@@ -41,6 +42,17 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="CHECKPOINT", help="of an adapter alone: its weights (default: where they were in training)"
     )
+
+
+def add_split(where: Any, *, meaning: str, default: str | None = None) -> None:
+    """Add --split: `train`, `val`, `test`, or `val/NAME`, one of the further validation sets of the data."""
+    where.add_argument("--split", type=_split, metavar="{train,val,val/NAME,test}", default=default, help=meaning)
+
+
+def _split(text: str) -> str:
+    if not re.fullmatch(r"train|val|test|val/[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be train, val, test, or val/NAME of a further validation set")
+    return text
 
 
 def names_records(word: str) -> bool:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, names_records, open_model
+from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, add_split, names_records, open_model
 from llm_lightning.cli.comparison_page import Item, Page, as_html
 from llm_lightning.inference.defaults import ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.terminal import aligned, say_lines, visible
@@ -47,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("comparison.html"),
         help="the page, .html (default: %(default)s)",
     )
-    parser.add_argument(
-        "--split",
-        choices=("train", "val", "test"),
-        help="instead of a file: a split of the data that B was tuned on, or else A",
-    )
+    add_split(parser, meaning="instead of a file: a split of the data that B was tuned on, or else A")
     parser.add_argument("--data-of", choices=("A", "B"), help="whose data --split means (default: B, or else A)")
     parser.add_argument(
         "--template",
@@ -242,7 +238,7 @@ def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> t
     given = {name: loaded for name, loaded in zip("BA", reversed(models), strict=True) if args.data_of in (None, name)}
     for name, loaded in given.items():
         if loaded.header.get("task") in ("sft", "dpo"):
-            data = conversations_of(loaded, instead="give a file of records")
+            data = conversations_of(loaded, instead="give a file of records", split=args.split)
             source = f"the {args.split} split of {name}'s training data ({data.describe()})"
             return data.conversations_of(args.split)[: args.limit], source
     tasks = " and ".join(f"{name}: {loaded.header.get('task')}" for name, loaded in given.items())

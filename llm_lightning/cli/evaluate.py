@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.arguments import add_model_arguments, open_model
+from llm_lightning.cli.arguments import add_model_arguments, add_split, open_model
 from llm_lightning.terminal import aligned, inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text or JSONL files, folders or globs; for a classifier a CSV, TSV or JSONL with labels",
     )
-    what.add_argument(
-        "--split", choices=("train", "val", "test"), help="a split of the data that the model was trained on"
-    )
+    add_split(what, meaning="a split of the data that the model was trained on")
     parser.add_argument(
         "--text-field", default="text", metavar="KEY", help="of records: where the text is (default: %(default)s)"
     )
@@ -82,9 +80,11 @@ def _evaluated(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
     if task != "pretraining" and not args.json:
         log.warning("the loss of plain text, which is not that of task=%s", task)
     if args.split:
-        file = tokens_of(loaded, args.split, instead=INSTEAD)
+        files = tokens_of(loaded, args.split, instead=INSTEAD)
         options = {"length": loaded.longest_input, "stride": args.stride, "progress": True}
-        return evaluate_tokens(loaded.gpt, [file.tokens], file.n_bytes, **options)
+        return evaluate_tokens(
+            loaded.gpt, [file.tokens for file in files], sum(file.n_bytes for file in files), **options
+        )
     return evaluate_texts(loaded, _read_texts(args.text, args.text_field), stride=args.stride, progress=True)
 
 
@@ -97,7 +97,7 @@ def _run_tuned(loaded: LoadedModel, args: argparse.Namespace) -> None:
 
     if args.stride is not None:
         raise ValueError(f"--stride {args.stride} is for texts; --split {args.split} of a tuned model has no windows")
-    data = conversations_of(loaded, instead=INSTEAD)
+    data = conversations_of(loaded, instead=INSTEAD, split=args.split)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     metrics = evaluate_split(loaded, data, args.split, checkpoint=args.checkpoint, dtype=dtype)
     task = loaded.header["task"]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_lightning.cli.arguments import names_records
+from llm_lightning.cli.arguments import add_split, names_records
 from llm_lightning.terminal import say, say_lines
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="SOURCE", help="a file of records, a named set, or a model of task=sft or task=dpo"
     )
     parser.add_argument("-n", "--number", type=int, default=4, metavar="N", help="records (default: %(default)s)")
-    parser.add_argument(
-        "--split", choices=("train", "val", "test"), default="train", help="of a model (default: %(default)s)"
-    )
+    add_split(parser, meaning="of a model (default: %(default)s)", default="train")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
     parser.add_argument(
         "--model", metavar="CHECKPOINT", help="of a file: a model to tune, which brings its tokenizer and its template"
@@ -81,7 +79,7 @@ def _of_model(args: argparse.Namespace) -> Shown:
     from llm_lightning.data.of_checkpoint import conversations_of
     from llm_lightning.weights.load import load_model
 
-    data = conversations_of(load_model(args.source), instead="give a file of records")
+    data = conversations_of(load_model(args.source), instead="give a file of records", split=args.split)
     batch = data.first_batch(args.split, args.number)
     title = f"{data.describe()}: {args.split}"
     return Shown(title, data.tokenizer, batch, data.preview_titles(len(batch.input_ids)))

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, names_records, open_model
+from llm_lightning.cli.arguments import add_base_argument, add_device_arguments, add_split, names_records, open_model
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.inference.defaults import ANSWER_TEMPERATURE, ANSWER_TOKENS, RECORDS_AT_ONCE
 from llm_lightning.terminal import say_lines
@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one or several models (see llm-lightning generate --help), and then a file of records",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="the answers (.json)")
-    parser.add_argument(
-        "--split", choices=("train", "val", "test"), help="instead of a file: a split of the first model's own data"
-    )
+    add_split(parser, meaning="instead of a file: a split of the first model's own data")
     parser.add_argument(
         "--template",
         metavar="T",
@@ -129,7 +127,8 @@ def _conversations(loaded: LoadedModel, data: Path | None, split: str) -> list[C
     from llm_lightning.inference.respond import read_records
 
     if data is None:
-        return conversations_of(loaded, instead="give a file of records", texts_only=True).conversations_of(split)
+        found = conversations_of(loaded, instead="give a file of records", texts_only=True, split=split)
+        return found.conversations_of(split)
     return read_records(data, loaded)
 
 

@@ -170,7 +170,7 @@ def conclude(
     """Write the summary and the adapter, close the logs, and log the results."""
     write_adapter(run, module.header["lineage"])
     left_out = len(module.datamodule.quarantined)
-    data = {**({"quarantined": left_out} if left_out else {}), **module.datamodule.report()}
+    data = {**module.datamodule.report(), **({"quarantined": left_out} if left_out else {})}
     summary = build_summary(run, trainer, module, data=data, seconds=seconds, stopped=stopped)
     write_summary(run.path, summary)
     best = {best_tag(summary["monitor"]): summary["best_value"]} if summary["best_value"] is not None else {}

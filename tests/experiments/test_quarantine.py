@@ -30,6 +30,20 @@ def test_the_file_has_one_object_a_line_and_goes_with_the_last_bad_record(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_file_has_of_bad_records_is_listed(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"to be or not to be, {number}"}) for number in range(40)]
+    lines[3], lines[7] = '{"text": 3}', '{"text": "a'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    words = [*(word for word in SETTINGS if "samples" not in word), "callbacks.samples=null", "logger=csv"]
+    words += [f"data.path={tmp_path / 'a.jsonl'}", f"hydra.run.dir={tmp_path / 'run'}", "trainer.max_steps=1"]
+    assert "2 bad records" in fit_here(words).err
+    outcome = fit_here([*words, "data.bad_records=quarantine"])
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert [row["place"].rpartition(":")[2] for row in rows] == ["4", "8"]
+    assert "2 records that could not be read were left out" in outcome.out
+
+
 def test_a_run_lists_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quarantined: list[BadRecord] = []
     build = PretrainingDataModule.build

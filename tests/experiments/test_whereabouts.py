@@ -75,7 +75,7 @@ def test_a_moved_project_goes_on_and_is_evaluated(
             moved / "outputs" / name for name in ("pretraining/first", "dpo/second", "classification/third")
         )
         loaded = load_model(first)
-        assert tokens_of(loaded, "val", instead="").n_tokens > 0
+        assert tokens_of(loaded, "val", instead="")[0].n_tokens > 0
         assert len(conversations_of(load_model(second), instead="").records["test"]) > 0
         assert len(labelled_texts_of(load_model(third), "test", instead="")) > 0
         assert [link["state"] for link in trace(str(second))] == ["same", "same"]
@@ -219,7 +219,7 @@ def test_folders_of_an_earlier_version_go_on(project: Path, tmp_path: Path, monk
     command = json.loads((run / "command.json").read_text())
     command.pop("places")
     (run / "command.json").write_text(json.dumps(command))
-    assert tokens_of(load_model(run), "val", instead="").n_tokens > 0
+    assert tokens_of(load_model(run), "val", instead="")[0].n_tokens > 0
     monkeypatch.chdir(tmp_path)
     go_on(run)
     header = checkpoints.read_header(run / LAST)
