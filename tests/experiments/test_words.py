@@ -184,6 +184,8 @@ NAMED: list[tuple[str, str, Any]] = [
     ("'data.val_sets={hard: 1984, easy:[007, x]}'", "val_sets", {"hard": "1984", "easy": ["007", "x"]}),
     ("'data.val_sets={hard: a.txt}' data.val_sets.hard=b.txt", "val_sets", {"hard": "b.txt"}),
     ("data.val_sets={}", "val_sets", {}),
+    ("data.val_sets.hard=null data.val_sets.easy=a", "val_sets", {"hard": None, "easy": "a"}),
+    ("data.val_sets=null", "val_sets", None),
     (
         "'data.mixture=[{name: 1, path: 1984, weight: 0.7}, {name: hub, hf_dataset: 3, hf_split: 4, weight: 1}]'",
         "mixture",
@@ -299,3 +301,9 @@ def test_the_stages_of_a_pipeline_read_the_same(tmp_path: Path, monkeypatch: pyt
     assert chain.folder.name == "2026_11_26"
     assert {"data.path='1984'", "logger=none"} <= set(chain.stages[0].words)
     assert "data.path='1984'" not in chain.stages[1].words
+    mixture = "[{name: web, path: 1984, weight: 1}]"
+    for_one = ["+pretraining.data.val_sets.hard=1984", f"+pretraining.data.mixture={mixture}"]
+    chain = plan(["pipeline=nano", *for_one], CONF)
+    assert {"++data.val_sets.hard='1984'", "data.mixture=[{name: web, path:'1984', weight: 1}]"} <= set(
+        chain.stages[0].words
+    )
