@@ -87,6 +87,8 @@ def settings(outside: Path) -> list[str]:
         f"task.reference='{here}/x.ckpt'",
         f"data.hf_dataset='{here}'",
         "data.hf_dataset=../data",
+        f"data.mixture=[{{name: a, hf_dataset: '{here}', weight: 1}}]",
+        "data.val_sets.hard=/etc/hostname",
         "callbacks.samples.prompts=['${oc.env:SECRET}']",
         "callbacks.samples.prompts=['${hydra.runtime.cwd}']",
         f"+trainer.profiler={{_target_:lightning.pytorch.profilers.AdvancedProfiler,dirpath:'{here}',filename:p}}",

@@ -286,7 +286,7 @@ def test_a_shared_prefix_is_packed_once_unless_there_is_dropout(words: list[str]
     from llm_lightning.experiments.settings.nodes import plain
 
     settings = plain(composed(*words, "tokenizer=byte", "model.context_length=600"))
-    data = build_datamodule(settings, choose_tokenizer(settings), settings["data"]["path"])
+    data = build_datamodule(settings, choose_tokenizer(settings), settings["data"])
     assert isinstance(data, ConversationDataModule)
     assert data.share_prefix == is_shared
 

@@ -25,6 +25,7 @@ from llm_lightning.files.pictures import (
     VALIDATION,
     blank,
     draw_curve,
+    validation_sets,
 )
 
 if TYPE_CHECKING:
@@ -171,15 +172,21 @@ def gradient_norm_figure(curves: Curves) -> Figure:
 
 
 def _draw_over_epochs(axes: Any, name: str, curves: Curves, steps_per_epoch: int) -> None:
-    for metric, (color, label) in _curves_of(name, curves).items():
-        draw_curve(axes, curves[metric], color, label, is_noisy=metric.startswith("train/" + name), per=steps_per_epoch)
+    for metric, (color, label, dashes) in _curves_of(name, curves).items():
+        is_noisy = metric.startswith("train/" + name)
+        draw_curve(axes, curves[metric], color, label, is_noisy=is_noisy, per=steps_per_epoch, linestyle=dashes)
     axes.set_xlabel("epochs")
     axes.legend(loc="upper right" if name == "loss" else "lower right")  # "best" takes as long as all the rest
     axes.grid(alpha=0.3)
 
 
-def _curves_of(name: str, curves: Curves) -> dict[str, tuple[str, str]]:
-    return {pattern.format(name): style for pattern, style in STYLES.items() if curves.get(pattern.format(name))}
+def _curves_of(name: str, curves: Curves) -> dict[str, tuple[str, str, str]]:
+    """Curve -> its colour, name and dashes."""
+    found = {
+        pattern.format(name): (*style, "-") for pattern, style in STYLES.items() if curves.get(pattern.format(name))
+    }
+    sets = validation_sets(name, curves)
+    return found | {metric: (VALIDATION, f"validation: {one}", dashes) for one, metric, dashes in sets}
 
 
 def _item(curves: Curves) -> str:

@@ -66,7 +66,7 @@ def experiment(settings: Mapping[str, Collection[Any]], metrics: Sequence[str]) 
 
 
 def layout(metrics: Collection[str]) -> Summary:
-    """The Custom Scalars tab: the training and the validation curve of each of `CHARTED` in one chart.
+    """The Custom Scalars tab: the training and the validation curves of each of `CHARTED` in one chart.
 
     Args:
         metrics: names of validation metrics, such as `val/loss`; others than `CHARTED` have no chart.
@@ -78,7 +78,7 @@ def layout(metrics: Collection[str]) -> Summary:
     charts = [
         layout_pb2.Chart(
             title=name.replace("_", " "),
-            multiline=layout_pb2.MultilineChartContent(tag=[f"^(train/{name}|train/eval_{name}|val/{name})$"]),
+            multiline=layout_pb2.MultilineChartContent(tag=[f"^(train/{name}|train/eval_{name}|val/([^/]+/)?{name})$"]),
         )
         for name in CHARTED
         if f"val/{name}" in metrics

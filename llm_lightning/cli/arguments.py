@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_lightning.data.files.options import FileOptions
@@ -152,6 +152,17 @@ def named_file(name: str) -> Iterator[str]:
             yield str(copy)
         except ValueError as error:
             raise ValueError(str(error).replace(str(copy), copy.name)) from error
+
+
+def add_split(where: Any, *, meaning: str, default: str | None = None) -> None:
+    """Add --split: `train`, `val`, `test`, or `val/NAME`, one of the further validation sets of the data."""
+    where.add_argument("--split", type=_split, metavar="{train,val,val/NAME,test}", default=default, help=meaning)
+
+
+def _split(text: str) -> str:
+    if not re.fullmatch(r"train|val|test|val/[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be train, val, test, or val/NAME of a further validation set")
+    return text
 
 
 def names_records(word: str) -> bool:

@@ -21,6 +21,7 @@ from llm_lightning.cli.arguments import (
     add_columns_argument,
     add_device_arguments,
     add_file_arguments,
+    add_split,
     file_options,
     names_records,
     open_model,
@@ -55,11 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("comparison.html"),
         help="the page, .html (default: %(default)s)",
     )
-    parser.add_argument(
-        "--split",
-        choices=("train", "val", "test"),
-        help="instead of a file: a split of the data that B was tuned on, or else A",
-    )
+    add_split(parser, meaning="instead of a file: a split of the data that B was tuned on, or else A")
     parser.add_argument("--data-of", choices=("A", "B"), help="whose data --split means (default: B, or else A)")
     parser.add_argument(
         "--template",
@@ -256,7 +253,7 @@ def _conversations(models: Sequence[LoadedModel], args: argparse.Namespace) -> t
     given = {name: loaded for name, loaded in zip("BA", reversed(models), strict=True) if args.data_of in (None, name)}
     for name, loaded in given.items():
         if loaded.header.get("task") in ("sft", "dpo"):
-            data = conversations_of(loaded, instead="give a file of records")
+            data = conversations_of(loaded, instead="give a file of records", split=args.split)
             source = f"the {args.split} split of {name}'s training data ({data.describe()})"
             return data.conversations_of(args.split)[: args.limit], source
     tasks = " and ".join(f"{name}: {loaded.header.get('task')}" for name, loaded in given.items())

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llm_lightning.cli.arguments import add_file_arguments, add_model_arguments, file_options, open_model
+from llm_lightning.cli.arguments import add_file_arguments, add_model_arguments, add_split, file_options, open_model
 from llm_lightning.terminal import aligned, inline, one_line, say, say_json, say_lines
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="files of text or records, folders or globs; for a classifier records with labels",
     )
-    what.add_argument(
-        "--split", choices=("train", "val", "test"), help="a split of the data that the model was trained on"
-    )
+    add_split(what, meaning="a split of the data that the model was trained on")
     parser.add_argument(
         "--text-field", metavar="KEY", help="of records: where the text is (default: as in the training)"
     )
@@ -83,9 +81,11 @@ def _evaluated(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
     if task != "pretraining" and not args.json:
         log.warning("the loss of plain text, which is not that of task=%s", task)
     if args.split:
-        file = tokens_of(loaded, args.split, instead=INSTEAD)
+        files = tokens_of(loaded, args.split, instead=INSTEAD)
         options = {"length": loaded.longest_input, "stride": args.stride, "progress": True}
-        return evaluate_tokens(loaded.gpt, [file.tokens], file.n_bytes, **options)
+        return evaluate_tokens(
+            loaded.gpt, [file.tokens for file in files], sum(file.n_bytes for file in files), **options
+        )
     return evaluate_texts(loaded, _read_texts(args, loaded), stride=args.stride, progress=True)
 
 
@@ -98,7 +98,7 @@ def _run_tuned(loaded: LoadedModel, args: argparse.Namespace) -> None:
 
     if args.stride is not None:
         raise ValueError(f"--stride {args.stride} is for texts; --split {args.split} of a tuned model has no windows")
-    data = conversations_of(loaded, instead=INSTEAD)
+    data = conversations_of(loaded, instead=INSTEAD, split=args.split)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     metrics = evaluate_split(loaded, data, args.split, checkpoint=args.checkpoint, dtype=dtype)
     task = loaded.header["task"]
@@ -158,12 +158,12 @@ def _labelled(args: argparse.Namespace, loaded: LoadedModel) -> list[tuple[str, 
     from llm_lightning.data.records.labelled import read_labelled
 
     trained = settings_of(loaded)
-    columns = {
-        "text_column": args.text_field or trained.get("text_column") or "text",
-        "label_column": args.label_column or trained.get("label_column") or "label",
-    }
     records = read_labelled(
-        args.text, options=file_options(args), fold_labels=trained.get("fold_labels", False), **columns
+        args.text,
+        options=file_options(args),
+        fold_labels=trained.get("fold_labels", False),
+        text_column=args.text_field or trained.get("text_column") or "text",
+        label_column=args.label_column or trained.get("label_column") or "label",
     )
     return [(record.text, record.label) for record in records]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llm_lightning.cli.arguments import (
     add_columns_argument,
     add_file_arguments,
+    add_split,
     file_options,
     names_records,
     typed_columns,
@@ -48,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of records (or a glob, or a folder), a named set, or a model of task=sft or task=dpo",
     )
     parser.add_argument("-n", "--number", type=int, default=4, metavar="N", help="records (default: %(default)s)")
-    parser.add_argument(
-        "--split", choices=("train", "val", "test"), default="train", help="of a model (default: %(default)s)"
-    )
+    add_split(parser, meaning="of a model (default: %(default)s)", default="train")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
     parser.add_argument(
         "--model", metavar="CHECKPOINT", help="of a file: a model to tune, which brings its tokenizer and its template"
@@ -93,7 +92,7 @@ def _of_model(args: argparse.Namespace) -> Shown:
     from llm_lightning.data.of_checkpoint import conversations_of
     from llm_lightning.weights.load import load_model
 
-    data = conversations_of(load_model(args.source), instead="give a file of records")
+    data = conversations_of(load_model(args.source), instead="give a file of records", split=args.split)
     batch, titles = data.first_rows(args.split, args.number)
     title = f"{data.describe()}: {args.split}"
     return Shown(title, data.tokenizer, batch, titles)

@@ -20,6 +20,7 @@ from llm_lightning.cli.arguments import (
     add_columns_argument,
     add_device_arguments,
     add_file_arguments,
+    add_split,
     file_options,
     names_records,
     open_model,
@@ -45,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a folder)",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="the answers (.json)")
-    parser.add_argument(
-        "--split", choices=("train", "val", "test"), help="instead of a file: a split of the first model's own data"
-    )
+    add_split(parser, meaning="instead of a file: a split of the first model's own data")
     parser.add_argument(
         "--template",
         metavar="T",
@@ -142,7 +141,8 @@ def _conversations(loaded: LoadedModel, data: str | None, args: argparse.Namespa
     from llm_lightning.inference.respond import read_records
 
     if data is None:
-        return conversations_of(loaded, instead="give a file of records", texts_only=True).conversations_of(args.split)
+        found = conversations_of(loaded, instead="give a file of records", texts_only=True, split=args.split)
+        return found.conversations_of(args.split)
     return read_records(data, loaded, options=file_options(args), columns=typed_columns(args))
 
 

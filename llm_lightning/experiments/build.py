@@ -78,7 +78,7 @@ def _escaped(value: Any) -> Any:
 def build_datamodule(
     settings: Settings,
     tokenizer: Any,
-    path: Any,
+    data: Mapping[str, Any],
     digest: str | None = None,
     *,
     template: Mapping[str, Any] | None = None,
@@ -87,16 +87,16 @@ def build_datamodule(
 
     Args:
         tokenizer: from `choose_tokenizer`.
-        path: the current value of `data.path`.
+        data: the settings of `data`, with the current values of the paths in them.
         digest: the digest that the data must have.
         template: the description of the model's own template, from `template_in`.
 
     Raises:
         OtherDataError: if the data are known to have another digest before they are read.
     """
-    options = {key: value for key, value in settings["data"].items() if key != "preview"}
-    if "path" in options:
-        options["path"] = path
+    options = {key: value for key, value in data.items() if key != "preview"}
+    if "val_sets" in options:  # null leaves out a set that a file names
+        options["val_sets"] = {name: path for name, path in (options["val_sets"] or {}).items() if path is not None}
     if "template" in options:
         options["own_template"] = template
     if "packing" in options:

@@ -26,14 +26,13 @@ from llm_lightning.experiments.settings.overrides import (
     unquoted,
 )
 from llm_lightning.experiments.settings.yaml_files import declared_settings
+from llm_lightning.files.data_paths import data_path_of
 from llm_lightning.terminal import one_line
 from llm_lightning.weights.releases import RELEASES
 from llm_lightning.weights.renamed import MOVED, RENAMED, REPLACED
 
 NOT_TAKEN_OVER = ("resume", "pipeline", "sweep", "allow_targets", "hydra")
 """Top-level keys of settings that start other runs or let code run."""
-WITH_DIGEST = ("data.path", "init_from")
-"""Settings that name files outside the run folder, which are identified by their digest."""
 TARGETS = re.compile(
     r"llm_lightning(\.\w+)+|torch\.optim\.[A-Z]\w+|lightning\.Trainer|lightning\.pytorch\.(callbacks\.[A-Z]\w+"
     r"|strategies\.(SingleDevice|DDP|FSDP|ModelParallel)Strategy|loggers\.(CSV|TensorBoard)Logger"
@@ -116,7 +115,7 @@ def _reason(word: str, folder: Path, command: Mapping[str, Any], config_dir: Pat
 
 
 def _reason_of_value(key: str, value: Any, folder: Path, command: Mapping[str, Any], config_dir: Path) -> str | None:
-    name = re.sub(r"\[\d+\]", "", key)
+    name = re.sub(r"\[\d+\]|(?<=\.mixture)\.\d+", "", key)
     last = name.rpartition(".")[2]
     text = str(value)
     is_setting = name in declared_settings(config_dir)
@@ -128,9 +127,10 @@ def _reason_of_value(key: str, value: Any, folder: Path, command: Mapping[str, A
         return "arguments without a name"
     if "${" in text and not (is_setting and re.fullmatch(r"\$\{(?!hydra\b)[A-Za-z_][\w.]*\}", text)):
         return "a value from elsewhere"
-    if name in WITH_DIGEST:
-        return None if _has_digest(name, text, folder, command) else "a path whose content was not recorded"
-    if name in ("data.hf_dataset", "task.reference"):
+    with_digest = "init_from" if name == "init_from" else data_path_of(key)  # files elsewhere, known by their content
+    if with_digest:
+        return None if _has_digest(with_digest, text, folder, command) else "a path whose content was not recorded"
+    if name in ("data.hf_dataset", "data.mixture.hf_dataset", "task.reference"):
         return "a path" if _looks_like_a_path(text) or Path(text).exists() else None
     if is_setting or not isinstance(value, str):
         return None

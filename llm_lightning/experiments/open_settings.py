@@ -47,6 +47,9 @@ def take_from_run(settings: Settings, header: Mapping[str, Any]) -> None:
                 settings[group][key] = before[group].get(key)
     if settings["optimizer"].get("lr") == AUTO:
         settings["optimizer"]["lr"] = before["optimizer"]["lr"]
+    data = settings.get("data", {})
+    if data.get("newlines") and "newlines" not in before.get("data", {}):
+        data["newlines"] = "keep"  # as runs of earlier versions did
 
 
 def take_from_weights(settings: Settings, own: GPTConfig, tokenizer: Tokenizer) -> None:

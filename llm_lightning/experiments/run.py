@@ -41,6 +41,7 @@ from llm_lightning.experiments.hparams import best_tag, shown_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.open_settings import take_from_run, take_from_weights, take_rate
 from llm_lightning.experiments.plot_lr import plot_lr
+from llm_lightning.experiments.quarantine import write_bad_records
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
 from llm_lightning.experiments.run_records import COMMAND, PRUNED, Settings, Start, damaged_summary
 from llm_lightning.experiments.settings.changes import refuse_changes
@@ -105,11 +106,11 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     if parent is not None:
         take_from_weights(settings, parent.model.trunk.config, parent.tokenizer)
     make_data = partial(build_datamodule, settings, tokenizer, template=template)
-    datamodule, data_path = whereabouts.read_data(settings, run, start, make_data)
+    datamodule, data = whereabouts.read_data(settings, run, start, make_data)
     take_rate(settings, start.rates, task_of(settings), model_config(settings, task_of(settings), datamodule.tokenizer))
     module = build_module(settings, datamodule, parent, init_from, continued)
     lineage = module.header["lineage"]
-    lineage["places"] = whereabouts.places_of(settings, run, lineage, data_path, init_from)
+    lineage["places"] = whereabouts.places_of(settings, run, lineage, data, init_from)
     del parent  # or its weights stay in memory, besides the cast ones
     if continued is not None:
         refuse_other_data(continued["lineage"]["data"], datamodule.data_digest)
@@ -127,6 +128,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
         return say_finished(settings, run, start)
     if is_main_process():
         run.write_config(settings)
+        write_bad_records(run.path, datamodule.quarantined)
         command = start.record(lineage["places"], total_steps)
         write_atomically(run.path / COMMAND, json.dumps(command, indent=2) + "\n")
     announce(trainer, datamodule, module, run)
@@ -167,7 +169,9 @@ def conclude(
 ) -> None:
     """Write the summary and the adapter, close the logs, and log the results."""
     write_adapter(run, module.header["lineage"])
-    summary = build_summary(run, trainer, module, data=module.datamodule.report(), seconds=seconds, stopped=stopped)
+    left_out = len(module.datamodule.quarantined)
+    data = {**module.datamodule.report(), **({"quarantined": left_out} if left_out else {})}
+    summary = build_summary(run, trainer, module, data=data, seconds=seconds, stopped=stopped)
     write_summary(run.path, summary)
     best = {best_tag(summary["monitor"]): summary["best_value"]} if summary["best_value"] is not None else {}
     shown = shown_settings(flat(module.header["config"]), module.task, start.overrides)
@@ -296,7 +300,7 @@ def read_new_data(settings: Settings) -> BaseDataModule:
     if parent is not None:
         take_from_weights(settings, parent.model.trunk.config, parent.tokenizer)
     tokenizer = choose_tokenizer(settings, parent=parent)
-    return build_datamodule(settings, tokenizer, settings["data"].get("path"), template=template)
+    return build_datamodule(settings, tokenizer, settings["data"], template=template)
 
 
 def announce(trainer: L.Trainer, datamodule: Any, module: TaskModule, run: RunFolder) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.experiments.quarantine import BAD_RECORDS
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.files.places import names_of_parent
@@ -112,11 +114,15 @@ def closing_lines(summary: dict[str, Any], run_dir: Path, typed_in: Path) -> lis
         f"{_ended(summary)}, {summary['epochs']:g} epochs, {summary[items]:,} {items} "
         f"in {duration(summary['seconds'])}{speed}."
     ]
+    if left_out := summary.get("data", {}).get("quarantined"):
+        noun = "record that could not be read was" if left_out == 1 else "records that could not be read were"
+        lines.append(f"{left_out:,} {noun} left out: {folder / BAD_RECORDS} says which and why.")
     if summary.get("stopped_by") == "time":
         lines.append("It is not finished: the same command trains on, for as long again.")
     if summary["best_value"] is not None:
         reached = [f"Best {summary['monitor']} {summary['best_value']:.4f} after {summary['best_step']:,} steps"]
-        reached += [f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics]
+        sets = [name for name in metrics if re.fullmatch(r"val/[^/]+/loss", name) and name != summary["monitor"]]
+        reached += [f"{name} {metrics[name]:.4f}" for name in (*SHOWN_METRICS, *sets) if name in metrics]
         line = "; last ".join([reached[0], ", ".join(reached[1:])] if reached[1:] else reached)
         lines.append(f"{line}{_sample_note(summary, 'val')}.")
     lines += _tested(metrics, _sample_note(summary, "test"), _sample_note(summary, "answers"))

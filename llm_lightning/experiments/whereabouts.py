@@ -16,7 +16,8 @@ from llm_lightning.data.files.find import absolute_paths
 from llm_lightning.experiments.foreign import recorded_value
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.run_records import SHOWN, Settings, Start, read_command
-from llm_lightning.files.places import as_setting, candidates, existing, place_of
+from llm_lightning.files.data_paths import data_paths, with_data_paths
+from llm_lightning.files.places import candidates, existing, joint, place_of, settings_at
 from llm_lightning.terminal import one_line
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import LoadedModel, load_model, resolve
@@ -32,41 +33,59 @@ class OtherDataError(ValueError):
 
 
 def read_data(
-    settings: Settings, run: RunFolder, start: Start, build: Callable[[Any, str | None], Built]
-) -> tuple[Built, Any]:
-    """The data of a run, and the value of `data.path` for the place with the recorded digest.
+    settings: Settings, run: RunFolder, start: Start, build: Callable[[dict[str, Any], str | None], Built]
+) -> tuple[Built, dict[str, Any]]:
+    """The data of a run, and the settings of `data` with the paths at which they have the recorded digest.
+
+    All paths that were recorded are looked up together, because one digest covers the data of all. Where others are
+    typed anew, the whole must still have that digest; if all are, they are read as typed.
 
     Args:
-        build: reads the data at a value of `data.path`; given a digest, it may raise OtherDataError early.
+        build: reads the data that settings of `data` name; given a digest, it may raise OtherDataError early.
 
     Raises:
         ValueError, OSError: from `build`; or if no place has the run's data, naming every place.
     """
-    typed = settings["data"].get("path")
-    place, folder = _recorded(start, "data.path", typed)
-    digest = run.header["lineage"]["data"] if run.checkpoint else (place or {}).get("digest")
-    if place is None or digest is None:
-        return build(typed, None), typed
-    before = run.header["config"]["data"].get("path") if run.checkpoint else None  # earlier versions: absolute
-    options = candidates(place, run.path)
-    options += [_absolute(typed, folder), _absolute(before, folder) if before else [], _absolute(typed, Path.cwd())]
+    typed = data_paths(settings["data"])
+    recorded = {key: _recorded(start, key, value) for key, value in typed.items()}
+    known = {key: (place, folder) for key, (place, folder) in recorded.items() if place is not None}
+    digests = [place["digest"] for place, _ in known.values() if place]
+    digest = run.header["lineage"]["data"] if run.checkpoint else next(iter(digests), None)
+    if not known or digest is None:
+        return build(settings["data"], None), settings["data"]
+    options = {key: _options(key, typed[key], place, folder, run) for key, (place, folder) in known.items()}
+    for key, places in options.items():
+        _refuse_missing(key, typed[key], places)
     tried: list[str] = []
-    first_error: Exception | None = None
-    for paths in _existing_places("data.path", typed, options):
-        path = as_setting(typed, paths)
+    errors: list[Exception] = []
+    for paths in joint(options):
+        data = with_data_paths(settings["data"], settings_at(typed, paths))
         try:
-            built: Any = build(path, digest)
+            built: Any = build(data, digest)
             if built.data_digest == digest:
-                _say("data.path", typed, paths, options)
-                return built, path
+                for key, found in paths.items():
+                    _say(key, typed[key], found, options[key])
+                return built, data
         except OtherDataError:
             pass
         except (ValueError, OSError) as error:
-            first_error = first_error or error
-        tried.append(", ".join(paths))
-    if first_error is not None and len(tried) == 1:
-        raise first_error
-    raise _nothing_fits("data.path", tried, digest)
+            errors.append(error)
+        tried.append(", ".join(path for found in paths.values() for path in found))
+    if len(errors) == len(tried):
+        raise errors[0]
+    raise _nothing_fits(", ".join(typed), tried, digest)
+
+
+def _options(key: str, typed: Any, place: Mapping[str, Any], folder: Path, run: RunFolder) -> list[list[str]]:
+    """Possible paths of a recorded setting, in one order of kinds for all settings."""
+    before = data_paths(run.header["config"]["data"]).get(key) if run.checkpoint else None  # earlier versions: absolute
+    options = candidates(place, run.path)
+    return [
+        *options,
+        _absolute(typed, folder),
+        _absolute(before, folder) if before else [],
+        _absolute(typed, Path.cwd()),
+    ]
 
 
 def find_weights(settings: Settings, run: RunFolder, start: Start) -> str | None:
@@ -86,7 +105,8 @@ def find_weights(settings: Settings, run: RunFolder, start: Start) -> str | None
         return _commit_of(typed, place)
     options = [*candidates(place, run.path), [str(folder / typed)], [typed]]
     tried = []
-    for paths in _existing_places("init_from", typed, options):
+    _refuse_missing("init_from", typed, options)
+    for paths in existing(options):
         if digest_at(paths[0]) == digest:
             _say("init_from", typed, paths, options)
             return paths[0]
@@ -111,18 +131,22 @@ def refuse_other_parent(run: RunFolder, init_from: str | None) -> None:
 
 
 def places_of(
-    settings: Settings, run: RunFolder, lineage: dict[str, Any], data_path: Any, init_from: str | None
+    settings: Settings, run: RunFolder, lineage: dict[str, Any], data: Mapping[str, Any], init_from: str | None
 ) -> dict[str, Any]:
     """The places that a run records in `command.json` and in its checkpoints' headers.
 
     Args:
         settings: with the places as typed.
         lineage: the run's, with the digests of its data and first weights.
-        data_path, init_from: the places actually used.
+        data: the settings of `data` with the paths actually used.
+        init_from: the place actually used.
     """
-    places = {}
-    if typed := settings["data"].get("path"):
-        places["data.path"] = place_of(typed, _absolute(data_path, Path.cwd()), run.path, lineage["data"])
+    used = data_paths(data)
+    places = {
+        key: place_of(typed, _absolute(used[key], Path.cwd()), run.path, lineage["data"])
+        for key, typed in data_paths(settings["data"]).items()
+        if typed
+    }
     if (typed := settings["init_from"]) and lineage["parent"]:
         kept = run.header["lineage"].get("places", {}).get("init_from") if run.checkpoint else None
         if kept and kept.get("typed") == typed:
@@ -178,15 +202,14 @@ def _commit_of(typed: str, place: Mapping[str, Any]) -> str:
     return str(name)
 
 
-def _existing_places(key: str, typed: Any, options: list[list[str]]) -> list[list[str]]:
-    present = existing(options)
-    if not present:
+def _refuse_missing(key: str, typed: Any, options: list[list[str]]) -> None:
+    """Raise FileNotFoundError if none of the places exists."""
+    if not existing(options):
         looked = ", ".join(dict.fromkeys(one_line(", ".join(paths), SHOWN) for paths in options if paths))
         raise FileNotFoundError(
             f"{key}={typed} of the run is not there (looked for {looked}); put it back, or type {key}=PLACE with "
             "resume="
         )
-    return present
 
 
 def _say(key: str, typed: Any, paths: list[str], options: list[list[str]]) -> None:

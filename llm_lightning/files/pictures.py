@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +20,25 @@ TEST = "#e69f00"
 LEARNING_RATE = "#009e73"
 GRADIENT_NORM = "#aa4499"
 
+DASHES = ("--", ":", "-.")
+"""Of further validation sets, in the colour of validation: their names tell more than three apart."""
+
 MARKED = 50
 """Points up to which each has a dot."""
 SMOOTHED_SHARE = 0.05
 """Of a training curve: the width of the window over which it is smoothed."""
 FEWEST = 10
 """Points from which on a curve is smoothed."""
+
+
+def validation_sets(name: str, curves: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(set, its curve, its dashes) of each further validation set that has a metric: `val/SET/loss`."""
+    sets = [metric for metric in curves if metric.startswith("val/") and metric.endswith(f"/{name}")]
+    named = (
+        (metric.removeprefix("val/").removesuffix(f"/{name}"), metric) for metric in sets if metric.count("/") == 2
+    )
+    for (one, metric), dashes in zip(named, cycle(DASHES), strict=False):
+        yield one, metric, dashes
 
 
 def smoothing_width(steps: Sequence[float]) -> int | None:

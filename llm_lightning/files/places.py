@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llm_lightning.files.data_paths import data_paths, with_data_paths
+
 Built = TypeVar("Built")
 
 
@@ -47,7 +49,34 @@ def existing(options: Iterable[Sequence[str]]) -> list[list[str]]:
     unique: dict[tuple[str, ...], list[str]] = {}
     for paths in options:
         if paths and all(Path(path).expanduser().exists() or glob.has_magic(path) for path in paths):
-            unique.setdefault(tuple(str(Path(path).expanduser().resolve()) for path in paths), list(paths))
+            unique.setdefault(_resolved(paths), list(paths))
+    return list(unique.values())
+
+
+def joint(options: Mapping[str, Sequence[Sequence[str]]]) -> list[dict[str, list[str]]]:
+    """Existing places of several inputs that were recorded together, the likeliest combination first.
+
+    All inputs at the same kind of place (near the run folder, where they were, ...); each at its first place; one at
+    another of its places, the others at their first. Not every combination: each is read whole to compare its digest.
+
+    Args:
+        options: setting -> its possible paths, in one order of kinds for all; empty where a kind has none.
+
+    Returns:
+        setting -> paths of each combination; none if a setting has no place that exists.
+    """
+    present = {key: existing(places) for key, places in options.items()}
+    if not present or not all(present.values()):
+        return []
+    kinds = range(max(map(len, options.values())))
+    same_kind = [{key: places[kind : kind + 1] for key, places in options.items()} for kind in kinds]
+    whole = [one for one in same_kind if all(map(existing, one.values()))]
+    together = [{key: places[0] for key, places in one.items()} for one in whole]
+    first: dict[str, Sequence[str]] = {key: places[0] for key, places in present.items()}
+    others = [first | {key: paths} for key, places in present.items() for paths in places[1:]]
+    unique: dict[tuple[tuple[str, ...], ...], dict[str, list[str]]] = {}
+    for one in (*together, first, *others):
+        unique.setdefault(tuple(map(_resolved, one.values())), {key: list(paths) for key, paths in one.items()})
     return list(unique.values())
 
 
@@ -92,15 +121,9 @@ def read_data_again(
         ValueError, OSError: the first error of `build`, if no data can be read.
     """
     settings, lineage = dict(header.get("config", {}).get("data") or {}), header.get("lineage", {})
-    typed = settings.get("path")
-    options = [settings]
-    if typed is not None:
-        place = lineage.get("places", {}).get("data.path")
-        places = existing(candidates(place, run_dir_of(checkpoint)))
-        options = [settings | {"path": as_setting(typed, paths)} for paths in places] or options
     others: list[Built] = []
     first_error: Exception | None = None
-    for option in options:
+    for option in _at_their_places(settings, lineage.get("places", {}), run_dir_of(checkpoint)):
         try:
             data = build(option)
             if digest_of(data) == lineage.get("data"):
@@ -115,9 +138,26 @@ def read_data_again(
     return others[0]
 
 
+def _at_their_places(settings: dict[str, Any], places: Any, run_dir: Path | None) -> list[dict[str, Any]]:
+    """The settings with each combination of present paths; a path that is gone or was not recorded stays as typed."""
+    typed = data_paths(settings)
+    recorded = {key: candidates(places.get(key), run_dir) for key in typed}
+    found = joint({key: options for key, options in recorded.items() if existing(options)})
+    return [with_data_paths(settings, settings_at(typed, paths)) for paths in found] or [settings]
+
+
+def settings_at(typed: Mapping[str, Any], paths: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """`paths` as settings of the same types as `typed`."""
+    return {key: as_setting(typed[key], found) for key, found in paths.items()}
+
+
 def as_setting(typed: Any, paths: Sequence[str]) -> str | list[str]:
     """`paths` as a setting of the same type as `typed`: a single path stays a string."""
     return paths[0] if len(paths) == 1 and isinstance(typed, str) else list(paths)
+
+
+def _resolved(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(str(Path(path).expanduser().resolve()) for path in paths)
 
 
 def _relative(paths: Iterable[str], run_dir: Path) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = {
-    "loss": ("train/loss", "val/loss"),
+    "loss": ("train/loss", "val/loss", "val/*/loss"),
     "reward margin": ("*/reward_margin",),
     "reward accuracy": ("*/reward_accuracy",),
     "rewards": ("*/chosen_reward", "*/rejected_reward"),
@@ -76,8 +76,8 @@ def draw_curves(runs: Mapping[str, Curves]) -> Figure:
 
 
 def _draw(axes: Any, run: str, name: str, points: Sequence[tuple[int, float]], dashes: tuple[str, str]) -> None:
-    stage, _, metric = name.partition("/")
-    color, split = (TRAINING, "training") if stage == "train" else (VALIDATION, "validation")
+    stage, *sets, metric = name.split("/")
+    color, split = (TRAINING, "training") if stage == "train" else (VALIDATION, ": ".join(["validation", *sets]))
     what = "rejected, " if metric == "rejected_reward" else "chosen, " if metric == "chosen_reward" else ""
     line = dashes[metric == "rejected_reward"]
     draw_curve(axes, points, color, f"{run}: {what}{split}", is_noisy=stage == "train", linestyle=line)

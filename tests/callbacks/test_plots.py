@@ -57,6 +57,20 @@ def test_loss_figure_has_epochs_below_and_tokens_above(tmp_path: Path) -> None:
     assert list(lr_figure(read_metrics(metrics.path)).axes[0].get_lines()[0].get_ydata()) == [0.1] * 20
 
 
+def test_further_validation_sets_are_in_the_picture_of_their_metric() -> None:
+    names = ["val/loss", "val/hard/loss", "val/a-b_1/loss", "val/hard/accuracy", "val/accuracy"]
+    curves = {name: [(9, float(number)), (19, 0.5)] for number, name in enumerate(names)}
+    figures = curve_figures(curves, 10)
+    lines = {
+        name: {line.get_label(): (line.get_linestyle(), line.get_ydata()[0]) for line in figure.axes[0].get_lines()}
+        for name, figure in figures.items()
+    }
+    assert lines == {
+        "loss": {"validation": ("-", 0.0), "validation: hard": ("--", 1.0), "validation: a-b_1": (":", 2.0)},
+        "accuracy": {"validation": ("-", 4.0), "validation: hard": ("--", 3.0)},
+    }
+
+
 def test_one_colour_has_one_meaning() -> None:
     """In every plot, each of which has a title and names both axes."""
     names = [f"{stage}{metric}" for stage in ("train/", "train/eval_", "val/") for metric in ("loss", "accuracy")]

@@ -7,6 +7,7 @@ import importlib
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -417,6 +418,24 @@ def test_a_changed_setting_is_refused_by_name_old_and_new_value() -> None:
 def test_more_steps_and_other_logging_may_change() -> None:
     new = {**OLD, "trainer": {"max_epochs": 9, "log_every_n_steps": 3}, "logger": {"csv": {"flush": 1}}, "resume": "x"}
     refuse_changes(OLD, new)
+
+
+def test_paths_of_the_data_may_change_but_not_what_they_are_for() -> None:
+    mixture = [{"name": "web", "path": "a.txt", "weight": 0.5}]
+    old = {"data": {"path": None, "val_path": "b.txt", "val_sets": {"hard": "c.txt"}, "mixture": mixture}}
+
+    def changed(**data: Any) -> dict[str, Any]:
+        return {"data": old["data"] | data}
+
+    moved = {"val_path": "x/b.txt", "val_sets": {"hard": "x/c.txt"}, "mixture": [mixture[0] | {"path": "x/a.txt"}]}
+    refuse_changes(old, changed(**moved))
+    refuse_changes(old, changed(newlines="lf"))  # the default of a setting that an earlier version lacked
+    for key, value in {
+        "val_sets": {"hard": "c.txt", "easy": "d.txt"},
+        "mixture": [mixture[0] | {"weight": 0.6}],
+    }.items():
+        with pytest.raises(ValueError, match=f"cannot resume with other settings: data.{key} was "):
+            refuse_changes(old, changed(**{key: value}))
 
 
 def test_what_may_change_exists() -> None:

@@ -108,6 +108,20 @@ def test_a_refusal_is_one_line_that_names_all_that_is_asked_for(tmp_path: Path) 
     assert continue_run(words, CONF) == words  # as a process does that Lightning starts
 
 
+SEVERAL = [
+    "data.val_path=/a.txt",
+    "data.test_path=[b.txt,/c.txt]",
+    "++data.val_sets.hard=/d.txt",
+    "data.val_sets={easy: e.txt}",
+    "data.mixture=[{name: web, path: /f.txt, weight: 0.5}, {name: hub, hf_dataset: a/b, weight: 1}]",
+    "data.mixture.2.path=/g.txt",
+]
+SEVERAL_KEYS = (
+    *("data.val_path", "data.test_path", "data.val_sets.hard", "data.val_sets.easy"),
+    *("data.mixture.0.path", "data.mixture.2.path"),
+)
+
+
 def test_a_path_counts_where_its_digest_is_recorded(tmp_path: Path) -> None:
     """Whether it fits is seen when it is read: test_whereabouts."""
     words = ["data.path=a.txt", "init_from=b.ckpt"]
@@ -118,6 +132,13 @@ def test_a_path_counts_where_its_digest_is_recorded(tmp_path: Path) -> None:
         message = refusal(recorded(tmp_path / "known", *words, places={**places, key: {"digest": 3}}))
         assert message is not None
         assert f"{key}=" in message
+        assert message.count("whose content was not recorded") == 1
+    all_known = {key: {"digest": "0"} for key in SEVERAL_KEYS}
+    assert refusal(recorded(tmp_path / "several", *SEVERAL, places=all_known)) is None
+    for key in SEVERAL_KEYS:
+        known = {other: {"digest": "0"} for other in SEVERAL_KEYS if other != key}
+        message = refusal(recorded(tmp_path / "several", *SEVERAL, places=known))
+        assert message is not None, key
         assert message.count("whose content was not recorded") == 1
     earlier = recorded(tmp_path / "earlier", *words)  # a folder of an earlier version: checkpoints know
     assert "data.path=a.txt" in (refusal(earlier) or "")

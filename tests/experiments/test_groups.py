@@ -170,6 +170,28 @@ def test_a_setting_that_is_ignored_is_named_in_one_line() -> None:
         assert any(one.startswith(beginning) for one in lines) if beginning else not lines, (line, lines)
 
 
+OWN_FILES: list[tuple[dict[str, Any], str, str | None]] = [
+    ({"val_path": "v.txt", "val_fraction": 0.2}, "val_fraction", "data.val_fraction=0.2 is ignored: data.val_path"),
+    ({"val_path": None, "val_fraction": 0.2}, "val_fraction", None),
+    ({"val_path": "v.txt", "test_fraction": 0.2}, "test_fraction", None),
+    ({"test_path": ["a"], "test_fraction": 0.2}, "test_fraction", "data.test_fraction=0.2 is ignored: data.test_path"),
+    ({"hf_dataset": "x", "hf_val_split": "v", "val_fraction": 0.2}, "val_fraction", "data.val_fraction=0.2 is ignored"),
+    ({"hf_val_split": "v", "val_fraction": 0.2}, "val_fraction", None),
+    ({"hf_val_split": "v", "val_fraction": 0.2}, "hf_val_split", "data.hf_val_split=v is ignored: no data.hf_dataset"),
+    ({"mixture": [{"name": "a"}], "name": "b"}, "name", "data.name=b is ignored: data.mixture takes precedence"),
+    ({"mixture": [{"name": "a"}], "text_field": "b"}, "text_field", None),
+    ({"name": "b", "val_sets": {"hard": "x"}, "text_field": "b"}, "text_field", None),
+    ({"name": "b", "val_sets": {}, "text_field": "b"}, "text_field", "data.text_field=b is ignored: a named data set"),
+]
+
+
+def test_what_files_of_ones_own_make_ineffective_is_named() -> None:
+    for data, typed, beginning in OWN_FILES:
+        lines = [one for one in ignored_settings({"data": data}, [f"data.{typed}=x"]) if "is ignored" in one]
+        assert len(lines) == (beginning is not None), (data, lines)
+        assert all(one.startswith(str(beginning)) for one in lines), (data, lines)
+
+
 @functools.cache
 def _chosen(groups: tuple[str, ...]) -> Any:
     return check_overrides(groups, CONF)

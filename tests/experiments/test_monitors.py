@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from tiny_run import SETTINGS, fit_here, write_checkpoint
+from tiny_run import SETTINGS, fit_here, write_checkpoint, write_corpus
+from torch.utils.data import Subset
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.monitored import better_when
+from llm_lightning.data.pretraining import PretrainingDataModule
 from llm_lightning.experiments import monitors, run
 from llm_lightning.files.metrics_csv import read_metrics
 
@@ -157,6 +159,18 @@ def test_a_wrong_metric_is_refused_by_name() -> None:
             if message not in str(error):
                 failures.append((changes, str(error)))
     assert failures == []
+    stages = ["val", "val/hard", "val/easy-2", "train_eval"]
+    checked(settings_with(monitor="val/hard/auroc"), stages)
+    for monitor, near in (
+        ("val/hrad/loss", "val/hard/loss"),
+        ("val/hard/los", "val/hard/loss"),
+        ("val/hard", "val/hard/loss"),
+        ("val/easy2/accuracy", "val/easy-2/accuracy"),
+    ):
+        with pytest.raises(ValueError, match=f"^monitor={monitor}: nothing logs it; did you mean {near}\\? There are "):
+            checked(settings_with(monitor=monitor), stages)
+    with pytest.raises(ValueError, match="did you mean val/loss"):  # only what the data have
+        checked(settings_with(monitor="val/hard/loss"))
     with pytest.raises(ValueError, match="there is no validation text; set monitor=train/eval_loss"):
         checked(settings_with(), stages=["train_eval"])
 
@@ -167,6 +181,33 @@ def test_a_metric_that_nothing_logs_is_refused_before_training(tmp_path: Path, m
     outcome = fit_here([*CLASSIFY, *early, f"hydra.run.dir={tmp_path / 'run'}"])
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "did you mean train/eval_loss?" in outcome.err
+
+
+def test_a_further_validation_set_steers_a_run_only_if_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = PretrainingDataModule.build
+
+    def with_a_set(self: Any) -> None:
+        build(self)
+        self.eval_samples = {"val": self.eval_samples["val"], "val/hard": Subset(self.train_samples, [0, 1, 2])}
+
+    monkeypatch.setattr(PretrainingDataModule, "build", with_a_set)
+    words = [word for word in SETTINGS if "samples" not in word]
+    words += [*QUIET, "callbacks.samples=null", "trainer.val_check_interval=1", "trainer.check_val_every_n_epoch=null"]
+    words += [f"data.path={write_corpus(tmp_path / 'a.txt')}", "trainer.max_steps=3", "optimizer.lr=3e-2"]
+    for monitor in ("val/loss", "val/hard/loss"):
+        run_dir = tmp_path / monitor.replace("/", "_")
+        outcome = fit_here([*words, f"monitor={monitor}", f"hydra.run.dir={run_dir}"])
+        assert outcome.code == 0, outcome.err
+        curves = read_metrics(run_dir / "metrics.csv")
+        assert [step for step, _ in curves["val/hard/loss"]] == [step for step, _ in curves["val/loss"]] == [0, 1, 2]
+        assert curves["val/hard/loss"] != curves["val/loss"]
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert (summary["monitor"], summary["best_value"]) == (
+            monitor,
+            pytest.approx(min(value for _, value in curves[monitor])),
+        )
 
 
 PAIRS = ["task=dpo", "callbacks.samples=null", "data.template='{instruction}{response}'"]

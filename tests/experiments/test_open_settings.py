@@ -221,3 +221,12 @@ def test_a_run_from_weights_records_what_they_brought_and_goes_on(tmp_path: Path
     longer = fit_here([*words, f"hydra.run.dir={tmp_path / 'run'}", "trainer.max_steps=5"])
     assert "Finished 5 steps" in longer.out, longer.err
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == config["model"]
+
+
+def test_a_run_from_before_line_ends_were_changed_keeps_them() -> None:
+    groups: dict[str, Any] = {"model": {}, "tokenizer": {}, "optimizer": {"lr": 1.0}}
+    for before, kept in (({"path": "a"}, "keep"), ({"path": "a", "newlines": "lf"}, "lf")):
+        now = {**groups, "data": {"path": "a", "newlines": "lf"}}
+        take_from_run(now, {"config": {**groups, "data": before}})
+        refuse_changes({**groups, "data": before}, now)
+        assert now["data"]["newlines"] == kept

@@ -79,6 +79,9 @@ def test_closing_lines_say_what_where_and_what_next(tmp_path: Path, summary: dic
         f"Run folder: {tmp_path.name}",
         f'Next: llm-lightning generate {tmp_path.name}/checkpoints/best.ckpt "The"',
     ]
+    sets = fixed["metrics"] | {"val/hard/loss": 3.25, "val/hard/perplexity": 25.8, "val/easy/loss": 1.5}
+    lines = closing_lines(fixed | {"metrics": sets, "monitor": "val/hard/loss"}, tmp_path, tmp_path.parent)
+    assert lines[1] == "Best val/hard/loss 2.5000 after 9 steps; last val/perplexity 13.4637, val/easy/loss 1.5000."
     assert f"Run folder: {tmp_path.relative_to('/')}" in closing_lines(fixed, tmp_path, Path("/"))
     assert len(closing_lines(fixed | {"best_value": None, "tokens_per_second": None}, tmp_path, Path("/"))) == 3
     (tmp_path / "first").mkdir()

@@ -16,8 +16,9 @@ from llm_lightning.cli.lineage import trace
 from llm_lightning.data.of_checkpoint import conversations_of, labelled_texts_of, tokens_of
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.run_records import Start
-from llm_lightning.experiments.whereabouts import read_data
-from llm_lightning.files.places import candidates, existing, place_of
+from llm_lightning.experiments.whereabouts import places_of, read_data
+from llm_lightning.files.data_paths import data_path_of, data_paths, with_data_paths
+from llm_lightning.files.places import candidates, existing, place_of, read_data_again
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import load_model
 
@@ -74,7 +75,7 @@ def test_a_moved_project_goes_on_and_is_evaluated(
             moved / "outputs" / name for name in ("pretraining/first", "dpo/second", "classification/third")
         )
         loaded = load_model(first)
-        assert tokens_of(loaded, "val", instead="").n_tokens > 0
+        assert tokens_of(loaded, "val", instead="")[0].n_tokens > 0
         assert len(conversations_of(load_model(second), instead="").records["test"]) > 0
         assert len(labelled_texts_of(load_model(third), "test", instead="")) > 0
         assert [link["state"] for link in trace(str(second))] == ["same", "same"]
@@ -118,7 +119,7 @@ def test_what_has_the_recorded_digest_is_used_the_nearest_first(
             (change / "a.txt").write_text("other")
         (run / "command.json").write_text(json.dumps(command))
         try:
-            log.append(read_data({"data": {"path": "a.txt"}}, opened, resumed, built)[1])
+            log.append(read_data({"data": {"path": "a.txt"}}, opened, resumed, built)[1]["path"])
         except ValueError as error:
             log.append(str(error))
     assert log[:3] == [str(folder / "a.txt") for folder in (copy, there, here)]
@@ -127,7 +128,8 @@ def test_what_has_the_recorded_digest_is_used_the_nearest_first(
     )
     assert [str(folder / "a.txt") in log[3] for folder in (copy, there, here)] == [True] * 3
     typed_again = {"data": {"path": "b.txt"}}  # means what it says
-    assert read_data(typed_again, opened, resumed, lambda *given: given) == (("b.txt", None), "b.txt")
+    again = {"path": "b.txt"}
+    assert read_data(typed_again, opened, resumed, lambda *given: given) == ((again, None), again)
     for folder in (copy, there, here):
         (folder / "a.txt").unlink()
     with pytest.raises(
@@ -136,8 +138,8 @@ def test_what_has_the_recorded_digest_is_used_the_nearest_first(
         read_data({"data": {"path": "a.txt"}}, opened, resumed, built)
 
 
-def built(path: Any, digest: str | None) -> Any:
-    return SimpleNamespace(data_digest=digest_of(Path(path)))
+def built(data: dict[str, Any], digest: str | None) -> Any:
+    return SimpleNamespace(data_digest=digest_of(Path(data["path"])))
 
 
 def digest_of(path: Path) -> str:
@@ -217,7 +219,7 @@ def test_folders_of_an_earlier_version_go_on(project: Path, tmp_path: Path, monk
     command = json.loads((run / "command.json").read_text())
     command.pop("places")
     (run / "command.json").write_text(json.dumps(command))
-    assert tokens_of(load_model(run), "val", instead="").n_tokens > 0
+    assert tokens_of(load_model(run), "val", instead="")[0].n_tokens > 0
     monkeypatch.chdir(tmp_path)
     go_on(run)
     header = checkpoints.read_header(run / LAST)
@@ -242,3 +244,137 @@ def test_places_are_kept_relative_to_the_run_folder(tmp_path: Path) -> None:
     assert existing([["nowhere.txt"], [], [str(tmp_path / "*.txt")]]) == [[str(tmp_path / "*.txt")]]
     for damaged in (None, 3, [], {"from_run": "x"}, {"from_run": [3], "found": [None]}):
         assert candidates(damaged, run) == []
+
+
+# --- several paths ---------------------------------------------------------------------------------------------------
+
+TYPED = {
+    "path": "a.txt",
+    "val_path": "b.txt",
+    "val_sets": {"hard": "c.txt"},
+    "mixture": [{"name": "web", "path": "d.txt", "weight": 0.5}, {"name": "hub", "hf_dataset": "x", "weight": 0.5}],
+}
+FILES = ("a.txt", "b.txt", "c.txt", "d.txt")
+KEYS = ("data.path", "data.val_path", "data.val_sets.hard", "data.mixture.0.path")
+
+
+def built_of_all(data: dict[str, Any], digest: str | None) -> Any:
+    texts = [Path(path).read_text() for path in data_paths(data).values()]
+    return SimpleNamespace(data_digest=hashlib.sha256("|".join(texts).encode()).hexdigest())
+
+
+def write_all(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).write_text(f"text of {name}")
+
+
+def started(there: Path, run: Path, here: Path) -> Start:
+    """`resume=run` typed `here`, of a run that was started `there`, when the project was there."""
+    settings = {"data": TYPED, "init_from": None}
+    lineage = {"data": built_of_all(with_data_paths(TYPED, absolute(there)), None).data_digest, "parent": None}
+    places = places_of(
+        settings,
+        RunFolder(there / "outputs" / "run", None, {}),
+        lineage,
+        with_data_paths(TYPED, absolute(there)),
+        None,
+    )
+    run.mkdir(parents=True, exist_ok=True)
+    command = {"folder": str(there), "config_dir": None, "overrides": [], "places": places}
+    (run / "command.json").write_text(json.dumps(command))
+    return Start(str(here), None, [], resume=str(run))
+
+
+def absolute(folder: Path) -> dict[str, str]:
+    return dict(zip(KEYS, (str(folder / name) for name in FILES), strict=True))
+
+
+def test_path_settings_are_listed_and_replaced() -> None:
+    assert data_paths(TYPED) == dict(zip(KEYS, FILES, strict=True))
+    other = with_data_paths(TYPED, {"data.val_path": "z", "data.mixture.0.path": ["y", "x"]})
+    assert data_paths(other) == data_paths(TYPED) | {"data.val_path": "z", "data.mixture.0.path": ["y", "x"]}
+    assert other["mixture"][1] == TYPED["mixture"][1]
+    assert data_paths(TYPED) == dict(zip(KEYS, FILES, strict=True))  # unchanged
+    assert [*map(data_path_of, ("data.val_sets.hard[0]", "data.mixture[10].path", "data.mixture.1.path.0"))] == [
+        "data.val_sets.hard",
+        "data.mixture.10.path",
+        "data.mixture.1.path",
+    ]
+    assert [*map(data_path_of, ("data.mixture[0].name", "data.name", "x.data.path", "data.val_sets"))] == [None] * 4
+    for damaged in (
+        None,
+        [],
+        {"val_sets": 3, "mixture": "x"},
+        {"mixture": [1]},
+        {"path": None, "val_sets": {"a": None}},
+    ):
+        assert data_paths(damaged) == {}
+
+
+def test_all_paths_of_a_moved_project_are_found_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, moved, here = (tmp_path / name for name in ("there", "moved", "here"))
+    for folder in (there, moved, here):
+        write_all(folder)
+    monkeypatch.chdir(here)
+    start = started(there, moved / "outputs" / "run", here)
+    opened = RunFolder(moved / "outputs" / "run", None, {})
+
+    def found() -> dict[str, str]:
+        return data_paths(read_data({"data": TYPED}, opened, start, built_of_all)[1])
+
+    assert found() == absolute(moved)
+    (moved / "b.txt").write_text("other")  # that folder as a whole is another project's now
+    assert found() == absolute(there)
+    for name in ("a.txt", "c.txt"):
+        (there / name).unlink()
+    assert found() == absolute(here)
+    for name in FILES:
+        (here / name).unlink()
+    assert found() == absolute(moved) | {"data.val_path": str(there / "b.txt")}
+    (there / "b.txt").write_text("other, too")
+    with pytest.raises(ValueError, match=r"^cannot resume: data.path, data.val_path, .* changed since the run began"):
+        found()
+    for folder in (there, moved):
+        (folder / "b.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^data.val_path=b.txt of the run is not there \(looked for "):
+        found()
+
+
+def test_a_path_typed_anew_must_be_the_same_data_beside_recorded_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "outputs" / "run"
+    start, opened = started(tmp_path, run, tmp_path), RunFolder(run, None, {})
+    (tmp_path / "same.txt").write_text("text of b.txt")
+    (tmp_path / "other.txt").write_text("another text")
+    anew = {"data": TYPED | {"val_path": "same.txt"}}
+    found = data_paths(read_data(anew, opened, start, built_of_all)[1])
+    assert found == absolute(tmp_path) | {"data.val_path": "same.txt"}
+    with pytest.raises(ValueError, match=r"^cannot resume: data.path, data.val_path, "):
+        read_data({"data": TYPED | {"val_path": "other.txt"}}, opened, start, built_of_all)
+
+
+def test_the_data_of_a_checkpoint_are_read_again_at_all_their_places(tmp_path: Path) -> None:
+    there, moved = tmp_path / "there", tmp_path / "moved"
+    for folder in (there, moved):
+        write_all(folder)
+    started(there, moved / "outputs" / "run", there)
+    places = json.loads((moved / "outputs" / "run" / "command.json").read_text())["places"]
+    digest = places["data.path"]["digest"]
+    header = {"config": {"data": TYPED}, "lineage": {"data": digest, "places": places}}
+    checkpoint = moved / "outputs" / "run" / "checkpoints" / "last.ckpt"
+
+    def read() -> dict[str, str]:
+        read: list[dict[str, Any]] = []
+        build = lambda settings: read.append(settings) or built_of_all(settings, None)  # noqa: E731
+        assert read_data_again(header, checkpoint, build, lambda data: data.data_digest).data_digest == digest
+        return data_paths(read[-1])
+
+    assert read() == absolute(moved)
+    (moved / "d.txt").unlink()
+    assert read() == absolute(there)
+    (there / "a.txt").unlink()
+    assert read() == absolute(moved) | {"data.mixture.0.path": str(there / "d.txt")}

@@ -153,6 +153,96 @@ def test_a_group_of_the_users_own_declares_kinds_too(tmp_path: Path) -> None:
     assert (config.data.hf_split, config.seed) == ("01", 3)
 
 
+NEW = """defaults:
+  - pretraining
+  - _self_
+val_path: null
+test_path: null
+hf_val_split: null
+hf_test_split: null
+val_sets: {}
+mixture: null
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(NEW)
+    return f"--config-dir={tmp_path} data=mine "
+
+
+# (command line, key, value)
+NAMED: list[tuple[str, str, Any]] = [
+    ("data.val_path=1984", "val_path", "1984"),
+    ("data.test_path=[1984,a.txt]", "test_path", ["1984", "a.txt"]),
+    ("data.hf_val_split=01", "hf_val_split", "01"),
+    ("'data.hf_val_split=train[:50%]'", "hf_val_split", "train[:50%]"),
+    ("data.hf_dataset=x 'data.hf_split=train[10:]+validation[-5%:]'", "hf_split", "train[10:]+validation[-5%:]"),
+    ("data.val_sets.hard=hard.jsonl", "val_sets", {"hard": "hard.jsonl"}),
+    ("+data.val_sets.hard=1984 data.val_sets.a-1=[1_0,b.txt]", "val_sets", {"hard": "1984", "a-1": ["1_0", "b.txt"]}),
+    ("'data.val_sets={hard: 1984, easy:[007, x]}'", "val_sets", {"hard": "1984", "easy": ["007", "x"]}),
+    ("'data.val_sets={hard: a.txt}' data.val_sets.hard=b.txt", "val_sets", {"hard": "b.txt"}),
+    ("data.val_sets={}", "val_sets", {}),
+    ("data.val_sets.hard=null data.val_sets.easy=a", "val_sets", {"hard": None, "easy": "a"}),
+    ("data.val_sets=null", "val_sets", None),
+    (
+        "'data.mixture=[{name: 1, path: 1984, weight: 0.7}, {name: hub, hf_dataset: 3, hf_split: 4, weight: 1}]'",
+        "mixture",
+        [
+            {"name": "1", "path": "1984", "weight": 0.7},
+            {"name": "hub", "hf_dataset": "3", "hf_split": "4", "weight": 1},
+        ],
+    ),
+    (
+        "'data.mixture=[{name: a, path: [1, b.txt], weight: 1}]' data.mixture.0.weight=2 data.mixture.0.name=5",
+        "mixture",
+        [{"name": "5", "path": ["1", "b.txt"], "weight": 2}],
+    ),
+]
+
+
+def test_names_with_paths_and_sources_are_what_they_are_meant_to_be(mine: str) -> None:
+    for line, key, meant in NAMED:
+        words = as_hydra_reads(shlex.split(mine + line), CONF)
+        assert as_hydra_reads(words, CONF) == words
+        assert OmegaConf.to_container(OmegaConf.create({"value": check_overrides(words, CONF).data[key]})) == {
+            "value": meant
+        }, line
+
+
+def test_other_names_and_forms_are_refused(mine: str, tmp_path: Path) -> None:
+    refused = [
+        ("data.val_sets=hard.jsonl", "data.val_sets=hard.jsonl must give each path a name, such as {hard: hard.txt}"),
+        ("'data.val_sets={a b: x}'", "data.val_sets: 'a b' is part of the names of metrics: use letters"),
+        ("data.val_sets.a.b=x", "data.val_sets.a={'b': 'x'} must be text"),
+        ("data.val_stes.a=x", "data.val_sets"),
+        ("data.mixture=web.txt", "data.mixture=web.txt must be a list of sources, such as [{name: web, path: web.txt"),
+        ("'data.mixture=[a.txt,b.txt]'", "must be a list of sources"),
+    ]
+    for line, message in refused:
+        with pytest.raises(ValueError, match=r".") as error:
+            composed(mine + line)
+        assert message in str(error.value), line
+    file = tmp_path / "experiment" / "own.yaml"
+    file.parent.mkdir()
+    for text, message in (
+        ("val_sets: {hard: 1984}", "data.val_sets.hard=1984{} is text that reads as a number or a switch: write it"),
+        ("val_sets: {1984: a.txt}", "data.val_sets in {}: 1984 is part of the names of metrics"),
+        ("mixture: [{name: web, path: 1984, weight: 1}]", "data.mixture.0.path=1984 is text that reads as a number"),
+    ):
+        file.write_text(f"# @package _global_\ndata:\n  {text}\n")
+        with pytest.raises(ValueError, match=r".") as error:
+            composed(f"{mine} experiment=own")
+        assert message.replace(" in {}", f" in {file}").replace("{}", f" in {file}") in str(error.value)
+    file.write_text("# @package _global_\ndata:\n  val_sets: {hard: a.txt}\n  mixture:\n  - {name: web, path: b.txt}\n")
+    data = composed(f"{mine} experiment=own data.val_sets.easy=c.txt data.mixture.0.path=1984").data
+    assert (data.val_sets, data.mixture) == (
+        {"hard": "a.txt", "easy": "c.txt"},
+        [{"name": "web", "path": "1984"}],
+    )
+
+
 def test_every_default_that_tells_no_kind_has_one_in_the_table() -> None:
     """A new setting that is null by default must be entered, or `KEY=1984` becomes a number unseen."""
     kinds = declared_kinds((CONF,))
@@ -211,3 +301,9 @@ def test_the_stages_of_a_pipeline_read_the_same(tmp_path: Path, monkeypatch: pyt
     assert chain.folder.name == "2026_11_26"
     assert {"data.path='1984'", "logger=none"} <= set(chain.stages[0].words)
     assert "data.path='1984'" not in chain.stages[1].words
+    mixture = "[{name: web, path: 1984, weight: 1}]"
+    for_one = ["+pretraining.data.val_sets.hard=1984", f"+pretraining.data.mixture={mixture}"]
+    chain = plan(["pipeline=nano", *for_one], CONF)
+    assert {"++data.val_sets.hard='1984'", "data.mixture=[{name: web, path:'1984', weight: 1}]"} <= set(
+        chain.stages[0].words
+    )

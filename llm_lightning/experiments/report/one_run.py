@@ -17,6 +17,7 @@ from llm_lightning.experiments.report.plots import limit_y, smoothed_if_long, un
 from llm_lightning.experiments.report.tables import Table, figure, whole
 from llm_lightning.experiments.summary import duration
 from llm_lightning.files.pages import render
+from llm_lightning.files.pictures import DASHES, validation_sets
 from llm_lightning.terminal import inline, visible
 
 TEMPLATE = Path(__file__).with_name("run.html")
@@ -25,6 +26,7 @@ OWN_PLOTS = ("loss", "lr", "accuracy", "gradient_norm")
 SAMPLES = "samples.md"
 MOST_SAMPLES, LONGEST_SAMPLE = 8, 3000
 MOST_METRICS = 6
+DASHED = dict(zip(DASHES, ("dashed", "dotted", "dash-dotted"), strict=True))
 MOST_FIGURES, LARGEST_FIGURE = 12, 2_000_000
 
 
@@ -100,6 +102,7 @@ def _command(entry: Entry) -> str | None:
 
 def _pictures(entry: Entry) -> Iterator[Picture]:
     validated = [name.removeprefix("val/") for name in entry.curves if name.startswith("val/")]
+    validated = [name.rpartition("/")[2] for name in validated]  # those of further sets are in the same picture
     names = [name for name in validated if not name.endswith(("_low", "_high", "perplexity"))]
     for name in list(dict.fromkeys(["loss", *names]))[:MOST_METRICS]:
         picture = _both(entry, name)
@@ -115,7 +118,8 @@ def _both(entry: Entry, name: str) -> Picture | None:
     raw, measured, validation = (
         entry.curves.get(f"{prefix}{name}", ()) for prefix in ("train/", "train/eval_", "val/")
     )
-    if max(len(raw), len(measured), len(validation)) < 2:
+    sets = list(validation_sets(name, entry.curves))
+    if max(map(len, (raw, measured, validation, *(entry.curves[metric] for _, metric, _ in sets)))) < 2:
         return None
     with canvas() as drawn:
         axes, shown = drawn.axes, []
@@ -135,6 +139,12 @@ def _both(entry: Entry, name: str) -> Picture | None:
             shown.append(_axes_of(validation)[1])
             axes.plot(*_axes_of(validation), color=VALIDATION, marker=".")
             drawn.legend[VALIDATION] = "validation"
+        for _, metric, dashes in sets:
+            shown.append(_axes_of(entry.curves[metric])[1])
+            axes.plot(*_axes_of(entry.curves[metric]), color=VALIDATION, linestyle=dashes, marker=".")
+        if sets:
+            styles = [f"{DASHED[dashes]}: {one}" for one, _, dashes in sets]
+            drawn.legend[VALIDATION] = f"validation ({', '.join(['line: the main set'] * bool(validation) + styles)})"
         axes.set_xlabel("updates")
         axes.set_ylabel(unit(name, entry.items[0]))
         return drawn.picture(f"{name} over training", limit_y(axes, shown))

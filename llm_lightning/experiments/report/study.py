@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from llm_lightning.callbacks.monitored import better_when
 from llm_lightning.experiments.report.entries import Entry
 from llm_lightning.experiments.settings.changes import MAY_CHANGE
-from llm_lightning.experiments.sweep.identity import CONTENT, EXTENDS
+from llm_lightning.experiments.sweep.identity import EXTENDS, names_files
 from llm_lightning.metrics.intervals import mean_interval
 from llm_lightning.metrics.paired import Comparison, compare_all
 
@@ -231,7 +231,7 @@ def varying(entries: Sequence[Entry]) -> list[str]:
 
 @cache
 def _is_no_difference(key: str) -> bool:
-    counts = any(fnmatchcase(key, one) for one in (*EXTENDS, *CONTENT))
+    counts = names_files(key) or any(fnmatchcase(key, one) for one in EXTENDS)
     return not counts and any(fnmatchcase(key, one) for one in MAY_CHANGE)
 
 
@@ -257,7 +257,7 @@ def _has(entry: Entry, key: str) -> bool:
 def _identity(entry: Entry, key: str) -> str:
     """What is compared of a setting: numbers as floats, so that `1` is `1.0`; files by their content, if known."""
     value = _setting(entry, key)
-    if key in CONTENT:
+    if names_files(key):
         value = entry.content.get(key, value)
     number = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53  # which floats tell apart
     return json.dumps(float(value) if number else value, default=str)

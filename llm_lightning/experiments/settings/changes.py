@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from llm_lightning.experiments.settings.nodes import dotted, leaves
+from llm_lightning.files.data_paths import data_paths, with_data_paths, without_paths
 from llm_lightning.weights.renamed import MOVED, REMOVED, RENAMED, REPLACED
 
 MAY_CHANGE = (
@@ -49,14 +50,30 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """
     changed = [
         f"{key} was {before!r} and is {after!r}"
-        for key, before, after in diff_configs(old, new)
-        if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        for key, before, after in diff_configs(_without_places(old), _without_places(new))
+        if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE) and not _is_new(key, old)
     ]
     if changed:
         raise ValueError(
             f"cannot resume with other settings: {'; '.join(changed)}; "
             "give the old values again, or start a new run under another run_name"
         )
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without the paths of the data, whose content the digests compare; with the names of sets."""
+    data = config.get("data")
+    if not isinstance(data, Mapping):
+        return dict(config)
+    names = sorted(name for name, path in (data.get("val_sets") or {}).items() if path is not None)
+    unnamed = with_data_paths(data, dict.fromkeys(data_paths(data)))
+    return {**config, "data": {**unnamed, "val_sets": names or None, "mixture": without_paths(data.get("mixture"))}}
+
+
+def _is_new(key: str, old: Mapping[str, Any]) -> bool:
+    """Whether an earlier version lacked a setting of the data; the digest tells whether it changed anything."""
+    group, _, name = key.partition(".")
+    return group == "data" and isinstance(old.get(group), Mapping) and name.partition(".")[0] not in old[group]
 
 
 def refuse_renamed(key: str) -> None:

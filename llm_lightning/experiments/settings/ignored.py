@@ -30,7 +30,18 @@ def _is_off(node: str) -> Callable[[Values], bool]:
 
 
 def _named_set(values: Values) -> bool:
-    return values.get("data.path") is None and values.get("data.hf_dataset") is None
+    own = ("path", "hf_dataset", "mixture", "val_path", "test_path", "val_sets")
+    return not any(values.get(f"data.{name}") for name in own)
+
+
+def _has_own(split: str) -> Callable[[Values], bool]:
+    """Whether a split has files, or a split of the hub, to itself."""
+
+    def holds(values: Values) -> bool:
+        of_hub = values.get("data.hf_dataset") is not None and values.get(f"data.hf_{split}_split") is not None
+        return of_hub or values.get(f"data.{split}_path") is not None
+
+    return holds
 
 
 def _no_checkpoint_or_stop(values: Values) -> bool:
@@ -52,7 +63,14 @@ def _path_wins(values: Values) -> bool:
 RULES = (
     Rule(("data.name",), _path_wins, "data.path takes precedence"),
     Rule(("data.name",), lambda v: v.get("data.hf_dataset") is not None, "data.hf_dataset takes precedence"),
-    Rule(("data.hf_config", "data.hf_split", "data.hf_revision"), _is_off("data.hf_dataset"), "no data.hf_dataset"),
+    Rule(("data.name",), lambda v: v.get("data.mixture") is not None, "data.mixture takes precedence"),
+    Rule(
+        tuple(f"data.hf_{name}" for name in ("config", "split", "val_split", "test_split", "revision")),
+        _is_off("data.hf_dataset"),
+        "no data.hf_dataset",
+    ),
+    Rule(("data.val_fraction",), _has_own("val"), "data.val_path or data.hf_val_split gives the validation data"),
+    Rule(("data.test_fraction",), _has_own("test"), "data.test_path or data.hf_test_split gives the test data"),
     Rule(
         ("data.text_field", "data.text_column", "data.label_column", "data.columns.*"),
         _named_set,

@@ -11,17 +11,16 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from llm_lightning.experiments.settings.compose import config_dirs
 from llm_lightning.experiments.settings.nodes import leaves
 from llm_lightning.experiments.settings.overrides import parse_arguments
+from llm_lightning.experiments.settings.spelling import NUMBERS, Kind, rewritten_value, split_values
 from llm_lightning.experiments.settings.yaml_files import group_files, load, package_of
-
-Kind = Literal["text", "texts", "numbers", "anything"]
-"""One text; a list of texts; a list of numbers; or left to Hydra: numbers, switches, nodes, words mixed with these."""
+from llm_lightning.files.data_paths import data_path_of
 
 UNDECLARED: dict[str, Kind] = {
     "run_name": "text",
@@ -32,15 +31,15 @@ UNDECLARED: dict[str, Kind] = {
     "data.path": "text",
     "data.val_path": "text",
     "data.test_path": "text",
-    "data.hf_val_split": "text",
-    "data.hf_test_split": "text",
-    "data.val_sets": "anything",
-    "data.mixture": "anything",
+    "data.val_sets": "named texts",
+    "data.mixture": "sources",
     "data.hf_dataset": "text",
     "data.format": "text",
     "data.separator": "text",
     "data.quotes": "anything",
     "data.hf_config": "text",
+    "data.hf_val_split": "text",
+    "data.hf_test_split": "text",
     "data.hf_revision": "text",
     "data.template": "text",
     "data.template_date": "text",
@@ -82,14 +81,10 @@ UNDECLARED: dict[str, Kind] = {
 }
 """Kinds of the settings whose default in conf/ does not show it: null, missing, or a word besides numbers."""
 
-SEVERAL = ("data.path", "data.val_path", "data.test_path")
-"""Text settings that also accept a list."""
 
-OPEN = ("data.roles.",)
+OPEN = ("data.val_sets.", "data.roles.")
 """Nodes whose keys are names of the user's choice."""
-
-_NUMBER_OR_SWITCH = re.compile(r"[+-]?(\d[\d_]*)?\.?[\d_]*(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.IGNORECASE)
-_SWEEP = re.compile(r"(choice|shuffle|sort|tag)\((.*)\)", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def as_meant(argv: Sequence[str], config_dir: Path) -> list[str]:
@@ -118,7 +113,7 @@ def word_as_meant(word: str, folders: tuple[Path, ...], *, is_multirun: bool = F
         or (len(split_values(value)) > 1 and not is_multirun)
     ):
         return word
-    return f"{key}={_swept(value, kind)}"
+    return f"{key}={rewritten_value(value, kind)}"
 
 
 @functools.cache
@@ -148,9 +143,14 @@ def settle(
     Raises:
         ValueError: naming the key, its file and how to write it.
     """
-    for key, kind in declared_kinds(folders).items():
-        value = values.get(key)
+    sets = values.get("data.val_sets")
+    for name in sets if isinstance(sets, Mapping) else ():
+        _refuse_other_name(name, where)
+    for key, value, kind in _known_kinds(values, declared_kinds(folders)):
         if value is None or kind == "anything" or value == "???":
+            continue
+        if kind in ("named texts", "sources"):
+            _refuse_other_form(key, kind, value, where)
             continue
         if kind in ("texts", "numbers") and not isinstance(value, list):
             if isinstance(value, Mapping):
@@ -160,13 +160,40 @@ def settle(
         _refuse_other_kind(key, kind, value, where)
 
 
+def _known_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Iterator[tuple[str, Any, Kind]]:
+    """(key, value, kind) of every setting, and of every text inside `data.val_sets` and `data.mixture`."""
+    yield from ((key, values.get(key), kind) for key, kind in kinds.items())
+    yield from ((key, value, "text") for key, value in values.items() if key.startswith(OPEN))
+    sources = values.get("data.mixture")
+    for index, source in enumerate(sources if isinstance(sources, list) else ()):
+        items = source.items() if isinstance(source, Mapping) else ()
+        yield from ((f"data.mixture.{index}.{key}", value, "text") for key, value in items if key not in NUMBERS)
+
+
+def _refuse_other_name(name: Any, where: Callable[[str], str]) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"data.val_sets{where('data.val_sets')}: {name!r} is part of the names of metrics: use letters, digits, "
+            "_ and -, and write a number in quotes"
+        )
+
+
+def _refuse_other_form(key: str, kind: Kind, value: Any, where: Callable[[str], str]) -> None:
+    if kind == "named texts" and not isinstance(value, Mapping):
+        raise ValueError(f"{key}={value}{where(key)} must give each path a name, such as {{hard: hard.txt}}")
+    if kind == "sources" and not (isinstance(value, list) and all(isinstance(one, Mapping) for one in value)):
+        raise ValueError(
+            f"{key}={value}{where(key)} must be a list of sources, such as [{{name: web, path: web.txt, weight: 0.7}}]"
+        )
+
+
 def _shown(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _refuse_other_kind(key: str, kind: Kind, value: Any, where: Callable[[str], str]) -> None:
     is_list = isinstance(value, list)
-    if is_list and kind == "text" and key not in SEVERAL:
+    if is_list and kind == "text" and data_path_of(key) is None:
         raise ValueError(f"{key}={value}{where(key)} must be one text, not a list")
     for index, one in enumerate(value) if is_list else [(None, value)]:
         name = key if index is None else f"{key}[{index}]"
@@ -209,82 +236,10 @@ def _kind_of(key: str, values: Mapping[str, Any]) -> Kind:
     return "anything"
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
 def _kind_of_word(key: str, folders: tuple[Path, ...]) -> Kind:
-    if key.startswith(OPEN):
+    source = re.fullmatch(r"data\.mixture\.\d+\.(\w+)", key)
+    if key.startswith(OPEN) or (source and source[1] not in NUMBERS):
         return "text"
     if any((folder / key).is_dir() for folder in folders):
         return "text"  # the name of a group's file
     return declared_kinds(folders).get(key, "anything")
-
-
-def _swept(value: str, kind: Kind) -> str:
-    """A value, or each value of a sweep, rewritten for its kind."""
-    call = _SWEEP.fullmatch(value.strip())
-    if call:
-        arguments = [one if re.match(r"\s*\w+\s*=", one) else _swept(one, kind) for one in split_values(call[2])]
-        return f"{call[1]}({','.join(arguments)})"
-    if re.fullmatch(r"range\(.*\)", value.strip(), re.DOTALL) and kind == "text":
-        return _spelt_out(value)
-    parts = split_values(value)
-    if len(parts) > 1:
-        return ",".join(_swept(part, kind) for part in parts)
-    return _text(value) if kind == "text" else _list(value, kind)
-
-
-def _spelt_out(value: str) -> str:
-    """`range(1,3)` as texts: `'1','2'`."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        sweep: Any = OverridesParser.create().parse_override(f"key={value}").value()
-    except HydraException:  # reported where all words are parsed
-        return value
-    return ",".join(f"'{number}'" for number in sweep.range())
-
-
-def _text(value: str) -> str:
-    """The text, quoted if Hydra would read a number or a switch; each item of a list likewise. Null stays null."""
-    stripped = value.strip()
-    if stripped.startswith("[") and stripped.endswith("]"):
-        return (
-            f"[{','.join(_text(part) for part in split_values(stripped[1:-1]))}]"
-            if stripped[1:-1].strip()
-            else stripped
-        )
-    return f"'{stripped}'" if stripped and _NUMBER_OR_SWITCH.fullmatch(stripped) else value
-
-
-def _list(value: str, kind: Kind) -> str:
-    stripped = value.strip()
-    is_other = stripped.startswith(("{", "${")) or re.fullmatch(r"\w+\(.*\)", stripped, re.DOTALL)
-    if stripped.startswith("[") or is_other or stripped.lower() == "null":
-        return _text(value) if kind == "texts" else value
-    if kind == "texts" and not re.search(r"""['"\\$]""", stripped):
-        return f"['{stripped}']"  # quoted, because Hydra accepts fewer characters in a list than outside one
-    return f"[{_text(stripped) if kind == 'texts' else stripped}]"
-
-
-def split_values(value: str) -> list[str]:
-    """The parts between commas outside quotes and brackets."""
-    parts, depth, quote, start, position = [], 0, "", 0, 0
-    while position < len(value):
-        character = value[position]
-        if character == "\\":
-            position += 1
-        elif quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append(value[start:position])
-            start = position + 1
-        position += 1
-    return [*parts, value[start:]]

@@ -12,14 +12,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llm_lightning.data.files.find import words
 from llm_lightning.experiments.settings.changes import MAY_CHANGE
+from llm_lightning.files.data_paths import data_path_of, flat_data_paths, without_paths
 from llm_lightning.weights.renamed import MOVED, RENAMED, REPLACED
 
-CONTENT = ("data.path", "init_from")
-"""Settings that name files, which count by what is in them."""
 EXTENDS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "callbacks.early_stopping*")
 """Settings of `MAY_CHANGE` with which a finished job may go on."""
 _CHUNK = 1 << 20
@@ -32,7 +33,7 @@ class Identity:
     settings: Mapping[str, Any]
     """Dotted key -> resolved value, of every setting."""
     content: Mapping[str, str]
-    """Key of `CONTENT` -> digest of what the setting names; without those that name no file."""
+    """Setting that names files (`files_of`) -> digest of what it names; without those whose files are not there."""
     swept: Sequence[str]
     """Keys that the sweep varies."""
     is_recorded: bool = True
@@ -45,7 +46,7 @@ class Identity:
 
     def digest(self, swept: Iterable[str] = ()) -> str:
         """The digest of all that counts, for comparison with a job of a sweep over the keys `swept`."""
-        counting = self._counting({*self.swept, *swept}) | {key: self._content(key) for key in CONTENT}
+        counting = self._counting({*self.swept, *swept}) | {key: self._content(key) for key in self._files}
         return hashlib.sha256(json.dumps(counting, sort_keys=True).encode()).hexdigest()
 
     def is_same(self, other: Identity, default: Callable[[str], Any], *, with_content: bool = True) -> bool:
@@ -61,7 +62,8 @@ class Identity:
         mine, theirs = self._counting(swept), other._counting(swept)
         if any(value is not None for key, value in theirs.items() if key not in mine):
             return False
-        if not all(self._has_same(key, other) for key in CONTENT if with_content or not self._typed_alike(key, other)):
+        named = dict.fromkeys([*self._files, *other._files])
+        if not all(self._has_same(key, other) for key in named if with_content or not self._typed_alike(key, other)):
             return False
         return all(
             value == (theirs[key] if key in theirs else _normal(default(key)))
@@ -79,15 +81,19 @@ class Identity:
         )
 
     def _counting(self, swept: Iterable[str]) -> dict[str, Any]:
-        named = {key: value for key, value in self.settings.items() if key not in CONTENT and key not in REPLACED}
-        values = {RENAMED.get(key, key): _normal(value) for key, value in named.items()}
+        named = {key: value for key, value in self.settings.items() if key not in self._files and key not in REPLACED}
+        values = {RENAMED.get(key, key): _normal(without_paths(value)) for key, value in named.items()}
         return {key: value for key, value in values.items() if key in swept or not _may_change(key)}
 
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return files_of(self.settings)
+
     def _content(self, key: str) -> Any:
-        return self.content.get(key, self.settings.get(key))
+        return self.content.get(key, self._files[key])
 
     def _typed_alike(self, key: str, other: Identity) -> bool:
-        return bool(self.settings.get(key) == other.settings.get(key))
+        return bool(self._files.get(key) == other._files.get(key))
 
     def _has_same(self, key: str, other: Identity) -> bool:
         if key in self.content and key in other.content:
@@ -95,19 +101,33 @@ class Identity:
         return self._typed_alike(key, other)
 
 
+def files_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting that names files, which counts by what is in them; `data.path` and `init_from` also without any.
+
+    Args:
+        settings: by dotted keys.
+    """
+    first = {key: settings.get(key) for key in ("data.path", "init_from")}
+    return first | flat_data_paths(settings)
+
+
+def names_files(key: str) -> bool:
+    """Whether a setting names files, or has some inside its value."""
+    return key in ("init_from", "data.mixture", "data.val_sets") or data_path_of(key) is not None
+
+
 def content_of(settings: Mapping[str, Any], known: dict[str, str]) -> dict[str, str]:
-    """The digests of the files that the settings of `CONTENT` name.
+    """The digests of what the settings of `files_of` name.
 
     Args:
         known: digests of this sweep's other jobs, by the text of the setting; it is added to.
     """
     digests = {}
-    for key in CONTENT:
-        value = settings.get(key)
-        texts = value if isinstance(value, list) else [] if value is None else [value]
+    for key, value in files_of(settings).items():
+        texts = _texts(key, value)
         text = json.dumps(texts)
         if text not in known:
-            files = [file for one in texts for file in _files(str(one), is_weights=key == "init_from")]
+            files = [file for one in texts for file in _files(one, is_weights=key == "init_from")]
             known[text] = _digest(files) if files else ""
         if known[text]:
             digests[key] = known[text]
@@ -120,6 +140,14 @@ def changed_limits(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
     return [key for key in keys if now.get(key) != before.get(key)]
 
 
+def _texts(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if key == "init_from":
+        return [str(value)]
+    return words(list(map(str, value)) if isinstance(value, list) else str(value))
+
+
 def _may_change(key: str) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
@@ -128,6 +156,8 @@ def _normal(value: Any) -> Any:
     """Numbers as floats: `optimizer.lr=1` is `1.0`; classes by their names of today."""
     if isinstance(value, list):
         return [_normal(one) for one in value]
+    if isinstance(value, Mapping):
+        return {key: _normal(one) for key, one in value.items()}
     if isinstance(value, str):
         return MOVED.get(value, value)
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -19,8 +19,9 @@ from hydra.core.override_parser.types import Glob, IntervalSweep
 from llm_lightning.experiments.settings.checks import values_of
 from llm_lightning.experiments.settings.compose import ConfigDirs
 from llm_lightning.experiments.settings.groups import without_null_groups
-from llm_lightning.experiments.settings.meaning import split_values, word_as_meant
+from llm_lightning.experiments.settings.meaning import word_as_meant
 from llm_lightning.experiments.settings.overrides import key_of, parsed, unquoted
+from llm_lightning.experiments.settings.spelling import split_values
 from llm_lightning.nearest import nearest
 
 CANNOT_VARY = ("run_name", "resume", "pipeline", "sweep", "allow_targets", "hydra")
@@ -191,7 +192,11 @@ def _values(word: str, dirs: ConfigDirs) -> list[tuple[str, str]]:
 def _combinations(name: str, words: Sequence[str], values: Mapping[str, list[tuple[str, str]]]) -> Iterator[Listed]:
     swept = [key_of(word) for word in words if parsed(word).is_sweep_override()]
     for chosen in itertools.product(*(values[word] for word in words)):
-        parts = [f"{_short(key_of(one), swept)}_{_value(value)}" for one, value in chosen if key_of(one) in swept]
+        parts = [
+            f"{_short(key_of(one), swept)}_{_value(key_of(one), value)}"
+            for one, value in chosen
+            if key_of(one) in swept
+        ]
         full = "-".join([*filter(None, [_safe(name)]), *parts]) or "job"
         yield Listed(_fitting(full), tuple(one for one, _ in chosen), tuple(swept))
 
@@ -206,8 +211,17 @@ def _short(key: str, keys: Sequence[str]) -> str:
     return _safe("_".join(parts))
 
 
-def _value(text: str) -> str:
+def _value(key: str, text: str) -> str:
+    if key == "data.mixture" and (shares := _shares(text)):
+        return _safe(shares)
     return _safe(unquoted(text.strip()))[-LONGEST_VALUE:].lstrip("_.") or "empty"
+
+
+def _shares(text: str) -> str:
+    """`web_0.7_books_0.3` of a mixture; "" if it is none."""
+    sources = parsed(f"mixture={text}").value()
+    is_mixture = isinstance(sources, list) and all(isinstance(one, Mapping) for one in sources)
+    return "_".join(f"{one.get('name')}_{one.get('weight', 1)}" for one in sources) if is_mixture else ""
 
 
 def _safe(text: str) -> str:

@@ -180,6 +180,16 @@ def test_one_run_gets_a_page_about_it(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [value for name, value in page.attributes if name == "alt"] == ["test confusion"]
 
 
+def test_further_validation_sets_share_the_picture_of_their_metric(tmp_path: Path) -> None:
+    run = tmp_path / "my_run"
+    make_job(run, "finished", 1.5, seed=3)
+    (run / "metrics.csv").write_text("step,train/loss,val/loss,val/hard/loss,val/easy/loss\n0,5,5,6,4\n10,4,4,5,3\n")
+    assert main(["report", str(run)]) == 0
+    page = Page((run / "report.html").read_text())
+    assert [value for name, value in page.attributes if name == "aria-label"] == ["loss over training"]
+    assert "validation (line: the main set, dashed: hard, dotted: easy)" in page.text
+
+
 def test_a_report_of_several_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

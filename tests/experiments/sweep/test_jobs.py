@@ -62,6 +62,17 @@ def test_a_name_has_only_letters_that_hydra_and_paths_take(value: str) -> None:
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name), name
 
 
+def test_a_mixture_is_named_by_its_shares() -> None:
+    mixtures = [f"[{{name: web, path: data/web.txt, weight: {one}}}, {{name: books, path: b}}]" for one in (0.7, 3)]
+    listed = jobs_of(f"data.mixture={','.join(mixtures)}", "seed=1,2")
+    assert [job.name for job in listed[::2]] == ["mixture_web_0.7_books_1-seed_1", "mixture_web_3_books_1-seed_1"]
+    assert names("data.mixture.0.weight=0.1,0.2") == ["weight_0.1", "weight_0.2"]
+    assert names("data.mixture=[],null") == ["mixture_empty", "mixture_null"]
+    assert jobs_of("data.val_sets.hard=1984,b.txt")[0] == Listed(
+        "hard_1984", ("++data.val_sets.hard='1984'",), ("data.val_sets.hard",)
+    )
+
+
 def test_listed_jobs_take_shared_settings_and_what_is_typed_beats_both() -> None:
     jobs = {"small": {"model.n_layer": 1}, "large": {"model.n_layer": 2, "optimizer.lr": 0.5}}
     params = {"optimizer.lr": 0.25, "model.dropout": 0}
@@ -122,6 +133,33 @@ def test_a_job_is_its_settings_and_the_content_of_its_files(tmp_path: Path) -> N
     there.write_text("to be or not")
     assert one.digest() != identity("model.n_layer=2", f"data.path={there}").digest()
     assert identity("optimizer.lr=1").digest() == identity("optimizer.lr=1.0").digest()
+
+
+def test_a_job_is_the_content_of_every_path_of_its_data(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        for name in "abcd":
+            (folder / f"{name}.txt").write_text(f"text of {name}")
+
+    def one(folder: Path, weight: float = 1, **more: Any) -> Identity:
+        mixture = [{"name": "web", "path": f"{folder}/a.txt", "weight": weight}, {"name": "hub", "hf_dataset": "x"}]
+        paths = {"path": f"{folder}/a.txt,{folder}/b.txt", "val_path": f"{folder}/b.txt", "test_path": None}
+        paths |= {"val_sets.hard": f"{folder}/c.txt", "mixture": mixture}
+        settings = {f"data.{key}": value for key, value in (paths | more).items()}
+        return Identity(settings, content_of(settings, {}), ())
+
+    before = one(here)
+    assert before.digest() == one(there, weight=1.0).digest()
+    assert before.is_same(one(there), {}.get)
+    others = [one(there, weight=2), one(there, test_path=f"{there}/d.txt"), one(there, mixture=None)]
+    others.append(one(there, **{"val_sets.hard": None, "val_sets.easy": f"{there}/c.txt"}))
+    for name in "abc":
+        (there / f"{name}.txt").write_text("changed")
+        others.append(one(there))
+        (there / f"{name}.txt").write_text(f"text of {name}")
+    assert before.digest() not in [other.digest() for other in others]
+    assert not any(before.is_same(other, {}.get) or other.is_same(before, {}.get) for other in others)
 
 
 def test_a_setting_that_changes_no_result_counts_where_it_is_swept() -> None:

@@ -16,11 +16,12 @@ from llm_lightning.callbacks.monitored import better_when
 from llm_lightning.experiments.run_records import Facts, read_facts
 from llm_lightning.experiments.settings.changes import MAY_CHANGE
 from llm_lightning.experiments.settings.compose import ConfigDirs
-from llm_lightning.experiments.sweep.identity import CONTENT, EXTENDS, content_of
+from llm_lightning.experiments.sweep.identity import EXTENDS, content_of, files_of
 from llm_lightning.experiments.sweep.runner import settings_of
 from llm_lightning.experiments.sweep.search.space import Space, space_of
 from llm_lightning.experiments.sweep.words import search_words
 from llm_lightning.files.atomic import write_atomically
+from llm_lightning.files.data_paths import without_paths
 
 FACTS = "study.json"
 _FACTS: Facts = {"space": dict, "monitor": str, "monitor_mode": str, "seeds": int, "settings": dict, "content": dict}
@@ -133,12 +134,13 @@ def _differences(recorded: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str,
             yield key, recorded[key], facts[key]
     if recorded["seeds"] != facts["seeds"]:
         yield "hydra.sweeper.seeds", recorded["seeds"], facts["seeds"]
-    for key in recorded["settings"].keys() & facts["settings"].keys():
-        was, now = recorded["settings"][key], facts["settings"][key]
+    files_before, files_now = files_of(recorded["settings"]), files_of(facts["settings"])
+    for key in (recorded["settings"].keys() & facts["settings"].keys()) - files_now.keys() - files_before.keys():
+        was, now = (without_paths(one["settings"][key]) for one in (recorded, facts))
         if was != now and (not _matches(key, MAY_CHANGE) or _matches(key, EXTENDS)):
             yield key, was, now
-    for key in CONTENT:
-        was, now = recorded["settings"].get(key), facts["settings"].get(key)
+    for key in dict.fromkeys([*files_before, *files_now]):
+        was, now = files_before.get(key), files_now.get(key)
         digests = recorded["content"].get(key), facts["content"].get(key)
         if (was != now) if None in digests else (digests[0] != digests[1]):
             yield key, was, f"{now}, as it is today,"

@@ -27,7 +27,7 @@ from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.experiments.summary import shown_from
 from llm_lightning.experiments.sweep import folder as records
 from llm_lightning.experiments.sweep.folder import SweepRef
-from llm_lightning.experiments.sweep.identity import CONTENT, Identity, content_of
+from llm_lightning.experiments.sweep.identity import Identity, content_of, names_files
 from llm_lightning.experiments.sweep.launchers import remove_links, traits_of
 from llm_lightning.experiments.sweep.runner import Job, Runner, config_files, settings_of
 from llm_lightning.experiments.sweep.search.judge import Judge, Rows, pruner_of
@@ -186,9 +186,9 @@ class _Search:
         asked = [self.study.ask(past, number) for number in numbers]
         prunes = pruner_of(past, self.limits.pruner)
         better = {"min": min, "max": max}[self.plan.mode]
-        names_files = not self.plan.space.dimensions.keys().isdisjoint(CONTENT)
+        is_over_files = any(map(names_files, self.plan.space.dimensions))
         trials = [
-            SearchTrial(one.number, one.params, self.plan.monitor, Judge(better, prunes), names_files)
+            SearchTrial(one.number, one.params, self.plan.monitor, Judge(better, prunes), is_over_files)
             for one in asked
             if not one.state.is_finished()
         ]
