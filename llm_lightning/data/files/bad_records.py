@@ -101,7 +101,11 @@ class BadRecords:
             return
         kinds = [f"in all: {', '.join(f'{kind} ({n:,})' for kind, n in self._counts.most_common())}"]
         is_one = len(self._kinds) == 1 or len(self.first) == 1
-        tails = [*(kinds if self.n > 1 and len(self._counts) > 1 else []), *self._remedies, *([remedy] if remedy else [])]
+        tails = [
+            *(kinds if self.n > 1 and len(self._counts) > 1 else []),
+            *self._remedies,
+            *([remedy] if remedy else []),
+        ]
         tail = "".join(f"; {one}" for one in tails)
         if self.n == n_records and self.n > 1 and is_one:
             raise ValueError(f"{source}: all {self.n:,} records are bad, the first: {self.first[0]}{tail}")
