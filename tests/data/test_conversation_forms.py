@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llm_lightning.data.instruction import InstructionDataModule
+from llm_lightning.data.of_checkpoint import conversations_of
 from llm_lightning.data.preference import PreferenceDataModule
 from llm_lightning.data.records.instruction import InstructionForm, read_instructions
 from llm_lightning.data.records.messages import NAMES
@@ -537,6 +539,48 @@ def test_pairs_with_tools_before_them_train(tmp_path: Path) -> None:
     )  # fmt: skip
     data.build()
     assert len(data.conversations_of("train")) == 16
+
+
+# --- runs of before ---
+
+
+@pytest.mark.parametrize(
+    ("task", "make", "record"),
+    [
+        (
+            "sft",
+            InstructionDataModule,
+            {"instruction": "c", "output": "d", "history": [["a", "b"]], "tools": [{"a": 1}]},
+        ),
+        ("sft", InstructionDataModule, {**weighted(0, 1)}),
+        ("dpo", PreferenceDataModule, {"prompt": "p" * 20, "chosen": "p" * 20 + "c", "rejected": "p" * 20 + "r"}),
+    ],
+)
+def test_data_of_a_run_from_before_these_settings_is_read_as_it_was(
+    task: str, make: Any, record: Record, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "x.jsonl", [record] * 20)
+    settings = {
+        "path": str(path),
+        "split": "order",
+        "template": "alpaca",
+        "columns": {"group": "group"},
+        "batch_size": 4,
+    }
+    before = {"columns": dict.fromkeys(("history", "tools"))} if task == "dpo" else {
+        "columns": dict.fromkeys(("history", "tools", "weight"))
+    }  # fmt: skip
+    before |= {"repeated_prompt": "keep"} if task == "dpo" else {}
+    data = make(**settings | before, newlines="keep", tokenizer=build_tokenizer("byte"), context_length=256)
+    data.read()
+    header = {"task": task, "config": {"data": settings}, "lineage": {"data": data.data_digest}}
+    loaded: Any = SimpleNamespace(header=header, path=None, tokenizer=build_tokenizer("byte"), longest_input=256)
+    found = conversations_of(loaded, instead="", texts_only=True)
+    assert found.data_digest == data.data_digest
+    today = make(**settings, newlines="keep", tokenizer=build_tokenizer("byte"), context_length=256)
+    if "tools" not in record:
+        today.read()
+        assert today.data_digest != data.data_digest, "read with the settings of today, it is other data"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
