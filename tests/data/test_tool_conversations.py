@@ -237,6 +237,8 @@ def test_a_type_that_is_also_a_part_of_a_control_token_is_found_by_the_template(
 def test_a_template_with_slots_has_no_place_for_tools(messages: Any, tools: Any, what: str) -> None:
     with pytest.raises(ValueError, match=rf"^file:3 has {what}, for which template alpaca has no place; use the mod"):
         choose_template("alpaca").check([conversation(messages, tools=tools)])
+    with pytest.raises(ValueError, match=rf"^file:3 has {what}, for which template alpaca has no place"):
+        choose_template("alpaca").prompt_ids(made_tokenizer(), conversation(messages, tools=tools))
 
 
 @pytest.mark.parametrize(
