@@ -96,6 +96,14 @@ def test_the_config_has_what_was_meant() -> None:
     assert composed("-m 'run_name=choice(1_0,2)' 'callbacks.samples.prompts=range(1,3)'").run_name == "1_0"
 
 
+def test_any_name_of_a_role_may_be_given() -> None:
+    config = composed("task=sft data.roles.narrator=user data.roles.7=assistant")
+    assert dict(config.data.roles) == {"narrator": "user", "7": "assistant"}
+    assert dict(composed("task=sft data.roles={narrator:user}").data.roles) == {"narrator": "user"}
+    with pytest.raises(ValueError, match=r"unknown key 'data.role'; did you mean 'data.roles'"):
+        composed("task=sft data.role.narrator=user")
+
+
 def test_what_was_rewritten_once_is_left_alone() -> None:
     for line, *_ in MEANT:
         once = as_hydra_reads(shlex.split(line), CONF)

@@ -60,8 +60,10 @@ class ConversationForm(ABC):
     def __call__(self, record: Mapping[str, Any], place: str, counts: Counter[str]) -> Conversation:
         fields, found = Fields(record, self.names), Counter[str]()
         made = self.conversation(fields, found)._replace(place=place, record=record)
-        once = {name: 1 for name in found if name.startswith(NOT_READ)}
-        counts.update({**found, **once, **{f"{NOT_READ}{name!r}": 1 for name in fields.unread}})
+        for name, n in found.items():
+            counts[name] += 1 if name.startswith(NOT_READ) else n
+        for name in fields.unread:
+            counts[f"{NOT_READ}{name!r}"] += 1
         return made
 
     @abstractmethod

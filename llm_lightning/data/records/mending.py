@@ -46,10 +46,11 @@ def turns_of(messages: Sequence[Message], counts: Counter[str], *, irregular: st
 
 
 def _turn(question: Sequence[Message], answer: Message) -> Turn:
+    calls = tuple(answer.more.get("tool_calls", ()))
+    if len(question) == 1 and question[0].role == "user":
+        return Turn(question[0].content, "", answer.content, answer.is_trained, calls=calls)
     text = "\n\n".join(message.content for message in question)
-    is_plain = len(question) == 1 and question[0].role == "user"
-    before = () if is_plain else tuple(message.plain() for message in question)
-    return Turn(text, "", answer.content, answer.is_trained, before, tuple(answer.more.get("tool_calls", ())))
+    return Turn(text, "", answer.content, answer.is_trained, tuple(message.plain() for message in question), calls)
 
 
 def _irregularities(messages: Sequence[Message]) -> list[str]:
@@ -65,9 +66,8 @@ def _irregularities(messages: Sequence[Message]) -> list[str]:
         found.append(f"begins with the {rest[0]}")
     if rest[-1] != "assistant":
         found.append(f"ends with the {rest[-1]}")
-    for role in ("user", "assistant"):
-        if any(one == other == role for one, other in pairwise(rest)):
-            found.append(f"has two messages of the {role} in a row")
+    twice = {one for one, other in pairwise(rest) if one == other}
+    found += [f"has two messages of the {role} in a row" for role in ("user", "assistant") if role in twice]
     return found
 
 

@@ -77,7 +77,7 @@ class Reading:
         Raises:
             KindError: if it is unknown.
         """
-        role = (self.roles or {}).get(name) or NAMES.get(name.casefold())
+        role = (self.roles or {}).get(name) or NAMES.get(name) or NAMES.get(name.casefold())
         if role is None:
             known = ", ".join([*(self.roles or {}), *NAMES])
             raise KindError(
@@ -117,6 +117,8 @@ def _message(number: int, value: Any, key: str, reading: Reading, counts: Counte
     if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
         raise ValueError(f"message {number} must be an object with {key!r} and {KEYS[key]!r}")
     role = reading.role_of(value[key], number)
+    if len(value) == 2 and isinstance(value.get(KEYS[key]), str):
+        return Message(role, value[KEYS[key]])  # as nearly all are
     more = {name: value[name] for name in _OF_ROLE.get(role, ()) if value.get(name)}
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], number)

@@ -107,8 +107,8 @@ class ChatTemplate(Template):
                     first.setdefault(what, one)
         for what, one in first.items():
             if self._leaves_out(what, one):
-                it = "it" if what == "a system message" else "them"
-                raise ValueError(f"{one.place} has {what}, but template {self.name} leaves {it} out")
+                left_out = _LEFT_OUT.get(what, "them out; give another one, data.template=FILE.jinja")
+                raise ValueError(f"{one.place} has {what}, but template {self.name} leaves {left_out}")
 
     def _leaves_out(self, what: str, one: Conversation) -> bool:
         """Whether a rendering is the same without it; a system message may be moved, so that is probed by itself."""
@@ -117,10 +117,12 @@ class ChatTemplate(Template):
             return _MARK not in self._render(one.place, probe, [(len(probe.messages), False)], None)[0]
         if what == "results of tools":
             return _MARK not in self.text_of(_with_marked_results(one))
-        without = (
-            one._replace(tools=()) if what == "tools" else one._replace(turns=tuple(map(_without_calls, one.turns)))
-        )
-        return self.text_of(one) == self.text_of(without)
+        text, turns = self.text_of(one), tuple(turn._replace(calls=()) for turn in one.turns)
+        without = one._replace(tools=()) if what == "tools" else one._replace(turns=turns)
+        try:
+            return text == self.text_of(without)
+        except ValueError:  # it looks for calls before results
+            return False
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         missing = [text for text in self.controls if text not in tokenizer.controls]
@@ -247,8 +249,10 @@ class ChatTemplate(Template):
             raise ValueError(f"template {self.name} {error}") from None
 
 
-def _without_calls(turn: Turn) -> Turn:
-    return turn._replace(calls=())
+_LEFT_OUT = {
+    "a system message": "it out",
+    "tools": "them out; give one that shows them, data.template=FILE.jinja, or set data.columns.tools=null",
+}
 
 
 def _with_marked_results(conversation: Conversation) -> Conversation:

@@ -84,12 +84,7 @@ class SlotTemplate(Template):
 
     def check(self, records: Sequence[Conversation]) -> None:
         for one in records:
-            if has := [what for what, is_there in more_than_text(one).items() if is_there]:
-                raise ValueError(
-                    f"{one.place} has {' and '.join(has)}, for which template {self.name} has no place; use the "
-                    "model's own chat template (data.template=null with init_from), or a Jinja file, "
-                    "data.template=FILE.jinja"
-                )
+            self._refuse_tools(one)
             if "system" not in self.slots and one.system:
                 raise ValueError(f"{one.place} has a system message, but template {self.name} has no {{system}} slot")
             if "input" not in self.slots and any(turn.input for turn in one.turns):
@@ -115,6 +110,7 @@ class SlotTemplate(Template):
         return [self.text, self.system]
 
     def _segments(self, conversation: Conversation, end: tuple[int, ...] = ()) -> list[Segment]:
+        self._refuse_tools(conversation)
         segments: list[Segment] = []
         for number, turn in enumerate(conversation.turns):
             asked = [Segment(self._after, "prompt")] if number else []
@@ -123,6 +119,15 @@ class SlotTemplate(Template):
             pieces = [*(piece for piece in asked if piece.text), *answer, Segment("", "end", end)]
             segments += pieces if turn.is_trained else map(untrained, pieces)
         return segments
+
+    def _refuse_tools(self, conversation: Conversation) -> None:
+        has = [what for what, is_there in more_than_text(conversation).items() if is_there]
+        if has:
+            raise ValueError(
+                f"{conversation.place} has {' and '.join(has)}, for which template {self.name} has no place; use the "
+                "model's own chat template (data.template=null with init_from), or a Jinja file, "
+                "data.template=FILE.jinja"
+            )
 
     @cached_property
     def _parts(self) -> tuple[Part, ...]:
