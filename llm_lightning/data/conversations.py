@@ -27,7 +27,7 @@ from llm_lightning.data.samples import Rows
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, order_split
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.choose import choose_template
-from llm_lightning.data.templates.conversation import Conversation, answers_of, with_answers
+from llm_lightning.data.templates.conversation import Conversation, answers_of, as_plain, with_answers
 from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.tokenizers.base import Tokenizer
 
@@ -309,7 +309,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
 
     def _digest(self) -> str:
-        content = {split: [_plain(record) for record in rows] for split, rows in self.records.items()}
+        content = {split: [as_plain(record) for record in rows] for split, rows in self.records.items()}
         values = [content, *self.template.digest_values(), *self.digest_more()]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
@@ -377,9 +377,3 @@ def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float) -> None
             f"dropped, {facts['answers_cut']} answers cut), more than data.max_dropped={max_dropped:g} allows; "
             "raise model.context_length or data.max_length, or data.max_dropped if that is intended"
         )
-
-
-def _plain(record: Conversation) -> list[Any]:
-    """Plain values that tell records apart."""
-    rejected = [] if record.rejected is None else [record.rejected]
-    return [record.system or "", *map(list, record.turns), *rejected]

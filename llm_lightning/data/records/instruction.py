@@ -5,8 +5,11 @@ A record is in the Alpaca format (`instruction`, `input`, `output`) or has `mess
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.records.messages import messages_of, turns_of
@@ -15,6 +18,37 @@ from llm_lightning.data.templates.conversation import Conversation, Turn
 
 FIELDS = ("instruction", "input", "output", "messages", "system", "group")
 EMPTY_OUTPUTS = ("refuse", "skip", "keep")
+
+
+@dataclass(frozen=True)
+class InstructionForm:
+    """How a record becomes a conversation; see `RecordForm`.
+
+    Args:
+        columns: names of the fields in the records, where they differ from `FIELDS`; None: there is no such field.
+        empty_output: how an answer without text is treated: `refuse`, `skip`, or `keep` (its end is trained on).
+
+    Raises:
+        ValueError: if a setting is none of these.
+    """
+
+    needed: ClassVar[str] = "an instruction and an output"
+
+    columns: Mapping[str, str | None] | None = None
+    empty_output: str = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.empty_output not in EMPTY_OUTPUTS:
+            raise ValueError(f"data.empty_output={self.empty_output!r} must be one of {', '.join(EMPTY_OUTPUTS)}")
+        self.names  # noqa: B018 (checked now)
+
+    @cached_property
+    def names(self) -> dict[str, str | None]:
+        """field -> its name in the records; None: there is none."""
+        return field_names(FIELDS, self.columns)
+
+    def __call__(self, record: Mapping[str, Any], place: str, counts: Counter[str]) -> Conversation:
+        return _conversation(record, place, self.names, self.empty_output)
 
 
 def read_instructions(
@@ -39,15 +73,7 @@ def read_instructions(
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
-    if empty_output not in EMPTY_OUTPUTS:
-        raise ValueError(f"data.empty_output={empty_output!r} must be one of {', '.join(EMPTY_OUTPUTS)}")
-    names = field_names(FIELDS, columns)
-    return collected(
-        source,
-        options or AS_THEY_ARE,
-        lambda record, place: _conversation(record, place, names, empty_output),
-        "an instruction and an output",
-    )
+    return collected(source, options or AS_THEY_ARE, InstructionForm(columns, empty_output))
 
 
 def _conversation(

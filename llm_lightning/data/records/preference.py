@@ -7,8 +7,11 @@ conversation, alike up to their last message: then the other fields are not read
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.records.messages import Message, messages_of, turns_of
@@ -17,6 +20,37 @@ from llm_lightning.data.templates.conversation import Conversation, Turn
 
 FIELDS = ("instruction", "input", "prompt", "messages", "chosen", "rejected", "system", "group")
 EMPTY_ANSWERS = ("refuse", "skip")
+
+
+@dataclass(frozen=True)
+class PreferenceForm:
+    """How a record becomes a conversation with a rejected answer; see `RecordForm`.
+
+    Args:
+        columns: names of the fields in the records, where they differ from `FIELDS`; None: there is no such field.
+        empty_answer: how a record with an answer without text is treated: `refuse` or `skip`.
+
+    Raises:
+        ValueError: if a setting is none of these.
+    """
+
+    needed: ClassVar[str] = "a prompt, a chosen and a rejected answer"
+
+    columns: Mapping[str, str | None] | None = None
+    empty_answer: str = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.empty_answer not in EMPTY_ANSWERS:
+            raise ValueError(f"data.empty_answer={self.empty_answer!r} must be one of {', '.join(EMPTY_ANSWERS)}")
+        self.names  # noqa: B018 (checked now)
+
+    @cached_property
+    def names(self) -> dict[str, str | None]:
+        """field -> its name in the records; None: there is none."""
+        return field_names(FIELDS, self.columns)
+
+    def __call__(self, record: Mapping[str, Any], place: str, counts: Counter[str]) -> Conversation:
+        return _pair(record, place, self.names, self.empty_answer)
 
 
 def read_preferences(
@@ -42,15 +76,7 @@ def read_preferences(
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
-    if empty_answer not in EMPTY_ANSWERS:
-        raise ValueError(f"data.empty_answer={empty_answer!r} must be one of {', '.join(EMPTY_ANSWERS)}")
-    names = field_names(FIELDS, columns)
-    return collected(
-        source,
-        options or AS_THEY_ARE,
-        lambda record, place: _pair(record, place, names, empty_answer),
-        "a prompt, a chosen and a rejected answer",
-    )
+    return collected(source, options or AS_THEY_ARE, PreferenceForm(columns, empty_answer))
 
 
 def _pair(record: Mapping[str, Any], place: str, names: Mapping[str, str | None], empty_answer: str) -> Conversation:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from llm_lightning.data.files.bad_records import BadRecords
 from llm_lightning.data.files.find import Found, PathWords, find_files
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.files.rows import RECORD_FORMS, FileRow, rows_of_files
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
+from llm_lightning.data.templates.conversation import Conversation
 
 Source = PathWords | HubDataset
 """`data.path` (see `find_files`) or a dataset of the hub."""
-Made = TypeVar("Made")
+
+
+SKIPPED = "skipped"
+"""Key of a count: records that are left out on purpose."""
+
+
+class RecordForm(Protocol):
+    """How a record becomes a conversation: a frozen dataclass of settings, which can be called."""
+
+    needed: ClassVar[str]
+    """in each record, for error messages"""
+
+    def __call__(self, record: Mapping[str, Any], place: str, counts: Counter[str]) -> Conversation:
+        """Make the conversation of a record.
+
+        Args:
+            counts: what is changed is counted here, under words for a reader.
+
+        Raises:
+            ValueError: with what is wrong.
+            SkippedError: if the record is left out on purpose.
+        """
+        ...
 
 
 class SkippedError(Exception):
@@ -47,35 +71,38 @@ def _of_hub(row: FileRow, name: str) -> FileRow:
     return row._replace(place=f"{name}: row {number}", short=f"row {number}")
 
 
-def collected(
-    source: Source, options: FileOptions, make: Callable[[Mapping[str, Any], str], Made], needed: str
-) -> tuple[list[Made], int]:
-    """Make something of every record of a source.
-
-    Args:
-        make: called with record and place; raises ValueError with what is wrong, or SkippedError.
-        needed: in each record, for error messages.
+def collected(source: Source, options: FileOptions, form: RecordForm) -> tuple[list[Conversation], int]:
+    """Make a conversation of every record of a source.
 
     Returns:
-        what was made, and the number of records skipped.
+        the conversations, and the number of records skipped.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line of everything that is wrong, the first ten.
     """
     label, rows = open_records(source, options)
-    made: list[Made] = []
-    bad, n_skipped, n_rows = BadRecords(), 0, 0
+    bad, counts = BadRecords(), Counter[str]()
+    made = list(conversations(rows, form, bad, counts))
+    bad.refuse(label, n_records=len(made) + counts[SKIPPED] + bad.n)
+    if not made:
+        raise ValueError(f"{label} holds no records; give a file with {form.needed} in each")
+    return made, counts[SKIPPED]
+
+
+def conversations(
+    rows: Iterable[FileRow], form: RecordForm, bad: BadRecords, counts: Counter[str]
+) -> Iterator[Conversation]:
+    """The conversations of rows, one by one; what is wrong goes to `bad`, what is changed or left out to `counts`."""
     for row in rows:
-        n_rows += 1
         try:
             if row.wrong is not None:
                 raise ValueError(row.wrong)
-            made.append(make(row.record, row.place))
+            yield form(row.record, row.place, counts)
         except SkippedError:
-            n_skipped += 1
+            counts[SKIPPED] += 1
         except ValueError as error:
-            bad.add(row.short, error)
-    bad.refuse(label, n_records=n_rows)
-    if not made:
-        raise ValueError(f"{label} holds no records; give a file with {needed} in each")
-    return made, n_skipped
+            bad.add(row.short, error, row.place)
 
 
 def field_names(fields: Sequence[str], columns: Mapping[str, str | None] | None) -> dict[str, str | None]:

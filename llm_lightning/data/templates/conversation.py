@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +34,24 @@ class Conversation(NamedTuple):
     def has_equal_answers(self) -> bool:
         """Whether chosen and rejected answer differ at most by white space at their ends."""
         return self.rejected is not None and self.turns[-1].response.strip() == self.rejected.strip()
+
+
+def as_plain(conversation: Conversation) -> list[Any]:
+    """Plain values that tell conversations apart: their digest is over these."""
+    rejected = [] if conversation.rejected is None else [conversation.rejected]
+    return [conversation.system or "", *map(list, conversation.turns), *rejected]
+
+
+def as_stored(conversation: Conversation) -> str:
+    """One line of text from which `from_stored` makes the same conversation."""
+    values = conversation._asdict() | {"turns": [list(turn) for turn in conversation.turns]}
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+
+def from_stored(line: str | bytes) -> Conversation:
+    """The conversation that `as_stored` wrote."""
+    values = json.loads(line)
+    return Conversation(**values | {"turns": tuple(Turn(*turn) for turn in values["turns"])})
 
 
 class Segment(NamedTuple):
