@@ -115,8 +115,6 @@ class PretrainingDataModule(BaseDataModule):
         return self.files["val"][0] if "val" in self.files else None
 
     def build(self) -> None:
-        if "val" in self._corpus.own:
-            log.info("Validation has text of its own: data.val_fraction=%s is not used", self._val_fraction)
         splits = self._corpus.splits(self._split, self._val_fraction)
         self.files = token_files(self._corpus, splits, self._make_tokenizer, add_eot=self._add_eot, verify=self.verify)
         self.tokenizer = self.train_file.tokenizer
