@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME_WIDTH = 40
-SPLITS = {"val": ("validation", VALIDATION), "test": ("test", TEST)}
-"""Stage -> name of the split and its colour."""
+
+
+def split_of(stage: str) -> tuple[str, str]:
+    """The name of the split of a stage (`val`, `val/<name>` or `test`), and its colour."""
+    if stage == "test":
+        return "test", TEST
+    _, _, name = stage.partition("/")
+    return f"validation ({name})" if name else "validation", VALIDATION
 
 
 def confusion_figure(matrix: Tensor, labels: Sequence[str], stage: str) -> Figure:
     """Counts of true against predicted classes, from a (K, K) matrix."""
-    figure, axes = blank(f"Confusion matrix, {SPLITS[stage][0]} texts", (5, 4))
+    figure, axes = blank(f"Confusion matrix, {split_of(stage)[0]} texts", (5, 4))
     image = axes.imshow(matrix, cmap="Blues", vmin=0)
     figure.colorbar(image, label="texts")
     ticks = range(len(labels))
@@ -40,7 +46,7 @@ def confusion_figure(matrix: Tensor, labels: Sequence[str], stage: str) -> Figur
 def roc_figure(scores: Tensor, labels: Tensor, stage: str) -> Figure:
     """True against false positive rate over all thresholds: (N,) scores of the second of two classes."""
     false_positive, true_positive, _ = measures.binary_roc(scores, labels)
-    split, color = SPLITS[stage]
+    split, color = split_of(stage)
     figure, axes = blank(f"ROC curve, {split} texts", (4.5, 4))
     axes.plot(false_positive, true_positive, color=color, label=split)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance")
@@ -53,7 +59,7 @@ def roc_figure(scores: Tensor, labels: Tensor, stage: str) -> Figure:
 
 def confused_figure(pairs: Sequence[ConfusedPair], stage: str) -> Figure:
     """Bars: the number of texts of the first class predicted as the second."""
-    split, color = SPLITS[stage]
+    split, color = split_of(stage)
     title = f"{'Most confused classes' if pairs else 'No confused classes'}, {split} texts"
     figure, axes = blank(title, (7, 1.2 + 0.25 * max(len(pairs), 4)))
     places = range(len(pairs))

@@ -94,19 +94,23 @@ class ClassReport:
         return facts
 
     def figures(self) -> dict[str, Figure]:
-        """name -> picture: a confusion matrix and a ROC curve, or bars of the most confused classes."""
+        """name -> picture: a confusion matrix and a ROC curve, or bars of the most confused classes.
+
+        Names are those of files: `val-hard_confusion` is of the stage `val/hard`.
+        """
         drawn = {}
         for stage, seen in self.evaluated.items():
             if stage == "train_eval":
                 continue
+            name = stage.replace("/", "-")
             if len(self.labels) > MOST_SHOWN:
                 pairs = most_confused(seen["predicted"], seen["labels"], self.labels)
-                drawn[f"{stage}_confused"] = confused_figure(pairs, stage)
+                drawn[f"{name}_confused"] = confused_figure(pairs, stage)
                 continue
             matrix = confusion(seen["predicted"], seen["labels"], len(self.labels))
-            drawn[f"{stage}_confusion"] = confusion_figure(matrix, self.labels, stage)
-            if len(self.labels) == 2:
-                drawn[f"{stage}_roc"] = roc_figure(seen["logits"].softmax(-1)[:, 1], seen["labels"], stage)
+            drawn[f"{name}_confusion"] = confusion_figure(matrix, self.labels, stage)
+            if len(self.labels) == 2 and len(seen["labels"].unique()) == 2:
+                drawn[f"{name}_roc"] = roc_figure(seen["logits"].softmax(-1)[:, 1], seen["labels"], stage)
         return drawn
 
 

@@ -64,14 +64,14 @@ def _reduced(of_class: Tensor, seen: Tensor) -> float:
 def auroc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve: of the second class if there are two, else the mean of each class against the rest.
 
-    The mean leaves out classes of no text and of every text, whose area is undefined; 0 if no class is left.
+    The area of a class of no text or of every text is undefined: the mean leaves it out; 0 if no class is left.
 
     Args:
         scores: (N, K) probabilities.
         labels: (N,) int64.
     """
     if scores.size(1) == 2:
-        return float(measures.binary_auroc(scores[:, 1], labels))
+        return float(measures.binary_auroc(scores[:, 1], labels)) if _defined(labels, scores) else 0.0
     areas = [measures.binary_auroc(scores[:, index], (labels == index).long()) for index in _defined(labels, scores)]
     return float(torch.stack(areas).mean()) if areas else 0.0
 

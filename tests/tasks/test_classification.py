@@ -231,15 +231,18 @@ def test_the_best_threshold_by_trying_all() -> None:
         assert right >= int(((scores >= thresholds) == labels.bool()).sum(-1).max())
 
 
-def test_the_threshold_is_chosen_on_validation_data_alone(tmp_path: Path, make_trainer: Any) -> None:
+def test_the_threshold_is_chosen_on_the_main_validation_data_alone(tmp_path: Path, make_trainer: Any) -> None:
     data = TextsDataModule()
+    data.eval_samples["val/hard"] = Texts(17, seed=3)
     module = tiny(data, tune_threshold=True, lr=1e-3)
     trainer = make_trainer(tmp_path, [], max_epochs=1)
     trainer.fit(module, datamodule=data)
     chosen = module.model.threshold.item()
     trainer.test(module, datamodule=data, verbose=False)
     assert module.model.threshold.item() == chosen
-    seen = module.report.evaluated["val"]
+    seen, further = (module.report.evaluated[stage] for stage in ("val", "val/hard"))
+    assert chosen != pytest.approx(best_threshold(further["logits"].softmax(-1)[:, 1], further["labels"]))
+    assert further["predicted"].tolist() == (further["logits"].softmax(-1)[:, 1] >= chosen).long().tolist()
     assert chosen == pytest.approx(best_threshold(seen["logits"].softmax(-1)[:, 1], seen["labels"]))
 
 
