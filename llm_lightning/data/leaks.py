@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from llm_lightning.data.splits import normalized
 from llm_lightning.data.templates.conversation import Conversation
+from llm_lightning.data.text_keys import TextKeys, as_scalars
 
 
 def prompt_key(conversation: Conversation) -> str:
@@ -22,28 +24,26 @@ def leaked_prompts(parts: Mapping[str, Sequence[Conversation]], split: str) -> d
     return {"prompts": sum(prompt_key(one) in seen for one in parts[split]), "of": len(parts[split])}
 
 
-def leaked_texts(texts: dict[str, list[tuple[str, int]]], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Numbers of texts in `val` and `test` that are also in `train`: byte for byte, trimmed, normalized."""
-    leaked = {}
-    ways: dict[str, Callable[[str], str]] = {"exact": str, "trimmed": str.strip, "normalized": normalized}
-    for split in ("val", "test"):
-        rows = texts[split]
-        hits: dict[str, Counter[int]] = {}
-        for way, form in ways.items():
-            seen = {form(text) for text, _ in texts["train"]}
-            hits[way] = Counter(label for text, label in rows if form(text) in seen)
-        of_class = Counter(label for _, label in rows)
-        by_class = {
-            name: {way: hit[index] for way, hit in hits.items()} | {"of": of_class[index]}
-            for index, name in enumerate(labels)
-        }
-        leaked[split] = {way: hit.total() for way, hit in hits.items()} | {"of": len(rows), "classes": by_class}
-    return leaked
+def leaked_texts(train: TextKeys, evaluated: TextKeys, classes: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    """Numbers of evaluated texts that are also in training: byte for byte, trimmed, normalized; in all and by class.
 
-
-def duplicates(texts: Sequence[str]) -> dict[str, int]:
-    """Numbers of texts that repeat another one: byte for byte, and normalized."""
-    return {
-        "exact_duplicates": len(texts) - len(set(texts)),
-        "normalized_duplicates": len(texts) - len({normalized(text) for text in texts}),
+    Args:
+        train, evaluated: keys of the texts of training and of a split.
+        classes: of the split's texts, (n,) int.
+    """
+    hits = {
+        way: np.bincount(classes[np.isin(as_scalars(keys), as_scalars(known))], minlength=len(labels)).tolist()
+        for way, known, keys in zip(TextKeys._fields, train, evaluated, strict=True)
     }
+    of_class = np.bincount(classes, minlength=len(labels)).tolist()
+    by_class = {
+        name: {way: hit[index] for way, hit in hits.items()} | {"of": of_class[index]}
+        for index, name in enumerate(labels)
+    }
+    return {way: sum(hit) for way, hit in hits.items()} | {"of": len(classes), "classes": by_class}
+
+
+def duplicates(keys: TextKeys) -> dict[str, int]:
+    """Numbers of texts that repeat another one: byte for byte, and normalized."""
+    repeats = {way: len(found) - len(np.unique(as_scalars(found))) for way, found in keys._asdict().items()}
+    return {"exact_duplicates": repeats["exact"], "normalized_duplicates": repeats["normalized"]}

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from llm_lightning.data.batches import Example
+from llm_lightning.data.batches import Example, LabelledSample
+from llm_lightning.files.columns import Columns
 
 One = TypeVar("One")
 
@@ -43,6 +44,40 @@ class Joined(Dataset):
         start = self.ends[which - 1] if which else 0
         example: Example = self.parts[which][index - start]
         return example._replace(sample_id=index)
+
+
+class LabelledTokens(Dataset):
+    """Texts with a class each; their tokens are read when they are asked for.
+
+    Args:
+        columns: `ids`, the tokens of many texts end to end, and `ends`, where each text ends.
+        rows: (n,) int64, the numbers of the texts in `columns`.
+        labels: (n,) int, class indices.
+        limit: number of tokens that a text is cut to.
+
+    Attributes:
+        whole: (n,) int64, number of tokens of each text before it is cut.
+    """
+
+    def __init__(self, columns: Columns, rows: np.ndarray, labels: np.ndarray, limit: int) -> None:
+        self.columns, self.labels, self.limit = columns, labels, limit
+        ends = columns.mapped("ends")
+        self._ends = ends[rows]
+        self.whole = self._ends - np.where(rows > 0, ends[rows - 1], 0)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: number of tokens of each text."""
+        return np.minimum(self.whole, self.limit)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> LabelledSample:
+        dtype = self.columns.dtype("ids")
+        n, start = int(self.whole[index]), int(self._ends[index] - self.whole[index])
+        data = self.columns.read("ids", start * dtype.itemsize, (start + min(n, self.limit)) * dtype.itemsize)
+        return LabelledSample(index, np.frombuffer(data, dtype), int(self.labels[index]))
 
 
 class Windows(Dataset):

@@ -6,13 +6,17 @@ import csv
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from llm_lightning.data.files.bad_records import BadRecords
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.hugging_face import HubDataset
-from llm_lightning.data.records.labelled import read_labelled, read_like_pandas
+from llm_lightning.data.record_store.labelled import open_labelled
+from llm_lightning.data.records.labelled import LabelledReading, read_labelled, texts_as_pandas_reads_them
+from llm_lightning.data.splits import normalized
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -101,6 +105,67 @@ def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
     assert str(error.value).count("line ") == 10
 
 
+@pytest.mark.parametrize(("name", "place"), [("empty_label.csv", "line 62"), ("null_text.jsonl", "line 61")])
+def test_the_cases_with_bad_records_read_with_quarantine(data_dir: Path, name: str, place: str) -> None:
+    folder = data_dir.parent / "cases" / "cls_formats"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    wanted = dict(line.split("\t")[:2] for line in (folder / "wanted.tsv").read_text().splitlines())
+    bad = BadRecords("quarantine")
+    found = read_labelled(folder / name, bad=bad)
+    assert (len(found) + 1, len(bad.quarantined)) == (int(wanted[name]), 1)
+    assert bad.quarantined[0].place == f"{folder / name}:{place.removeprefix('line ')}"
+    assert {record.label for record in found} == {"praise", "complaint"}
+
+
+def test_a_store_gives_the_texts_labels_keys_and_places_of_the_records(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    words = ["a", "A!", " \u00e9", "\U0001f600", "7 ", "9"]
+    for name in ("x.jsonl", "y.jsonl"):
+        rows = [
+            {"text": "".join(draw.choices(words, k=5)) + "x", "label": draw.choice(["1", "1.0", "2"])}
+            for _ in range(60)
+        ]
+        put(tmp_path / name, "\n".join(map(json.dumps, rows)))
+    files = [str(tmp_path / name) for name in ("x.jsonl", "y.jsonl")]
+    records = read_labelled(files)
+    for _ in range(2):
+        store = open_labelled(files, LabelledReading())
+        assert list(store.texts()) == [record.text for record in records]
+        assert [store.labels[code] for code in store.codes] == [record.label for record in records]
+        assert store.counts() == Counter(record.label for record in records)
+        assert store.first_place("2") == next(record.place for record in records if record.label == "2")
+        assert len(store.notes) == 1
+        assert "labels such as 1 and 1.0 are one class" in store.notes[0]
+        ways = {"exact": str, "trimmed": str.strip, "normalized": normalized}
+        for way, form in ways.items():
+            found = [bytes(key) for key in getattr(store.keys, way)]
+            alike = [form(record.text) for record in records]
+            assert [found.index(key) for key in found] == [alike.index(text) for text in alike], way
+
+
+def test_a_store_is_made_again_when_files_or_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "x.jsonl", '{"text": "one", "label": "A"}\n{"text": "two", "label": "b"}\n')
+    first = open_labelled(str(file), LabelledReading())
+    assert open_labelled(str(file), LabelledReading(fold_labels=True)).labels == ["a", "b"]
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_lightning.data.record_store.labelled._write", None)  # nothing is written again
+        assert open_labelled(str(file), LabelledReading()).folder == first.folder
+    put(file, '{"text": "1st", "label": "A"}\n{"text": "two", "label": "b"}\n')
+    assert list(open_labelled(str(file), LabelledReading()).texts()) == ["1st", "two"]
+
+
+@pytest.mark.parametrize("looked_at", [2, 1000])
+def test_the_columns_are_chosen_by_all_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: int) -> None:
+    monkeypatch.setattr("llm_lightning.data.records.labelled.LOOKED_AT", looked_at)
+    rows = [{"Text": f"text {n}", "label": "ab"[n % 2]} for n in range(5)]
+    file = put(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    assert pairs(file) == [(row["Text"], row["label"]) for row in rows]
+    put(file, "\n".join(map(json.dumps, [*rows, {"text": "here", "label": "a"}])))
+    with pytest.raises(ValueError, match=r"5 bad records: line 1: no column 'text' \(data.text_column\)"):
+        read_labelled(file)
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 2: byte 14 \(0xe9\)"):
         read_labelled(put(tmp_path / "x.tsv", b"text\tlabel\ncaf\xe9\ta\n"))
@@ -119,7 +184,8 @@ def test_a_hugging_face_set_by_its_class_names(tmp_path: Path) -> None:
 
 def test_reading_as_pandas_does_merges_quoted_lines(tmp_path: Path) -> None:
     file = put(tmp_path / "x.tsv", 'a\tone\nb\t"two\na\tthree"\nb\tNA\n')
-    records, merged = read_like_pandas(file, ("label", "text"))
+    merged: list[str] = []
+    records = list(texts_as_pandas_reads_them(file, ("label", "text"), merged))
     assert [(record.label, record.text) for record in records] == [("a", "one"), ("b", "two\na\tthree"), ("b", "NA")]
     assert merged == [f"{file}:2-3"]
     assert [record.place for record in records] == [f"{file}:{line}" for line in (1, 2, 4)]
@@ -132,6 +198,7 @@ def test_all_messages_of_the_real_file(data_dir: Path) -> None:
     assert sum(record.label == "spam" for record in strict) == 747
     by_hand = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
     assert [[record.label, record.text] for record in strict] == by_hand
-    lenient, merged = read_like_pandas(file, ("label", "text"))
+    merged: list[str] = []
+    lenient = list(texts_as_pandas_reads_them(file, ("label", "text"), merged))
     assert len(lenient) == 5572
     assert sum(place.count("-") for place in merged) >= 1

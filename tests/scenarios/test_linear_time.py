@@ -27,6 +27,7 @@ from llm_lightning.data.order import _interleave
 from llm_lightning.data.splits import MOST_MARKS, normalized
 from llm_lightning.data.templates.choose import choose_template
 from llm_lightning.data.templates.conversation import Conversation, Turn
+from llm_lightning.data.text_keys import TextKeys
 from llm_lightning.metrics.answers import rouge_l
 from llm_lightning.metrics.class_report import best_threshold
 from llm_lightning.tokenizers.byte import ByteTokenizer
@@ -51,12 +52,18 @@ class CountedText(str):
     __hash__ = str.__hash__
 
 
-class CountedInt(int):
-    def __eq__(self, other: object) -> bool:
-        Counts.n += 1
-        return int.__eq__(self, other)
+class CountedArray(np.ndarray):
+    """Counts the elements that are compared or picked."""
 
-    __hash__ = int.__hash__
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        Counts.n += self.size
+        plain = [one.view(np.ndarray) if isinstance(one, CountedArray) else one for one in inputs]
+        return getattr(ufunc, method)(*plain, **options)
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        Counts.n += np.size(found)
+        return found
 
 
 class CountedPath(type(Path())):  # type: ignore[misc]
@@ -91,9 +98,10 @@ def turns() -> None:
 
 
 def classes() -> None:
-    texts = [(f"text {index}", CountedInt(index)) for index in range(N)]
-    found = leaked_texts({"train": texts, "val": texts, "test": texts}, [f"class {index}" for index in range(N)])
-    assert found["test"]["exact"] == N
+    keys = TextKeys.of(f"text {chr(300 + index)}" for index in range(N))
+    counted = TextKeys(*(one.view(CountedArray) for one in keys))
+    found = leaked_texts(counted, counted, np.arange(N).view(CountedArray), [f"class {index}" for index in range(N)])
+    assert found["exact"] == found["classes"]["class 7"]["of"] * N == N
 
 
 def files() -> None:

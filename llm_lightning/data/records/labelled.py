@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from llm_lightning.data.files.bad_records import BadRecords
+from llm_lightning.data.files.find import words
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.files.rows import FileRow
+from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.records.rows import Source, open_records
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
 
 SETTINGS = {"text": "data.text_column", "label": "data.label_column"}
+LOOKED_AT = 1000
+"""Records in which both columns are looked for before all are."""
 
 log = logging.getLogger(__name__)
 
@@ -32,75 +41,117 @@ class LabelledText(NamedTuple):
     """file:line"""
 
 
-def read_labelled(
-    source: Source,
-    *,
-    options: FileOptions | None = None,
-    text_column: str = "text",
-    label_column: str = "label",
-    columns: Sequence[str] | None = None,
-    fold_labels: bool = False,
-) -> list[LabelledText]:
-    """Read labelled texts. No text means a missing value: "NA" and "null" are texts like others.
+@dataclass(frozen=True)
+class LabelledReading:
+    """How labelled texts are read. No text means a missing value: "NA" and "null" are texts like others.
 
     Args:
-        source: files of records of any form, or a dataset of the hub.
-        options: how the files are read.
+        options: how files are read.
         text_column, label_column: columns or fields that are read; others are ignored.
         columns: names of the columns of a table without a header line.
         fold_labels: take labels that differ only in case for one.
+    """
+
+    options: FileOptions = AS_THEY_ARE
+    text_column: str = "text"
+    label_column: str = "label"
+    columns: tuple[str, ...] | None = None
+    fold_labels: bool = False
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        return {"text": self.text_column, "label": self.label_column}
+
+
+def read_labelled(source: Source, *, bad: BadRecords | None = None, **reading: Any) -> list[LabelledText]:
+    """Read labelled texts into memory.
+
+    Args:
+        source: files of records of any form, or a dataset of the hub.
+        bad: what is wrong is added here, and refused or left out by its policy; default: refused.
+        reading: see `LabelledReading`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
-    wanted = {"text": text_column, "label": label_column}
-    name, rows = open_records(source, options or AS_THEY_ARE, fields=(text_column, label_column), columns=columns)
-    found = list(rows)
-    bad, records = BadRecords(), []
-    chosen = _chosen_columns(name, found, wanted)
-    for row in found:
+    notes: list[str] = []
+    records = list(labelled_texts(source, LabelledReading(**reading), bad or BadRecords(), notes))
+    new = one_spelling(source, Counter(record.label for record in records), notes)
+    for note in notes:
+        log.info(note)
+    return [record._replace(label=new.get(record.label, record.label)) for record in records] if new else records
+
+
+def labelled_texts(
+    source: Source, reading: LabelledReading, bad: BadRecords, notes: list[str]
+) -> Iterator[LabelledText]:
+    """The records of a source, one at a time; see `read_labelled`.
+
+    Args:
+        notes: what a reader should know is added here, a line each.
+    """
+    name, rows, chosen = _open(source, reading, notes)
+    n_rows = 0
+    for row in tqdm(rows, desc="reading", unit=" records", disable=None, delay=1):
+        n_rows += 1
         reason = row.wrong or _problem(row.record, chosen)
         if reason is not None:
-            bad.add(row.short, reason)
-        else:
-            text, label = row.record[chosen["text"]], _label(row.record[chosen["label"]])
-            records.append(LabelledText(text, label.casefold() if fold_labels else label, row.place))
-    bad.refuse(name, n_records=len(found))
-    if not records:
+            bad.add(row.short, reason, row.place)
+            continue
+        text, label = row.record[chosen["text"]], _label(row.record[chosen["label"]])
+        yield LabelledText(text, label.casefold() if reading.fold_labels else label, row.place)
+    bad.refuse(name, n_records=n_rows)
+    if not n_rows:
         raise ValueError(f"{name} holds no records; give a file with a text and a label in each line")
-    return _with_one_spelling(name, records)
 
 
-def read_like_pandas(path: str | Path, columns: Sequence[str]) -> tuple[list[LabelledText], list[str]]:
-    """Read a tab-separated file as `pandas.read_csv(path, sep="\\t", header=None)` does, quotes and all.
+def texts_as_pandas_reads_them(path: str | Path, columns: Sequence[str], merged: list[str]) -> Iterator[LabelledText]:
+    """The records of `pandas.read_csv(path, sep="\\t", header=None)`, quotes and all.
 
     A text that begins with a quotation mark then goes on, over line ends, to the next one.
 
-    Returns:
-        the records, and the places of those that span several lines of the file.
+    Args:
+        merged: the places of records that span several lines of the file are added here.
     """
     import pandas
 
     path = Path(path)
     frame = pandas.read_csv(path, sep="\t", header=None, names=list(columns), keep_default_na=False, dtype=str)
-    records, merged, line = [], [], 1
+    line = 1
     for row in frame.to_dict("records"):
         n_lines = 1 + str(row["text"]).count("\n")
-        records.append(LabelledText(row["text"], row["label"], f"{path}:{line}"))
+        yield LabelledText(row["text"], row["label"], f"{path}:{line}")
         if n_lines > 1:
             merged.append(f"{path}:{line}-{line + n_lines - 1}")
         line += n_lines
-    return records, merged
 
 
-def _chosen_columns(source: str, rows: Sequence[FileRow], wanted: Mapping[str, str]) -> dict[str, str]:
+def _open(source: Source, reading: LabelledReading, notes: list[str]) -> tuple[str, Iterator[FileRow], dict[str, str]]:
+    """(name of the source, its rows, columns to read)."""
+    wanted = reading.wanted
+    opened = partial(open_records, source, reading.options, fields=list(wanted.values()), columns=reading.columns)
+    name, rows = opened()
+    first = list(islice(rows, LOOKED_AT))
+    there = _columns_of(first)
+    rows = chain(first, rows)
+    if len(first) == LOOKED_AT and not set(wanted.values()) <= there.keys():
+        there = _columns_of(rows)  # another column is taken only if no record has the wanted one
+        _, rows = opened()
+    return name, rows, _chosen_columns(name, list(there), wanted, notes)
+
+
+def _columns_of(rows: Iterable[FileRow]) -> dict[str, None]:
+    """The names of all columns, in the order in which they first occur."""
+    return {name: None for row in rows if row.wrong is None for name in row.record}
+
+
+def _chosen_columns(source: str, there: Sequence[str], wanted: Mapping[str, str], notes: list[str]) -> dict[str, str]:
     """The columns to read: the wanted ones, one that differs in case, or the only one that is left.
 
     Raises:
         ValueError: if there is no such column, said once for all records.
     """
-    there = list(dict.fromkeys(name for row in rows if row.wrong is None for name in row.record))
     chosen = {what: name for what, name in wanted.items() if name in there}
     for what, name in wanted.items():
         same = [one for one in there if one.casefold() == name.casefold()]
@@ -121,7 +172,7 @@ def _chosen_columns(source: str, rows: Sequence[FileRow], wanted: Mapping[str, s
         )
     for what, name in chosen.items():
         if name != wanted[what]:
-            log.info("%s: no column %r (%s): %r is read", source, wanted[what], SETTINGS[what], name)
+            notes.append(f"{source}: no column {wanted[what]!r} ({SETTINGS[what]}): {name!r} is read")
     return {**wanted, **chosen}
 
 
@@ -145,13 +196,16 @@ def _label(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
-def _with_one_spelling(source: str, records: list[LabelledText]) -> list[LabelledText]:
-    """Labels such as 1 and 1.0 become one.
+def one_spelling(source: Source, counts: Mapping[str, int], notes: list[str]) -> dict[str, str]:
+    """New names of labels, so that 1 and 1.0 become one; for `notes` see `labelled_texts`.
+
+    Args:
+        counts: label -> its number of records.
 
     Raises:
         ValueError: if labels differ only in their case.
     """
-    counts = Counter(record.label for record in records)
+    name = source.name if isinstance(source, HubDataset) else ", ".join(words(source))
     folded: dict[str, list[str]] = defaultdict(list)
     for label in counts:
         folded[label.casefold()].append(label)
@@ -159,16 +213,14 @@ def _with_one_spelling(source: str, records: list[LabelledText]) -> list[Labelle
     if in_case is not None:
         spelled = " and ".join(f"{label!r} ({counted(counts[label], 'record')})" for label in in_case)
         raise ValueError(
-            f"{source}: the labels {spelled} differ only in their case; set data.fold_labels=true to take them for one"
+            f"{name}: the labels {spelled} differ only in their case; set data.fold_labels=true to take them for one"
         )
-    whole = {label: whole_number(label) for label in counts}
-    twice = {number for number, n in Counter(whole.values()).items() if number is not None and n > 1}
-    if not twice:
-        return records
-    log.info(
-        "%s: labels such as %s are one class", source, " and ".join(sorted(k for k, v in whole.items() if v in twice))
-    )
-    return [one._replace(label=whole[one.label]) if whole[one.label] in twice else one for one in records]  # type: ignore[arg-type]
+    whole = {label: number for label in counts if (number := whole_number(label)) is not None}
+    twice = {number for number, n in Counter(whole.values()).items() if n > 1}
+    new = {label: number for label, number in whole.items() if number in twice}
+    if new:
+        notes.append(f"{name}: labels such as {' and '.join(sorted(new))} are one class")
+    return new
 
 
 def whole_number(label: str) -> str | None:
@@ -180,7 +232,7 @@ def whole_number(label: str) -> str | None:
     return str(int(number)) if number.is_integer() else None
 
 
-def in_order(labels: set[str]) -> list[str]:
+def in_order(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their indices: numbers by value, else by the alphabet."""
     try:
         return sorted(labels, key=float)

@@ -1,0 +1,73 @@
+"""Validation and test sets of one's own: which settings name them, and what they replace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from llm_lightning.data.files.find import PathWords
+from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.records.rows import Source
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class OwnSplit(NamedTuple):
+    """Where a split comes from that is not cut off from the training data."""
+
+    setting: str
+    """that names it, for messages"""
+    source: Source
+
+
+def own_splits(
+    *,
+    val_path: PathWords | None,
+    test_path: PathWords | None,
+    val_sets: Mapping[str, PathWords] | None,
+    hub: HubDataset | None,
+    hf_val_split: str | None,
+    hf_test_split: str | None,
+) -> dict[str, OwnSplit]:
+    """`val`, `val/<name>` in the order of `val_sets`, and `test`, each where settings name it.
+
+    Args:
+        hub: the dataset of the hub whose splits the last two are.
+
+    Raises:
+        ValueError: if a split is named twice, or a name cannot be one.
+    """
+    found = _one_of("val", val_path, hub, hf_val_split)
+    for name, path in (val_sets or {}).items():
+        if not NAME.fullmatch(name):
+            raise ValueError(f"data.val_sets names a set {name!r}; use letters, digits, _ and - alone")
+        found[f"val/{name}"] = OwnSplit(f"data.val_sets.{name}", path)
+    return found | _one_of("test", test_path, hub, hf_test_split)
+
+
+def cut_fractions(own: Mapping[str, OwnSplit], val: float, test: float) -> tuple[float, float]:
+    """The shares of validation and test that are cut off from the training data: 0 for a split of one's own.
+
+    Raises:
+        ValueError: if a share that counts is not positive, or nothing is left for training.
+    """
+    shares = {split: share for split, share in (("val", val), ("test", test)) if split not in own}
+    if any(share <= 0 for share in shares.values()) or sum(shares.values()) >= 1:
+        named = " and ".join(f"data.{split}_fraction={share}" for split, share in shares.items())
+        raise ValueError(f"{named} must be positive and sum to less than 1")
+    return shares.get("val", 0.0), shares.get("test", 0.0)
+
+
+def _one_of(split: str, path: PathWords | None, hub: HubDataset | None, hub_split: str | None) -> dict[str, OwnSplit]:
+    if path is not None and hub_split is not None:
+        raise ValueError(
+            f"data.{split}_path and data.hf_{split}_split={hub_split} both name the {split} split; keep one"
+        )
+    if path is not None:
+        return {split: OwnSplit(f"data.{split}_path", path)}
+    if hub_split is None:
+        return {}
+    if hub is None:
+        raise ValueError(f"data.hf_{split}_split={hub_split} is a split of data.hf_dataset, which is null; name it")
+    return {split: OwnSplit(f"data.hf_{split}_split", hub._replace(split=hub_split))}
