@@ -138,7 +138,7 @@ def _leaks(parts: Mapping[str, Part], labels: Sequence[str]) -> dict[str, dict[s
 
 
 def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def digest_of(parts: Mapping[str, Part], labels: Sequence[str]) -> str:
