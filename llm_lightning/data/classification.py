@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 
 from llm_lightning.data.base import BaseDataModule, evenly_spaced
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
-from llm_lightning.data.files.bad_records import quarantine_facts, quarantine_line
+from llm_lightning.data.files.bad_records import LISTED
 from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.files.options import FileOptions
 from llm_lightning.data.hugging_face import HubDataset
@@ -30,13 +30,12 @@ from llm_lightning.data.labelled_parts import (
     listed,
     remembered_facts,
 )
+from llm_lightning.data.labelled_split import LabelledSplit
 from llm_lightning.data.own_splits import cut_fractions, own_splits
 from llm_lightning.data.record_store.labelled import LabelledStore, open_labelled, tokens_of_texts
 from llm_lightning.data.records.labelled import LabelledReading, in_order
 from llm_lightning.data.records.rows import Source
 from llm_lightning.data.samples import LabelledTokens
-from llm_lightning.data.splits import book_split, grouped_split, undersampled
-from llm_lightning.data.text_keys import keys_with_digits
 from llm_lightning.files.download import Pinned, check_name, file_of
 from llm_lightning.terminal import counted, inline, visible
 from llm_lightning.tokenizers.base import Tokenizer
@@ -133,7 +132,7 @@ class ClassificationDataModule(BaseDataModule):
         **loading: Any,
     ) -> None:
         super().__init__(bucket=bucket, **loading)
-        _check_settings(split, balance, max_length, pad_to)
+        _check_lengths(max_length, pad_to)
         check_name(name, NAMED)
         if path is not None and name is not None and isinstance(NAMED[name].file, Path):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
@@ -151,8 +150,8 @@ class ClassificationDataModule(BaseDataModule):
             named = next(self._own[one].setting for one in ("val", "test") if one in self._own)
             raise ValueError(f"data.split=book cuts off its own validation and test texts; leave out {named}")
         self._labels, self._fold_labels = labels, fold_labels
-        self._split, self._fractions = split, cut_fractions(self._own, val_fraction, test_fraction)
-        self._split_seed, self._balance = split_seed, balance
+        fractions = cut_fractions(self._own, val_fraction, test_fraction)
+        self._splitting = LabelledSplit(split, fractions, split_seed, balance)
         self._max_length, self._pad_to = max_length, pad_to
         self.parts: dict[str, Part] = {}
         """train, val, val/<name> ..., test"""
@@ -165,7 +164,7 @@ class ClassificationDataModule(BaseDataModule):
         records = stores[""]
         self.labels = list(self._labels or self._named_labels() or in_order(records.labels))
         classes = classes_of(records, self.labels)
-        rows = self._cut(records, classes)
+        rows = self._splitting.rows(records, classes, self.labels, verify=self.verify)
         self.parts = {split: Part(records, part, classes[part]) for split, part in rows.items()}
         for split, (setting, _) in self._own.items():
             own = classes_in_own_split(stores[split], self.labels, setting)
@@ -176,16 +175,20 @@ class ClassificationDataModule(BaseDataModule):
         self.quarantined = [bad for store in stores.values() for bad in store.quarantined]
         facts = remembered_facts(records, self.parts, self.labels, verify=self.verify)
         self.data_digest = facts.pop("digest")
-        self._report = {"records": len(records), "records_over_several_lines": records.merged, "split": self._split}
+        self._report = {
+            "records": len(records),
+            "records_over_several_lines": records.merged,
+            "split": self._splitting.kind,
+        }
         self._report |= facts
         if self.quarantined:
-            self._report["quarantined"] = quarantine_facts(self.quarantined)
+            first = [f"{place}: {reason}" for place, reason in self.quarantined[:LISTED]]
+            self._report |= {"quarantined": len(self.quarantined), "quarantined_first": first}
 
     def build(self) -> None:
         self.read()
         self._tokenize()
-        if self.quarantined:
-            log.warning(quarantine_line(self._report["quarantined"]))
+        self.say_quarantined()
         for line in (*self._notes, *self._lines()):
             log.info(line)
 
@@ -229,10 +232,10 @@ class ClassificationDataModule(BaseDataModule):
         if self._path is not None and not isinstance(self._path, str):
             raise ValueError(f"data.name={self._name} is one file; data.path names a copy of it, not {self._path}")
         file = Path(self._path) if self._path else file_of(named.file)
-        if self._split == "book" and not file.is_file():
+        if self._splitting.kind == "book" and not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; check data.path")
         reading = LabelledReading(FileOptions(quotes=False), columns=named.columns)
-        return self._labelled(file, reading, like_pandas=self._split == "book")
+        return self._labelled(file, reading, like_pandas=self._splitting.kind == "book")
 
     def _labelled(self, source: Source, reading: LabelledReading | None = None, **how: Any) -> LabelledStore:
         """The records of a source, read as the settings say unless `reading` does."""
@@ -243,54 +246,6 @@ class ClassificationDataModule(BaseDataModule):
 
     def _named_labels(self) -> tuple[str, ...] | None:
         return NAMED[self._name].labels if self._name and not self._hub else None
-
-    def _cut(self, records: LabelledStore, classes: np.ndarray) -> dict[str, np.ndarray]:
-        """The splits of the training records, balanced; a split with texts of its own is not cut off."""
-        if self._split == "book":
-            parts: Any = book_split(classes.tolist(), self._fractions, self._split_seed)
-        else:
-            parts = self._grouped(records, classes)
-        self._check_classes(parts, classes)
-        if self._split == "grouped" and self._balance == "undersample":
-            known = classes.tolist()
-            parts = {split: undersampled(part.tolist(), known, self._split_seed) for split, part in parts.items()}
-        return {split: np.asarray(part, np.int64) for split, part in parts.items()}
-
-    def _grouped(self, records: LabelledStore, classes: np.ndarray) -> dict[str, np.ndarray]:
-        """The grouped split; digits count where a split would otherwise lack a class."""
-        folded = self._split_by(records.keys.normalized, classes)
-        if self._first_missing(folded, classes) is None:
-            return folded
-        parts = self._split_by(keys_with_digits(records.texts()), classes)
-        if self._first_missing(parts, classes) is not None:
-            return folded
-        log.warning(
-            "Texts that differ only in their digits may appear in two splits here: kept together, they would leave a "
-            "split without a class"
-        )
-        return parts
-
-    def _split_by(self, keys: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
-        parts = grouped_split(keys, classes, self._fractions, self._split_seed)
-        return {split: part for split, part in parts.items() if split not in self._own}
-
-    def _check_classes(self, parts: Mapping[str, Any], classes: np.ndarray) -> None:
-        found = self._first_missing(parts, classes)
-        if found is not None:
-            split, label = found
-            raise ValueError(
-                f"the {split} split has no text of class {label!r} ({counted(len(parts[split]), 'text')}); "
-                "give more texts, or raise data.val_fraction and data.test_fraction"
-            )
-
-    def _first_missing(self, parts: Mapping[str, Any], classes: np.ndarray) -> tuple[str, str] | None:
-        """The first split that lacks a class, and the class."""
-        for split, part in parts.items():
-            present = set(np.unique(classes[part]).tolist()) if len(part) else set()
-            missing = (label for index, label in enumerate(self.labels) if index not in present)
-            if (label := next(missing, None)) is not None:
-                return split, label
-        return None
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
@@ -368,11 +323,7 @@ class ClassificationDataModule(BaseDataModule):
             )
 
 
-def _check_settings(split: str, balance: str, max_length: int | None, pad_to: int | str | None) -> None:
-    if split not in ("grouped", "book"):
-        raise ValueError(f"data.split={split!r} must be grouped or book")
-    if balance not in ("undersample", "none"):
-        raise ValueError(f"data.balance={balance!r} must be undersample or none")
+def _check_lengths(max_length: int | None, pad_to: int | str | None) -> None:
     if max_length is not None and max_length < 1:
         raise ValueError(f"data.max_length={max_length} must be at least 1")
     if isinstance(pad_to, str) and pad_to not in ("longest_train", "context"):

@@ -116,7 +116,7 @@ def remembered_facts(
 
     Args:
         records: the training records, of which duplicates are counted.
-        verify: compute them again.
+        verify: compare what is in the cache with its digest.
     """
     names = [
         [split, part.store.folder.name, _sha256(part.rows), _sha256(part.classes)] for split, part in parts.items()
@@ -138,7 +138,7 @@ def _leaks(parts: Mapping[str, Part], labels: Sequence[str]) -> dict[str, dict[s
 
 
 def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def digest_of(parts: Mapping[str, Part], labels: Sequence[str]) -> str:

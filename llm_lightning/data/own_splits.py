@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from llm_lightning.data.files.find import PathWords
 from llm_lightning.data.hugging_face import HubDataset
+from llm_lightning.data.mixture import check_source_name
 from llm_lightning.data.records.rows import Source
-
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class OwnSplit(NamedTuple):
@@ -40,8 +38,7 @@ def own_splits(
     """
     found = _one_of("val", val_path, hub, hf_val_split)
     for name, path in (val_sets or {}).items():
-        if not NAME.fullmatch(name):
-            raise ValueError(f"data.val_sets names a set {name!r}; use letters, digits, _ and - alone")
+        check_source_name(name, "data.val_sets")
         found[f"val/{name}"] = OwnSplit(f"data.val_sets.{name}", path)
     return found | _one_of("test", test_path, hub, hf_test_split)
 

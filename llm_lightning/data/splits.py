@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -165,15 +164,16 @@ def joined_groups(*keys: np.ndarray) -> np.ndarray:
     return of_node[nodes[:, 0]]
 
 
-def undersampled(part: Sequence[int], classes: Sequence[int], seed: int) -> list[int]:
-    """As many records of every class as the smallest class has, in their order."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for index in part:
-        members[classes[index]].append(index)
-    least = min(map(len, members.values()))
+def undersampled(part: Sequence[int] | np.ndarray, classes: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
+    """As many records of every class as the smallest class has, in their order, (n,) int64."""
+    part, classes = np.asarray(part, np.int64), np.asarray(classes)
+    _, counts = np.unique(classes[part], return_counts=True)
+    by_class = part[np.argsort(classes[part], kind="stable")]
     draw = np.random.Generator(np.random.Philox(key=[seed, 1]))
-    kept = {i for label in sorted(members) for i in draw.permutation(members[label])[:least].tolist()}
-    return [index for index in part if index in kept]
+    is_kept = np.zeros(len(classes), bool)
+    for members in np.split(by_class, np.cumsum(counts)[:-1]):
+        is_kept[draw.permutation(members)[: counts.min()]] = True
+    return part[is_kept[part]]
 
 
 def book_split(classes: Sequence[int], fractions: tuple[float, float], seed: int) -> dict[str, list[int]]:

@@ -113,16 +113,3 @@ class BadRecords:
         if self._counts and self.n > len(self.first):
             more = " (one of each kind is shown)"
         raise ValueError(f"{source}: {self.n} bad record{'s'[: self.n > 1]}{more}: {'; '.join(self.first)}{tail}")
-
-
-def quarantine_facts(quarantined: Sequence[BadRecord]) -> dict[str, Any]:
-    """For a report: the number of records that were left out, and the first ten."""
-    first = [f"{bad.place}: {bad.reason}" for bad in quarantined[:LISTED]]
-    return {"records": len(quarantined), "first": first}
-
-
-def quarantine_line(facts: Mapping[str, Any]) -> str:
-    """For every start: `facts` as of `quarantine_facts`."""
-    n, first = facts["records"], facts["first"]
-    which = f", the first {LISTED}" if n > LISTED else ""
-    return f"{n:,} bad record{'s'[: n > 1]} left out (data.bad_records=quarantine){which}: {'; '.join(first)}"

@@ -98,7 +98,7 @@ def open_labelled(
 
     Args:
         like_pandas: read the one file as `texts_as_pandas_reads_them` does.
-        verify: read and hash everything again.
+        verify: hash the files again, and compare what is in the cache with its digest.
 
     Raises:
         FileNotFoundError: if there is no such file.
