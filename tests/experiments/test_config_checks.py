@@ -430,6 +430,7 @@ def test_paths_of_the_data_may_change_but_not_what_they_are_for() -> None:
     moved = {"val_path": "x/b.txt", "val_sets": {"hard": "x/c.txt"}, "mixture": [mixture[0] | {"path": "x/a.txt"}]}
     refuse_changes(old, changed(**moved))
     refuse_changes(old, changed(newlines="lf"))  # the default of a setting that an earlier version lacked
+    refuse_changes({"data": {"columns": {"input": "x"}}}, {"data": {"columns": {"input": "x", "history": "history"}}})
     for key, value in {
         "val_sets": {"hard": "c.txt", "easy": "d.txt"},
         "mixture": [mixture[0] | {"weight": 0.6}],

@@ -72,8 +72,14 @@ def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_new(key: str, old: Mapping[str, Any]) -> bool:
     """Whether an earlier version lacked a setting of the data; the digest tells whether it changed anything."""
-    group, _, name = key.partition(".")
-    return group == "data" and isinstance(old.get(group), Mapping) and name.partition(".")[0] not in old[group]
+    node: Any = old
+    for name in key.split("."):
+        if not isinstance(node, Mapping):
+            return False
+        if name not in node:
+            return key.startswith("data.")
+        node = node[name]
+    return False
 
 
 def refuse_renamed(key: str) -> None:
