@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from test_chat_templates import as_messages, ids_of, library, made_tokenizer, own_template, published
+from test_chat_templates import as_messages, ids_of, library, made_tokenizer, marks_of, own_template, published
 
-from llm_lightning.data.instruction import encode
+from llm_lightning.data.instruction import Targets, encode
 from llm_lightning.data.records.instruction import InstructionForm
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.chat import ChatTemplate
@@ -126,11 +126,11 @@ def test_targets_are_those_that_the_template_marks(name: str) -> None:
         expected = reference.apply_chat_template(
             messages, tools=[tool], chat_template=text, return_dict=True, return_assistant_tokens_mask=True
         )
-        n = len(found.ids)
-        assert found.ids.tolist() == expected["input_ids"][:n]
+        n = len(found.token_ids)
+        assert found.token_ids.tolist() == expected["input_ids"][:n]
         wanted = [bool(one) for one in expected["assistant_masks"][:n]]
-        ours = found.is_target.tolist()
-        extra = [found.ids[at] for at in range(n) if wanted[at] and not ours[at]]
+        ours = marks_of(found)
+        extra = [found.token_ids[at] for at in range(n) if wanted[at] and not ours[at]]
         assert {tokenizer.decode([int(one)]).strip() for one in extra} <= {""}, "no more than white space"
         assert not any(one and not other for one, other in zip(ours, wanted, strict=True))
         assert sum(ours) > 20
@@ -314,23 +314,21 @@ def test_an_answer_of_weight_0_is_never_a_target(name: str, loss_on: str) -> Non
     turns = (Turn("a", "", "first"), Turn("b", "", "second"), Turn("c", "", "third"))
     every = Conversation(turns, None, "file:3")
     one = every._replace(turns=(turns[0], turns[1]._replace(is_trained=False), turns[2]))
-    found, whole = (encode(tokenizer, template, given, loss_on=loss_on) for given in (one, every))
-    assert found.ids.tolist() == whole.ids.tolist()
-    lost = [int(i) for i, now, before in zip(found.ids, found.is_target, whole.is_target, strict=True) if now != before]
+    found, whole = (encode(tokenizer, template, given, Targets(loss_on)) for given in (one, every))
+    assert found.token_ids.tolist() == whole.token_ids.tolist()
+    lost = [
+        int(i)
+        for i, now, before in zip(found.token_ids, marks_of(found), marks_of(whole), strict=True)
+        if now != before
+    ]
     header = tokenizer.encode("\nA") if "{" in name else None
     end = ids_of("<|endoftext|>") if header else [template.end_id(tokenizer)]
     start = {"smollm2": ids_of("<|im_start|>", "assistant\n"), "llama3": ids_of(
         "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"
     )}.get(name, header)  # fmt: skip
     assert lost == (start if loss_on == "header" else []) + tokenizer.encode("second") + end
-    first = encode(tokenizer, template, every._replace(turns=(one.turns[1], turns[2])), eos_targets="first")
-    assert first.is_target[-1], "the first end that has a loss"
-
-
-def test_the_last_answer_that_has_a_loss_is_kept_in_a_cut() -> None:
-    turns = (Turn("a", "", "bb"), Turn("c", "", "dd", is_trained=False))
-    found = encode(made_tokenizer(), choose_template("Q{instruction}A{response}|"), Conversation(turns))
-    assert made_tokenizer().decode(found.ids[found.answer_at :].tolist()).startswith("bb")
+    first = encode(tokenizer, template, every._replace(turns=(one.turns[1], turns[2])), Targets(eos_targets="first"))
+    assert marks_of(first)[-1], "the first end that has a loss"
 
 
 def test_as_messages_of_the_tests_is_what_a_template_gets() -> None:

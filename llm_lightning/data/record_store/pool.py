@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from llm_lightning.data.record_store.records import FORMAT, RecordStore
 from llm_lightning.data.record_store.tokens import Pieces, TokenStore
 from llm_lightning.data.splits import numbered
-from llm_lightning.data.templates.conversation import Conversation
+from llm_lightning.data.templates.conversation import Conversation, from_stored
 from llm_lightning.files.atomic import cache_dir, write_atomically
 from llm_lightning.files.columns import key_of, sealed, unsealed
 
@@ -28,6 +29,7 @@ class Pool(Sequence[Conversation]):
     def __init__(self, stores: Sequence[RecordStore]) -> None:
         self.stores = list(stores)
         self.starts = np.cumsum([0, *map(len, stores)])
+        self._starts: list[int] = self.starts.tolist()
         self.prompts, self.groups, self.has_equal_answers = (
             _joined([getattr(one, name) for one in stores]) for name in ("prompts", "groups", "has_equal_answers")
         )
@@ -41,8 +43,12 @@ class Pool(Sequence[Conversation]):
         return int(self.starts[-1])
 
     def __getitem__(self, index: Any) -> Any:
-        store = self.store_of(index)
-        return self.stores[store][int(index) - int(self.starts[store])]
+        return from_stored(self.line(int(index)))
+
+    def line(self, index: int) -> bytes:
+        """A record as it is stored."""
+        store = bisect_right(self._starts, index) - 1
+        return self.stores[store].line(index - self._starts[store])
 
     def store_of(self, index: Any) -> Any:
         """The number of the store that holds a record; or of several, (n,)."""
@@ -54,7 +60,7 @@ class TokenPool:
 
     def __init__(self, stores: Sequence[TokenStore]) -> None:
         self.stores = list(stores)
-        self.starts = np.cumsum([0, *map(len, stores)])
+        self._starts: list[int] = np.cumsum([0, *map(len, stores)]).tolist()
 
     @property
     def key(self) -> list[str]:
@@ -63,8 +69,8 @@ class TokenPool:
 
     def pieces(self, index: int) -> Pieces:
         """Read one record."""
-        store = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.stores[store].pieces(index - int(self.starts[store]))
+        store = bisect_right(self._starts, index) - 1
+        return self.stores[store].pieces(index - self._starts[store])
 
     def longest(self, rows: np.ndarray) -> np.ndarray:
         """The tokens of the longest sequence of some records."""
@@ -104,7 +110,11 @@ class Part(Sequence[Conversation]):
         return self.pool[self.rows[index]]
 
     def __iter__(self) -> Iterator[Conversation]:
-        return (self.pool[row] for row in self.rows)
+        return map(from_stored, self.lines())
+
+    def lines(self) -> Iterator[bytes]:
+        """The records as they are stored."""
+        return (self.pool.line(row) for row in self.rows.tolist())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

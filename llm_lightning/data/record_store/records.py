@@ -99,8 +99,12 @@ class RecordStore(Sequence[Conversation]):
         return len(self._ends)
 
     def __getitem__(self, index: Any) -> Any:
+        return from_stored(self.line(index))
+
+    def line(self, index: int) -> bytes:
+        """A record as it is stored."""
         start = int(self._ends[index - 1]) if index else 0
-        return from_stored(self._columns.read("records", start, int(self._ends[index])))
+        return self._columns.read("records", start, int(self._ends[index]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"label": self.label, "columns": self._columns}

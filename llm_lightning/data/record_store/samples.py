@@ -161,6 +161,7 @@ class Fitting:
             numbers.add(number)
             lengths.add(sample.n_tokens)
             measures.extend(self.kind.measures(sample))
+        cut.flush()
         n_samples = len(whole) - counts["dropped"]
         table = np.frombuffer(measures, np.uint32).reshape(n_samples, -1) if n_samples else np.zeros((0, 1), np.uint32)
         facts = self.kind.facts(np.frombuffer(whole, np.uint32), table) if n_samples else {}

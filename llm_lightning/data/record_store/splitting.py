@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from llm_lightning.data.record_store.pool import Part, Pool
 from llm_lightning.data.record_store.records import FORMAT
 from llm_lightning.data.splits import SPLITS, grouped_split, joined_groups, numbered, order_split
-from llm_lightning.data.templates.conversation import Conversation, as_plain
+from llm_lightning.data.templates.conversation import plain_part
 from llm_lightning.files.atomic import cache_dir
 from llm_lightning.files.columns import Writer, key_of, made_once
 
@@ -70,13 +70,13 @@ def _split_rows(pool: Pool, how: str, fractions: tuple[float, float], seed: int)
     return parts
 
 
-def digest_of(parts: Mapping[str, Iterable[Conversation]], values: Sequence[Any]) -> str:
+def digest_of(parts: Mapping[str, Part], values: Sequence[Any]) -> str:
     """The sha256 of `json.dumps([{split: [record, ...], ...}, *values])`, of which a part at a time is in memory."""
     digest = hashlib.sha256(b"[{")
-    for number, (split, records) in enumerate(parts.items()):
+    for number, (split, part) in enumerate(parts.items()):
         digest.update(f"{', ' if number else ''}{json.dumps(split)}: [".encode())
-        for index, record in enumerate(records):
-            digest.update(f"{', ' if index else ''}{json.dumps(as_plain(record))}".encode())
+        for index, line in enumerate(part.lines()):
+            digest.update((b", " if index else b"") + plain_part(line))
         digest.update(b"]")
     digest.update("".join(["}", *(f", {json.dumps(value)}" for value in values), "]"]).encode())
     return digest.hexdigest()

@@ -21,9 +21,12 @@ from llm_lightning.tokenizers.base import Tokenizer
 KINDS = ("prompt", "header", "response", "end", "untrained", "rejected", "rejected_end")
 """Of pieces; see `Segment`. The last two are the rejected answer of a pair, behind the chosen one."""
 
-_ANSWER = ("response", "end", "rejected", "rejected_end")
+HELD = 4096
+"""Pieces that are written at once."""
 CHECKED = 1000
 """Records that the template checks at once."""
+
+KIND = {name: number for number, name in enumerate(KINDS)}
 
 Encode = Callable[[Tokenizer, Template, Conversation], Iterable[Piece]]
 
@@ -41,7 +44,7 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, pieces: Iterable[Piece]) -> Pieces:
         """Join the pieces of a record."""
-        parts = [(ids, KINDS.index(kind)) for ids, kind in pieces if len(ids)]
+        parts = [(ids, KIND[kind]) for ids, kind in pieces if len(ids)]
         ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in parts)])
         return cls(ids, np.array([kind for _, kind in parts], np.uint8), np.array([len(ids) for ids, _ in parts]))
 
@@ -127,36 +130,51 @@ def tokens_of(
                 for record in chunk:
                     tokens.add(encode(tokenizer, template, record))
                 shown.update(len(chunk))
+        tokens.flush()
         return {}
 
     return TokenStore(made_once(folder, write, verify=verify))
 
 
 class TokenWriter:
-    """Writes the columns of a TokenStore, record by record."""
+    """Writes the columns of a TokenStore, record by record; `flush` after the last."""
 
     def __init__(self, writer: Writer, tokenizer: Tokenizer) -> None:
-        self._dtype = tokenizer.dtype
         self._ids, self._ends = writer.column("ids", tokenizer.dtype), writer.column("ends", np.int64)
         self._kinds, self._lengths = writer.column("kinds", np.uint8), writer.column("lengths", np.uint32)
         self._piece_ends, self._longest = writer.column("piece_ends", np.int64), writer.column("longest", np.uint32)
+        self._dtype, self._held = tokenizer.dtype, list[np.ndarray]()
         self._end = self._n_pieces = 0
 
     def add(self, pieces: Iterable[Piece]) -> None:
         """Append one record."""
-        before, of_answer = self._end, {"response": 0, "rejected": 0}
+        n_shared = n_chosen = n_rejected = 0
         for ids, kind in pieces:
-            if len(ids):
-                answer = "rejected" if kind.startswith("rejected") else "response"
-                of_answer[answer] += len(ids) if kind in _ANSWER else 0
-                self._ids.extend(ids.astype(self._dtype, copy=False).tobytes())
-                self._kinds.add(KINDS.index(kind))
-                self._lengths.add(len(ids))
-                self._end, self._n_pieces = self._end + len(ids), self._n_pieces + 1
+            n = len(ids)
+            if not n:
+                continue
+            self._held.append(ids)
+            self._kinds.add(KIND[kind])
+            self._lengths.add(n)
+            self._n_pieces += 1
+            if kind in ("response", "end"):
+                n_chosen += n
+            elif kind in ("rejected", "rejected_end"):
+                n_rejected += n
+            else:
+                n_shared += n
+        self._end += n_shared + n_chosen + n_rejected
         self._ends.add(self._end)
         self._piece_ends.add(self._n_pieces)
-        both = sum(of_answer.values()) if of_answer["rejected"] else 0  # else one sequence, answers and all
-        self._longest.add(self._end - before - both + (max(of_answer.values()) if both else 0))
+        self._longest.add(n_shared + max(n_chosen, n_rejected))
+        if len(self._held) >= HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            self._ids.extend(np.concatenate(self._held, dtype=self._dtype, casting="unsafe").tobytes())
+            self._held = []
 
 
 def encode_conversation(tokenizer: Tokenizer, template: Template, record: Conversation) -> Iterable[Piece]:

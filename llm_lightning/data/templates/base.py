@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, groupby
 from typing import Any
 
@@ -122,7 +123,10 @@ def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment], before: Segment |
             question += text
             continue
         if kind == "header" and not segment.ids:
-            ids, n = encoded(question + text), len(encoded(question))
+            ids = encoded(question + text)
+            tail = _encoded_header(tokenizer, text)
+            ends_with_it = len(tail) < len(ids) and np.array_equal(ids[len(ids) - len(tail) :], tail)
+            n = len(ids) - len(tail) if ends_with_it else len(encoded(question))
             yield from ((ids[:n], "prompt"),) if n else ()
             yield ids[n:], "header"
         else:
@@ -135,3 +139,9 @@ def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment], before: Segment |
         question = ""
     if question:
         yield encoded(question), "prompt"
+
+
+@lru_cache(maxsize=64)
+def _encoded_header(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """A header alone. Where the ids of question and header end with it, no token spans both."""
+    return tokenizer.encode_inside(text, after_control=False)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
+
 
 class Turn(NamedTuple):
     """One question and its answer."""
@@ -60,17 +62,37 @@ def _plain_turn(turn: Turn) -> list[Any]:
 
 
 def as_stored(conversation: Conversation) -> str:
-    """One line of text from which `from_stored` makes the same conversation."""
-    values = conversation._asdict() | {"turns": [list(turn) for turn in conversation.turns]}
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    """One line of text from which `from_stored` makes the same conversation: `plain_text`, a tab, and what is left."""
+    rest = (conversation.system is None, conversation.place, conversation.group, conversation.record)
+    return f"{plain_text(conversation)}\t{_COMPACT.encode(rest)}"
 
 
-def from_stored(line: str | bytes) -> Conversation:
+def plain_text(conversation: Conversation) -> str:
+    """`as_plain` as JSON, whose digest is that of the conversation."""
+    return json.dumps(as_plain(conversation))
+
+
+def plain_part(line: bytes) -> bytes:
+    """The `plain_text` in a stored line."""
+    return line[: line.index(b"\t")]
+
+
+def from_stored(line: bytes) -> Conversation:
     """The conversation that `as_stored` wrote."""
-    values = json.loads(line)
-    turns = (Turn(*turn) for turn in values["turns"])
-    whole = (turn._replace(before=tuple(turn.before), calls=tuple(turn.calls)) for turn in turns)
-    return Conversation(**values | {"turns": tuple(whole), "tools": tuple(values["tools"])})
+    plain, rest = line.split(b"\t")
+    system, *values = json.loads(plain)
+    has_no_system, place, group, record = json.loads(rest)
+    tools = tuple(values.pop()["tools"]) if isinstance(values[-1], dict) else ()
+    rejected = values.pop() if isinstance(values[-1], str) else None
+    turns = tuple(map(_turn, values))
+    return Conversation(turns, None if has_no_system else system, place, group, record, rejected, tools)
+
+
+def _turn(values: list[Any]) -> Turn:
+    if len(values) == 3:
+        return Turn(*values)
+    instruction, question, response, more = values
+    return Turn(instruction, question, response, more["is_trained"], tuple(more["before"]), tuple(more["calls"]))
 
 
 def more_than_text(conversation: Conversation) -> dict[str, bool]:
