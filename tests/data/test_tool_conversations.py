@@ -283,9 +283,9 @@ def test_turns_of_a_conversation_with_tools() -> None:
 @pytest.mark.parametrize("messages", MESSAGES.values(), ids=list(MESSAGES))
 def test_a_conversation_survives_its_store(messages: Any) -> None:
     one = conversation(messages, group="g")
-    assert from_stored(as_stored(one)) == one
+    assert from_stored(as_stored(one).encode()) == one
     untrained = one._replace(turns=(*one.turns[:-1], one.turns[-1]._replace(is_trained=False)))
-    assert from_stored(as_stored(untrained)) == untrained != one
+    assert from_stored(as_stored(untrained).encode()) == untrained != one
 
 
 def test_plain_values_are_those_of_before_and_tell_conversations_with_tools_apart() -> None:

@@ -6,7 +6,10 @@ targets; what exceeds a context follows from the lengths, so that it serves ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +26,8 @@ KINDS = ("prompt", "header", "response", "end", "untrained", "rejected", "reject
 
 HELD = 4096
 """Pieces that are written at once."""
-CHECKED = 1000
-"""Records that the template checks at once."""
+CHUNK = 256
+"""Records that a thread encodes at once."""
 
 KIND = {name: number for number, name in enumerate(KINDS)}
 
@@ -120,20 +123,39 @@ def tokens_of(
     spec = [FORMAT, encode.__name__, template.describe(), template.digest_values(), tokenizer.fingerprint()]
     folder = records.folder.with_name(f"{records.folder.name}-tokens-{key_of(spec)}")
 
+    def encoded(chunk: Sequence[Conversation]) -> list[list[Piece]]:
+        template.check(chunk)
+        return [list(encode(tokenizer, template, record)) for record in chunk]
+
     def write(writer: Writer) -> dict[str, Any]:
         tokens = TokenWriter(writer, tokenizer)
-        shown = tqdm(total=len(records), desc="tokenising", unit=" records", disable=None, delay=1)
-        with shown:
-            for start in range(0, len(records), CHECKED):
-                chunk = [records[index] for index in range(start, min(start + CHECKED, len(records)))]
-                template.check(chunk)
-                for record in chunk:
-                    tokens.add(encode(tokenizer, template, record))
+        with tqdm(total=len(records), desc="tokenising", unit=" records", disable=None, delay=1) as shown:
+            for chunk in _in_threads(encoded, _chunks(records)):
+                for pieces in chunk:
+                    tokens.add(pieces)
                 shown.update(len(chunk))
         tokens.flush()
         return {}
 
     return TokenStore(made_once(folder, write, verify=verify))
+
+
+def _chunks(records: RecordStore) -> Iterator[list[Conversation]]:
+    for start in range(0, len(records), CHUNK):
+        yield [records[index] for index in range(start, min(start + CHUNK, len(records)))]
+
+
+def _in_threads(function: Callable[[Any], Any], values: Iterable[Any]) -> Iterator[Any]:
+    """The results in order, a few at a time in memory; tokenizers encode without holding the GIL."""
+    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    running: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for value in values:
+            running.append(pool.submit(function, value))
+            if len(running) > n_threads:
+                yield running.popleft().result()
+        for future in running:
+            yield future.result()
 
 
 class TokenWriter:
