@@ -154,15 +154,17 @@ def named_file(name: str) -> Iterator[str]:
             raise ValueError(str(error).replace(str(copy), copy.name)) from error
 
 
+class _Splits(tuple[str, ...]):
+    """The names that a shell completes; `val/NAME` is one, too."""
+
+    def __contains__(self, word: object) -> bool:
+        return re.fullmatch(r"train|val|test|val/[A-Za-z0-9_-]+", str(word)) is not None
+
+
 def add_split(where: Any, *, meaning: str, default: str | None = None) -> None:
     """Add --split: `train`, `val`, `test`, or `val/NAME`, one of the further validation sets of the data."""
-    where.add_argument("--split", type=_split, metavar="{train,val,val/NAME,test}", default=default, help=meaning)
-
-
-def _split(text: str) -> str:
-    if not re.fullmatch(r"train|val|test|val/[A-Za-z0-9_-]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be train, val, test, or val/NAME of a further validation set")
-    return text
+    splits = _Splits(("train", "val", "test"))
+    where.add_argument("--split", choices=splits, metavar="{train,val,val/NAME,test}", default=default, help=meaning)
 
 
 def names_records(word: str) -> bool:

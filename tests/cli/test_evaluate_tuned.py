@@ -51,7 +51,7 @@ def run(folder: Path, name: str, task: str, *more: str) -> Path:
             "seed=7",
             "callbacks.samples=null",
         ]
-        sizes += ["callbacks.responses.max_new_tokens=5"] if task == "sft" else []
+        sizes += ["callbacks.responses.max_new_tokens=5"] if task == "sft" else ["data.max_cut=1"]
         outcome = fit_here([*words, *given, *sizes, *more, f"hydra.run.dir={folder / name}"])
         assert outcome.code == 0, outcome.err
     return folder / name

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from forked import finish_two
@@ -285,7 +286,7 @@ def test_kl_is_exact_where_the_reference_is_at_hand(way: str, runs: Runs, start:
     total, count = 0.0, 0
     for index in range(len(data.eval_samples["val"])):
         for one in data.eval_samples["val"][index].sequences:
-            ids = torch.from_numpy(one.token_ids)[None]
+            ids = torch.from_numpy(one.token_ids.astype(np.int64))[None]
             with torch.no_grad():
                 ours, theirs = (model.eval()(ids).double().log_softmax(-1) for model in (policy.gpt, reference))
             kl = (ours.exp() * (ours - theirs)).sum(-1)[0, :-1][torch.from_numpy(one.is_target[1:])]

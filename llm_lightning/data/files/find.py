@@ -12,6 +12,7 @@ from pathlib import Path
 from llm_lightning.data.files.columnar import is_saved_dataset
 from llm_lightning.data.files.compression import COMPRESSIONS
 from llm_lightning.data.files.form import FORMS, SUFFIXES, named_form
+from llm_lightning.files.atomic import cache_dir
 from llm_lightning.terminal import counted
 
 PathWords = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -80,10 +81,10 @@ def _files_of(word: str, forms: Collection[str]) -> list[Path]:
 
 
 def _files_in(folder: Path, word: str, forms: Collection[str]) -> list[Path]:
-    files, n_hidden, n_others = [], 0, 0
+    files, n_hidden, n_others, cache = [], 0, 0, cache_dir().absolute()
     for file in sorted(_regular_files(folder), key=lambda file: file.relative_to(folder).as_posix()):
-        if any(part.startswith(".") for part in file.relative_to(folder).parts):
-            n_hidden += 1
+        if any(part.startswith(".") for part in file.relative_to(folder).parts) or cache in file.absolute().parents:
+            n_hidden += 1  # what is made of the data is not data
         elif named_form(file) in forms:
             files.append(file)
         else:

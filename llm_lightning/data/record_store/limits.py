@@ -18,6 +18,10 @@ def lost_of(samples: Mapping[str, Samples[Any]]) -> dict[str, Any]:
     return {"splits": {split: found.facts for split, found in samples.items()}, **lost}
 
 
+SOON = 1000
+"""Records of which cutting takes a second."""
+
+
 def check_cut_fraction(facts: Mapping[str, Any], max_cut: float, lengths: np.ndarray) -> None:
     """Raise ValueError if more prompts were cut than allowed."""
     if facts["prompts_cut"] > max_cut * facts["records"]:
@@ -31,18 +35,20 @@ def check_lengths(lengths: np.ndarray, n_records: int, limit: int, max_cut: floa
         lengths: tokens of the records that are used.
     """
     n_long = int((lengths > limit + 2).sum())  # the end of an answer may not be scored
-    if n_long > (max_cut + max_dropped) * n_records:
+    if n_long > max(SOON, (max_cut + max_dropped) * n_records):
         raise ValueError(too_many_cut(n_long, n_records, limit, max_cut, lengths))
 
 
 def too_many_cut(n_cut: int, n_records: int, limit: int, max_cut: float, lengths: np.ndarray) -> str:
     """The error for prompts that do not fit."""
+    # The last token is only a label.
     half, most, longest = (int(one) - 1 for one in np.quantile(lengths, (0.5, 0.95, 1), method="higher"))
+    of_most = f", or to {most} for 95% of them" if most < longest else ""
     return (
         f"{n_cut:,} of {n_records:,} records do not fit into {limit} tokens without a cut in their prompt, more than "
         f"data.max_cut={max_cut:g} allows: half of them need {half} tokens, 95% {most}, the longest {longest}; set "
-        f"model.context_length (and data.max_length, if it is set) to {longest}, or to {most} for 95% of them, or "
-        "raise data.max_cut if the cuts are intended"
+        f"model.context_length (and data.max_length, if it is set) to {longest}{of_most}, or raise data.max_cut if the "
+        "cuts are intended"
     )
 
 
