@@ -15,6 +15,7 @@ BENCHMARKS = {  # name -> arguments that make it quick
     "training": ["--quick"],
     "generation": ["--quick"],
     "token_files": ["--megabytes", "20", "--repeats", "1"],
+    "records": ["--megabytes", "10", "--repeats", "1"],
     "classification": ["--quick"],
     "lora": ["--quick"],
     "sft": ["--quick"],
