@@ -405,7 +405,11 @@ KTO = {"prompt": "a", "completion": "b", "label": True}
 @pytest.mark.parametrize(
     ("record", "of_sft", "of_dpo"),
     [
-        (KTO, None, r"this is unpaired preference data, as for KTO \(completion, label, prompt\); give two answers to"),
+        (
+            KTO,
+            r"as for KTO; of good and bad answers, keep the good",
+            r"this is unpaired preference data, as for KTO \(",
+        ),
         ({"prompt": "a", "completion": "b"}, None, r"this is instruction data .*task=sft learns from it"),
         ({"text": "<|user|>a"}, r"this is pre-rendered text \(text\); give the", r"this is pre-rendered text \(text\)"),
         ({"text": "a", "label": 1}, r"this is classification data .*task=class", r"this is classification data"),

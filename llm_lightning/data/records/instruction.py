@@ -38,6 +38,7 @@ OTHER_DATA = {
     ),
 }
 """Kind of data -> the fields by which it is known, and what to do."""
+UNPAIRED = "of good and bad answers, keep the good ones alone, without the label, to learn to give them"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class InstructionForm(ConversationForm):
         if fields.has("conversations") and not is_alpaca:
             return self.turns(self.messages(fields, "conversations", counts), counts)
         if fields.has("completion") and fields.has("prompt") and not is_alpaca:
+            if isinstance(fields.record.get("label"), bool):
+                raise KindError("a completion with a label true or false, as for KTO", ["KTO's answers"], UNPAIRED)
             asked = self.said(fields, "prompt", "user", counts)
             return self.turns([*asked, *self.said(fields, "completion", "assistant", counts)], counts)
         if not fields.is_there("instruction") and not fields.is_there("output"):
