@@ -75,7 +75,7 @@ class InstructionForm(ConversationForm):
             return self.turns(self.messages(fields, "conversations", counts), counts)
         if fields.has("completion") and fields.has("prompt") and not is_alpaca:
             if isinstance(fields.record.get("label"), bool):
-                raise KindError("a completion with a label true or false, as for KTO", ["KTO's answers"], UNPAIRED)
+                raise KindError("this is a completion with a label, as for KTO", ["KTO's answers"], UNPAIRED)
             asked = self.said(fields, "prompt", "user", counts)
             return self.turns([*asked, *self.said(fields, "completion", "assistant", counts)], counts)
         if not fields.is_there("instruction") and not fields.is_there("output"):
