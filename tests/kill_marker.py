@@ -1,8 +1,10 @@
-"""A callback that tells the outside, in one byte of a file, what a run is doing."""
+"""Callbacks that tell the outside what a run is doing, in one byte of a file, and which samples it trained on."""
 
 from __future__ import annotations
 
+import json
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,14 @@ class Marker(L.Callback):
 
     def on_validation_end(self, *_: Any) -> None:
         self.byte[0:1] = TRAINING
+
+
+class Seen(L.Callback):
+    """Appends a line for each training batch: its epoch, its number, the process, and its samples."""
+
+    def __init__(self, path: str) -> None:
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        line = json.dumps([trainer.current_epoch, batch_idx, trainer.global_rank, batch.sample_ids]) + "\n"
+        os.write(self.file, line.encode())  # at once, or a kill would take what is in a buffer

@@ -31,7 +31,7 @@ from llm_lightning.data.labelled_parts import (
     remembered_facts,
 )
 from llm_lightning.data.labelled_split import LabelledSplit
-from llm_lightning.data.own_splits import cut_fractions, own_splits
+from llm_lightning.data.own_splits import check_one_source, cut_fractions, named_by, own_splits
 from llm_lightning.data.record_store.labelled import LabelledStore, open_labelled, tokens_of_texts
 from llm_lightning.data.records.labelled import LabelledReading, in_order
 from llm_lightning.data.records.rows import Source
@@ -134,6 +134,7 @@ class ClassificationDataModule(BaseDataModule):
         super().__init__(bucket=bucket, **loading)
         _check_lengths(max_length, pad_to)
         check_name(name, NAMED)
+        check_one_source(path=path, hf_dataset=hf_dataset)
         if path is not None and name is not None and isinstance(NAMED[name].file, Path):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
         if split == "book" and name != "sms_spam":
@@ -160,7 +161,10 @@ class ClassificationDataModule(BaseDataModule):
 
     def read(self) -> None:
         """Read, split and balance the texts, without tokenising: enough for `split_of` and `data_digest`."""
-        stores = {"": self._read()} | {split: self._labelled(own.source) for split, own in self._own.items()}
+        stores = {"": self._read()}
+        for split, (setting, source) in self._own.items():
+            with named_by(setting):
+                stores[split] = self._labelled(source)
         records = stores[""]
         self.labels = list(self._labels or self._named_labels() or in_order(records.labels))
         classes = classes_of(records, self.labels)

@@ -6,8 +6,7 @@ import logging
 import sys
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from llm_lightning.data.control_words import described
 from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.mixture import Mixture, mixture_entries
-from llm_lightning.data.own_splits import cut_fractions, own_splits
+from llm_lightning.data.own_splits import check_one_source, cut_fractions, named_by, own_splits
 from llm_lightning.data.record_store.limits import check_cut_fraction, check_dropped_fraction, check_lengths, lost_of
 from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, remembered
 from llm_lightning.data.record_store.records import Reading, RecordStore, open_store
@@ -151,6 +150,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         check_choices(CHOICES, split=split, too_long=too_long, packing=packing)
         check_numbers(max_dropped, max_cut, max_length)
         check_name(name, self.named)
+        check_one_source(path=path, hf_dataset=hf_dataset, mixture=mixture)
         if path is not None and name is not None and isinstance(self.named[name], Path):
             name = None  # your own file wins over the embedded set, of which nobody has a copy
         self.template = choose_template(template, own=own_template, template_date=template_date)
@@ -169,9 +169,6 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         self._how, self._split_seed = split, split_seed
         self._fractions = cut_fractions(self._own, val_fraction, test_fraction)
         self._entries = mixture_entries(mixture) if mixture is not None else []
-        for key, value in (("path", path), ("hf_dataset", hf_dataset)):
-            if self._entries and value is not None:
-                raise ValueError(f"data.mixture and data.{key}={value} are both set; set one of them to null")
         self._strip_eot = strip_eot
         self._max_dropped, self._max_cut, self._packing = max_dropped, max_cut, packing
         self._report: dict[str, Any] = {}
@@ -291,12 +288,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         return collate_padded(rows, pad_id=self.pad_id, context_length=self.context_length), titles
 
     def describe(self) -> str:
-        source = (
-            self._hub.name if self._hub else (f"{self._name}" if self._path is None else ", ".join(words(self._path)))
-        )
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self.records.items())
         layout = "packed" if self.is_packed else "padded"
-        return f"{source}: {sizes} {self.samples_are}; template {self.template.name}, {layout}"
+        return f"{self._source_name()}: {sizes} {self.samples_are}; template {self.template.name}, {layout}"
 
     def report(self) -> dict[str, Any]:
         return self._report
@@ -317,6 +311,13 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         if self._name is None:
             raise ValueError("data.name and data.path are both null; give data.path=FILE with records")
         return file_of(self.named[self._name])
+
+    def _source_name(self) -> str:
+        if self._entries:
+            return f"a mixture of {', '.join(one.name for one in self._entries)}"
+        if self._hub is not None:
+            return self._hub.name
+        return f"{self._name}" if self._path is None else ", ".join(words(self._path))
 
     def _pool(self, sources: Mapping[str, Source]) -> Pool:
         reading = Reading(self.form, self.file_options, self._strip_eot, self.bad_records_policy)
@@ -395,15 +396,6 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         """A value that follows from the records of all splits and `spec`."""
         keys = [[split, part.key] for split, part in self.records.items()]
         return remembered(name, [keys, *spec], compute, verify=self.verify)
-
-
-@contextmanager
-def named_by(setting: str) -> Iterator[None]:
-    """Begin the errors of a source with the setting that names it, where that is not data.path alone."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{setting}: {error}" if setting else str(error)) from None
 
 
 def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> bool:

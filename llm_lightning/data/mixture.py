@@ -52,7 +52,10 @@ def mixture_entries(setting: Any) -> list[MixtureEntry]:
 def check_source_name(name: Any, where: str) -> None:
     """Refuse a name that could not be part of a metric's name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"{where}: the name {name!r} must be made of letters, digits, _ and -")
+        raise ValueError(
+            f"{where}: {name!r} is part of the names of metrics: use letters, digits, _ and -, and write a number in "
+            "quotes"
+        )
 
 
 def _entry(number: int, value: Any) -> MixtureEntry:

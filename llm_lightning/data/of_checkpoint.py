@@ -88,17 +88,14 @@ def _corpus(loaded: LoadedModel, settings: dict[str, Any]) -> PretrainingDataMod
     names = {name for cls in known for name in inspect.signature(cls.__init__).parameters}
     options: dict[str, Any] = {"newlines": "keep", "batch_size": 1}
     options |= {key: settings[key] for key in settings.keys() & names}
-    options |= {"val_sets": _sets(settings), "context_length": loaded.longest_input, "eval_batches": 0}
+    options |= {"context_length": loaded.longest_input, "eval_batches": 0}
     return PretrainingDataModule(tokenizer=loaded.tokenizer, **options)
-
-
-def _sets(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: path for name, path in (settings.get("val_sets") or {}).items() if path is not None}
 
 
 def _refuse_unknown_set(loaded: LoadedModel, split: str | None) -> None:
     """Refuse `val/NAME` if the run had no validation set of that name."""
-    sets = [f"val/{name}" for name in _sets(settings_of(loaded))]
+    named = settings_of(loaded).get("val_sets") or {}
+    sets = [f"val/{name}" for name, path in named.items() if path is not None]
     if split is not None and "/" in split and split not in sets:
         raise ValueError(f"the model's data has no validation set {split}; there are {', '.join(['val', *sets])}")
 
@@ -108,8 +105,6 @@ def _module(loaded: LoadedModel, make: Callable[..., Any], instead: str, texts_o
 
     def build(settings: dict[str, Any]) -> Any:
         options = {key: value for key, value in settings.items() if key not in ("_target_", "preview")}
-        if "val_sets" in options:
-            options["val_sets"] = _sets(settings)
         options = {"newlines": "keep"} | options  # of a run from before there was this setting
         if "template" in options:
             options["columns"] = _unread_before(make) | dict(options.get("columns") or {})

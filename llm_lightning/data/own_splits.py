@@ -1,9 +1,11 @@
-"""Validation and test sets of one's own: which settings name them, and what they replace."""
+"""Where the data of a run come from: the settings that name them, those that exclude each other, and what validation
+and test sets of one's own replace. The same for every task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from llm_lightning.data.files.find import PathWords
 from llm_lightning.data.hugging_face import HubDataset
@@ -19,11 +21,19 @@ class OwnSplit(NamedTuple):
     source: Source
 
 
+def check_one_source(*, path: PathWords | None, hf_dataset: str | None, mixture: Any = None) -> None:
+    """Refuse two settings that both name the training data; `data.name` may be a default, and is no third one."""
+    others = [f"data.{key}={value}" for key, value in (("path", path), ("hf_dataset", hf_dataset)) if value is not None]
+    given = [*(["data.mixture"] if mixture is not None else []), *others]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given[:2])} are both set; set one of them to null")
+
+
 def own_splits(
     *,
     val_path: PathWords | None,
     test_path: PathWords | None,
-    val_sets: Mapping[str, PathWords] | None,
+    val_sets: Mapping[str, PathWords | None] | None,
     hub: HubDataset | None,
     hf_val_split: str | None,
     hf_test_split: str | None,
@@ -31,6 +41,7 @@ def own_splits(
     """`val`, `val/<name>` in the order of `val_sets`, and `test`, each where settings name it.
 
     Args:
+        val_sets: a set whose path is null is left out.
         hub: the dataset of the hub whose splits the last two are.
 
     Raises:
@@ -39,7 +50,8 @@ def own_splits(
     found = _one_of("val", val_path, hub, hf_val_split)
     for name, path in (val_sets or {}).items():
         check_source_name(name, "data.val_sets")
-        found[f"val/{name}"] = OwnSplit(f"data.val_sets.{name}", path)
+        if path is not None:
+            found[f"val/{name}"] = OwnSplit(f"data.val_sets.{name}", path)
     return found | _one_of("test", test_path, hub, hf_test_split)
 
 
@@ -56,10 +68,20 @@ def cut_fractions(own: Mapping[str, OwnSplit], val: float, test: float) -> tuple
     return shares.get("val", 0.0), shares.get("test", 0.0)
 
 
+@contextmanager
+def named_by(setting: str) -> Iterator[None]:
+    """Begin the errors of a source with the setting that names it, where that is not the main one."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{setting}: {error}" if setting else str(error)) from None
+
+
 def _one_of(split: str, path: PathWords | None, hub: HubDataset | None, hub_split: str | None) -> dict[str, OwnSplit]:
     if path is not None and hub_split is not None:
         raise ValueError(
-            f"data.{split}_path and data.hf_{split}_split={hub_split} both name the {split} split; keep one"
+            f"data.{split}_path={path} and data.hf_{split}_split={hub_split} are both set; set one of them to null"
         )
     if path is not None:
         return {split: OwnSplit(f"data.{split}_path", path)}

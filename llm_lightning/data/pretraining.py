@@ -18,7 +18,9 @@ from llm_lightning.data.corpus.sources import Source, open_source
 from llm_lightning.data.corpus.split import Split
 from llm_lightning.data.corpus.token_files import TokenFile
 from llm_lightning.data.files.find import PathWords
+from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.mixture import Mixture
+from llm_lightning.data.own_splits import own_splits
 from llm_lightning.data.samples import Joined, Windows
 from llm_lightning.terminal import counted, visible
 from llm_lightning.tokenizers.base import END_OF_TEXT, Tokenizer
@@ -93,16 +95,12 @@ class PretrainingDataModule(BaseDataModule):
             policy=self.bad_records_policy,
             verify=self.verify,
         )
-        self._corpus = open_corpus(
-            open_one,
-            {"name": name, "path": path, **hub},
-            mixture=mixture,
-            val_path=val_path,
-            test_path=test_path,
-            hf_val_split=hf_val_split,
-            hf_test_split=hf_test_split,
-            val_sets=val_sets,
-        )
+        own = own_splits(
+            val_path=val_path, test_path=test_path, val_sets=val_sets,
+            hub=HubDataset(hf_dataset, hf_config, hf_split, hf_revision) if hf_dataset is not None else None,
+            hf_val_split=hf_val_split, hf_test_split=hf_test_split,
+        )  # fmt: skip
+        self._corpus = open_corpus(open_one, {"name": name, "path": path, **hub}, own, mixture=mixture)
 
     @property
     def train_file(self) -> TokenFile:

@@ -95,8 +95,6 @@ def build_datamodule(
         OtherDataError: if the data are known to have another digest before they are read.
     """
     options = {key: value for key, value in data.items() if key != "preview"}
-    if "val_sets" in options:  # null leaves out a set that a file names
-        options["val_sets"] = {name: path for name, path in (options["val_sets"] or {}).items() if path is not None}
     if "template" in options:
         options["own_template"] = template
     if "packing" in options:

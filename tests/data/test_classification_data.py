@@ -584,12 +584,6 @@ def test_labels_that_cannot_be_used(tmp_path: Path, rows: Any, options: Any, mes
             r"data.test_fraction=1.0 must be positive and sum to less than 1",
         ),
         (
-            {"val_path": "x", "hf_val_split": "v"},
-            r"data.val_path and data.hf_val_split=v both name the val split; keep one",
-        ),
-        ({"hf_test_split": "test"}, r"data.hf_test_split=test is a split of data.hf_dataset, which is null"),
-        ({"val_sets": {"a/b": "x.tsv"}}, r"data.val_sets: the name 'a/b' must be made of letters, digits, _ and -"),
-        (
             {"split": "book", "name": "sms_spam", "test_path": "x.tsv"},
             r"data.split=book cuts off its own validation and test texts; leave out data.test_path",
         ),

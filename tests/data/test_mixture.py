@@ -208,7 +208,7 @@ GOOD = {"name": "a", "path": "a.txt", "weight": 1}
         ([], r"data\.mixture=\[\] must be a list"),
         (["a.txt"], r"data\.mixture\[0\]='a\.txt' must be a source, as \{name: web"),
         ([{"path": "a", "weight": 1}], r"data\.mixture\[0\] has no name"),
-        ([{**GOOD, "name": "a/b"}], r"data\.mixture\[0\]: the name 'a/b' must be made of letters"),
+        ([{**GOOD, "name": "a/b"}], r"data\.mixture\[0\]: 'a/b' is part of the names of metrics: use letters"),
         ([GOOD, GOOD], r"2 sources have the name 'a'"),
         ([{**GOOD, "wieght": 2}], r"data\.mixture\[0\] \(a\): unknown key 'wieght'; did you mean weight\?"),
         ([GOOD, {**GOOD, "name": "b", "weight": 0}], r"data\.mixture\[1\] \(b\): weight=0 must be a number above 0"),

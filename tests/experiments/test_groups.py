@@ -177,7 +177,6 @@ OWN_FILES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"test_path": ["a"], "test_fraction": 0.2}, "test_fraction", "data.test_fraction=0.2 is ignored: data.test_path"),
     ({"hf_dataset": "x", "hf_val_split": "v", "val_fraction": 0.2}, "val_fraction", "data.val_fraction=0.2 is ignored"),
     ({"hf_val_split": "v", "val_fraction": 0.2}, "val_fraction", None),
-    ({"hf_val_split": "v", "val_fraction": 0.2}, "hf_val_split", "data.hf_val_split=v is ignored: no data.hf_dataset"),
     ({"mixture": [{"name": "a"}], "name": "b"}, "name", "data.name=b is ignored: data.mixture takes precedence"),
     ({"mixture": [{"name": "a"}], "text_field": "b"}, "text_field", None),
     ({"name": "b", "val_sets": {"hard": "x"}, "text_field": "b"}, "text_field", None),

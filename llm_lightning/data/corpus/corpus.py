@@ -14,8 +14,10 @@ import numpy as np
 from llm_lightning.data.corpus.sources import Source
 from llm_lightning.data.corpus.split import Split
 from llm_lightning.data.corpus.token_files import TokenFile, TrainTokenizer, build_token_files, trained_tokenizer
+from llm_lightning.data.files.find import PathWords
 from llm_lightning.data.hugging_face import HubDataset
-from llm_lightning.data.mixture import check_source_name, mixture_entries
+from llm_lightning.data.mixture import mixture_entries
+from llm_lightning.data.own_splits import OwnSplit, check_one_source, named_by
 from llm_lightning.tokenizers.base import Tokenizer
 
 OpenSource = Callable[..., Source]
@@ -60,67 +62,40 @@ class Corpus:
 def open_corpus(
     open_one: OpenSource,
     main: Mapping[str, Any],
+    own: Mapping[str, OwnSplit],
     *,
     mixture: Any = None,
-    val_path: Any = None,
-    test_path: Any = None,
-    hf_val_split: str | None = None,
-    hf_test_split: str | None = None,
-    val_sets: Mapping[str, Any] | None = None,
 ) -> Corpus:
     """Open what the settings name.
 
     Args:
         open_one: opens a source by `name`, `path` and `hf_*`.
         main: these settings of the main source.
+        own: from `own_splits`.
+        mixture: instead of the main source.
 
     Raises:
         ValueError, OSError: settings that exclude each other; or from `open_source`, naming the setting.
     """
-    own: dict[str, Source] = {}
-    for stage, path, split in (("val", val_path, hf_val_split), ("test", test_path, hf_test_split)):
-        if path is not None and split is not None:
-            raise ValueError(f"data.{stage}_path={path} and data.hf_{stage}_split={split} are both set; leave one out")
-        if split is not None and (main.get("hf_dataset") is None or mixture is not None):
-            raise ValueError(f"data.hf_{stage}_split={split} is a split of data.hf_dataset, which is not set")
-        if path is not None:
-            own[stage] = _opened(f"data.{stage}_path", open_one, path=path)
-        elif split is not None:
-            own[stage] = open_one(**{**main, "path": main.get("path"), "hf_split": split})
-    for name, path in (val_sets or {}).items():
-        check_source_name(name, "data.val_sets")
-        own[f"val/{name}"] = _opened(f"data.val_sets.{name}", open_one, path=path)
+    check_one_source(path=main.get("path"), hf_dataset=main.get("hf_dataset"), mixture=mixture)
+    opened = {stage: _opened(one.setting, open_one, one.source) for stage, one in own.items()}
     if mixture is None:
-        return Corpus({"": open_one(**main)}, (1.0,), own)
-    return Corpus(*_mixture(open_one, main, mixture), own)
+        return Corpus({"": open_one(**main)}, (1.0,), opened)
+    entries = mixture_entries(mixture)
+    sources = {one.name: _opened(f"data.mixture ({one.name})", open_one, one.hub or one.path or "") for one in entries}
+    return Corpus(sources, tuple(one.weight for one in entries), opened)
 
 
-def _mixture(
-    open_one: OpenSource, main: Mapping[str, Any], setting: Any
-) -> tuple[dict[str, Source], tuple[float, ...]]:
-    for key in ("path", "hf_dataset"):
-        if main.get(key) is not None:
-            raise ValueError(f"data.mixture and data.{key}={main[key]} are both set; set one of them to null")
-    entries = mixture_entries(setting)
-    sources = {}
-    for entry in entries:
-        what = {"path": entry.path} if entry.hub is None else _of_hub(entry.hub)
-        sources[entry.name] = _opened(f"data.mixture ({entry.name})", open_one, **what)
-    return sources, tuple(entry.weight for entry in entries)
-
-
-def _of_hub(hub: HubDataset) -> dict[str, Any]:
-    return {"hf_dataset": hub.name, "hf_config": hub.config, "hf_split": hub.split, "hf_revision": hub.revision}
-
-
-def _opened(setting: str, open_one: OpenSource, **what: Any) -> Source:
+def _opened(setting: str, open_one: OpenSource, source: PathWords | HubDataset) -> Source:
     """A source; its error begins with the setting that names it."""
-    try:
-        return open_one(**what)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{setting}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from None
+    with named_by(setting):
+        if isinstance(source, HubDataset):
+            name, config, split, revision = source
+            opened = open_one(hf_dataset=name, hf_config=config, hf_split=split, hf_revision=revision)
+        else:
+            opened = open_one(path=source)
+    opened.setting = setting
+    return opened
 
 
 def token_files(

@@ -19,6 +19,7 @@ from llm_lightning.data.files.form import form_of
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.files.signature import is_settled, signature_of
 from llm_lightning.data.hugging_face import HubDataset, hugging_face_file
+from llm_lightning.data.own_splits import check_one_source, named_by
 from llm_lightning.files.download import Pinned, download
 from llm_lightning.nearest import did_you_mean
 from llm_lightning.terminal import counted
@@ -54,6 +55,8 @@ class Source:
 
     def __init__(self, label: str, readers: Sequence[Reader], *, policy: str = "refuse", verify: bool = False) -> None:
         self.label, self.readers, self.policy, self.verify = label, readers, policy, verify
+        self.setting = ""
+        """That names it, if it is not the main source: errors begin with it."""
 
     def documents(self, bad: BadRecords | None = None) -> Iterator[Document]:
         """Yield all documents in a fixed order.
@@ -90,6 +93,10 @@ class Source:
 
     @cached_property
     def _survey(self) -> Survey:
+        with named_by(self.setting):
+            return self._surveyed()
+
+    def _surveyed(self) -> Survey:
         files = [reader.path for reader in self.readers if not isinstance(reader, InMemory)]  # type: ignore[attr-defined]
         if len(files) < len(self.readers):
             return self._read()
@@ -145,8 +152,7 @@ def open_source(
         ValueError: no source, more than one, an unknown name, or a file of no form that is read.
         DownloadError: a named data set could not be downloaded.
     """
-    if path is not None and hf_dataset is not None:
-        raise ValueError(f"data.path={path} and data.hf_dataset={hf_dataset} are both set; set one of them to null")
+    check_one_source(path=path, hf_dataset=hf_dataset)
     if path is not None:
         found = find_files(path)
         readers = [_reader(file, text_field, split_on_eot, options or AS_THEY_ARE) for file in found.files]

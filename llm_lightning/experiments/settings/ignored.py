@@ -65,7 +65,7 @@ RULES = (
     Rule(("data.name",), lambda v: v.get("data.hf_dataset") is not None, "data.hf_dataset takes precedence"),
     Rule(("data.name",), lambda v: v.get("data.mixture") is not None, "data.mixture takes precedence"),
     Rule(
-        tuple(f"data.hf_{name}" for name in ("config", "split", "val_split", "test_split", "revision")),
+        tuple(f"data.hf_{name}" for name in ("config", "split", "revision")),
         _is_off("data.hf_dataset"),
         "no data.hf_dataset",
     ),
