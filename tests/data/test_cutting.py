@@ -127,9 +127,10 @@ def test_a_result_of_a_tool_stays_with_its_call(question: str, tmp_path: Path) -
     assert shortened(record, lambda one: encode(BYTES, template, one).n_tokens <= 10) is None
 
 
-@pytest.mark.parametrize(
-    "text", ["Some words. " * 80_000, "word " * 200_000, "x" * 1_000_000, ".)" * 500_000], ids=str.split
-)
+LONG = {"sentences": "Some words. " * 80_000, "words": "word " * 200_000, "one word": "x" * 1_000_000}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_a_question_of_a_megabyte_is_cut_in_seconds(text: str, tmp_path: Path) -> None:
     template, n = a_template("jinja", tmp_path), [0]
 
