@@ -4,7 +4,8 @@
     system message -> what is left of the question
 
 The last answer is never cut here. Within a text the cut is before a sentence; before a word where no sentence fits;
-before a character where no word does. What remains is a conversation that a template renders like any other.
+before a character where no word does. What remains is a conversation that a template renders like any other: results
+of tools stay with the question whose answer called them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 from llm_lightning.data.templates.conversation import Conversation
 
-_SENTENCE = re.compile("(?<=[.!?])[\"'\u201d\u2019)\\]]*\\s+|(?<=[\u3002\uff01\uff1f])|\\n+")
+_CLOSING = "[\"'\u201d\u2019)\\]\u300d\u300f\uff09]*"
+_SENTENCE = re.compile(rf"(?<=[.!?]){_CLOSING}\s+|(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f]){_CLOSING}\s*|\n+")
 _WORD = re.compile(r"\s+")
 
 Fits = Callable[[Conversation], bool]
@@ -23,22 +25,23 @@ Fits = Callable[[Conversation], bool]
 def shortened(record: Conversation, fits: Fits) -> Conversation | None:
     """The longest remainder of a conversation that fits; None if not even its last answer does."""
     turns = record.turns
-    kept = _first(range(1, len(turns)), lambda n: fits(record._replace(turns=turns[n:])))
+    begins = [number for number, turn in enumerate(turns) if number == 0 or not turn.before]
+    kept = _first(begins[1:], lambda n: fits(record._replace(turns=turns[n:])))
     if kept is not None:
         return record._replace(turns=turns[kept:])
-    record = record._replace(turns=turns[-1:])
+    record = record._replace(turns=turns[begins[-1] :])
     return (
-        _cut(record, _with_input, record.turns[-1].input, fits, may_be_empty=True)
-        or _cut(_with_input(record, ""), _with_instruction, record.turns[-1].instruction, fits)
+        _cut(record, _with_input, record.turns[0].input, fits, may_be_empty=True)
+        or _cut(_with_input(record, ""), _with_instruction, record.turns[0].instruction, fits)
         or _without_system(_with_input(record, ""), fits)
     )
 
 
 def _without_system(record: Conversation, fits: Fits) -> Conversation | None:
-    instruction = record.turns[-1].instruction
+    instruction = record.turns[0].instruction
     last = _with_instruction(record, instruction[_starts(_SENTENCE, instruction)[-1] :])
     return _cut(last, _with_system, record.system or "", fits, may_be_empty=True) or _cut(
-        last._replace(system=None), _with_instruction, last.turns[-1].instruction, fits, ways=("word", "character")
+        last._replace(system=None), _with_instruction, last.turns[0].instruction, fits, ways=("word", "character")
     )
 
 
@@ -79,11 +82,11 @@ def _first(numbers: Sequence[int], is_enough: Callable[[int], bool]) -> int | No
 
 
 def _with_input(record: Conversation, text: str) -> Conversation:
-    return record._replace(turns=(record.turns[-1]._replace(input=text),))
+    return record._replace(turns=(record.turns[0]._replace(input=text), *record.turns[1:]))
 
 
 def _with_instruction(record: Conversation, text: str) -> Conversation:
-    return record._replace(turns=(record.turns[-1]._replace(instruction=text),))
+    return record._replace(turns=(record.turns[0]._replace(instruction=text), *record.turns[1:]))
 
 
 def _with_system(record: Conversation, text: str) -> Conversation:
