@@ -407,7 +407,7 @@ KTO = {"prompt": "a", "completion": "b", "label": True}
     [
         (
             KTO,
-            r"as for KTO; of good and bad answers, keep the good",
+            r"this is a completion with a label, as for KTO; of good",
             r"this is unpaired preference data, as for KTO \(",
         ),
         ({"prompt": "a", "completion": "b"}, None, r"this is instruction data .*task=sft learns from it"),
