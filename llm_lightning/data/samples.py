@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llm_lightning.data.batches import Example, LabelledSample
-from llm_lightning.files.columns import Columns
+from llm_lightning.files.columns import Columns, as_reference, from_reference
 
 One = TypeVar("One")
 
@@ -112,12 +112,8 @@ class Windows(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """A memory map as its path: a loader process that is not forked would otherwise be sent all of its content."""
-        if not isinstance(self.tokens, np.memmap):
-            return self.__dict__
-        return {**self.__dict__, "tokens": (str(self.tokens.filename), self.tokens.dtype.str, self.tokens.shape)}
+        return {**self.__dict__, "tokens": as_reference(self.tokens)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.tokens, tuple):
-            path, dtype, shape = self.tokens
-            self.tokens = np.memmap(path, dtype=dtype, mode="r", shape=shape)
+        self.tokens = from_reference(self.tokens)

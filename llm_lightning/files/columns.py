@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -164,6 +164,33 @@ class Columns:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
+
+
+class Reference(NamedTuple):
+    """A mapped file by its path."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def as_reference(value: Any) -> Any:
+    """A mapped array as a reference to its file; anything else as it is."""
+    is_whole = (
+        isinstance(value, np.memmap) and value.filename is not None and value.size * value.itemsize == _size(value)
+    )
+    return Reference(str(value.filename), value.dtype.str, value.shape) if is_whole else value
+
+
+def from_reference(value: Any) -> Any:
+    """What `as_reference` was given."""
+    if not isinstance(value, Reference):
+        return value
+    return np.memmap(value.path, dtype=value.dtype, mode="r", shape=value.shape)
+
+
+def _size(array: np.memmap) -> int:
+    return Path(array.filename).stat().st_size  # type: ignore[arg-type]
 
 
 def made_once(folder: Path, write: Callable[[Writer], dict[str, Any]], *, verify: bool = False) -> Columns:

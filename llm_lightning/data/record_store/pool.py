@@ -99,7 +99,8 @@ class Part(Sequence[Conversation]):
 
     def with_different_answers(self) -> Part:
         """Without pairs of equal answers, from which nothing can be learnt."""
-        return Part(self.pool, self.rows[~self.pool.has_equal_answers[self.rows]])
+        are_equal = self.pool.has_equal_answers[self.rows]
+        return Part(self.pool, self.rows[~are_equal]) if are_equal.any() else self
 
     def __len__(self) -> int:
         return len(self.rows)

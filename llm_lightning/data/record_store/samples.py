@@ -19,7 +19,7 @@ from llm_lightning.data.record_store.tokens import Encode, Pieces, TokenStore, T
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.atomic import cache_dir
-from llm_lightning.files.columns import Columns, Writer, key_of, made_once
+from llm_lightning.files.columns import Columns, Writer, as_reference, from_reference, key_of, made_once
 from llm_lightning.tokenizers.base import Tokenizer
 
 Sample = TypeVar("Sample")
@@ -60,6 +60,13 @@ class Samples(Dataset, Generic[Sample]):
     def __getitem__(self, index: int) -> Sample:
         sample: Sample = self._made(int(self._numbers[index]))
         return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Mapped files as their paths: a loader process that is not forked would be sent all of their content."""
+        return {name: as_reference(value) for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {name: from_reference(value) for name, value in state.items()}
 
     def most_cut(self, n: int) -> list[tuple[int, int, Sample]]:
         """(number of the record in the split, its tokens, its sample) of those that lost most."""
