@@ -358,7 +358,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             if not len(found):
                 raise ValueError(self.nothing_fits.format(split=split, limit=self.limit))
         self._report |= lost_of(samples) | {"limit": self.limit, "too_long": self.too_long}
-        check_dropped_fraction(self._report, self._max_dropped)
+        check_dropped_fraction(self._report, self._max_dropped, lengths)
         check_cut_fraction(self._report, self._max_cut, lengths)
         self._take(samples)
 

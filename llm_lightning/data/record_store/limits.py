@@ -41,23 +41,29 @@ def check_lengths(lengths: np.ndarray, n_records: int, limit: int, max_cut: floa
 
 def too_many_cut(n_cut: int, n_records: int, limit: int, max_cut: float, lengths: np.ndarray) -> str:
     """The error for prompts that do not fit."""
-    # The last token is only a label.
-    half, most, longest = (int(one) - 1 for one in np.quantile(lengths, (0.5, 0.95, 1), method="higher"))
-    of_most = f", or to {most} for 95% of them" if most < longest else ""
     return (
         f"{n_cut:,} of {n_records:,} records do not fit into {limit} tokens without a cut in their prompt, more than "
-        f"data.max_cut={max_cut:g} allows: half of them need {half} tokens, 95% {most}, the longest {longest}; set "
-        f"model.context_length (and data.max_length, if it is set) to {longest}{of_most}, or raise data.max_cut if the "
-        "cuts are intended"
+        f"data.max_cut={max_cut:g} allows: {needed(lengths)}, or raise data.max_cut if the cuts are intended"
     )
 
 
-def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float) -> None:
+def check_dropped_fraction(facts: Mapping[str, Any], max_dropped: float, lengths: np.ndarray) -> None:
     """Raise ValueError if more records were dropped, or had an answer cut, than allowed."""
     n_dropped = facts["dropped"] + facts["answers_cut"]
     if n_dropped > max_dropped * facts["records"]:
         raise ValueError(
             f"{n_dropped} of {facts['records']} records do not fit into {facts['limit']} tokens ({facts['dropped']} "
-            f"dropped, {facts['answers_cut']} answers cut), more than data.max_dropped={max_dropped:g} allows; "
-            "raise model.context_length or data.max_length, or data.max_dropped if that is intended"
+            f"dropped, {facts['answers_cut']} answers cut), more than data.max_dropped={max_dropped:g} allows: "
+            f"{needed(lengths)}, or raise data.max_dropped if that is intended"
         )
+
+
+def needed(lengths: np.ndarray) -> str:
+    """How long records are, and the context that holds them."""
+    # The last token is only a label.
+    half, most, longest = (int(one) - 1 for one in np.quantile(lengths, (0.5, 0.95, 1), method="higher"))
+    of_most = f", or to {most} for 95% of them" if most < longest else ""
+    return (
+        f"half of them need {half} tokens, 95% {most}, the longest {longest}; set model.context_length (and "
+        f"data.max_length, if it is set) to {longest}{of_most}"
+    )
