@@ -254,7 +254,8 @@ def test_of_a_conversation_the_earlier_turns_are_cut_first(
         (
             "cut_answer",
             3,
-            r"3 of 30 .* \(0 dropped, 3 answers cut\), more than data.max_dropped=0.09 allows: half of them need 5 tokens, 95% 11, the longest 11; set model.con",
+            r"3 of 30 .* \(0 dropped, 3 answers cut\), more than data.max_dropped=0.09 allows: half of them need 5 "
+            r"tokens, 95% 11, the longest 11; set model.context_length",
         ),
     ],
 )
