@@ -8,7 +8,6 @@ one process while others wait, and are verified when opened.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -28,6 +27,7 @@ from llm_lightning.data.corpus.split import Split
 from llm_lightning.data.files.signature import signature_of
 from llm_lightning.data.files.verified import backdate, is_as_verified, keep_verified
 from llm_lightning.files.atomic import cache_dir, commit, locked, sha256_of, write_atomically
+from llm_lightning.files.columns import key_of, sealed, unsealed
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.tokenizers.build import from_description
 
@@ -89,7 +89,7 @@ def build_token_files(
     if add_eot and tokenizer.eot_id is None:
         raise ValueError("this tokenizer has no end-of-text token to put between documents; set data.add_eot=false")
     spec = {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "add_eot": add_eot, **parts.describe()}
-    folder = cache / "tokens" / _key(spec)
+    folder = cache / "tokens" / key_of(spec)
     if (files := _opened(folder, tokenizer, verify)) is not None:
         return files
     with locked(folder):
@@ -113,12 +113,12 @@ def trained_tokenizer(train: TrainTokenizer, splits: Sequence[Split], cache: Pat
     settings = [train.func.__qualname__, train.args, train.keywords]
     texts = [parts.describe() for parts in splits]
     spec = {"format": FORMAT, "train": settings, **(texts[0] if len(texts) == 1 else {"texts": texts})}
-    path = (cache or cache_dir()) / "tokenizers" / f"{_key(spec)}.json"
+    path = (cache or cache_dir()) / "tokenizers" / f"{key_of(spec)}.json"
     with locked(path):
-        if (description := _unsealed(path)) is not None:
+        if (description := unsealed(path)) is not None:
             return from_description(description)
         tokenizer = train(_training_texts(splits))
-        write_atomically(path, _sealed(tokenizer.describe()))
+        write_atomically(path, sealed(tokenizer.describe()))
     return tokenizer
 
 
@@ -131,7 +131,7 @@ def _training_texts(splits: Sequence[Split]) -> Iterator[str]:
 
 def _opened(folder: Path, tokenizer: Tokenizer, verify: bool = False) -> dict[str, TokenFile] | None:
     """Return the files of a folder, or None unless all are there with the right content."""
-    manifest = _unsealed(folder / "manifest.json")
+    manifest = unsealed(folder / "manifest.json")
     if manifest is None:
         return None
     files = {
@@ -173,7 +173,7 @@ def _build(folder: Path, parts: Split, tokenizer: Tokenizer, add_eot: bool, spec
         making.mkdir(parents=True)
         written = _write_parts(making, parts, tokenizer, add_eot)
         manifest = {**spec, "parts": {name: part.summary() for name, part in written.items()}}
-        write_atomically(making / "manifest.json", _sealed(manifest))
+        write_atomically(making / "manifest.json", sealed(manifest))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         commit(making, folder)
     except OSError as error:
@@ -236,30 +236,3 @@ class _Part:
         """Return the fields of TokenFile that the manifest keeps."""
         counts = {"n_tokens": self.n_tokens, "n_bytes": self.n_bytes, "n_documents": self.n_documents}
         return {"dtype": self.dtype, **counts, "digest": self.sha256.hexdigest()}
-
-
-# -- small files that know their own digest ------------------------------------------------------------------
-
-
-def _key(spec: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _sealed(content: dict[str, Any]) -> str:
-    body = json.dumps(content, sort_keys=True)
-    return json.dumps({"content": content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
-
-
-def _unsealed(path: Path) -> dict[str, Any] | None:
-    """Return the content; None if the file is missing or damaged."""
-    try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
-        body = json.dumps(sealed["content"], sort_keys=True)
-        if hashlib.sha256(body.encode()).hexdigest() == sealed["sha256"]:
-            return sealed["content"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        pass
-    log.warning("%s is damaged: making it again", path)
-    return None
