@@ -12,6 +12,7 @@ import pytest
 from tiny_run import SETTINGS, train_here, write_checkpoint
 
 from llm_lightning.cli.main import main
+from llm_lightning.data.record_store import records
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
@@ -153,7 +154,7 @@ def test_splits_of_a_dataset_of_the_hub(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_bad_records_are_listed_at_every_start(there: Path, task: str) -> None:
+def test_bad_records_are_listed_at_every_start(there: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     bad = {"train.jsonl": ['{"instruction": 3}', '{"instruction": "a"', "[]"], "val.jsonl": ["null"]}
     for name, lines in bad.items():
         with Path(name).open("a") as file:
@@ -162,7 +163,7 @@ def test_bad_records_are_listed_at_every_start(there: Path, task: str) -> None:
     refused = train_here([*words, "trainer.max_steps=1"])
     assert refused.code == 2
     assert "train.jsonl" in refused.err
-    for steps in (1, 2):  # the second time from the cache
+    for steps in (1, 2):
         out = train(*words, "data.bad_records=quarantine", f"trainer.max_steps={steps}")
         assert out.count("4 bad records left out (data.bad_records=quarantine)") == 1
         run = there / "outputs" / task / "first"
@@ -174,3 +175,4 @@ def test_bad_records_are_listed_at_every_start(there: Path, task: str) -> None:
         assert summary_of(run)["data"]["quarantined"] == 4
         assert "4 records that could not be read were left out" in out
         (run / "bad_records.jsonl").unlink()
+        monkeypatch.setattr(records, "open_records", None)  # from now on only the cache can answer
