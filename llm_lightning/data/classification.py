@@ -31,7 +31,7 @@ from llm_lightning.data.labelled_parts import (
     remembered_facts,
 )
 from llm_lightning.data.labelled_split import LabelledSplit
-from llm_lightning.data.own_splits import check_one_source, cut_fractions, named_by, own_splits
+from llm_lightning.data.own_splits import check_one_source, cut_fractions, named_by, own_splits, splits_in_order
 from llm_lightning.data.record_store.labelled import LabelledStore, open_labelled, tokens_of_texts
 from llm_lightning.data.records.labelled import LabelledReading, in_order
 from llm_lightning.data.records.rows import Source
@@ -173,8 +173,7 @@ class ClassificationDataModule(BaseDataModule):
         for split, (setting, _) in self._own.items():
             own = classes_in_own_split(stores[split], self.labels, setting)
             self.parts[split] = Part(stores[split], np.arange(len(own)), own)
-        val_sets = [split for split in self._own if "/" in split]
-        self.parts = {split: self.parts[split] for split in ("train", "val", *val_sets, "test")}
+        self.parts = {split: self.parts[split] for split in splits_in_order(self.parts)}
         self._notes = [note for store in stores.values() for note in store.notes]
         self.quarantined = [bad for store in stores.values() for bad in store.quarantined]
         facts = remembered_facts(records, self.parts, self.labels, verify=self.verify)

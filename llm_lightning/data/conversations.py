@@ -20,7 +20,7 @@ from llm_lightning.data.control_words import described
 from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.mixture import Mixture, mixture_entries
-from llm_lightning.data.own_splits import check_one_source, cut_fractions, named_by, own_splits
+from llm_lightning.data.own_splits import check_one_source, cut_fractions, named_by, own_splits, splits_in_order
 from llm_lightning.data.record_store.limits import check_cut_fraction, check_dropped_fraction, check_lengths, lost_of
 from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, remembered
 from llm_lightning.data.record_store.records import Reading, RecordStore, open_store
@@ -206,6 +206,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         parts = split_pool(pool, *how, by_source=bool(self._entries), verify=self.verify)
         own = {split: self._pool({one.setting: one.source}) for split, one in self._own.items()}
         parts |= {split: Part(one, np.arange(len(one))) for split, one in own.items()}
+        parts = {split: parts[split] for split in splits_in_order(parts)}
         pools = [pool, *own.values()]
         stores = [store for one in pools for store in one.stores]
         n_records = sum(map(len, pools))
@@ -276,11 +277,18 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         from llm_lightning.data.inspection import as_text
 
         samples: Any = self.train_samples
-        rows = [(f"record {index}", samples[index]) for index in range(min(n, len(samples)))]
+        order = np.arange(len(samples)) if self.mixture is None else self.mixture.chosen(0)
+        rows = [(self._titled(index), samples[index]) for index in order[:n].tolist()]
         for number, n_tokens, sample in samples.most_cut(WORST):
             rows.append((f"record {number}, cut from {counted(n_tokens, 'token')}", sample))
         batch, titles = self._shown(rows)
         return as_text(self.tokenizer, batch, colour=sys.stdout.isatty(), titles=titles)
+
+    def _titled(self, index: int) -> str:
+        """The title of a training sample in a preview."""
+        if self.mixture is None:
+            return f"record {index}"
+        return f"record {index} of {self.mixture.names[self.mixture.source_of(np.array([index]))[0]]}"
 
     def _shown(self, samples: Sequence[tuple[str, Any]]) -> tuple[LMBatch, list[str]]:
         titles = [self.titled(title, at) for title, sample in samples for at in range(len(sample.sequences))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,8 @@ def _local_state(folder: Path) -> list[tuple[str, int, int]]:
 def _rows(dataset: HubDataset, wanted_fields: tuple[str, ...], check: bool) -> Iterator[dict[str, Any]]:
     import datasets
 
+    if not sys.stderr.isatty():  # it draws bars into files too
+        datasets.disable_progress_bars()
     name, config, split, revision = dataset
     try:
         streaming = "[" not in split  # a slice, as train[:50%], needs to know how many rows there are

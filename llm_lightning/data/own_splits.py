@@ -3,7 +3,7 @@ and test sets of one's own replace. The same for every task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -53,6 +53,13 @@ def own_splits(
         if path is not None:
             found[f"val/{name}"] = OwnSplit(f"data.val_sets.{name}", path)
     return found | _one_of("test", test_path, hub, hf_test_split)
+
+
+def splits_in_order(splits: Iterable[str]) -> list[str]:
+    """`train`, `val`, `val/<name>` in the order that they have, `test`."""
+    return sorted(
+        splits, key=lambda split: ("train", "val", "val/", "test").index(split[:4] if "/" in split else split)
+    )
 
 
 def cut_fractions(own: Mapping[str, OwnSplit], val: float, test: float) -> tuple[float, float]:

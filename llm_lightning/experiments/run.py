@@ -184,11 +184,11 @@ def conclude(
 
 
 def refuse_other_data(before: str, now: str) -> None:
-    """Refuse to continue if the text has changed under its name."""
+    """Refuse to continue on other data: they have changed under their name, or have another one."""
     if before != now:
         raise ValueError(
-            f"cannot resume: the text of data.* changed since the run began (digest {before}, now {now}); "
-            "put the old text back, or start a new run under another run_name"
+            f"cannot resume: the data that data.* names changed since the run began (digest {before}, now {now}); "
+            "give the old data again, or start a new run under another run_name"
         )
 
 

@@ -80,7 +80,9 @@ def test_a_run_on_files_of_its_own_is_moved_resumed_and_evaluated(
     assert "no validation set val/hrad; there are val, val/hard, val/year" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", str(run), "--split", "valid"])
-    assert "must be train, val, test, or val/NAME" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "{train,val,val/NAME,test}" in refused
+    assert "invalid choice: 'valid'" in refused
     (moved / "h.txt").write_text("another text, " * 50)
     outcome = train_here([f"resume={run}", "trainer.max_steps=5"])
     assert outcome.code == 2
