@@ -149,10 +149,13 @@ def _remove(output: Path, records: Sequence[PlacedRecord], results: dict[str, Ne
 
     groups = chain.from_iterable(one.groups for one in results.values())
     kept = [records[index].record for index in keep_first(len(records), groups)]
-    if output.suffix.lower() != ".json":
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-    else:
-        content = json.dumps(kept, ensure_ascii=False, indent=4) + "\n"
+    try:
+        if output.suffix.lower() != ".json":
+            content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        else:
+            content = json.dumps(kept, ensure_ascii=False, indent=4) + "\n"
+    except TypeError as error:  # a date or a picture of parquet
+        raise ValueError(f"{output}: {error}; leave that column out of the file first") from None
     write_atomically(output, content)
     removed = len(records) - len(kept)
     return {"output": str(output), "kept": len(kept), "removed": removed, "removed_by": ", ".join(results) or "nothing"}

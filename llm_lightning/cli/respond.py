@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from llm_lightning.data.templates.conversation import in_words
     from llm_lightning.inference.respond import answered, respond
 
     checkpoints, data = _split_paths(args)
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [
         answered(one, {column: answers[column][index] for column in columns}) for index, one in enumerate(conversations)
     ]
-    write_atomically(args.output, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(args.output, json.dumps(rows, indent=2, ensure_ascii=False, default=in_words) + "\n")
     progress_path(args.output).unlink(missing_ok=True)
     say_lines([
         f"{args.output}: {len(rows):,} records, {', '.join(columns)}",

@@ -139,7 +139,7 @@ def describe_records(records: Sequence[PlacedRecord], tokens: Lengths) -> dict[s
     from llm_lightning.data.records.placed import text_of
 
     prompts = Counter(tuple(text_of(record, key) for key in PROMPT) for record in records)
-    whole = Counter(json.dumps(record.record, sort_keys=True) for record in records)
+    whole = Counter(json.dumps(record.record, sort_keys=True, default=str) for record in records)
     for record in records:
         text_of(record, "output")  # raises if an answer is not text, even if it is not measured
     totals = [sum(lengths) for lengths in zip(*tokens.values(), strict=True)]

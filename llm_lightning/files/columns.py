@@ -11,19 +11,22 @@ import json
 import logging
 import os
 import shutil
+import time
 from array import array
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from llm_lightning.files.atomic import commit, locked, sha256_of, write_atomically
+from llm_lightning.files.atomic import commit, locked, naming, sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 HELD = 1 << 20
 """Bytes of a column that are written at once."""
+OLDER = 4_000_000_000
+"""Nanoseconds that a new column looks older than it is: a change from now on shows in its time."""
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,8 @@ def sealed(content: Any) -> str:
     return json.dumps({"content": content, "sha256": hashlib.sha256(body.encode()).hexdigest()})
 
 
-def unsealed(path: Path) -> Any:
-    """The values of a sealed file; None if it is missing or damaged."""
+def unsealed(path: Path, *, say: bool = True) -> Any:
+    """The values of a sealed file; None if it is missing or damaged, which is said unless `say` is false."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         body = json.dumps(found["content"], sort_keys=True)
@@ -50,7 +53,8 @@ def unsealed(path: Path) -> Any:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning("%s is damaged: making it again", path)
+    if say:
+        log.warning("%s is damaged: making it again", path)
     return None
 
 
@@ -72,16 +76,17 @@ class Column:
 
     def extend(self, data: bytes) -> None:
         """Append the bytes of any number of values."""
-        self._held += data
-        if len(self._held) >= HELD:
-            self._write_held()
+        self._write_numbers()
+        self._hold(data)
 
     def summary(self) -> dict[str, Any]:
         """Flush the file to disk, and describe it for the manifest."""
         self._write_numbers()
         self._write_held()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._file.name):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.utime(self._file.name, ns=(then := time.time_ns() - OLDER, then))
         state = os.fstat(self._file.fileno())
         return {
             "dtype": self._dtype.str,
@@ -94,11 +99,17 @@ class Column:
     def _write_numbers(self) -> None:
         if self._numbers:
             numbers, self._numbers = self._numbers, array(self._dtype.char)
-            self.extend(np.frombuffer(numbers, self._dtype).tobytes())
+            self._hold(np.frombuffer(numbers, self._dtype).tobytes())
+
+    def _hold(self, data: bytes) -> None:
+        self._held += data
+        if len(self._held) >= HELD:
+            self._write_held()
 
     def _write_held(self) -> None:
         held, self._held = bytes(self._held), bytearray()
-        self._file.write(held)
+        with naming(self._file.name):
+            self._file.write(held)
         self._digest.update(held)
         self.n_bytes += len(held)
 
@@ -146,13 +157,28 @@ class Columns:
         return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes [start, stop) of a column. Unlike a mapped page, they do not stay in memory."""
+        """The bytes [start, stop) of a column. Unlike a mapped page, they do not stay in memory.
+
+        Raises:
+            OSError: if the file was removed or cut since it was opened.
+        """
         if name not in self._open:
-            self._open[name] = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._open[name] = self._opened(name)
         if hasattr(os, "pread"):
-            return os.pread(self._open[name], stop - start, start)
-        os.lseek(self._open[name], start, os.SEEK_SET)
-        return os.read(self._open[name], stop - start)
+            data = os.pread(self._open[name], stop - start, start)
+        else:
+            os.lseek(self._open[name], start, os.SEEK_SET)
+            data = os.read(self._open[name], stop - start)
+        if len(data) != stop - start:
+            raise OSError(f"{self.folder / name} was cut while it was in use; run again, which makes it again")
+        return data
+
+    def _opened(self, name: str) -> int:
+        try:
+            return os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError:
+            message = f"{self.folder / name} was removed while it was in use; run again, which makes it again"
+            raise OSError(message) from None
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """The type of a column."""
@@ -204,7 +230,7 @@ def made_once(folder: Path, write: Callable[[Writer], dict[str, Any]], *, verify
     Raises:
         OSError: if they cannot be written.
     """
-    if (found := _opened(folder, verify)) is not None:
+    if (found := _opened(folder, verify, say=False)) is not None:
         return found
     with locked(folder):
         if (found := _opened(folder, verify)) is None:
@@ -215,13 +241,14 @@ def made_once(folder: Path, write: Callable[[Writer], dict[str, Any]], *, verify
     return found
 
 
-def _opened(folder: Path, verify: bool) -> Columns | None:
-    manifest = unsealed(folder / MANIFEST)
+def _opened(folder: Path, verify: bool, *, say: bool = True) -> Columns | None:
+    manifest = unsealed(folder / MANIFEST, say=say)
     if manifest is None:
         return None
     for name, about in manifest["columns"].items():
         if not _is_as_written(folder / name, about, verify):
-            log.warning("%s is not as it was written: making it again", folder / name)
+            if say:
+                log.warning("%s is not as it was written: making it again", folder / name)
             return None
     return Columns(folder, manifest)
 
@@ -233,7 +260,13 @@ def _is_as_written(file: Path, about: Mapping[str, Any], verify: bool) -> bool:
         return False
     if state.st_size != about["n_bytes"]:
         return False
-    return (state.st_mtime_ns == about["mtime_ns"] and not verify) or sha256_of(file) == about["sha256"]
+    is_touched = state.st_mtime_ns != about["mtime_ns"]
+    if (is_touched or verify) and sha256_of(file) != about["sha256"]:
+        return False
+    if is_touched:  # a copy of the cache: hashed once
+        with suppress(OSError):
+            os.utime(file, ns=(about["mtime_ns"], about["mtime_ns"]))
+    return True
 
 
 def _make(folder: Path, write: Callable[[Writer], dict[str, Any]]) -> None:
@@ -250,12 +283,17 @@ def _make(folder: Path, write: Callable[[Writer], dict[str, Any]]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         commit(making, folder)
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or not _is_of_writing(error, making):
             raise
         free = shutil.disk_usage(folder.parent).free / 2**20
         raise OSError(
-            f"cannot write {folder}: {error} ({free:,.0f} MiB are free there); "
+            f"cannot write {folder}: {error.strerror} ({free:,.0f} MiB are free there); "
             "make room, or set LLM_LIGHTNING_CACHE to a folder with more"
         ) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _is_of_writing(error: OSError, making: Path) -> bool:
+    """Whether an error is not of a source that is read meanwhile."""
+    return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(making)

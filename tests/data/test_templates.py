@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_lightning.data.instruction import InstructionDataModule
+from llm_lightning.data.record_store.tokens import encode_conversation
 from llm_lightning.data.records.instruction import read_instructions
 from llm_lightning.data.templates.base import Template
 from llm_lightning.data.templates.choose import choose_template
@@ -256,3 +257,16 @@ def test_the_digest_of_data_is_that_of_earlier_versions(tmp_path: Path) -> None:
     alpaca = f"[{{system}}\n\n]### Instruction:\n{{instruction}}[\n\n### Input:\n{{input}}]{header}{{response}}\n\n"
     expected = hashlib.sha256(json.dumps([content, alpaca, PREAMBLE]).encode()).hexdigest()
     assert data.data_digest == expected
+
+
+@pytest.mark.parametrize("question", ["A.\n\n", "a  ", "a", "theAn", "1\n#\n\n", ""])
+@pytest.mark.parametrize("header", ["###", "\n\n### Response:\n", "Answer:", " A: ", "er"])
+def test_what_the_question_has_alone_is_no_header(question: str, header: str) -> None:
+    gpt2 = build_tokenizer("gpt2")
+    template = SlotTemplate("own", f"[{{instruction}}]{header}{{response}}")
+    pieces = list(encode_conversation(gpt2, template, Conversation((Turn(question, "", "b"),))))
+    n_alone = len(gpt2.encode(question))
+    whole = gpt2.encode(question + header)
+    found = {kind: ids.tolist() for ids, kind in pieces}
+    assert found.get("prompt", []) == whole[:n_alone]
+    assert found["header"] == whole[n_alone:]

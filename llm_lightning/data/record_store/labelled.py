@@ -15,8 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llm_lightning.data.files.bad_records import BadRecord, BadRecords
-from llm_lightning.data.files.signature import signature_of
-from llm_lightning.data.record_store.records import content_of
+from llm_lightning.data.record_store.snapshot import Snapshot
 from llm_lightning.data.records.labelled import (
     LabelledReading,
     LabelledText,
@@ -24,7 +23,7 @@ from llm_lightning.data.records.labelled import (
     one_spelling,
     texts_as_pandas_reads_them,
 )
-from llm_lightning.data.records.rows import Source, files_of
+from llm_lightning.data.records.rows import Source
 from llm_lightning.data.text_keys import SIZE, TextKeys, keys_of
 from llm_lightning.files.atomic import cache_dir
 from llm_lightning.files.columns import Columns, Writer, key_of, made_once
@@ -104,21 +103,19 @@ def open_labelled(
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
-    found = files_of(source, list(reading.wanted.values()))
-    before = signature_of(found.files)
+    seen = Snapshot.of(source, list(reading.wanted.values()), verify=verify)
+    found = seen.found
     how = {**asdict(reading), "bad_records": bad_records, "like_pandas": like_pandas}
-    content = content_of(found.files, verify=verify)
-    spec = ["labelled", FORMAT, found.label, [str(file) for file in found.files], content, how]
+    spec = ["labelled", FORMAT, found.label, [str(file) for file in found.files], seen.content, how]
 
     def write(writer: Writer) -> dict[str, Any]:
         bad, notes, merged = BadRecords(bad_records), list[str](), list[str]()
         if like_pandas:
             records = texts_as_pandas_reads_them(found.files[0], reading.columns or (), merged)
         else:
-            records = labelled_texts(source, reading, bad, notes)
+            records = labelled_texts(source, reading, bad, notes, found=found)
         facts = _write(writer, records)
-        if signature_of(found.files) != before:
-            raise ValueError(f"{found.label} changed while it was being read; run again")
+        seen.check()
         renamed = one_spelling(source, facts.pop("counts"), notes)
         quarantined = [list(one) for one in bad.quarantined]
         return {**facts, "renamed": renamed, "notes": notes, "merged": merged, "quarantined": quarantined}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -134,8 +135,9 @@ def remembered(name: str, spec: Any, compute: Callable[[], Any], *, verify: bool
     if not verify and (known := unsealed(file)) is not None:
         return known
     value = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, sealed(value))
+    with suppress(OSError):  # a cache that cannot be written: it is computed again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, sealed(value))
     return value
 
 

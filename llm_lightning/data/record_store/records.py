@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from llm_lightning.data.control_words import WordCount, without_end
 from llm_lightning.data.files.bad_records import BadRecord, BadRecords
+from llm_lightning.data.files.find import Found
 from llm_lightning.data.files.options import FileOptions
-from llm_lightning.data.files.signature import is_settled, signature_of
 from llm_lightning.data.leaks import prompt_key
-from llm_lightning.data.records.rows import SKIPPED, RecordForm, Source, conversations, files_of, open_records
+from llm_lightning.data.record_store.snapshot import Snapshot
+from llm_lightning.data.records.rows import SKIPPED, RecordForm, Source, conversations, open_records
 from llm_lightning.data.templates.conversation import (
     Conversation,
     answers_of,
@@ -32,8 +33,8 @@ from llm_lightning.data.templates.conversation import (
     from_stored,
     with_answers,
 )
-from llm_lightning.files.atomic import cache_dir, sha256_of, write_atomically
-from llm_lightning.files.columns import Columns, Writer, key_of, made_once, sealed, unsealed
+from llm_lightning.files.atomic import cache_dir
+from llm_lightning.files.columns import Columns, Writer, key_of, made_once
 
 FORMAT = 1
 """Of the folders; raised when what is in them changes."""
@@ -123,40 +124,20 @@ def open_store(source: Source, reading: Reading, *, verify: bool = False) -> Rec
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line of everything that is wrong, the first ten.
     """
-    found = files_of(source)
-    content = content_of(found.files, verify=verify)
-    spec = {"format": FORMAT, "files": [str(file) for file in found.files], "content": content, **reading.describe()}
-    before = signature_of(found.files)
+    seen = Snapshot.of(source, verify=verify)
+    files = [str(file) for file in seen.found.files]
+    spec = {"format": FORMAT, "files": files, "content": seen.content, **reading.describe()}
 
     def write(writer: Writer) -> dict[str, Any]:
-        facts = _write(writer, source, reading)
-        if signature_of(found.files) != before:
-            raise ValueError(f"{found.label} changed while it was being read; run again")
+        facts = _write(writer, source, seen.found, reading)
+        seen.check()
         return facts
 
-    return RecordStore(found.label, made_once(cache_dir() / "records" / key_of(spec), write, verify=verify))
+    return RecordStore(seen.found.label, made_once(cache_dir() / "records" / key_of(spec), write, verify=verify))
 
 
-def content_of(files: Sequence[Path], *, verify: bool = False) -> list[str]:
-    """The sha256 of each file, as it was while path, size, time and inode are as before; of a folder, of all its files.
-
-    Args:
-        verify: hash them again.
-    """
-    signature = signature_of(files)
-    kept = cache_dir() / "contents" / f"{key_of(signature)}.json"
-    if not verify and (known := unsealed(kept)) is not None:
-        return list(known)
-    settled = is_settled(signature)
-    digests = [sha256_of(Path(path)) for path, *_ in signature]
-    if settled and signature_of(files) == signature:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, sealed(digests))
-    return digests
-
-
-def _write(writer: Writer, source: Source, reading: Reading) -> dict[str, Any]:
-    label, rows = open_records(source, reading.options)
+def _write(writer: Writer, source: Source, found: Found, reading: Reading) -> dict[str, Any]:
+    label, rows = open_records(source, reading.options, found=found)
     bad, counts, spelt = BadRecords(reading.bad_records), Counter[str](), WordCount()
     records, ends = writer.column("records", np.uint8), writer.column("ends", np.int64)
     prompts, groups = writer.column("prompts", np.uint8, HASH), writer.column("groups", np.uint8, HASH)

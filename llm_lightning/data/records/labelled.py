@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from llm_lightning.data.files.bad_records import BadRecords
-from llm_lightning.data.files.find import words
+from llm_lightning.data.files.find import Found, words
 from llm_lightning.data.files.options import AS_THEY_ARE, FileOptions
 from llm_lightning.data.files.rows import FileRow
 from llm_lightning.data.hugging_face import HubDataset
@@ -84,14 +84,15 @@ def read_labelled(source: Source, *, bad: BadRecords | None = None, **reading: A
 
 
 def labelled_texts(
-    source: Source, reading: LabelledReading, bad: BadRecords, notes: list[str]
+    source: Source, reading: LabelledReading, bad: BadRecords, notes: list[str], *, found: Found | None = None
 ) -> Iterator[LabelledText]:
     """The records of a source, one at a time; see `read_labelled`.
 
     Args:
         notes: what a reader should know is added here, a line each.
+        found: its files, where they are known.
     """
-    name, rows, chosen = _open(source, reading, notes)
+    name, rows, chosen = _open(source, reading, notes, found)
     n_rows = 0
     for row in tqdm(rows, desc="reading", unit=" records", disable=None, delay=1):
         n_rows += 1
@@ -127,10 +128,13 @@ def texts_as_pandas_reads_them(path: str | Path, columns: Sequence[str], merged:
         line += n_lines
 
 
-def _open(source: Source, reading: LabelledReading, notes: list[str]) -> tuple[str, Iterator[FileRow], dict[str, str]]:
+def _open(
+    source: Source, reading: LabelledReading, notes: list[str], found: Found | None
+) -> tuple[str, Iterator[FileRow], dict[str, str]]:
     """(name of the source, its rows, columns to read)."""
     wanted = reading.wanted
-    opened = partial(open_records, source, reading.options, fields=list(wanted.values()), columns=reading.columns)
+    fields = list(wanted.values())
+    opened = partial(open_records, source, reading.options, fields=fields, columns=reading.columns, found=found)
     name, rows = opened()
     first = list(islice(rows, LOOKED_AT))
     there = _columns_of(first)

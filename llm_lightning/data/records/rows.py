@@ -52,19 +52,25 @@ class SkippedError(Exception):
 
 
 def open_records(
-    source: Source, options: FileOptions, *, fields: Sequence[str] | None = None, columns: Sequence[str] | None = None
+    source: Source,
+    options: FileOptions,
+    *,
+    fields: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    found: Found | None = None,
 ) -> tuple[str, Iterator[FileRow]]:
     """The name of a source, and its rows; a dataset of the hub is read through the cache.
 
     Args:
         fields: that matter; see `json_line_rows`.
         columns: names of the columns of tables without a header.
+        found: the files of the source, where they are known.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the dataset cannot be read.
     """
-    found = files_of(source, fields)
+    found = found or files_of(source, fields)
     if not isinstance(source, HubDataset):
         return found.label, rows_of_files(found, options, fields=fields, columns=columns)
     rows = rows_of_files(found, AS_THEY_ARE, fields=fields or ())

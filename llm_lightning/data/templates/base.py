@@ -125,8 +125,9 @@ def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment], before: Segment |
         if kind == "header" and not segment.ids:
             ids = encoded(question + text)
             tail = _encoded_header(tokenizer, text)
-            ends_with_it = len(tail) < len(ids) and np.array_equal(ids[len(ids) - len(tail) :], tail)
-            n = len(ids) - len(tail) if ends_with_it else len(encoded(question))
+            # White space at the end of a question that stands alone may be encoded in another way.
+            is_apart = not question[-1:].isspace() and _ends_with(ids, tail)
+            n = len(ids) - len(tail) if is_apart else len(encoded(question))
             yield from ((ids[:n], "prompt"),) if n else ()
             yield ids[n:], "header"
         else:
@@ -139,6 +140,10 @@ def _pieces(tokenizer: Tokenizer, segments: Sequence[Segment], before: Segment |
         question = ""
     if question:
         yield encoded(question), "prompt"
+
+
+def _ends_with(ids: np.ndarray, tail: np.ndarray) -> bool:
+    return len(tail) < len(ids) and np.array_equal(ids[len(ids) - len(tail) :], tail)
 
 
 @lru_cache(maxsize=64)

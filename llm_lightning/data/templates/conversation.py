@@ -59,12 +59,12 @@ def _plain_turn(turn: Turn) -> list[Any]:
     return [turn.instruction, turn.input, turn.response, *([more] if more != usual else [])]
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
     """What JSON has no form for, such as dates and decimals of parquet; a picture would be four times as long."""
     return f"{len(value):,} bytes" if isinstance(value, (bytes, bytearray)) else str(value)
 
 
-_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_in_words)
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=in_words)
 
 
 def as_stored(conversation: Conversation) -> str:
@@ -75,7 +75,7 @@ def as_stored(conversation: Conversation) -> str:
 
 def plain_text(conversation: Conversation) -> str:
     """`as_plain` as JSON, whose digest is that of the conversation."""
-    return json.dumps(as_plain(conversation), default=_in_words)
+    return json.dumps(as_plain(conversation), default=in_words)
 
 
 def plain_part(line: bytes) -> bytes:
