@@ -366,9 +366,17 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
             if not len(found):
                 raise ValueError(self.nothing_fits.format(split=split, limit=self.limit))
         self._report |= lost_of(samples) | {"limit": self.limit, "too_long": self.too_long}
-        check_dropped_fraction(self._report, self._max_dropped, lengths)
-        check_cut_fraction(self._report, self._max_cut, lengths)
+        self._check_losses(self._report, lengths)
+        for split, own in self._own.items():  # of a small set, half may be few records of all
+            part = self.records[split]
+            facts = lost_of({split: samples[split]}) | {"limit": self.limit, "records": len(part)}
+            with named_by(own.setting):
+                self._check_losses(facts, tokens[split].longest(part.rows))
         self._take(samples)
+
+    def _check_losses(self, facts: Mapping[str, Any], lengths: np.ndarray) -> None:
+        check_dropped_fraction(facts, self._max_dropped, lengths)
+        check_cut_fraction(facts, self._max_cut, lengths)
 
     def _tokens(self, pool: Pool) -> TokenPool:
         encode = type(self.kind).encode

@@ -265,6 +265,39 @@ def test_more_losses_than_allowed_are_refused(tmp_path: Path, too_long: str, n_l
         limited(tmp_path, too_long=too_long, max_dropped=round((n_long - 0.3) / 30, 4))
 
 
+def test_more_cut_prompts_than_allowed_are_refused_with_the_context_that_would_hold_them(tmp_path: Path) -> None:
+    """Of 30 records 28 have Q, two letters or one, A, y and an end; two questions of 6 letters need 12 tokens."""
+    records = [plain("abcdef", "xyz")] * 2 + [plain(f"{i}", "y") for i in range(28)]
+    path = write(tmp_path / "x.json", records)
+    assert module(path, max_length=LIMIT, max_cut=2 / 30).report()["prompts_cut"] == 2
+    message = (
+        r"2 of 30 records do not fit into 8 tokens without a cut in their prompt, more than data.max_cut=0.05 allows: "
+        r"half of them need 5 tokens, 95% 11, the longest 11; set model.context_length .* to 11, or raise data.max_cut"
+    )
+    with pytest.raises(ValueError, match=message):
+        module(path, max_length=LIMIT)
+    assert module(path, max_length=11).report()["prompts_cut"] == 0
+
+
+def test_the_losses_of_a_set_of_its_own_count_by_themselves(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", [plain(f"{i}", "y") for i in range(60)])
+    hard = write(tmp_path / "hard.json", [plain("a", "y"), plain("a", "12345678")])
+    module(path, max_length=LIMIT, val_sets={"hard": str(hard)})
+    with pytest.raises(ValueError, match=r"data.val_sets.hard: 1 of 2 records do not fit into 8 tokens \(1 dropped"):
+        module(path, max_length=LIMIT, val_sets={"hard": str(hard)}, max_dropped=0.05)
+
+
+def test_a_preview_ends_with_what_was_cut_most(tmp_path: Path) -> None:
+    records = [plain(f"{i}", "y") for i in range(40)]
+    records[3], records[7], records[9] = (plain("abc" * n, "xyz") for n in (2, 4, 3))
+    text = module(write(tmp_path / "x.json", records), max_length=LIMIT, max_cut=0.1).preview(1)
+    assert [line for line in text.splitlines() if line.startswith("---")] == [
+        "--- record 0: 5 tokens, loss on 2",
+        "--- record 7, cut from 18 tokens: 9 tokens, loss on 4",
+        "--- record 9, cut from 15 tokens: 9 tokens, loss on 4",
+    ]
+
+
 def test_a_record_is_lost_once(tmp_path: Path) -> None:
     """Its prompt alone fills the limit, so that no answer is left: dropped, and nothing else."""
     records = [plain("a prompt of many letters"), *[plain(f"{i}", "y") for i in range(29)]]
