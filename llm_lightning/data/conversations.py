@@ -21,7 +21,14 @@ from llm_lightning.data.files.find import PathWords, words
 from llm_lightning.data.hugging_face import HubDataset
 from llm_lightning.data.mixture import Mixture, mixture_entries
 from llm_lightning.data.own_splits import check_one_source, cut_fractions, named_by, own_splits, splits_in_order
-from llm_lightning.data.record_store.limits import check_cut_fraction, check_dropped_fraction, check_lengths, lost_of
+from llm_lightning.data.record_store.limits import (
+    check_choices,
+    check_cut_fraction,
+    check_dropped_fraction,
+    check_lengths,
+    check_numbers,
+    lost_of,
+)
 from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, remembered
 from llm_lightning.data.record_store.records import Reading, RecordStore, open_store
 from llm_lightning.data.record_store.samples import Fitting, Samples
@@ -404,7 +411,8 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
     def _digest(self) -> str:
         values = [*self.template.digest_values(), *self.digest_more()]
         if self._entries:
-            values.append({"mixture": [[one.name, one.weight] for one in self._entries]})
+            total = sum(one.weight for one in self._entries)
+            values.append({"mixture": [[one.name, round(one.weight / total, 9)] for one in self._entries]})
         digest: str = self._remembered("digest", lambda: digest_of(self.records, values), values)
         return digest
 
@@ -412,30 +420,3 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         """A value that follows from the records of all splits and `spec`."""
         keys = [[split, part.key] for split, part in self.records.items()]
         return remembered(name, [keys, *spec], compute, verify=self.verify)
-
-
-def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> bool:
-    """Whether a shared prefix may be computed once: dropout would give all sequences the same draws.
-
-    Args:
-        model, lora: the fields of `GPTConfig` and `LoRAConfig`.
-    """
-    dropouts = [model.get(f"{place}_dropout") for place in ("embedding", "attention", "residual")]
-    return not any(dropouts) and not (lora and lora.get("dropout"))
-
-
-def check_choices(allowed: Mapping[str, tuple[Any, ...]], **given: Any) -> None:
-    """Raise ValueError for a setting that is not allowed."""
-    for name, value in given.items():
-        if value not in allowed[name]:
-            words = ", ".join(str(one).lower() for one in allowed[name])
-            raise ValueError(f"data.{name}={value!r} must be one of {words}")
-
-
-def check_numbers(max_dropped: float, max_cut: float, max_length: int | None) -> None:
-    """Raise ValueError for impossible shares or lengths."""
-    for name, share in (("max_dropped", max_dropped), ("max_cut", max_cut)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"data.{name}={share} must be between 0 and 1")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"data.max_length={max_length} must be at least 2")

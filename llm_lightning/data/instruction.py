@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from llm_lightning.data.batches import Example, collate_packed, collate_padded, packed_length
-from llm_lightning.data.conversations import ConversationDataModule, Layouts, check_choices
+from llm_lightning.data.conversations import ConversationDataModule, Layouts
+from llm_lightning.data.record_store.limits import check_choices
 from llm_lightning.data.record_store.tokens import KINDS, Pieces, encode_conversation, of_kinds
 from llm_lightning.data.records.instruction import InstructionForm
 from llm_lightning.data.templates.base import Template

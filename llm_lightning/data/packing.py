@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,3 +67,13 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 def rounded(length: int) -> int:
     """`length` rounded up to a multiple of `WIDTHS`."""
     return -(-length // WIDTHS) * WIDTHS
+
+
+def may_share_prefix(model: Mapping[str, Any], lora: Mapping[str, Any] | None) -> bool:
+    """Whether a shared prefix may be computed once: dropout would give all sequences the same draws.
+
+    Args:
+        model, lora: the fields of `GPTConfig` and `LoRAConfig`.
+    """
+    dropouts = [model.get(f"{place}_dropout") for place in ("embedding", "attention", "residual")]
+    return not any(dropouts) and not (lora and lora.get("dropout"))

@@ -22,7 +22,8 @@ from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
-from llm_lightning.data.conversations import ConversationDataModule, may_share_prefix
+from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.packing import may_share_prefix
 from llm_lightning.data.templates.choose import template_in
 from llm_lightning.experiments.adapters import adapter_lineage
 from llm_lightning.experiments.monitors import missing_mode

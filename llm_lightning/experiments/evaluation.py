@@ -17,7 +17,8 @@ import lightning as L
 import torch
 
 from llm_lightning.callbacks.responses import answer_questions, exact_match_metrics
-from llm_lightning.data.conversations import ConversationDataModule, may_share_prefix
+from llm_lightning.data.conversations import ConversationDataModule
+from llm_lightning.data.packing import may_share_prefix
 from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.models.lora import LoRAConfig
 from llm_lightning.optim.adamw import AdamWConfig

@@ -23,8 +23,8 @@ from test_base import assert_close, record
 from torch import Tensor, nn
 
 from llm_lightning.data.batches import Example, LMBatch, collate_packed, collate_padded, shared_prefix
-from llm_lightning.data.conversations import may_share_prefix
 from llm_lightning.data.instruction import InstructionDataModule
+from llm_lightning.data.packing import may_share_prefix
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT, GPTConfig

@@ -1,4 +1,4 @@
-"""How much may be cut or dropped before a run is refused."""
+"""Settings of lengths, and how much may be cut or dropped before a run is refused."""
 
 from __future__ import annotations
 
@@ -67,3 +67,20 @@ def needed(lengths: np.ndarray) -> str:
         f"half of them need {half} tokens, 95% {most}, the longest {longest}; set model.context_length (and "
         f"data.max_length, if it is set) to {longest}{of_most}"
     )
+
+
+def check_choices(allowed: Mapping[str, tuple[Any, ...]], **given: Any) -> None:
+    """Raise ValueError for a setting that is not allowed."""
+    for name, value in given.items():
+        if value not in allowed[name]:
+            words = ", ".join(str(one).lower() for one in allowed[name])
+            raise ValueError(f"data.{name}={value!r} must be one of {words}")
+
+
+def check_numbers(max_dropped: float, max_cut: float, max_length: int | None) -> None:
+    """Raise ValueError for impossible shares or lengths."""
+    for name, share in (("max_dropped", max_dropped), ("max_cut", max_cut)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"data.{name}={share} must be between 0 and 1")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"data.max_length={max_length} must be at least 2")
