@@ -17,6 +17,8 @@ from llm_lightning.data.templates.conversation import Conversation, from_stored
 from llm_lightning.files.atomic import cache_dir, write_atomically
 from llm_lightning.files.columns import key_of, sealed, unsealed
 
+CHUNK = 1 << 16
+
 
 class Pool(Sequence[Conversation]):
     """The records of some stores, end to end.
@@ -116,7 +118,7 @@ class Part(Sequence[Conversation]):
 
     def lines(self) -> Iterator[bytes]:
         """The records as they are stored."""
-        return (self.pool.line(row) for row in self.rows.tolist())
+        return map(self.pool.line, integers(self.rows))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -127,6 +129,12 @@ def leaks(parts: dict[str, Part], split: str) -> dict[str, int]:
     n_train = len(parts["train"])
     numbers = numbered(np.concatenate([parts["train"].prompts, parts[split].prompts]))
     return {"prompts": int(np.isin(numbers[n_train:], numbers[:n_train]).sum()), "of": len(parts[split])}
+
+
+def integers(rows: np.ndarray) -> Iterator[int]:
+    """The numbers of an array, of which few are objects at a time."""
+    for start in range(0, len(rows), CHUNK):
+        yield from rows[start : start + CHUNK].tolist()
 
 
 def remembered(name: str, spec: Any, compute: Callable[[], Any], *, verify: bool = False) -> Any:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from llm_lightning.data.cutting import shortened
-from llm_lightning.data.record_store.pool import Part, TokenPool
+from llm_lightning.data.record_store.pool import Part, TokenPool, integers
 from llm_lightning.data.record_store.records import FORMAT
 from llm_lightning.data.record_store.tokens import Encode, Pieces, TokenStore, TokenWriter
 from llm_lightning.data.templates.base import Template
@@ -151,7 +151,7 @@ class Fitting:
         lengths, numbers = writer.column("n_tokens", np.uint32), writer.column("numbers", np.int64)
         cut_numbers = writer.column("cut_numbers", np.int64)
         whole, measures = array("I"), array("I")
-        shown = tqdm(part.rows.tolist(), desc="fitting", unit=" records", disable=None, delay=1)
+        shown = tqdm(integers(part.rows), desc="fitting", unit=" records", disable=None, delay=1, total=len(part))
         for number, row in enumerate(shown):
             pieces = tokens.pieces(row)
             whole.append(self.kind.length(pieces))
