@@ -320,6 +320,7 @@ ALIKE = ("bad_records", "empty_output", "empty_answer", "repeated_prompt")
 """Settings without effect on these records."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OF_KIND)
 def test_no_setting_is_served_what_another_made(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, seen = source(tmp_path, *[TALK] * (kind is InstructionDataModule)), dict[str, str]()

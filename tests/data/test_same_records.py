@@ -131,6 +131,11 @@ def assert_one_training(folder: Path, *settings: str) -> None:
 
 def test_made_records_in_seven_forms(tmp_path: Path) -> None:
     assert_one_digest(tmp_path, made())
+
+
+@pytest.mark.slow
+def test_made_records_give_one_loss(tmp_path: Path) -> None:
+    assert_one_digest(tmp_path, made())
     assert_one_training(tmp_path, "model.context_length=256")
 
 
