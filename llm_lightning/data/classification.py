@@ -314,6 +314,11 @@ class ClassificationDataModule(BaseDataModule):
         if facts["records_over_several_lines"]:
             places = ", ".join(facts["records_over_several_lines"])
             yield f"Read as pandas reads it: quotation marks merge lines into one record at {places}"
+        n_left = facts["records"] - sum(len(part) for split, part in self.parts.items() if split not in self._own)
+        if n_left:
+            yield f"{n_left:,} of {counted(facts['records'], 'record')} left out to balance the classes" + (
+                "" if self._splitting.kind == "book" else "; data.balance=none keeps them"
+            )
         yield (
             f"{counted(facts['records'], 'record')}: {facts['exact_duplicates']} repeat another exactly, "
             f"{facts['normalized_duplicates']} up to case, digits, white space and punctuation"

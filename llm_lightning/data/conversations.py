@@ -303,9 +303,18 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         return collate_padded(rows, pad_id=self.pad_id, context_length=self.context_length), titles
 
     def describe(self) -> str:
-        sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self.records.items())
+        sizes = ", ".join(f"{self._size_of(split):,} {split}" for split in self.records)
         layout = "packed" if self.is_packed else "padded"
         return f"{self._source_name()}: {sizes} {self.samples_are}; template {self.template.name}, {layout}"
+
+    def _size_of(self, split: str) -> int:
+        """Records of a split that are trained on or measured; before they are tokenised, all."""
+        of_split = self._report.get("splits", {}).get(split)
+        return (
+            len(self.records[split])
+            if of_split is None
+            else int(of_split["records" if "records" in of_split else "pairs"])
+        )
 
     def report(self) -> dict[str, Any]:
         return self._report

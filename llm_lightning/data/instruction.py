@@ -140,10 +140,11 @@ class InstructionDataModule(ConversationDataModule[Example]):
         return self._targets
 
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:
+        before = " before cuts" if facts["prompts_cut"] or facts["answers_cut"] or facts["dropped"] else ""
         for split, part in facts["splits"].items():
             yield (
-                f"{split}: {counted(part['records'], 'record')}; {part['mean_tokens']:.1f} tokens each, at most "
-                f"{part['most_tokens']}; loss on {counted(part['targets'], 'token')}"
+                f"{split}: {counted(part['records'], 'record')}; {part['mean_tokens']:.1f} tokens each{before}, "
+                f"at most {part['most_tokens']}; loss on {counted(part['targets'], 'token')}"
             )
         yield (
             f"{counted(facts['records'], 'record')}: {facts['skipped']} without answer left out, "

@@ -247,7 +247,8 @@ def _quieten() -> None:
     # What we log is summed over all processes already, and the first and the last step are logged at any interval; a
     # machine may have srun without being used by SLURM.
     advice = ".*smaller than the logging interval.*"
-    for message in (".*LeafSpec.*", ".*sync_dist=True.*", advice, ".*`srun` command is available.*"):
+    frozen = r".*module\(s\) in eval mode at the start.*"  # the reference of preference tuning
+    for message in (frozen, ".*LeafSpec.*", ".*sync_dist=True.*", advice, ".*`srun` command is available.*"):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -209,7 +209,7 @@ def test_a_folder_gives_records_of_all_forms_and_counts_the_rest(
     with caplog.at_level(logging.INFO):
         found = read_labelled(tmp_path)
     assert [{"text": one.text, "label": one.label} for one in found] == RECORDS[:4]
-    assert "2 files read, 1 hidden and 2 of other kinds left out" in caplog.text
+    assert "2 files read, 1 hidden and 2 of other kinds (1 .md, 1 .docx) left out" in caplog.text
     assert [one.name for one in find_files([tmp_path / "b.csv", f"{tmp_path}/a/*"]).files] == ["b.csv", "x.jsonl.gz"]
     (tmp_path / "b.csv").write_text("text,label\nx\n")
     with pytest.raises(ValueError, match=r"1 bad record: b.csv, line 2: 1 column, fewer than the 2 of the header"):
@@ -276,3 +276,19 @@ def test_the_cases_of_tables(data_dir: Path) -> None:
         assert {one.label for one in found} <= {"praise", "complaint", "0", "1", "0.0", "1.0"} or name == "scale.csv"
         assert not any(re.search(r'^"|""', one.text) for one in found), name
     assert len({one.label for one in read_labelled(folder / "case_labels.csv", fold_labels=True)}) == 2
+
+
+def test_one_encoding_serves_files_of_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that is UTF-8 by its bytes is read so, and that is said; latin1 has no typographic quotes."""
+    text = "Größe “57”"
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"text": text, "label": "x"}] * 2))
+    (tmp_path / "b.csv").write_bytes(f"text,label\n{text},x\n".encode("cp1252"))
+    with caplog.at_level(logging.INFO):
+        found = read_labelled([tmp_path / "a.jsonl", tmp_path / "b.csv"], options=FileOptions(encoding="cp1252"))
+    assert [one.text for one in found] == [text] * 3
+    assert "a.jsonl is UTF-8, and is read so, not as data.encoding=cp1252" in caplog.text
+    assert "b.csv is UTF-8" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        read_labelled(tmp_path / "b.csv", options=FileOptions(encoding="latin1"))
+    assert "unused control characters in latin1" in caplog.text
+    assert "set data.encoding=cp1252" in caplog.text

@@ -106,6 +106,13 @@ def test_leaks_are_counted_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "Documents of val also in training: 8 of 33" in caplog.text
 
 
+def test_a_text_of_which_a_piece_is_trained_on_is_in_training(tmp_path: Path) -> None:
+    """One document, cut by character: its piece for validation is no leak, the whole of it as a further set is."""
+    path = write(tmp_path / "one.txt", [" ".join(made(1, 40))])
+    data = module(path=path, split="character", val_sets={"same": path})
+    assert data.report()["leaks"] == {"val/same": {"documents": 1, "of": 1}}
+
+
 def documents_of(data: PretrainingDataModule, stage: str) -> list[str]:
     """The documents of a stage, from its tokens."""
     texts = [data.tokenizer.decode(file.tokens.tolist()) for file in data.files[stage]]

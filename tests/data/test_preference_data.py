@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -150,8 +151,8 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         ({"instruction": "a", "chosen": "c"}, r"no field 'rejected'; there are .*\(choose with data.columns.rejected"),
         ({"instruction": "a", "rejected": "c"}, r"no field 'chosen'; there are"),
         ({"chosen": "c", "rejected": "r"}, r"no field 'instruction'; there are"),
-        (plain("a") | {"chosen": 3}, r"field 'chosen' holds int, not text"),
-        (plain("a") | {"rejected": None}, r"field 'rejected' holds NoneType, not text"),
+        (plain("a") | {"chosen": 3}, r"field 'chosen' holds 3, not text"),
+        (plain("a") | {"rejected": None}, r"the rejected answer is empty; data.empty_answer=skip"),
         (plain(" "), r"the prompt is empty"),
         (plain("a", " \n"), r"the chosen answer is empty; data.empty_answer=skip leaves such records out"),
         (plain("a", "c", ""), r"the rejected answer is empty"),
@@ -544,6 +545,24 @@ def test_of_equal_lengths_nothing_is_saved_without_sharing(tmp_path: Path) -> No
     data = module(path, share_prefix=False)
     assert not data.is_packed
     assert data.report()["saved_by_packing"] == 0
+
+
+def test_pairs_are_mixed_by_weight(tmp_path: Path) -> None:
+    """32 and 8 pairs are for training: an epoch of 40 takes 30 of the first source, and each of the second 5/4 times."""
+    names = {"long": 40, "short": 10}
+    for name, n in names.items():
+        write(tmp_path / f"{name}.json", [plain(f"{name} {i}") for i in range(n)])
+    mixture = [{"name": n, "path": str(tmp_path / f"{n}.json"), "weight": w} for n, w in (("long", 3), ("short", 1))]
+    data = PreferenceDataModule(
+        tokenizer=BYTES, context_length=64, template=SHORT, batch_size=4, mixture=mixture, split="grouped",
+        val_fraction=0.1, test_fraction=0.1,
+    )  # fmt: skip
+    data.build()
+    assert {name: part["per_epoch"] for name, part in data.report()["mixture"].items()} == {"long": 30, "short": 10}
+    seen = [index for batch in data.train_dataloader() for index in batch.sample_ids]
+    assert Counter(data.records["train"][index].turns[0].instruction.split()[0] for index in seen) == {
+        "long": 30, "short": 10,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("bucket", [True, False])

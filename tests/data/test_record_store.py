@@ -166,7 +166,7 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path: Path, caplog: pytes
     write(tmp_path / "in" / "a.jsonl", ["one"])
     (tmp_path / "in" / "notes.md").write_text("x")
     opened(tmp_path / "in")
-    assert caplog.text.count("1 of other kinds left out") == 1
+    assert caplog.text.count("1 of other kinds (1 .md) left out") == 1
 
 
 # --- a cache that cannot be written, has no room, or is gone ----------------------------------------------------------

@@ -288,7 +288,7 @@ CASES += [
      r"q\.jsonl: .* line 41: no field 'output'; there are 'instruction', 'answer' \(choose with data\.columns"),
     ("empty output", records("q.jsonl", questions(output=" ")), r"q\.jsonl: .* line 40: the output is empty; .*=skip"),
     ("empty instruction", records("q.jsonl", questions(instruction="")), r"q\.jsonl: .* line 40: the instruction is"),
-    ("number as output", records("q.json", '[{"instruction": "a",\n"output": 7}]'), r"q\.json: .*holds int, not tex"),
+    ("number as output", records("q.json", '[{"instruction": "a",\n"output": 7}]'), r"q\.json: .*holds 7, not tex"),
     ("half a JSON array", records("q.json", '[\n{"instruction": "a", "output": "b"},\n{"instruction"'),
      r"q\.json.*(:3|line 3)"),
     ("no records", records("q.json", "[]"), r"q\.json"),

@@ -127,13 +127,20 @@ def token_files(
 def leaked_documents(corpus: Corpus, splits: Mapping[str, Split]) -> dict[str, dict[str, int]]:
     """stage -> how many of its documents are, character by character, in training too, and of how many.
 
-    Empty documents and the one that a split by character cuts through are left out.
+    Empty documents are left out, and of a validation part the one that a split by character cuts through; with texts
+    of its own that one counts as in training.
     """
-    training = np.unique(np.concatenate([split.contents("train") for split in splits.values()]))
+    training, partly = (
+        np.unique(np.concatenate([split.contents("train", partly=cut) for split in splits.values()]))
+        for cut in (False, True)
+    )
     stages = {"val": np.concatenate([split.contents("val") for split in splits.values()])}
     stages |= {stage: _contents(source) for stage, source in corpus.own.items()}
     return {
-        stage: {"documents": int(np.isin(contents, training).sum()), "of": len(contents)}
+        stage: {
+            "documents": int(np.isin(contents, partly if stage in corpus.own else training).sum()),
+            "of": len(contents),
+        }
         for stage, contents in stages.items()
         if len(contents)
     }

@@ -50,13 +50,21 @@ class Split:
         """Return what the parts depend on, as plain values."""
         return {"source": self.source.digest(), "split": self.kind, "val_fraction": self.val_fraction}
 
-    def contents(self, part: str) -> np.ndarray:
-        """The keys of the contents of the documents that lie in a part, whole and not empty: (n,) uint64."""
+    def contents(self, part: str, *, partly: bool = False) -> np.ndarray:
+        """The keys of the contents of the documents that are not empty and lie in a part: (n,) uint64.
+
+        Args:
+            partly: also of the one of which only a piece lies in it.
+        """
         survey = self.source.survey()
         lengths = np.asarray(survey.lengths).astype(np.int64)
         if self.kind == "character":
             ends = lengths.cumsum()
-            inside = ends <= self._n_train_chars() if part == "train" else ends - lengths >= self._n_train_chars()
+            begins, border = ends - lengths, self._n_train_chars()
+            if part == "train":
+                inside = begins < border if partly else ends <= border
+            else:
+                inside = ends > border if partly else begins >= border
         else:
             held_out = np.isin(np.asarray(survey.keys), np.array(self._val_keys(), dtype=np.uint64))
             inside = held_out if part == "val" else ~held_out

@@ -60,11 +60,12 @@ class BadRecords:
     """What is wrong with the records of a source: all are counted, the first ten are kept, and in quarantine all.
 
     Args:
-        policy: `refuse` (the first error names them) or `quarantine` (they are left out and kept in `quarantined`).
+        policy: `refuse` (the first error names them) or `quarantine` (they are left out and kept in `quarantined`);
+            None: they are refused, and there is no choice.
     """
 
-    def __init__(self, policy: str = "refuse") -> None:
-        if policy not in POLICIES:
+    def __init__(self, policy: str | None = None) -> None:
+        if policy not in (None, *POLICIES):
             raise ValueError(f"data.bad_records={policy!r} must be {' or '.join(POLICIES)}")
         self.policy = policy
         self.n, self.first = 0, list[str]()
@@ -105,6 +106,11 @@ class BadRecords:
             *(kinds if self.n > 1 and len(self._counts) > 1 else []),
             *self._remedies,
             *([remedy] if remedy else []),
+            *(
+                ["data.bad_records=quarantine leaves them out"]
+                if self.policy == "refuse" and self.n != n_records
+                else []
+            ),
         ]
         tail = "".join(f"; {one}" for one in tails)
         if self.n == n_records and self.n > 1 and is_one:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +82,14 @@ def _files_of(word: str, forms: Collection[str]) -> list[Path]:
 
 
 def _files_in(folder: Path, word: str, forms: Collection[str]) -> list[Path]:
-    files, n_hidden, n_others, cache = [], 0, 0, cache_dir().absolute()
+    files, n_hidden, others, cache = [], 0, Counter[str](), cache_dir().absolute()
     for file in sorted(_regular_files(folder), key=lambda file: file.relative_to(folder).as_posix()):
         if any(part.startswith(".") for part in file.relative_to(folder).parts) or cache in file.absolute().parents:
             n_hidden += 1  # what is made of the data is not data
         elif named_form(file) in forms:
             files.append(file)
         else:
-            n_others += 1
+            others[file.suffix.lower() or "without a suffix"] += 1
     if not files:
         kinds = ", ".join(suffix for suffix, form in SUFFIXES.items() if form in forms)
         packed = ", ".join(f".{name}" for name in COMPRESSIONS)
@@ -96,8 +97,11 @@ def _files_in(folder: Path, word: str, forms: Collection[str]) -> list[Path]:
             f"the folder {word} holds no {kinds} file, nor one compressed as {packed}; for others give a glob, as "
             f"{word}/**/*.py"
         )
-    if n_hidden or n_others:
-        left = [f"{n_hidden} hidden"] * bool(n_hidden) + [f"{n_others} of other kinds"] * bool(n_others)
+    if n_hidden or others:
+        left = [f"{n_hidden} hidden"] * bool(n_hidden)
+        if others:
+            named = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
+            left.append(f"{others.total()} of other kinds ({named})")
         log.info("%s: %s read, %s left out", word, counted(len(files), "file"), " and ".join(left))
     return files
 

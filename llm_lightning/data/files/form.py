@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,12 +109,34 @@ def form_of(path: Path, *, asked: str | None = None, encoding: str = "utf-8") ->
     found = next((codec for mark, codec in MARKS.items() if head.startswith(mark)), None) or encoding
     if found == encoding:
         _refuse_wide_text(path, head, encoding)
+        found = _if_plainly_utf8(path, head, encoding)
     if asked is not None:
         return FileForm(asked, compression, found)
     is_json = json_form(head.decode(found, "replace"))
     form = is_json if is_json is not None and named not in ("csv", "tsv") else named or "text"
     _say_if_other(path, named, form)
     return FileForm(form, compression, found)
+
+
+def _if_plainly_utf8(path: Path, head: bytes, encoding: str) -> str:
+    """`encoding`, or UTF-8 for a file that says so itself: text of another encoding is hardly ever valid UTF-8.
+
+    So one setting serves files of two encodings.
+    """
+    codec = codecs.lookup(encoding).name
+    if codec in ("utf-8", "utf-8-sig", "ascii") or codec.startswith(("utf-16", "utf-32")) or head.isascii():
+        return encoding
+    with suppress(UnicodeDecodeError):
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+        log.info("%s is UTF-8, and is read so, not as data.encoding=%s", path, encoding)
+        return "utf-8"
+    if codec == "iso8859-1" and set(head) & set(range(0x80, 0xA0)):
+        log.warning(
+            "%s has bytes that are unused control characters in %s, and quotes, dashes or the euro sign in cp1252: set "
+            "data.encoding=cp1252",
+            path, encoding,
+        )  # fmt: skip
+    return encoding
 
 
 def named_form(path: Path) -> str | None:

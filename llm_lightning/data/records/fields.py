@@ -46,7 +46,7 @@ class Fields:
         self._read.update(names)
 
     def text(self, field: str, *, required: bool = True) -> str:
-        """A field that holds text; "" where one that is not required is missing or null.
+        """A field that holds text; "" where it is null, or is missing and not required.
 
         Raises:
             ValueError: with the reason.
@@ -57,10 +57,11 @@ class Fields:
             there = ", ".join(map(repr, self.record)) or "none"
             raise ValueError(f"no field {self.name(field)!r}; there are {there} (choose with data.columns.{field})")
         value = self.value(field)
-        if value is None and not required:
+        if value is None:
             return ""
         if not isinstance(value, str):
-            raise ValueError(f"field {self.name(field)!r} holds {type(value).__name__}, not text")
+            words = f"a {type(value).__name__}" if isinstance(value, (Mapping, list)) else repr(value)
+            raise ValueError(f"field {self.name(field)!r} holds {words}, not text")
         return value
 
     @property

@@ -44,7 +44,7 @@ def parsed(word: str) -> Any:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        advice = "write KEY=VALUE, and quote a value with any of ()=,'\"{}[] twice: 'KEY=\"VALUE\"'"
+        advice = "write KEY=VALUE, and quote a value with any of ()=,;'\"{}[] twice: 'KEY=\"VALUE\"'"
         raise ValueError(f"cannot read '{word}' ({reason}); {advice}") from None
 
 
