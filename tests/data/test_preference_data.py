@@ -548,7 +548,7 @@ def test_of_equal_lengths_nothing_is_saved_without_sharing(tmp_path: Path) -> No
 
 
 def test_pairs_are_mixed_by_weight(tmp_path: Path) -> None:
-    """32 and 8 pairs are for training: an epoch of 40 takes 30 of the first source, and each of the second 5/4 times."""
+    """32 and 8 pairs are for training: an epoch of 40 takes 30 of the first, and each of the second 5/4 times."""
     names = {"long": 40, "short": 10}
     for name, n in names.items():
         write(tmp_path / f"{name}.json", [plain(f"{name} {i}") for i in range(n)])
