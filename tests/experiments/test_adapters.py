@@ -37,7 +37,12 @@ FORMS = {
         "data.template='{instruction}{response}'",
     ],
     **{
-        f"dpo {kind}": ["task=dpo", f"task.reference={kind}", "callbacks.samples=null"]
+        f"dpo {kind}": [
+            "task=dpo",
+            f"task.reference={kind}",
+            "callbacks.samples=null",
+            "data.template='{instruction}{response}'",
+        ]
         for kind in ("copy", "adapter_off", "cached")
     },
 }
