@@ -31,7 +31,7 @@ from llm_lightning.data.record_store.limits import (
 )
 from llm_lightning.data.record_store.pool import Part, Pool, TokenPool, leaks, remembered
 from llm_lightning.data.record_store.records import Reading, RecordStore, open_store
-from llm_lightning.data.record_store.samples import Fitting, Samples
+from llm_lightning.data.record_store.samples import Fitting, SampleKind, Samples
 from llm_lightning.data.record_store.splitting import digest_of, split_pool
 from llm_lightning.data.record_store.tokens import tokens_of
 from llm_lightning.data.records.rows import RecordForm, Source, lines_of
@@ -189,8 +189,8 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
 
     @property
     @abstractmethod
-    def kind(self) -> Any:
-        """How tokens become a sample: a `SampleKind`."""
+    def kind(self) -> SampleKind:
+        """How tokens become a sample."""
 
     @abstractmethod
     def lines_of(self, facts: dict[str, Any]) -> Iterable[str]:

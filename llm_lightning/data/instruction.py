@@ -16,6 +16,7 @@ import numpy as np
 from llm_lightning.data.batches import Example, collate_packed, collate_padded, packed_length
 from llm_lightning.data.conversations import ConversationDataModule, Layouts
 from llm_lightning.data.record_store.limits import check_choices
+from llm_lightning.data.record_store.samples import SampleKind
 from llm_lightning.data.record_store.tokens import KINDS, Pieces, encode_conversation, of_kinds
 from llm_lightning.data.records.instruction import InstructionForm
 from llm_lightning.data.templates.base import Template
@@ -48,7 +49,7 @@ _CHOICES = {"loss_on": LOSS_ON, "eos_targets": ("all", "first")}
 
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(SampleKind):
     """Which tokens of a conversation are trained on.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,6 @@ def prompt_key(conversation: Conversation) -> str:
     """Equal for prompts that are the same up to case, white space and punctuation."""
     prompts = [part for turn in conversation.turns for part in (turn.instruction, turn.input)]
     return normalized(" ".join(prompts), fold_digits=False)
-
-
-def leaked_prompts(parts: Mapping[str, Sequence[Conversation]], split: str) -> dict[str, int]:
-    """Number of prompts of a split that are also in training."""
-    seen = set(map(prompt_key, parts["train"]))
-    return {"prompts": sum(prompt_key(one) in seen for one in parts[split]), "of": len(parts[split])}
 
 
 def leaked_texts(train: TextKeys, evaluated: TextKeys, classes: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:

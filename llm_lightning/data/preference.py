@@ -20,6 +20,7 @@ from llm_lightning.data.pairs import (
     collate_padded_pairs,
     packed_pairs_length,
 )
+from llm_lightning.data.record_store.samples import SampleKind
 from llm_lightning.data.record_store.tokens import Pieces, encode_pair, of_kinds
 from llm_lightning.data.records.preference import PreferenceForm
 from llm_lightning.data.templates.base import Template
@@ -42,7 +43,7 @@ NAMED: dict[str, Path | Pinned] = {
 
 
 @dataclass(frozen=True)
-class Scoring:
+class Scoring(SampleKind):
     """Which tokens of a pair are scored.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -17,6 +16,3 @@ class Row(NamedTuple):
     """the reason why this is no record"""
     may_hold_cr: bool = True
     """whether its texts are searched for CRLF and CR"""
-
-
-Record = Mapping[str, Any]

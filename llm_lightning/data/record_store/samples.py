@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -15,8 +16,8 @@ from tqdm import tqdm
 from llm_lightning.data.cutting import shortened
 from llm_lightning.data.record_store.pool import Part, TokenPool, integers
 from llm_lightning.data.record_store.records import FORMAT
-from llm_lightning.data.record_store.tokens import Encode, Pieces, TokenStore, TokenWriter
-from llm_lightning.data.templates.base import Template
+from llm_lightning.data.record_store.tokens import Pieces, TokenStore, TokenWriter
+from llm_lightning.data.templates.base import Piece, Template
 from llm_lightning.data.templates.conversation import Conversation
 from llm_lightning.files.atomic import cache_dir
 from llm_lightning.files.columns import Columns, Writer, as_reference, from_reference, key_of, made_once
@@ -81,31 +82,36 @@ class Samples(Dataset, Generic[Sample]):
         return self._make(number, self._tokens.pieces(int(self._rows[number])))
 
 
-class SampleKind(Protocol):
-    """How pieces become samples of one kind: a frozen dataclass of settings."""
+@dataclass(frozen=True)
+class SampleKind(ABC):
+    """How pieces become samples of one kind; a subclass has settings as fields."""
 
-    encode: ClassVar[Encode]
+    @staticmethod
+    @abstractmethod
+    def encode(tokenizer: Tokenizer, template: Template, record: Conversation) -> Iterable[Piece]:
+        """Make the pieces of a record."""
 
+    @abstractmethod
     def sample(self, number: int, pieces: Pieces) -> Any:
         """Return the sample, or None if nothing of it would be trained on."""
-        ...
 
+    @abstractmethod
     def length(self, pieces: Pieces) -> int:
         """Return the tokens of the longest sequence."""
-        ...
 
+    @abstractmethod
     def n_answer(self, pieces: Pieces) -> int:
         """Return the tokens of answers that a model learns to give."""
-        ...
 
+    @abstractmethod
     def with_cut_answers(self, pieces: Pieces, most: int) -> Pieces:
         """Return what is left of sequences of at most `most` tokens, cut from the right."""
-        ...
 
+    @abstractmethod
     def measures(self, sample: Any) -> tuple[int, ...]:
         """Return numbers that `facts` needs of each sample."""
-        ...
 
+    @abstractmethod
     def facts(self, whole: np.ndarray, measures: np.ndarray) -> dict[str, Any]:
         """Return facts about a split.
 
@@ -113,7 +119,6 @@ class SampleKind(Protocol):
             whole: (records,) lengths before anything is cut.
             measures: (samples, m).
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Fitting:
         too_long: `cut_prompt`, `cut_answer` or `drop`.
     """
 
-    kind: Any
+    kind: SampleKind
     limit: int
     too_long: str
     tokenizer: Tokenizer
