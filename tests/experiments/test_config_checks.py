@@ -49,7 +49,7 @@ WRONG = [
     ("-m data.batch_size=1,many", "data.batch_size='many' must be a number"),
     ("optimizer.lr=1,2", "several values: add -m"),
     ("data.path=a.txt,b.txt", """write a list ('KEY=[A,B]'), or quote it twice ('KEY="A,B"')"""),
-    ("data.path=a(1).txt", """quote a value with any of ()=,'"{}[] twice: 'KEY="VALUE"'"""),
+    ("data.path=a(1).txt", """quote a value with any of ()=,;'"{}[] twice: 'KEY="VALUE"'"""),
     ("optimizer.lr=[1,", "cannot read 'optimizer.lr=[1,'"),
     ("optimizer", "cannot read 'optimizer'"),
     ("--bogus", "unrecognized arguments: --bogus"),
