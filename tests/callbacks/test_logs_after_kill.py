@@ -50,6 +50,7 @@ def tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.slow
 def test_logs_of_a_killed_run_equal_those_of_an_uninterrupted_one(
     tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -169,6 +169,7 @@ def test_tensorboard_shows_each_step_once_after_kills(tmp_path: Path) -> None:
     assert [path.is_file() for path in tmp_path.glob("events*")] == [True] * 3
 
 
+@pytest.mark.slow
 def test_tensorboard_files_of_one_second_are_read_in_order(tmp_path: Path) -> None:
     for start in range(1, 4):
         logger = TensorBoard(tmp_path, resumed_step=start)
@@ -283,6 +284,7 @@ assert "torch.utils.tensorboard" in sys.modules and "tensorflow" not in sys.modu
 """
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported(tmp_path: Path) -> None:
     (tmp_path / "tensorflow.py").write_text("raise RuntimeError('TensorFlow was imported')\n")
     places = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

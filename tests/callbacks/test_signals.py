@@ -74,6 +74,7 @@ def fit(make_module: Any, make_trainer: Any, make_data: Any) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_every_signal_saves_at_every_moment(tmp_path: Path, fit: Any) -> None:
     assert fit(tmp_path / "whole") == (0, "")
     whole = checkpoints.load(tmp_path / "whole" / "checkpoints" / "last.ckpt")

@@ -346,6 +346,7 @@ def test_nothing_heavy_is_imported_early(statement: str) -> None:
     assert not heavy & modules_after(statement)
 
 
+@pytest.mark.slow
 def test_use_of_a_model_needs_no_trainer() -> None:
     assert not {"lightning", "hydra", "omegaconf", "transformers", "datasets", "matplotlib"} & modules_after(
         "from llm_lightning import GPT, GPTConfig, evaluate_text, generate_text, load_model"

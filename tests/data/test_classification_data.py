@@ -465,6 +465,7 @@ def test_bad_records_are_left_out_of_every_file_and_said_at_every_start(
         module(train)
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_named_set(tmp_path: Path) -> None:
     hard = write(tmp_path / "hard.tsv", [("ham zz", "ham"), ("word ham", "spam"), ("nothing", "spam")])
     only = write(tmp_path / "only.tsv", made_up(4, "spam"))

@@ -47,6 +47,7 @@ def built(kind: Any, path: Path, **options: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("too_long", ["drop", "cut_answer"])
 def test_conversations(name: str, too_long: str, data_dir: Path) -> None:
@@ -68,6 +69,7 @@ def test_conversations(name: str, too_long: str, data_dir: Path) -> None:
         assert found == wanted, (loss_on, ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("too_long", ["drop", "cut_answer"])
 def test_pairs(name: str, too_long: str, data_dir: Path) -> None:

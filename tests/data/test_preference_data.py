@@ -787,6 +787,7 @@ def book_log_probs(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     return (picked * mask).sum(-1) / mask.sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_with_the_books_settings_the_loss_is_the_books(tmp_path: Path, packing: bool) -> None:
     """ch07/04, custom_collate_fn and compute_dpo_loss written out: no end of text, "### Response:" is scored."""

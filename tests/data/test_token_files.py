@@ -388,6 +388,7 @@ def _build_and_die(source: Source, n_lines: int) -> None:
     sys.settrace(None)
 
 
+@pytest.mark.slow
 def test_builders_killed_at_any_line_leave_nothing_behind_for_the_next_one(tmp_path: Path) -> None:
     source, fork = source_of(random_text(200)), multiprocessing.get_context("fork")
     expected = build_token_files(source, build_tokenizer("byte"), cache=tmp_path / "undisturbed")

@@ -45,6 +45,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_survive_signals_to_the_group_and_end_with_the_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"

@@ -33,6 +33,7 @@ def words(tmp_path: Path) -> list[str]:
     return [f"--config-dir={tmp_path / 'mine'}", *SETTINGS, data, "experiment=search"]
 
 
+@pytest.mark.slow
 def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_mixture_is_typed_recorded_moved_and_evaluated(tmp_path: Path, monkeyp
     assert "cannot resume with other settings: data.mixture was [{'name': 'web', 'weight': 0.7}" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_sweep_over_mixtures_and_sets_has_readable_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "web.txt", "book.txt")

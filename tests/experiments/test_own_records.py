@@ -77,6 +77,7 @@ OWN = ["data.path=train.jsonl", "data.val_path=val.jsonl", "data.test_path=[test
 SETS = ["data.val_sets.hard=hard.jsonl", "data.val_sets.same=same.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_on_records_of_its_own(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str
@@ -129,6 +130,7 @@ def test_another_set_steers_only_where_it_is_named(there: Path, monitor: str, be
     assert checkpoints.read_header(run / "checkpoints" / "best.ckpt")["step"] == best(hard) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_of_a_dataset_of_the_hub(
     there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str

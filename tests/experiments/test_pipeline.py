@@ -155,6 +155,7 @@ def test_the_second_time_nothing_is_run(words: list[str], chain: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in chain.rglob("*") if path.name != ".lock"} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_here")
 def test_a_changed_stage_makes_its_children_run_again(words: list[str], chain: Path) -> None:
     old = manifest(chain / "first")

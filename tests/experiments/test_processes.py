@@ -87,6 +87,7 @@ def saved(folder: Path) -> list[int]:
     return [int(word) for word in (folder / "saved").read_text().split()]
 
 
+@pytest.mark.slow
 def test_what_stops_the_parent_stops_the_child_once_saved(tmp_path: Path) -> None:
     cases = [(signum, to) for signum in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT") for to in ("process", "group")]
     started = [start(tmp_path / f"{signum} {to}") for signum, to in cases]

@@ -63,6 +63,7 @@ def lineage(run: Path) -> dict[str, Any]:
     return checkpoints.read_header(run / LAST)["lineage"]
 
 
+@pytest.mark.slow
 def test_a_moved_project_goes_on_and_is_evaluated(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

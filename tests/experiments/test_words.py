@@ -210,6 +210,7 @@ NAMED: list[tuple[str, str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_names_with_paths_and_sources_are_what_they_are_meant_to_be(mine: str) -> None:
     for line, key, meant in NAMED:
         words = as_hydra_reads(shlex.split(mine + line), CONF)

@@ -193,6 +193,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_maker_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
     draw, folder, n_unfinished = random.Random(0), tmp_path / "a", 0
     for _ in range(6):

@@ -176,6 +176,7 @@ def test_a_wrong_answer_leaves_no_file_and_says_why(server: str, tmp_path: Path,
     assert len(Handler.requests) == 1  # nothing that another attempt could change
 
 
+@pytest.mark.slow
 def test_no_server_holds_or_fills_us(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 0.3 refused a server that answers, once, where other work kept both cores busy.
     monkeypatch.setattr(module, "TIMEOUT", 1.0)

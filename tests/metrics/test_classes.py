@@ -45,6 +45,7 @@ def drawn(n: int, classes: int, *, absent: bool, ties: bool = False) -> tuple[Te
     return (logits.round() if ties else logits), labels
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_scikit_learn_with_classes_that_are_missing_too() -> None:
     sklearn = pytest.importorskip("sklearn.metrics", reason="needs the dev extra: scikit-learn")
     failures = []

@@ -203,6 +203,7 @@ def test_110_records_of_which_ten_have_no_score(server: JudgeServer) -> None:
     assert summary.low < 100 * 50.5 / 110 < (100 * 50.5 + 10 * 100) / 110 < summary.high
 
 
+@pytest.mark.slow
 def test_a_second_call_sends_nothing(server: JudgeServer) -> None:
     rows = records()
     score(server, [row for row in rows if "slow" not in row["model_response"]])
@@ -269,6 +270,7 @@ def misbehaving(prompt: str, _: int) -> Any:
     return "50" if name.startswith("good") else (SLOW_WAYS | HUGE_WAYS)[name] if name not in WAYS else WAYS[name][0]
 
 
+@pytest.mark.slow
 def test_every_record_counts_whatever_the_server_does(server: JudgeServer) -> None:
     server.script = misbehaving
     expected = {"good": "scored", **dict.fromkeys(SLOW_WAYS, "timeout"), **dict.fromkeys(HUGE_WAYS, "failed")}

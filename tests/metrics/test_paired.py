@@ -78,6 +78,7 @@ def test_one_seed_and_no_spread_are_not_judged() -> None:
         assert not one.differs
 
 
+@pytest.mark.slow
 def test_six_equal_settings_are_rarely_said_to_differ() -> None:
     generator = random.Random(1234)
     sweeps = [drawn(generator, [0.0] * 6, 3) for _ in range(2000)]

@@ -85,6 +85,7 @@ def test_the_same_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [folder.name for folder in (tmp_path / "outputs" / "pretraining").iterdir()] == ["longer"]
 
 
+@pytest.mark.slow
 def test_the_sweep_starts_every_job_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     [command] = [c for c in COMMANDS if c.startswith("python train.py -m ") and "optuna" not in c]

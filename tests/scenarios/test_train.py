@@ -291,6 +291,7 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(
     assert steps(tmp_path / "stopped") == steps(tmp_path / "whole") == list(range(90))
 
 
+@pytest.mark.slow
 def test_a_run_that_left_no_checkpoint_says_that_it_starts_again(corpus: Path, tmp_path: Path) -> None:
     words = one_epoch(corpus, tmp_path / "run", "callbacks.checkpoints=null", "trainer.max_epochs=-1")
     said = "Starting again from step 0: the earlier run in "

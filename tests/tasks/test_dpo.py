@@ -134,6 +134,7 @@ def test_every_reference_gives_the_same_curve_from_ln_2_on(runs: Runs) -> None:
         assert found[name]["train/reward_margin"][-1][1] > 0
 
 
+@pytest.mark.slow
 def test_after_instruction_tuning_with_adapters(runs: Runs, start: Path, pairs: Path, tmp_path: Path) -> None:
     """The policy, and so its reference, begins with those adapters in its weights."""
     tuned = tmp_path / "tuned"
@@ -168,6 +169,7 @@ def test_the_reference_is_saved_and_stays_to_the_bit(runs: Runs, start: Path) ->
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["copy", "cached", "lora, adapters off"])
 def test_a_run_that_goes_on_is_that_of_one_piece(
     way: str, runs: Runs, start: Path, pairs: Path, tmp_path: Path
@@ -177,6 +179,7 @@ def test_a_run_that_goes_on_is_that_of_one_piece(
     assert losses(run(tmp_path / "half", start, pairs, *WAYS[way])) == losses(runs.curves(way))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [[], ["lora=default"]], ids=["full", "lora"])
 def test_the_next_job_of_a_sweep_runs_no_reference(
     adapters: list[str], runs: Runs, start: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

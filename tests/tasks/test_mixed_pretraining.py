@@ -69,6 +69,7 @@ def test_further_validation_sets_change_nothing_else(folder: Path) -> None:
     assert_same(*states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 30, 110, 150])
 def test_a_run_that_is_extended_ends_as_one_that_was_not(folder: Path, stop: int) -> None:
     """110 steps are an epoch: the second one begins where the long source stopped."""

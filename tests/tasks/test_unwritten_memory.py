@@ -90,6 +90,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[FiniteOperands]
         assert seen.poisoned == seen.products > 0, "some products ran without it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", RUNS)
 def test_every_task_gives_the_same_bits_with_poisoned_memory(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -315,6 +315,7 @@ LATE = {
 }
 
 
+@pytest.mark.slow
 def test_what_a_forger_may_write_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("plain", "classifier", "lora"):  # or everything below would be refused for another reason
         load_model(written(tmp_path / "honest.ckpt", honest(kind)))
@@ -406,6 +407,7 @@ def group(state: State) -> Any:
     return state["optimizer_states"][0]["param_groups"][0]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_continue_from_what_is_not_its_state(
     tmp_path: Path, make_trainer: Any, make_module: Any, make_data: Any
 ) -> None:

@@ -170,6 +170,7 @@ def test_a_lone_file_tells_its_sizes(folder: Path, model: GPT, caplog: pytest.Lo
     assert "n_head=2, because GPT-2's heads are 64 wide" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_folder_is_recognised(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

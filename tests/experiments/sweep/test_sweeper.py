@@ -47,6 +47,7 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
     return Typed(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_found_by_what_it_is_whatever_it_is_called(typed: Typed) -> None:
     assert typed() == ["lr_0.001", "lr_0.002"]
     assert typed.code == 0, typed.err
@@ -92,6 +93,7 @@ def test_the_same_job_twice_runs_once(typed: Typed) -> None:
     assert "1 job, 1 to run" in typed.out
 
 
+@pytest.mark.slow
 def test_what_failed_of_itself_runs_again_only_when_asked(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["-m", "optimizer.lr=0.001,1e30", "run_name=study"]
     with monkeypatch.context() as patch:
@@ -133,6 +135,7 @@ def test_a_sweep_that_is_stopped_or_fails_leaves_a_report(typed: Typed, monkeypa
     assert "2 jobs: 2 waiting" in (typed.folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_failed_through_the_system_runs_again(typed: Typed) -> None:
     missing = typed.folder.parents[2] / "missing.txt"
     words = ["-m", "seed=1,2", "run_name=study", f"data.path={missing}"]
@@ -163,6 +166,7 @@ def test_a_job_that_a_signal_ended_runs_again(typed: Typed) -> None:
         assert typed(*SWEPT, *killer) == ["lr_0.001", "lr_0.002"]
 
 
+@pytest.mark.slow
 def test_a_damaged_job_is_named_before_the_first_job(typed: Typed) -> None:
     typed()
     for file in ("job.json", "summary.json"):
