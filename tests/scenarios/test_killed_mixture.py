@@ -73,12 +73,12 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     return [{"name": name, "path": f"{folder}/{name}.jsonl", "weight": weight} for name, weight in WEIGHTS.items()]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ten_kills(tmp_path: Path, command: list[str]) -> None:
     assert_shares(killed_often(tmp_path, command, KILLS, STEPS))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ten_kills_of_two_processes(tmp_path: Path, command: list[str]) -> None:
     assert_shares(killed_often_in_two(tmp_path, command, len(KILLS), STEPS))
 
