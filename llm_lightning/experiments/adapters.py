@@ -10,7 +10,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from llm_lightning.experiments.run_folder import RunFolder, is_main_process
+from llm_lightning.experiments.ranks.launcher import is_main_process
+from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import merge_and_unload

@@ -27,6 +27,8 @@ from llm_lightning.data.packing import may_share_prefix
 from llm_lightning.data.templates.choose import template_in
 from llm_lightning.experiments.adapters import adapter_lineage
 from llm_lightning.experiments.monitors import missing_mode
+from llm_lightning.experiments.ranks.counts import counts
+from llm_lightning.experiments.ranks.environments import environments
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.run_records import Settings
 from llm_lightning.experiments.whereabouts import OtherDataError, lasting_name
@@ -255,11 +257,11 @@ def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
         if logger is not None
     ]
     trainer: L.Trainer = build(
-        settings["trainer"],
+        {**settings["trainer"], **counts(settings["trainer"])},
         default_root_dir=run.path,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[VerifiedCheckpointIO(run.opened)],
+        plugins=[VerifiedCheckpointIO(run.opened), *environments()],
         enable_checkpointing=False,  # Checkpoints does it
         enable_model_summary=False,
         _convert_="all",

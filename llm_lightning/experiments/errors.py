@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments import failures, unforeseen
-from llm_lightning.experiments.run_folder import RunFolderInUseError, is_anothers, is_main_process
+from llm_lightning.experiments.ranks.launcher import is_main_process
+from llm_lightning.experiments.run_folder import RunFolderInUseError, is_anothers
 from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.files.disk_errors import explain
 from llm_lightning.terminal import one_line, say, visible

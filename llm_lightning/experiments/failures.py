@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from llm_lightning.experiments.run_folder import CONFIG_JSON, OWNER, changed, is_main_process
+from llm_lightning.experiments.ranks.launcher import is_main_process
+from llm_lightning.experiments.run_folder import CONFIG_JSON, OWNER, changed
 from llm_lightning.experiments.run_records import Facts, read_facts
 from llm_lightning.files.atomic import write_atomically
 

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.errors import guarded, run_guarded, thread_failed
@@ -24,12 +25,12 @@ def main(script: Path, verbs: Collection[str] | None = None) -> None:
         script: the file that was started.
         verbs: the commands of `llm-lightning` that a pipeline may run; None: any.
     """
-    end_with_parent()
     guard_messages()
     run_guarded(lambda: _main(script, verbs))
 
 
 def _main(script: Path, verbs: Collection[str] | None) -> None:
+    end_with_parent()
     from llm_lightning.experiments.settings.help import help_text
 
     argv, config_dir = sys.argv[1:], script.parent / "conf"
@@ -84,6 +85,7 @@ def _run(script: Path, config_dir: Path) -> None:
     if arguments.multirun or configuration.is_multirun or shows:
         run_multirun(script, arguments.config_dir, config_dir)
         return
+    _name_folder(configuration.config, words)
     own = list(configuration.config.allow_targets)
     check_targets(configuration.config, own)
 
@@ -96,3 +98,14 @@ def _run(script: Path, config_dir: Path) -> None:
     code = in_run_folder(configuration.full, run)
     if code:
         sys.exit(code)
+
+
+def _name_folder(config: Any, words: Sequence[str]) -> None:
+    """Name the run folder as the other processes of the run do, if nothing names it."""
+    from llm_lightning.experiments.ranks.naming import shared_name
+    from llm_lightning.experiments.settings.compose import name_folders
+
+    if config.run_name is None and not any(key_of(word) == "hydra.run.dir" for word in words):
+        name = shared_name(words)
+        if name is not None:
+            name_folders(name)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llm_lightning.experiments.run_folder import is_main_process
+from llm_lightning.experiments.ranks.launcher import is_main_process
 from llm_lightning.experiments.run_records import Settings
 from llm_lightning.models.gpt import FREE_FIELDS, GPTConfig
 from llm_lightning.models.shapes import parameter_shapes

@@ -19,7 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm_lightning.experiments.processes import start, wait_for
-from llm_lightning.experiments.run_folder import RunFolderInUseError, is_main_process
+from llm_lightning.experiments.ranks.launcher import is_one_of_several
+from llm_lightning.experiments.run_folder import RunFolderInUseError
 from llm_lightning.experiments.run_records import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.experiments.settings.overrides import run_dir_override
 from llm_lightning.experiments.stages import Chain, Stage, digest_of, filled, filled_override, plan
@@ -54,7 +55,7 @@ def run_pipeline(argv: Sequence[str], script: Path, verbs: Collection[str] | Non
         ValueError: before any stage runs, if one has a wrong setting; or if another process runs the chain.
         StageFailedError: when a stage fails.
     """
-    if not is_main_process() or os.environ.get("WORLD_SIZE", "1") != "1":
+    if is_one_of_several():
         raise ValueError("a pipeline starts the processes of each stage itself: type it once, without a launcher")
     chain = plan(argv, script.parent / "conf", verbs)
     with _owned_chain(chain.folder):

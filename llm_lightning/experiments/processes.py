@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llm_lightning.experiments.ranks.launcher import launched
 from llm_lightning.signals import STOPPING, signal_at_death_of
 
 PARENT = "LLM_LIGHTNING_PARENT"
@@ -37,7 +38,7 @@ def end_with_parent() -> None:
     if parent is not None and parent.isdigit():
         if not signal_at_death_of(int(parent), signal.SIGTERM):
             _when_gone(int(parent), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    elif os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+    elif launched().by == "parent" and launched().local_rank != 0:
         _when_gone(os.getppid(), _give_up)
 
 

@@ -42,7 +42,11 @@ from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.open_settings import take_from_run, take_from_weights, take_rate
 from llm_lightning.experiments.plot_lr import plot_lr
 from llm_lightning.experiments.quarantine import write_bad_records
-from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
+from llm_lightning.experiments.ranks.agreement import facts_of
+from llm_lightning.experiments.ranks.counts import counts
+from llm_lightning.experiments.ranks.launcher import is_main_process
+from llm_lightning.experiments.ranks.meeting import compare_when_met
+from llm_lightning.experiments.run_folder import RunFolder, leaving_nothing, open_run
 from llm_lightning.experiments.run_records import COMMAND, PRUNED, Settings, Start, damaged_summary
 from llm_lightning.experiments.settings.changes import refuse_changes
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
@@ -136,6 +140,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
         log.info(line)
     if settings["compile"]:
         module.compile_model()
+    compare_when_met(trainer, run, partial(facts_of, settings, run, lineage))
     with refusing_damage(run.checkpoint):
         trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
@@ -274,9 +279,8 @@ def preview_lr(settings: Settings, run_dir: Path, start: Start) -> None:
     """Draw the learning rate of every step of the run beside its folder."""
     datamodule = read_new_data(settings)
     take_rate(settings, start.rates, task_of(settings), model_config(settings, task_of(settings), datamodule.tokenizer))
-    trainer = build(
-        settings["trainer"], logger=False, enable_checkpointing=False, enable_model_summary=False, _convert_="all"
-    )
+    options = {**settings["trainer"], **counts(settings["trainer"])}
+    trainer = build(options, logger=False, enable_checkpointing=False, enable_model_summary=False, _convert_="all")
     steps, peak = planned_steps(trainer, datamodule), build_optimizer(settings["optimizer"]).lr
     say_lines(plot_lr(build(settings["scheduler"]), peak, steps, run_dir.parent / "lr.png"))
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
+from llm_lightning.experiments.ranks.launcher import is_main_process
 from llm_lightning.experiments.run_records import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.files.atomic import write_atomically
 
@@ -231,12 +232,6 @@ def living_owner(path: Path) -> dict[str, Any]:
     """`owner.json` of the process of this host that works in a run folder; empty if there is none."""
     owner = read_owner(path)
     return owner if is_alive(owner) else {}
-
-
-def is_main_process() -> bool:
-    """Whether this is the first process of its launcher (torchrun, Lightning, SLURM), or has none."""
-    ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def _this_process() -> dict[str, Any]:

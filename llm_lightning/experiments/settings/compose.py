@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm_lightning.experiments.ranks.naming import drawn_name
 from llm_lightning.experiments.settings import yaml_files
 from llm_lightning.experiments.settings.nodes import dotted
 from llm_lightning.experiments.settings.overrides import key_of, parsed
@@ -185,14 +184,17 @@ def without_hydra(config: DictConfig) -> DictConfig:
 def prepare_hydra() -> None:
     """Let Hydra find the sweeper of `-m`, and register `${run_folder:NAME}`, which conf/train.yaml uses, for one start.
 
-    Without a name, a folder is named by date, time and eight random digits: runs started in the same second differ.
-    They are drawn here, once per start, so that Hydra and every launched process see the same folder.
+    A name is drawn here for a folder that has none, once per start, so that Hydra sees the same folder each time.
     """
     if str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))
-    drawn = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(4)}"
+    name_folders(drawn_name())
+
+
+def name_folders(name: str) -> None:
+    """Let a folder that nobody named have this name."""
     OmegaConf.register_new_resolver(
-        "run_folder", lambda run_name: drawn if run_name is None else str(run_name), replace=True
+        "run_folder", lambda run_name: name if run_name is None else str(run_name), replace=True
     )
 
 

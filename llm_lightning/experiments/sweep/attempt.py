@@ -20,7 +20,8 @@ from typing import Any
 
 from llm_lightning.experiments.command_line import one_run
 from llm_lightning.experiments.failures import SHOWN, Failure
-from llm_lightning.experiments.run_folder import is_main_process, living_owner
+from llm_lightning.experiments.ranks.launcher import is_main_process
+from llm_lightning.experiments.run_folder import living_owner
 from llm_lightning.experiments.run_records import read_summary
 from llm_lightning.experiments.settings.nodes import plain
 from llm_lightning.experiments.settings.overrides import run_dir_override

@@ -13,8 +13,8 @@ from typing import Any
 from omegaconf import open_dict
 
 from llm_lightning.experiments.failures import Failure
+from llm_lightning.experiments.ranks.launcher import is_one_of_several
 from llm_lightning.experiments.report.watching import SweepReport
-from llm_lightning.experiments.run_folder import is_main_process
 from llm_lightning.experiments.run_records import read_summary
 from llm_lightning.experiments.settings.checks import check_job
 from llm_lightning.experiments.settings.compose import PLUGINS, ConfigDirs, SharedCompositions, config_dirs
@@ -65,7 +65,7 @@ def config_files(config: Any, task: Any) -> SharedCompositions:
         ValueError: if the sweep was started by a launcher of processes, or its settings would reach no job or train
             nothing.
     """
-    if not is_main_process() or os.environ.get("WORLD_SIZE", "1") != "1":
+    if is_one_of_several():
         raise ValueError("a sweep starts the processes of each job itself: type it once, without a launcher")
     if config.get("plot_lr"):  # its jobs would draw one over the other, and end without having trained
         raise ValueError("plot_lr=true draws the schedule of one run, not of a sweep: leave -m or plot_lr out")
