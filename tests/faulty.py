@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -27,3 +29,15 @@ class Slow(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if self.path.exists():
             time.sleep(0.3)
+
+
+class Killed(L.Callback):
+    """Let one rank be killed after a step, if a file exists, which goes with it."""
+
+    def __init__(self, path: str, step: int = 3, rank: int = 1) -> None:
+        self.path, self.step, self.rank = Path(path), step, rank
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step) and self.path.exists():
+            self.path.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)

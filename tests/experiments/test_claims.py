@@ -192,3 +192,5 @@ def test_processes_of_a_job_share_its_threads_and_slurm_allots_its_own() -> None
     assert claims.threads_of(None, {"accelerator": "cpu", "devices": 1}, slurm) == 8
     assert claims.threads_of(None, two, slurm) == 4
     assert claims.threads_of(None, two, {**slurm, "SLURM_NTASKS_PER_NODE": "2"}) == 4
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+    assert claims.threads_of(None, {"accelerator": "cpu", "devices": "auto"}, {**slurm, **step}) == 4

@@ -20,7 +20,7 @@ from typing import Any
 
 from llm_lightning.experiments.command_line import one_run
 from llm_lightning.experiments.failures import SHOWN, Failure
-from llm_lightning.experiments.ranks.launcher import is_main_process
+from llm_lightning.experiments.ranks.launcher import is_main_process, is_one_of_several
 from llm_lightning.experiments.run_folder import living_owner
 from llm_lightning.experiments.run_records import read_summary
 from llm_lightning.experiments.settings.nodes import plain
@@ -92,7 +92,7 @@ class Attempt:
         with under_way:
             if self.sweep is not None and is_main_process():
                 _record(job, self.sweep)
-            else:  # of several processes that SLURM starts, the first records
+            else:  # of several tasks of one job, the first records
                 with stop_signals() as received:
                     code = job.train(lambda: bool(received), received, first=self.sweep is None)
                 if code and self.sweep is None:
@@ -265,7 +265,7 @@ class _Job:
         """Claim the job's GPUs; empty if it wants none, None if `stops` said so."""
         present = self.share.gpus
         wanted = claims.gpus_wanted(self.trainer, present)
-        if not wanted:
+        if not wanted or is_one_of_several():  # each task of a job would claim all: its launcher gives them out
             yield claims.Claim()
             return
 
@@ -281,8 +281,6 @@ class _Job:
         if claim.names:
             listed = claims.listed(self.trainer.get("devices"))  # by number, of all that are there
             environment[claims.VISIBLE] = ",".join(self.share.gpus if listed else claim.names)
-        if environment.get("SLURM_NTASKS") == "1":
-            del environment["SLURM_NTASKS"]  # or Lightning wants SLURM to start the processes of `trainer.devices`
         threads = claims.threads_of(self.share.threads, self.trainer, environment)
         if threads is not None:
             environment |= dict.fromkeys(claims.THREADS, str(threads))

@@ -17,6 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llm_lightning.experiments.ranks.launcher import launched
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _POLL_SECONDS = 0.3
@@ -49,6 +51,9 @@ def threads_of(given: int | None, trainer: Mapping[str, Any], environment: Mappi
         given = int(environment["SLURM_CPUS_ON_NODE"])
         tasks = environment.get("SLURM_NTASKS_PER_NODE", "1")
         processes = int(tasks) if tasks.isdigit() and int(tasks) > 1 else processes
+    here = launched(environment)
+    if here.starts_all:
+        processes = here.per_node[0]
     return None if given is None else max(1, given // max(1, processes))
 
 

@@ -53,9 +53,12 @@ def test_what_may_differ_from_node_to_node(changes: dict[str, Any]) -> None:
     ("of_ranks", "message"),
     [
         ([{}, {"optimizer.lr": 2e-3}, {}, {"optimizer.lr": 2e-3}], "optimizer.lr is 0.001 on ranks 0, 2 and 0.002 on"),
-        ([{}, {"trainer.max_steps": 5}], "trainer.max_steps is 4 on rank 0 and 5 on rank 1; start all with the same"),
+        ([{}, {"trainer.max_steps": 5}], "trainer.max_steps is 4 on rank 0 and 5 on rank 1; start all with"),
         ([{}, {"seed": 2}, {"seed": 3}], "seed is 1 on rank 0 and 2 on rank 1 and 3 on rank 2"),
-        ([{}, {"data.batch_size": 3, "seed": 7}], "seed is 1 on rank 0 and 7 on rank 1; data.batch_size is 2 on rank 0"),
+        (
+            [{}, {"data.batch_size": 3, "seed": 7}],
+            "seed is 1 on rank 0 and 7 on rank 1; data.batch_size is 2 on",
+        ),
     ],
 )
 def test_a_difference_names_the_key_the_values_and_the_ranks(of_ranks: list[dict[str, Any]], message: str) -> None:
@@ -67,7 +70,7 @@ def test_a_difference_names_the_key_the_values_and_the_ranks(of_ranks: list[dict
 
 def test_many_differences_stay_one_line() -> None:
     with pytest.raises(ValueError, match="; and 2 more; start all with the same command"):
-        refuse_differences([{name: 0 for name in "abcde"}, {name: 1 for name in "abcde"}])
+        refuse_differences([dict.fromkeys("abcde", 0), dict.fromkeys("abcde", 1)])
 
 
 def test_other_data_and_libraries_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from llm_lightning.experiments.ranks.launcher import (
 )
 
 PREFIXES = ("LOCAL_", "RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_", "MASTER_", "SLURM_", "TORCHELASTIC_", "SUBMITIT_")
+SECOND_NODE = {"NODE_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
     "TORCHELASTIC_RESTART_COUNT": "1",
@@ -80,7 +81,14 @@ def start_by(monkeypatch: pytest.MonkeyPatch, *variables: dict[str, str]) -> Non
         ({}, "none", 0, 0, (), None),
         ({"NODE_RANK": "1"}, "none", 1, 0, (), None),
         ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, "parent", 1, 1, (), None),
-        ({"LOCAL_RANK": "0", "NODE_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, "parent", 2, 0, (2, 2), None),
+        (
+            {"LOCAL_RANK": "0", "NODE_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"},
+            "parent",
+            2,
+            0,
+            (2, 2),
+            None,
+        ),
         (TORCHRUN, "torchrun", 3, 1, (2, 2), "10.0.0.1:29500"),
         # 15000 + 8 x 1234 + step 0
         (SRUN, "slurm", 3, 1, (2, 2), "gpu-03:24872"),
@@ -142,7 +150,11 @@ def test_open_devices_follow_the_launcher(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("environment", "trainer", "message"),
     [
-        (TORCHRUN, {"devices": 1}, r"trainer\.devices=1, but torchrun started 2 processes on each node; set trainer\.d"),
+        (
+            TORCHRUN,
+            {"devices": 1},
+            r"trainer\.devices=1, but torchrun started 2 processes on each node; set ",
+        ),
         (SRUN, {"devices": 4}, r"trainer\.devices=4, but srun started 2 processes on each node"),
         (SRUN, {"devices": "auto", "num_nodes": 1}, r"trainer\.num_nodes=1, but srun started processes on 2;"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1"}, {"devices": "auto"}, "srun started 3, 1 processes on the nodes"),
