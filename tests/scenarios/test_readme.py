@@ -22,6 +22,8 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`((?:python train\.py|llm-lightning)[^`]*)`", README)))
 TRAINING = [command for command in COMMANDS if command.startswith("python train.py")]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+LAUNCHED = re.findall(r"(?:torchrun|srun) [^`\n]*?train\.py ([^`\n]*)", README)
+"""The settings of commands that a launcher starts; `test_ranks.py` runs such commands."""
 SET_UP = [line for block in BLOCKS for line in block.splitlines() if line.startswith("pip install")]
 RUNS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python train.py")]
 
@@ -29,6 +31,7 @@ RUNS = [line for block in BLOCKS for line in block.splitlines() if line.startswi
 def test_the_readme_has_commands() -> None:
     assert len(COMMANDS) > 8
     assert len(RUNS) >= 2
+    assert len(LAUNCHED) == 3
     assert SET_UP[:2] == ["pip install -e . && python train.py run_name=first", 'pip install -e ".[dev]" && pytest']
 
 
@@ -50,6 +53,12 @@ def test_settings_compose(command: str) -> None:
         assert plan(arguments, ROOT / "conf")
         return
     assert check_overrides(arguments, ROOT / "conf").seed is not None
+
+
+@pytest.mark.parametrize("words", LAUNCHED)
+def test_settings_under_a_launcher_compose(words: str) -> None:
+    settings = check_overrides(shlex.split(words), ROOT / "conf")
+    assert settings.trainer.devices == "auto", "follows the launcher"
 
 
 def test_the_quick_start_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
