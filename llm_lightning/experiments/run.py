@@ -74,6 +74,7 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
     trainer = settings["trainer"]
     trainer["precision"] = choose_precision(trainer["precision"], trainer["accelerator"])
     fill_modes(settings)
+    counts(trainer)  # refuses numbers that the launcher contradicts, before the data are read
     _quieten()
     try:
         if show := what_to_show(settings, start):

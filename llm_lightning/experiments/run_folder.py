@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from llm_lightning.experiments.ranks.launcher import is_main_process
+from llm_lightning.experiments.ranks.launcher import is_main_process, launched
 from llm_lightning.experiments.run_records import Facts, read_facts, read_summary, refuse_links
 from llm_lightning.files.atomic import write_atomically
 
@@ -176,11 +176,19 @@ def _refuse_if_alive(path: Path, what: str) -> None:
     owner = read_owner(path)
     if is_alive(owner):
         raise RunFolderInUseError(_in_use(path, owner, what))
-    if owner and owner["host"] != platform.node():
+    if owner and owner["host"] != platform.node() and not _is_of_earlier_attempt(owner):
         silent = silent_seconds(path)
         if silent < SILENT_SECONDS:
             remedy = f"it wrote there {silent:.0f} seconds ago. If that process is dead, delete {path / 'owner.json'}"
             raise RunFolderInUseError(f"{_in_use(path, owner, what)}; {remedy}")
+
+
+def _is_of_earlier_attempt(owner: dict[str, Any]) -> bool:
+    """Whether the launcher has ended the owner, on a node that may be gone, before it started this process."""
+    mine, its = _launch(), owner.get("launch")
+    if mine is None or not isinstance(its, dict) or its.get("id") != mine["id"]:
+        return False
+    return isinstance(its.get("attempt"), int) and its["attempt"] < mine["attempt"]
 
 
 def silent_seconds(path: Path) -> float:
@@ -203,7 +211,7 @@ def is_anothers(path: Path) -> bool:
         owner = read_owner(path)
     except (ValueError, OSError):
         return True
-    if not owner or owner["pid"] == os.getpid():
+    if not owner or owner["pid"] == os.getpid() or (not is_main_process() and owner.get("launch") == _launch()):
         return False
     if owner["host"] != platform.node():
         return silent_seconds(path) < SILENT_SECONDS
@@ -241,7 +249,14 @@ def _this_process() -> dict[str, Any]:
         "process_start": process_start(os.getpid()),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
+        "launch": _launch(),
     }
+
+
+def _launch() -> dict[str, Any] | None:
+    """What all processes of one attempt of a launcher share; None if it gives the run no id."""
+    here = launched()
+    return {"id": here.id, "attempt": here.attempt} if here.id is not None else None
 
 
 def is_alive(owner: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"):
+    for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -121,6 +121,33 @@ def test_an_owner_on_another_host_is_succeeded_when_it_has_been_silent(tmp_path:
     os.utime(owner_file, (long_ago, long_ago))
     with open_run(tmp_path, {}):
         pass
+
+
+def test_a_restart_on_another_node_succeeds_the_owner_of_its_own_earlier_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner_file = tmp_path / "owner.json"
+    owner = {"pid": 7, "host": "a-node-that-died", "process_start": "1", "started": "then"}
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for launch in (None, {"id": "slurm_11", "attempt": 0}, {"id": "slurm_12", "attempt": 1}):
+        owner_file.write_text(json.dumps({**owner, "launch": launch}))
+        with pytest.raises(RunFolderInUseError, match="process 7 on a-node-that-died"), open_run(tmp_path, {}):
+            pass
+    owner_file.write_text(json.dumps({**owner, "launch": {"id": "slurm_12", "attempt": 0}}))
+    with open_run(tmp_path, {}):
+        assert json.loads(owner_file.read_text())["launch"] == {"id": "slurm_12", "attempt": 1}
+
+
+def test_a_rank_on_another_node_may_record_its_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = {"pid": 7, "host": "the-first-node", "process_start": "1", "started": "then"}
+    (tmp_path / "owner.json").write_text(json.dumps({**owner, "launch": {"id": "slurm_12", "attempt": 0}}))
+    assert run_folder.is_anothers(tmp_path)
+    for name, value in {"JOB_ID": "12", "STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "2", "PROCID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert not run_folder.is_anothers(tmp_path)
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a second first rank is another run
+    assert run_folder.is_anothers(tmp_path)
 
 
 def test_later_ranks_share_the_folder_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ class Launched:
     processes: int | None = None
     """Number of processes of the run, if the launcher tells."""
     attempt: int = 0
-    """How often the launcher has started all processes again."""
+    """How often torchrun has started all processes again, or SLURM the job."""
     address: str | None = None
     """HOST:PORT where the processes meet, if the launcher tells both."""
     id: str | None = None
@@ -66,7 +66,8 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
     # A node of a run by hand: its first process starts the others.
     node = max(_number(environment, name, 0) for name in ("NODE_RANK", "GROUP_RANK", "RANK"))
     processes = _number(environment, "WORLD_SIZE", 0) or None
-    return Launched(rank=node, node=node, processes=processes, id=_slurm_id(environment))
+    attempt = _slurm_attempt(environment)
+    return Launched(rank=node, node=node, processes=processes, attempt=attempt, id=_slurm_id(environment))
 
 
 def is_main_process() -> bool:
@@ -140,6 +141,7 @@ def _by_slurm(environment: Mapping[str, str]) -> Launched | None:
         node=_number(environment, "SLURM_NODEID", 0),
         per_node=tasks_per_node(told),
         processes=tasks,
+        attempt=_slurm_attempt(environment),
         address=f"{_slurm_host(environment, nodes)}:{_slurm_port(environment)}",
         id=_slurm_id(environment),
     )
@@ -151,14 +153,15 @@ def _by_submitit(environment: Mapping[str, str]) -> Launched | None:
     if environment.get("SUBMITIT_EXECUTOR") != "local" or tasks == 1:
         return None
     rank = _number(environment, "SUBMITIT_LOCAL_GLOBALID", 0)
-    port = _port_of(_number(environment, "SUBMITIT_LOCAL_JOB_ID", 0))
+    job = _number(environment, "SUBMITIT_LOCAL_JOB_ID", 0)
     return Launched(
         "submitit",
         rank=rank,
         local_rank=_number(environment, "SUBMITIT_LOCAL_LOCALID", rank),
         per_node=(tasks,),
         processes=tasks,
-        address=f"127.0.0.1:{port}",
+        address=f"127.0.0.1:{_port_of(job)}",
+        id=f"submitit_{job}",
     )
 
 
@@ -177,6 +180,7 @@ def _by_parent(environment: Mapping[str, str]) -> Launched | None:
         node,
         per_node=(local,) * (processes // local) if local else (),
         processes=processes or None,
+        attempt=_slurm_attempt(environment),
         address=_address(environment),
         id=_slurm_id(environment),
     )
@@ -240,6 +244,10 @@ def _slurm_id(environment: Mapping[str, str]) -> str | None:
         job = f"{environment.get('SLURM_ARRAY_JOB_ID', job)}_{environment['SLURM_ARRAY_TASK_ID']}"
     step = _slurm_step(environment)
     return f"slurm_{_word(job)}" + (f"_step_{step}" if step else "")
+
+
+def _slurm_attempt(environment: Mapping[str, str]) -> int:
+    return _number(environment, "SLURM_RESTART_COUNT", 0)
 
 
 def _word(text: str) -> str:
