@@ -211,7 +211,9 @@ def is_anothers(path: Path) -> bool:
         owner = read_owner(path)
     except (ValueError, OSError):
         return True
-    if not owner or owner["pid"] == os.getpid() or (not is_main_process() and owner.get("launch") == _launch()):
+    if not owner or owner["pid"] == os.getpid():
+        return False
+    if not is_main_process() and owner.get("launch") == _launch() is not None:
         return False
     if owner["host"] != platform.node():
         return silent_seconds(path) < SILENT_SECONDS
