@@ -188,7 +188,9 @@ def _is_of_earlier_attempt(owner: dict[str, Any]) -> bool:
     mine, its = _launch(), owner.get("launch")
     if mine is None or not isinstance(its, dict) or its.get("id") != mine["id"]:
         return False
-    return isinstance(its.get("attempt"), int) and its["attempt"] < mine["attempt"]
+    # The agents of torchrun count their own restarts, and start no process before all earlier ones have ended.
+    is_earlier = isinstance(its.get("attempt"), int) and its["attempt"] < mine["attempt"]
+    return is_earlier or launched().by == "torchrun"
 
 
 def silent_seconds(path: Path) -> float:

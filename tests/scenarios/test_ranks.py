@@ -174,7 +174,7 @@ def test_tasks_of_a_job_of_submitit_are_the_processes_of_one_run(
     command: list[str], whole: Path, tmp_path: Path
 ) -> None:
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
-    words = [*command, "-m", "run_name=study", "seed=1234,", *launcher]
+    words = [*command, "-m", "run_name=study", "seed=1234", *launcher]
     importable = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": importable}
     started = [sys.executable, str(ROOT / "train.py"), *words]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import platform
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 
 from llm_lightning.experiments.ranks import waiting
 from llm_lightning.experiments.ranks.agreement import Facts, refuse_differences, refuse_other_disks, sees_folder
-from llm_lightning.experiments.ranks.launcher import launched
+from llm_lightning.experiments.ranks.fresh_store import fresh_store
+from llm_lightning.experiments.ranks.launcher import launched, uses_agent_store
 from llm_lightning.experiments.ranks.naming import not_met
 from llm_lightning.experiments.run_folder import OWNER, RunFolder
 
@@ -29,7 +32,7 @@ def compare_when_met(trainer: L.Trainer, run: RunFolder, facts: Callable[[], Fac
         if have_met:
             set_up()
             return
-        _wait(set_up)
+        _wait(strategy, set_up)
         have_met = True
         try:
             _compare(run, facts())
@@ -42,13 +45,31 @@ def compare_when_met(trainer: L.Trainer, run: RunFolder, facts: Callable[[], Fac
         strategy.setup_environment = setup_environment  # type: ignore[method-assign]
 
 
-def _wait(set_up: Callable[[], None]) -> None:
+def _wait(strategy: Any, set_up: Callable[[], None]) -> None:
     here = launched()
     with waiting.for_all(here):
         try:
+            if here.address is not None and here.processes is not None and uses_agent_store():
+                _init_process_group(strategy, here.address, here.rank, here.processes)
             set_up()
         except dist.DistError as error:
             raise not_met(here, error) from error
+
+
+def _init_process_group(strategy: Any, address: str, rank: int, processes: int) -> None:
+    """Initialise the process group as Lightning would, but on a store that is new at each restart."""
+    device, backend = strategy.root_device, strategy._get_process_group_backend()
+    strategy.accelerator.setup_device(device)
+    dist.init_process_group(
+        backend,
+        store=fresh_store(address, rank, processes, strategy._timeout),
+        rank=rank,
+        world_size=processes,
+        timeout=strategy._timeout,
+        device_id=device if device.type != "cpu" else None,
+    )
+    if backend == "nccl":
+        atexit.register(_destroy_dist_connection)
 
 
 def _compare(run: RunFolder, own: Facts) -> None:

@@ -10,6 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from llm_lightning.experiments.ranks import naming, waiting
+from llm_lightning.experiments.ranks.fresh_store import fresh_store
 from llm_lightning.experiments.ranks.launcher import Launched
 
 
@@ -88,4 +89,26 @@ def test_a_restart_of_torchrun_finds_the_name_again(address: str, monkeypatch: p
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     told = [naming._told_by_first(_of(rank, address), f"at attempt {attempt}") for attempt in (0, 1) for rank in (0, 1)]
     assert told == ["at attempt 0"] * 4
+    del agent
+
+
+def test_a_restart_of_torchrun_meets_in_a_part_of_the_store_of_its_own(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    agent = TCPStore("127.0.0.1", port, None, True, timedelta(seconds=5), wait_for_workers=False)
+    for _ in range(3):
+        found: dict[int, bool] = {}
+
+        def meet(rank: int, found: dict[int, bool]) -> None:
+            threading.Event().wait(0.3 * (rank == 0))  # the others come first, and find what the last attempt left
+            store = fresh_store(address, rank, 3, timedelta(seconds=30))
+            found[rank] = store.check([f"from {rank}"])
+            store.set(f"from {rank}", "here")
+            store.wait([f"from {other}" for other in range(3)])
+
+        threads = [threading.Thread(target=meet, args=(rank, found)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert found == dict.fromkeys(range(3), False)
     del agent
