@@ -3,6 +3,9 @@
 Embeddings, final norm and head form one group, that of the root. It stays whole after a forward pass, because losses
 multiply by the head themselves, and becomes parts again in the backward pass; where none follows, call `release`. The
 most that a process holds is thus its parts, the root's group and the blocks at work.
+
+Before, every process builds the whole model in its host's memory (weights from a float32 checkpoint are only mapped);
+block by block, it moves to the device and is cut there.
 """
 
 from __future__ import annotations
@@ -43,8 +46,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def release(model: nn.Module) -> None:
-    """Cut the root's group of a sharded model into parts again, after a forward pass without a backward pass."""
-    if is_sharded(model):
+    """Cut a sharded model that has only forward passes into parts again, and forget their order."""
+    if hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()  # type: ignore[operator]  # the order would grow by an entry per block and pass
+    elif is_sharded(model):  # PyTorch before 2.13
         model.reshard()  # type: ignore[operator]
 
 

@@ -239,14 +239,15 @@ class Cached(Reference):
             "precision": trainer.precision,
             "device": module.device.type,
         }
-        store = FrozenCache(identity, width=2, dtype=torch.float32, code=code_digest("models", "losses.py"))
+        dtype = torch.promote_types(policy.dtype, torch.float32)
+        store = FrozenCache(identity, width=2, dtype=dtype, code=code_digest("models", "losses.py"))
 
         def compute(indices: list[int]) -> Tensor:
             batch = datamodule.collate([samples[index] for index in indices])
             batch = trainer.strategy.batch_to_device(batch, module.device)
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 log_probs = answer_log_probs(answer_states(policy, batch), policy.head_weight(), batch)
-                return log_probs.float().unflatten(0, (2, -1)).T.contiguous().cpu()
+                return log_probs.to(dtype).unflatten(0, (2, -1)).T.contiguous().cpu()
 
         keys = [bytes.fromhex(key) for key in needed]
         options = {"rows_per_batch": PAIRS_PER_BATCH, "description": "reference log-probabilities"}

@@ -1,0 +1,136 @@
+"""The same training by one, two and three processes, with whole and with sharded weights, for every task."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from every_task import CASES, go_on, train_all
+from forked import finish_two
+from tiny_run import SETTINGS, fit_here
+
+from llm_lightning.weights import checkpoint as checkpoints
+
+STEPS = 8
+pytestmark = pytest.mark.slow
+
+
+def run(processes: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns in the first of several processes, which call it together."""
+    folder: Path = arguments[0]
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")  # forks start in no time; each is told its rank, as by a launcher
+    ranks = [fork.Process(target=be, args=(rank, processes, port, work, arguments)) for rank in range(processes)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(600)
+    assert [process.exitcode for process in ranks] == [0] * processes
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+def be(rank: int, processes: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ["LLM_LIGHTNING_CACHE"] = str(arguments[0] / "cache")  # what is stored is computed by these processes
+    found = work(*arguments)
+    if rank == 0:
+        torch.save(found, arguments[0] / "found.pt")
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """To 1e-10: sums of another order differ by 1e-16 in float64, and Adam divides by small numbers in between."""
+    assert len(one["losses"]) == len(other["losses"])
+    torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-10, atol=0)
+    for name, tensor in one["weights"].items():
+        assert (tensor - other["weights"][name]).abs().max() <= 1e-10, name
+    assert one["val"].keys() == other["val"].keys()
+    for name, value in one["val"].items():  # metrics are kept in float32
+        assert other["val"][name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found: dict[str, Any] = run(1, train_all, tmp_path_factory.mktemp("alone") / "run", ["one"], 1, STEPS)
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_is_one(tmp_path: Path, alone: dict[str, Any], processes: int) -> None:
+    found = run(processes, train_all, tmp_path / "run", ["fsdp", "ddp"], processes, STEPS)
+    for strategy in ("ddp", "fsdp"):
+        for case in CASES:
+            assert len(alone[f"one {case}"]["losses"]) == STEPS
+            assert_equal(alone[f"one {case}"], found[f"{strategy} {case}"])
+    for case in CASES:
+        for held in found[f"fsdp {case}"]["held"]:
+            assert_parts(held, processes)
+        assert any(name.startswith("weight reference") for name in held) == case.startswith("dpo copy")
+    # What sharded weights have computed is found by whole ones: log-probabilities, vectors, output of a block.
+    assert len(list((tmp_path / "run" / "cache").rglob("*.rows"))) == 3
+
+
+def assert_parts(held: dict[str, tuple[int, int]], processes: int) -> None:
+    """Rows are dealt out whole, so that a matrix of 257 rows may give one more to a process."""
+    assert {name.split()[0] for name in held} == {"weight", "gradient", "exp_avg", "exp_avg_sq"}
+    for name, (local, total) in held.items():
+        assert local <= total / processes + 16 * 4, name  # a row of the widest matrix
+    everything = sum(total for _, total in held.values())
+    assert sum(local for local, _ in held.values()) <= 1.1 * everything / processes
+
+
+def test_a_checkpoint_goes_on_under_the_other_strategy(tmp_path: Path) -> None:
+    for case, found in run(2, go_on, tmp_path / "run", ["ddp", "fsdp", "ddp"], 2).items():
+        assert_equal_weights(found)
+        folder = tmp_path / "run" / case.replace(" ", "_") / "parts" / "checkpoints"
+        whole, sharded, again = (checkpoints.load(path) for path in sorted(folder.glob("step_*.ckpt")))
+        assert form(sharded) == form(whole) == form(again)
+
+
+def assert_equal_weights(found: dict[str, Any]) -> None:
+    for name, tensor in found["straight"]["weights"].items():
+        assert (tensor - found["parts"]["weights"][name]).abs().max() <= 1e-13, name
+
+
+def form(state: dict[str, Any]) -> Any:
+    """Names, types and shapes of weights and optimizer, and its settings but the kernel."""
+    tied = state["state_dict"]["model.token_embedding.weight"].data_ptr()
+    weights = {
+        name: (tensor.dtype, tensor.shape, tensor.data_ptr() == tied) for name, tensor in state["state_dict"].items()
+    }
+    optimizer = state["optimizer_states"][0]
+    kept = {
+        number: {name: (value.dtype, value.shape) for name, value in one.items()}
+        for number, one in optimizer["state"].items()
+    }
+    groups = [{key: value for key, value in group.items() if key != "fused"} for group in optimizer["param_groups"]]
+    return weights, kept, groups
+
+
+def test_sharded_weights_write_the_same_texts(tmp_path: Path) -> None:
+    """Samples from before the first step on, which gather the weights for the first time, and answers at the end."""
+    settings = [word for word in SETTINGS if not word.startswith(("callbacks.samples.prompts", "model.context_length"))]
+    settings += [
+        "task=sft",
+        "model.context_length=320",
+        "trainer.max_steps=2",
+        "callbacks.samples.beside_start=true",
+        "callbacks.responses.max_records=3",
+        "callbacks.responses.max_new_tokens=4",
+    ]
+    one = [*settings, "data.batch_size=4", f"hydra.run.dir={tmp_path / 'one'}"]
+    assert fit_here(one).code == 0
+    two = ["accelerator=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+    words = [word for word in settings if word != "accelerator=cpu"]
+    outcome = finish_two([*words, *two, f"hydra.run.dir={tmp_path / 'two'}"], tmp_path)
+    assert outcome.code == 0, outcome.err[-3000:]
+    for name in ("samples.md", "responses.json"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
