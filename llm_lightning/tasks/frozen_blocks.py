@@ -52,7 +52,11 @@ class FrozenBlocks(L.Callback):
         self.store: FrozenCache | None = None
 
     def logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T), (B,) -> (B, K)."""
+        """(B, T), (B,) -> (B, K), at least float32."""
+        logits = self._logits(input_ids, lengths)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         if self.depth == 0:
             return self.model(input_ids, lengths)
         if self.store is None:

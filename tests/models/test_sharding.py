@@ -26,7 +26,8 @@ def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def numbered_by_all_parameters(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """As Lightning's ModelParallelStrategy numbers the states: in the order of the model, not of the groups."""
     order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
-    names = {i: name for group in state["param_groups"] for i, name in zip(group["params"], group["param_names"])}
+    pairs = [zip(group["params"], group["param_names"], strict=True) for group in state["param_groups"]]
+    names = dict(pair for of_group in pairs for pair in of_group)
     groups = [{**group, "params": [order[name] for name in group["param_names"]]} for group in state["param_groups"]]
     return {"state": {order[names[i]]: kept for i, kept in state["state"].items()}, "param_groups": groups}
 

