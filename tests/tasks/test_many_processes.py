@@ -32,7 +32,7 @@ def run(processes: int, work: Callable[..., Any], *arguments: Any) -> Any:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(600)
+        process.join(900)
     assert [process.exitcode for process in ranks] == [0] * processes
     return torch.load(folder / "found.pt", weights_only=True)
 
