@@ -105,7 +105,7 @@ def copy_parts(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool =
             raise ValueError(f"state_dict.{name} is missing in the checkpoint of this run")
 
 
-def part_like(mine: Tensor, full: Tensor) -> Tensor:
+def part_like(mine: Any, full: Tensor) -> Tensor:
     """This process's part of a whole tensor, cut as `mine` is; no process sends anything."""
     if not hasattr(mine, "placements"):
         return full

@@ -207,17 +207,15 @@ def train_all(folder: Path, strategies: Sequence[str], processes: int) -> dict[s
     return found
 
 
-def go_on(folder: Path, strategies: Sequence[str], processes: int) -> dict[str, Any]:
-    """Two updates by each strategy in turn, from the checkpoint of the one before; and all of them by the first."""
+GOES_ON = ("pretraining", "dpo copy, untied", "sft packed, lora")
+
+
+def go_on(folder: Path, place: Path, strategy: str, processes: int, steps: int) -> dict[str, Any]:
+    """The whole weights after `steps` updates of some tasks, each from the checkpoint in `place` if there is one."""
     found = {}
-    for case in ("pretraining", "dpo copy, untied", "sft packed, lora"):
-        place = folder / case.replace(" ", "_")
-        straight = train(place / "straight", case, strategies[0], processes, 2 * len(strategies))
-        for number, strategy in enumerate(strategies, 1):
-            path = place / "parts" / "checkpoints" / "last.ckpt"
-            last = path if path.exists() else None
-            parts = train(
-                place / "parts", case, strategy, processes, 2 * number, ckpt_path=last, callbacks=[Checkpoints(keep=9)]
-            )
-        found[case] = {"straight": straight, "parts": parts}
+    for case in GOES_ON:
+        own = place / case.replace(" ", "_")
+        last = own / "checkpoints" / "last.ckpt"
+        options = {"ckpt_path": last if last.exists() else None, "callbacks": [Checkpoints(keep=9)]}
+        found[case] = train(own, case, strategy, processes, steps, **options)["weights"][steps]
     return found
