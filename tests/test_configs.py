@@ -256,7 +256,7 @@ def test_every_key_of_the_trainer_is_an_argument_of_lightnings(name: str) -> Non
     trainer = composed(f"accelerator={name}").trainer
     assert set(trainer) - {"_target_"} <= set(inspect.signature(L.Trainer).parameters)
     if OmegaConf.is_config(trainer.strategy):
-        assert type(instantiate(trainer.strategy)).__name__ == "ModelParallelStrategy"
+        assert type(instantiate(trainer.strategy)).__name__ == "ShardedStrategy"
 
 
 def test_data_keys_are_arguments_of_the_data_module(tmp_path: Path) -> None:

@@ -34,10 +34,12 @@ class Responses(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if pl_module.is_sharded or not hasattr(datamodule, "conversations_of"):
-            return  # sharded weights run in all processes together; `llm-lightning respond` answers from the checkpoint
-        if trainer.is_global_zero:
+        if not hasattr(datamodule, "conversations_of"):
+            return
+        rows: list[dict[str, Any]] = []
+        if trainer.is_global_zero or pl_module.is_sharded:  # sharded weights run in all processes together
             rows = answer_questions(pl_module, datamodule, "test", self.max_records, **self.options)
+        if trainer.is_global_zero:
             self.answered = len(rows), len(datamodule.conversations_of("test"))
             path = Path(trainer.default_root_dir) / "responses.json"
             write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

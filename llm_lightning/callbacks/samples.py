@@ -17,6 +17,7 @@ from llm_lightning.callbacks.run_logs import TensorBoard
 from llm_lightning.data.templates.base import Template
 from llm_lightning.files.atomic import naming, write_atomically
 from llm_lightning.inference.generation import generate
+from llm_lightning.models.sharding import whole
 from llm_lightning.terminal import one_line, visible
 
 TERMINAL_WIDTH = 100
@@ -137,7 +138,7 @@ class Samples(L.Callback):
             try:
                 continuations = generate(model, self._prompt_ids, stop_ids=stop_ids, never=never, **options)
             except RuntimeError as error:  # sampling from probabilities that are nan
-                if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+                if all(bool(whole(parameter).isfinite().all()) for parameter in model.parameters()):
                     raise
                 reason = "the weights are no longer finite, and no text can be sampled; lower optimizer.lr"
                 raise ValueError(f"non-finite weights after {pl_module.global_step} updates: {reason}") from error

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llm_lightning.models.attention import Context, causal_mask
 from llm_lightning.models.gpt import GPT
+from llm_lightning.models.sharding import without_gradients
 
 PACKING_PAYS_FROM = 32
 """From this many steps on, `packed_linears` saves more time than it costs."""
@@ -63,7 +64,6 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]; leave it out to keep every token")
 
 
-@torch.inference_mode()
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
@@ -107,7 +107,7 @@ def generate(
         return []
     room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
     limits = [min(max_new_tokens, most) for most in room]
-    with evaluating(model), packed_linears(model, max(limits)):
+    with without_gradients(model), evaluating(model), packed_linears(model, max(limits)):
         new_ids = _decode(model, prompts, limits, sampling, frozenset(stop_ids), _mask(model, never), on_token)
     if any(len(ids) == most < max_new_tokens for ids, most in zip(new_ids, room, strict=True)):
         log.warning(

@@ -74,7 +74,16 @@ class Classifier(nn.Module):
 
     def finish(self, x: Tensor, lengths: Tensor, start: int = 0) -> Tensor:
         """The input of block `start`, (B, T, C) -> logits (B, K)."""
-        return self.head(self.pool(x, lengths, start))
+        return self.read(self.pool(x, lengths, start))
+
+    def vectors(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The output of the whole trunk: the vectors that the head reads, (B, C)."""
+        return self.pool(self.trunk.embed(input_ids), lengths)
+
+    def read(self, vectors: Tensor) -> Tensor:
+        """The head: (B, C) -> (B, K)."""
+        logits: Tensor = self.head(vectors)
+        return logits
 
     def pool(self, x: Tensor, lengths: Tensor, start: int = 0) -> Tensor:
         """The input of block `start`, (B, T, C) -> the vector that the head reads, (B, C)."""

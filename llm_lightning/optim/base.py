@@ -90,3 +90,13 @@ def is_fused(setting: bool | str, *, is_scaled: bool, is_sharded: bool) -> bool:
     if setting is True and is_scaled:
         raise ValueError("optimizer.fused=true and trainer.precision=16-mixed do not go together; leave fused out")
     return not (is_scaled or is_sharded) if setting == "auto" else bool(setting)
+
+
+def keep_kernels(optimizer: torch.optim.Optimizer) -> None:
+    """Compute the update as this run was built, after a load: the file has the kernels of the run that wrote it."""
+    for group in optimizer.param_groups:
+        group.update({name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults})
+        for parameter in group["params"] if group.get("fused") else ():
+            step = optimizer.state.get(parameter, {}).get("step")
+            if isinstance(step, torch.Tensor):  # a fused kernel reads it where the parameter is
+                optimizer.state[parameter]["step"] = step.to(parameter.device)

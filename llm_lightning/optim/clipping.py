@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from llm_lightning.models.sharding import whole
+
 
 @torch.no_grad()
 def scale_and_clip_gradients(parameters: Iterable[nn.Parameter], scale: float, max_norm: float | None) -> float:
@@ -19,9 +21,7 @@ def scale_and_clip_gradients(parameters: Iterable[nn.Parameter], scale: float, m
     if not gradients:
         return 0.0
     total = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(total, "full_tensor"):  # FSDP2: the norm of sharded gradients is sharded too
-        total = total.full_tensor()
-    norm = total.item() * scale
+    norm = whole(total).item() * scale  # of sharded gradients, each process has the norm of its parts
     if max_norm is not None:
         scale *= min(1.0, max_norm / (norm + 1e-6))  # 1e-6: as torch.nn.utils.clip_grad_norm_
     torch._foreach_mul_(gradients, scale)

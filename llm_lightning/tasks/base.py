@@ -57,11 +57,12 @@ from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import LoRAConfig, apply_lora
 from llm_lightning.models.sharding import shard
-from llm_lightning.optim.base import OptimizerConfig
+from llm_lightning.optim.base import OptimizerConfig, keep_kernels
 from llm_lightning.optim.clipping import scale_and_clip_gradients
 from llm_lightning.optim.schedules import ScheduleConfig
 from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
 from llm_lightning.tasks.memory import freeze_in_bfloat16, leave_fresh_memory_unfilled
+from llm_lightning.tasks.sharded_strategy import ShardedStrategy
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
 
@@ -304,7 +305,10 @@ class TaskModule(L.LightningModule):
             ValueError: naming the setting to change.
         """
         self.schedule.check(total_steps)
-        self.optimizer_config.check(is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
+        is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        if is_sharded and not isinstance(trainer.strategy, ShardedStrategy):
+            raise ValueError("trainer.strategy is Lightning's ModelParallelStrategy; use accelerator=fsdp")
+        self.optimizer_config.check(is_sharded=is_sharded)
 
     def configure_optimizers(self) -> Any:
         # From the data module: trainer.estimated_stepping_batches would make the loader before its position is
@@ -333,6 +337,7 @@ class TaskModule(L.LightningModule):
     def on_train_start(self) -> None:
         # The rate in a checkpoint belongs to the length that the run had when it was saved.
         schedule: Any = self.lr_schedulers()
+        keep_kernels(schedule.optimizer)
         factor = schedule.lr_lambdas[0](schedule.last_epoch)
         for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             group["lr"] = peak * factor
@@ -344,10 +349,12 @@ class TaskModule(L.LightningModule):
             )  # fmt: skip
 
     def configure_model(self) -> None:
-        """Shard the model under FSDP2."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            self.is_sharded = True
-            shard(self.model, self.trainer.strategy.root_device.type, self.trainer.world_size)
+        """Shard every model that the task holds, under FSDP2."""
+        self.is_sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        if self.is_sharded:
+            for model in self.children():
+                if isinstance(model, (GPT, Classifier)):
+                    shard(model, self.trainer.strategy.root_device.type, self.trainer.world_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[checkpoints.HEADER] = checkpoints.describe(
@@ -367,7 +374,7 @@ class TaskModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":  # for the test of the best weights, keep the counts of this run
             return
-        if self.strict_loading and not self.is_sharded:
+        if self.strict_loading:
             checkpoints.check_fits(str(self.trainer.ckpt_path), checkpoint, self, self.model)
         self._earlier_metrics = dict(checkpoint[checkpoints.HEADER]["metrics"])
         state = checkpoint["task_module"]

@@ -57,7 +57,7 @@ class ClassificationModule(TaskModule):
         self.report = ClassReport(labels, classifier, tune_threshold=tune_threshold)
 
     def step_output(self, batch: ClassificationBatch) -> StepOutput:
-        logits = self.frozen_blocks.logits(batch.input_ids, batch.lengths, is_sharded=self.is_sharded).float()  # (B, K)
+        logits = self.frozen_blocks.logits(batch.input_ids, batch.lengths)  # (B, K)
         loss_sum = F.cross_entropy(logits, batch.labels, self.class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
         has_label = batch.labels != IGNORE_INDEX
         logits, labels = logits[has_label], batch.labels[has_label]

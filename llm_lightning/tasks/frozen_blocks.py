@@ -22,6 +22,7 @@ from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
 from llm_lightning.losses import IGNORE_INDEX
 from llm_lightning.malloc import trim_malloc
 from llm_lightning.models.classifier import Classifier, frozen_depth
+from llm_lightning.tasks.stored_results import fill
 from llm_lightning.weights.digests import code_digest, weights_digest
 
 if TYPE_CHECKING:
@@ -50,9 +51,13 @@ class FrozenBlocks(L.Callback):
         self.depth = frozen_depth(model)
         self.store: FrozenCache | None = None
 
-    def logits(self, input_ids: Tensor, lengths: Tensor, *, is_sharded: bool = False) -> Tensor:
-        """(B, T), (B,) -> (B, K)."""
-        if self.depth == 0 or is_sharded:  # FSDP gathers a module's weights when the module itself is called
+    def logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T), (B,) -> (B, K), at least float32."""
+        logits = self._logits(input_ids, lengths)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        if self.depth == 0:
             return self.model(input_ids, lengths)
         if self.store is None:
             with torch.no_grad():
@@ -63,13 +68,13 @@ class FrozenBlocks(L.Callback):
             x = self.store.batch([_key(row[:length]) for row, length in rows], n_rows).to(input_ids.device)
         x = x.to(self.model.head.weight.dtype)
         if self.depth is None:
-            return self.model.head(x[:, 0])
+            return self.model.read(x[:, 0])
         return self.model.finish(x, lengths, start=self.depth)
 
     def _compute(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Output of the frozen part in the type of its weights: (B, T, C), or of a wholly frozen trunk (B, 1, C)."""
         if self.depth is None:
-            x = self.model.pool(self.model.trunk.embed(input_ids), lengths).unsqueeze(1)
+            x = self.model.vectors(input_ids, lengths).unsqueeze(1)
         else:
             x = self.model.run_lower(input_ids, lengths, self.depth)
         return x.to(self.model.trunk.dtype)
@@ -92,8 +97,6 @@ class FrozenBlocks(L.Callback):
             return "task.frozen_cache=false"
         if self.model.trunk.config.has_dropout:
             return "with model.dropout above 0 their output changes at every step"
-        if module.is_sharded:
-            return "their weights are sharded"
         return None
 
     def _open(self, module: TaskModule) -> None:
@@ -119,7 +122,9 @@ class FrozenBlocks(L.Callback):
         training = self.model.training
         self.model.eval()
         try:
-            store.ensure(
+            fill(
+                store,
+                module,
                 [_key(sample.token_ids) for sample in samples],
                 self._n_rows([len(sample.token_ids) for sample in samples]),
                 compute,

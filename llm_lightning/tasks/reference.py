@@ -26,7 +26,9 @@ from llm_lightning.losses import sequence_log_probs, token_kl, token_log_probs
 from llm_lightning.models.attention import Context
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.lora import adapters_off
+from llm_lightning.models.sharding import release
 from llm_lightning.nearest import nearest
+from llm_lightning.tasks.stored_results import fill
 from llm_lightning.weights.digests import code_digest, weights_digest
 
 if TYPE_CHECKING:
@@ -87,8 +89,6 @@ class Reference(L.Callback):
         """Restore the state of this kind from a checkpoint."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if pl_module.is_sharded:
-            raise ValueError("task=dpo does not run on sharded weights; use accelerator=ddp, gpu, mps or cpu")
         lineage = pl_module.header.get("lineage")
         if trainer.global_step == 0 and lineage is not None and lineage.get("parent") is None:
             log.warning("Policy and reference start from random weights; give init_from=RUN, a run of task=sft")
@@ -96,7 +96,7 @@ class Reference(L.Callback):
         self.prepare(pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: PreferenceBatch, batch_idx: int) -> None:
-        if self._must_check and batch.n_targets:
+        if self._must_check:
             with trainer.precision_plugin.forward_context():
                 self.check_start(pl_module, batch)
             self._must_check = False
@@ -124,7 +124,9 @@ class Reference(L.Callback):
         """
         model, precision = module.model, module.trainer.precision
         policy = answer_log_probs(answer_states(model, batch), model.head_weight(), batch)
-        difference = (policy - self.log_probs(batch)).abs().max().item()
+        differences = (policy - self.log_probs(batch)).abs()  # none in a process without a pair
+        largest = torch.cat([differences, differences.new_zeros(1)]).max()
+        difference = module.trainer.strategy.reduce(largest, reduce_op="max").item()  # all processes refuse, or none
         is_half = precision not in ("32-true", "64-true")
         tolerance = 1e-2 if is_half else TOLERANCES.get(next(model.parameters()).dtype, 1e-5)
         if not module.beta * difference <= tolerance:
@@ -173,6 +175,7 @@ class Copy(ModelReference):
     @contextmanager
     def model(self) -> Iterator[GPT]:
         yield self.frozen
+        release(self.frozen)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.precision == "bf16-mixed":
@@ -236,19 +239,19 @@ class Cached(Reference):
             "precision": trainer.precision,
             "device": module.device.type,
         }
-        store = FrozenCache(identity, width=2, dtype=torch.float32, code=code_digest("models", "losses.py"))
+        dtype = torch.promote_types(policy.dtype, torch.float32)
+        store = FrozenCache(identity, width=2, dtype=dtype, code=code_digest("models", "losses.py"))
 
         def compute(indices: list[int]) -> Tensor:
             batch = datamodule.collate([samples[index] for index in indices])
             batch = trainer.strategy.batch_to_device(batch, module.device)
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 log_probs = answer_log_probs(answer_states(policy, batch), policy.head_weight(), batch)
-                return log_probs.float().unflatten(0, (2, -1)).T.contiguous().cpu()
+                return log_probs.to(dtype).unflatten(0, (2, -1)).T.contiguous().cpu()
 
         keys = [bytes.fromhex(key) for key in needed]
-        store.ensure(
-            keys, [1] * len(keys), compute, rows_per_batch=PAIRS_PER_BATCH, description="reference log-probabilities"
-        )
+        options = {"rows_per_batch": PAIRS_PER_BATCH, "description": "reference log-probabilities"}
+        fill(store, module, keys, [1] * len(keys), compute, **options)
         self._known = {key: store.rows(bytes.fromhex(key))[0] for key in needed}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

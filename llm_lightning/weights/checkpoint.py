@@ -151,13 +151,15 @@ def load_weights(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
-def load_to_resume(path: str | Path, *, map_location: Any = "cpu", opened: Opened | None = None) -> dict[str, Any]:
+def load_to_resume(
+    path: str | Path, *, map_location: Any = "cpu", mmap: bool = False, opened: Opened | None = None
+) -> dict[str, Any]:
     """Load a checkpoint that a run continues from; `opened`: see `load`.
 
     Raises:
         CheckpointError: as `load`, or if weights are not finite, or what a run needs beside the weights is damaged.
     """
-    state = load(path, map_location=map_location, opened=opened)
+    state = load(path, map_location=map_location, mmap=mmap, opened=opened)
     with refusing(path):
         check_resumable(state)
         if state[HEADER]["task"] in TASKS:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_lightning.models.classifier import Classifier
 from llm_lightning.models.gpt import GPT
+from llm_lightning.models.sharding import whole
 
 
 def base_digest(model: GPT | Classifier) -> str:
@@ -65,10 +66,10 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 of names, types, shapes and values."""
+    """sha256 of names, types, shapes and values; with sharded weights, all processes call it together."""
     digest = hashlib.sha256()
     for name, tensor in named_tensors:
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = whole(tensor).cpu().contiguous()  # of sharded weights, one tensor at a time
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

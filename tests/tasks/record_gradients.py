@@ -79,8 +79,8 @@ def train(options: dict[str, Any]) -> None:
     data = RaggedDataModule(**batches) if packed is None else AnswersDataModule(packed=packed, **batches)
     recorder = Recorder(options.pop("out"))
     if options.get("strategy") == "fsdp2":
-        from lightning.pytorch.strategies import ModelParallelStrategy
+        from llm_lightning.tasks.sharded_strategy import ShardedStrategy
 
-        options["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
+        options["strategy"] = ShardedStrategy()
     trainer = tiny_trainer(recorder.out.parent, [recorder], max_epochs=1, **options)
     trainer.fit(module, datamodule=data)

@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from record_gradients import train
 
 from llm_lightning.tasks.base import NonFiniteError
@@ -85,6 +86,13 @@ def test_fsdp_gives_the_same_gradients(tmp_path: Path) -> None:
     whole = record(tmp_path, "whole", batch_size=8, **common)
     port = {"batch_size": 2, "accumulate_grad_batches": 2, "devices": 2, "strategy": "fsdp2"}
     assert_close(whole, record(tmp_path, "fsdp", **port, **common), 1e-6, updates=1)
+
+
+def test_lightnings_own_sharding_is_refused(tmp_path: Path, make_module: Any, make_trainer: Any) -> None:
+    """Its checkpoints number the optimizer's states in another way than those of every other strategy."""
+    trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match="use accelerator=fsdp"):
+        make_module().check_plan(trainer, 10)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -217,8 +217,9 @@ def test_another_start_has_a_reference_of_its_own(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("way", ["copy", "cached", "lora, adapters off"])
-def test_two_processes_log_what_one_does(way: str, start: Path, pairs: Path, tmp_path: Path) -> None:
+def test_two_processes_log_what_one_does(way: str, strategy: str, start: Path, pairs: Path, tmp_path: Path) -> None:
     """One of them gets no pair of the only validation batch, and runs out of pairs before the end of an epoch."""
     shared = [
         *WAYS[way],
@@ -230,7 +231,7 @@ def test_two_processes_log_what_one_does(way: str, start: Path, pairs: Path, tmp
     run(tmp_path / "one", start, pairs, *shared, "data.batch_size=8")
     names = {word.partition("=")[0] for word in shared}
     settings = [word for word in settings_of(tmp_path / "two", start, pairs) if word.partition("=")[0] not in names]
-    two = ["accelerator=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    two = [f"accelerator={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
     settings = [word for word in settings if not word.startswith("accelerator=")]
     outcome = finish_two([*settings, *shared, *two], tmp_path)
     assert outcome.code == 0, outcome.err
