@@ -61,6 +61,7 @@ from llm_lightning.optim.base import OptimizerConfig
 from llm_lightning.optim.clipping import scale_and_clip_gradients
 from llm_lightning.optim.schedules import ScheduleConfig
 from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
+from llm_lightning.tasks.layout import layout_of
 from llm_lightning.tasks.memory import freeze_in_bfloat16, leave_fresh_memory_unfilled
 from llm_lightning.tokenizers.base import Tokenizer
 from llm_lightning.weights import checkpoint as checkpoints
@@ -357,6 +358,7 @@ class TaskModule(L.LightningModule):
             step=self.global_step,
             epoch=self.current_epoch,
             metrics=self.latest_metrics(),
+            layout=layout_of(self.trainer, self.datamodule)._asdict(),
             **{f"{self.item}s_seen": self.items_seen},
             **self.describe_model(),
             **self._covered_rows(),

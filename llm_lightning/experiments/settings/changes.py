@@ -19,6 +19,13 @@ MAY_CHANGE = (
     "trainer.log_every_n_steps",
     "trainer.profiler",
     "data.num_workers",
+    "trainer.accelerator",  # who computes; `tasks/layout.py` refuses an update of another number of samples
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy*",
+    "trainer.accumulate_grad_batches",
+    "data.batch_size",
+    "data.global_batch_size",
     "logger.*",
     "callbacks.checkpoints.every_n_*",
     "callbacks.checkpoints.keep",
