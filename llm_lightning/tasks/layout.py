@@ -80,7 +80,7 @@ def share(trainer: L.Trainer, data: BaseDataModule, before: Layout | None = None
             )  # fmt: skip
         data.batch_size, trainer.accumulate_grad_batches = size, total // processes // size
     counted = before.counted_batch if before is not None else total or data.batch_size * processes
-    if counted != data.batch_size * processes and not trainer.fast_dev_run:
+    if counted != data.batch_size * processes and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         _count_in_samples(trainer, data, counted)
     if before is not None:
         refuse_other_step(before, layout_of(trainer, data))
