@@ -228,6 +228,6 @@ def _write_position(fit_loop: dict[str, Any], epoch: int, batches_done: int, tot
         counter.update(ready=begun, started=begun, processed=epoch, completed=epoch)
     batches = fit_loop["epoch_loop.batch_progress"]
     done = batches["total"]["completed"] if total is None else total
-    batches["total"].update(ready=done, started=done, processed=done)
+    batches["total"].update(ready=done, started=done, processed=done, completed=done)
     batches["current"].update(ready=batches_done, started=batches_done, processed=batches_done, completed=batches_done)
     batches["is_last_batch"] = False

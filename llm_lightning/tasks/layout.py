@@ -79,11 +79,11 @@ def share(trainer: L.Trainer, data: BaseDataModule, before: Layout | None = None
                 data.batch_size, size, total // processes,
             )  # fmt: skip
         data.batch_size, trainer.accumulate_grad_batches = size, total // processes // size
+    if before is not None:
+        refuse_other_step(before, layout_of(trainer, data))
     counted = before.counted_batch if before is not None else total or data.batch_size * processes
     if counted != data.batch_size * processes and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         _count_in_samples(trainer, data, counted)
-    if before is not None:
-        refuse_other_step(before, layout_of(trainer, data))
     data.choose_measured(processes)
 
 

@@ -68,11 +68,9 @@ LIMITS = ["trainer.limit_val_batches=0.4", "+trainer.limit_test_batches=1", "tra
 @pytest.mark.slow
 def test_metrics_and_updates_are_equal_on_1_to_4_processes(tmp_path: Path, tasks: dict[str, list[str]]) -> None:
     """97 records, 12 samples a step, whose micro-batches of at most 5 hold 4, 3, 4 and 3; and with limits."""
-    common = ["data.global_batch_size=12", "data.batch_size=5", "data.eval_batches=2", "trainer.max_steps=-1"]
+    common = ["data.global_batch_size=12", "data.batch_size=5", "data.eval_batches=3", "trainer.max_steps=-1"]
     common += ["trainer.max_epochs=1"]
-    kinds = tasks | {
-        f"limited {task}": [*tasks[task], *LIMITS] for task in ("pretraining", "classification")
-    }
+    kinds = tasks | {f"limited {task}": [*tasks[task], *LIMITS] for task in ("pretraining", "classification")}
     for processes in (1, 2, 3, 4):
         runs = [words_of(tmp_path / kind / str(processes), *words, *common) for kind, words in kinds.items()]
         run_in(processes, runs, tmp_path)
