@@ -442,6 +442,6 @@ def test_paths_of_the_data_may_change_but_not_what_they_are_for() -> None:
 def test_what_may_change_exists() -> None:
     keys = {setting.path for file in CONF.rglob("*.yaml") for setting in read_settings(file, file.parent.name)}
     keys |= {key.removeprefix("conf.") for key in keys} | {"logger.csv", "trainer.profiler", "trainer.max_time"}
-    keys |= {"trainer.num_nodes"}
+    keys |= {"trainer.num_nodes", *(key.replace("accelerator.", "trainer.", 1) for key in keys)}
     for pattern in (*MAY_CHANGE, *LAYOUT):
         assert fnmatch.filter(keys, pattern), pattern

@@ -90,11 +90,9 @@ def test_metrics_and_updates_are_equal_on_1_to_4_processes(tmp_path: Path, tasks
             assert one.keys() == other.keys(), kind
             for name, rows in one.items():
                 assert [step for step, _ in rows] == [step for step, _ in other[name]], (kind, name)
-                # float32 sums in another order, and a few steps of Adam
-                assert [v for _, v in rows] == pytest.approx([v for _, v in other[name]], rel=2e-4, abs=2e-5), (
-                    kind,
-                    name,
-                )
+                # float32 sums in another order, and a few steps of Adam; a correlation of few margins magnifies them
+                most = {"rel": 2e-4, "abs": 1e-3 if "correlation" in name else 2e-5}
+                assert [v for _, v in rows] == pytest.approx([v for _, v in other[name]], **most), (kind, name)
 
 
 FP64 = ["trainer.precision=64-true", "scheduler=constant", "data.batch_size=4", "trainer.max_epochs=-1"]
