@@ -293,6 +293,8 @@ class TaskModule(L.LightningModule):
     # --- optimizer, devices, checkpoint ----------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        if self.trainer.precision == "64-true":
+            self.double()  # before a checkpoint is loaded, or its weights would be rounded to float32
         # Under autocast a frozen matrix would be cast at every step; kept in bfloat16 it also takes half the memory.
         if self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             freeze_in_bfloat16(self.model)

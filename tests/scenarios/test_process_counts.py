@@ -76,7 +76,7 @@ def test_metrics_and_updates_are_equal_on_1_to_4_processes(tmp_path: Path, tasks
         run_in(processes, runs, tmp_path)
     for kind in kinds:
         one = metrics_of(tmp_path / kind / "1")
-        assert len(one["train/loss"]) == (3 if "limited" in kind else 4 if "sft" in kind or "dpo" in kind else 5), kind
+        assert len(one["train/loss"]) == (3 if "limited" in kind else 5 if kind == "pretraining" else 4), kind
         assert {"val/loss", "train/eval_loss"} <= one.keys()
         summary = json.loads((tmp_path / kind / "1" / "summary.json").read_text())
         if "limited" in kind:  # 97 records are 9 batches of 12, of which 0.4 are 3
