@@ -114,16 +114,18 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("on_two", "on_one"),
+    ("on_two", "on_one", "alone"),
     [
-        ([], ["data.batch_size=8"]),
-        ([], ["trainer.accumulate_grad_batches=2"]),
-        (["data.global_batch_size=16"], ["data.global_batch_size=16"]),
+        ([], ["data.batch_size=8"], ["data.batch_size=8"]),
+        ([], ["trainer.accumulate_grad_batches=2"], ["data.batch_size=8"]),
+        (["data.global_batch_size=16"], ["data.global_batch_size=16"], ["data.global_batch_size=16"]),
     ],
     ids=["larger micro-batch", "more accumulated", "global_batch_size"],
 )
-def test_two_processes_then_one_then_two_are_one(tmp_path: Path, on_two: list[str], on_one: list[str]) -> None:
-    """50 windows: 7 updates of 8 (4 of 16) an epoch, the last of 2, so the changes are inside epochs."""
+def test_two_processes_then_one_then_two_are_one(
+    tmp_path: Path, on_two: list[str], on_one: list[str], alone: list[str]
+) -> None:
+    """57 windows: 8 updates of 8 (4 of 16) an epoch, the last one short; the changes are inside epochs."""
     corpus = write_corpus(tmp_path / "corpus.txt", 1)
     corpus.write_text("".join(random.Random(3).choices("abcdefgh ", k=1000)))
     data = [f"data.path={corpus}", *FP64, "trainer.val_check_interval=2", "trainer.limit_val_batches=1"]
@@ -132,8 +134,8 @@ def test_two_processes_then_one_then_two_are_one(tmp_path: Path, on_two: list[st
         return words_of(tmp_path / folder, *data, *more, f"trainer.max_steps={steps}")
 
     run_in(2, [words("moved", 3, on_two), words("two", 9, on_two)], tmp_path)
-    for folder, steps in (("moved", 6), ("one", 9)):
-        outcome = fit_here(words(folder, steps, on_one))
+    for folder, steps, more in (("moved", 6, on_one), ("one", 9, alone)):
+        outcome = fit_here(words(folder, steps, more))
         assert outcome.code == 0, outcome.err
         assert ("dropout masks differ between process counts" in outcome.out) == (folder == "moved")
     run_in(2, [words("moved", 9, on_two)], tmp_path)
