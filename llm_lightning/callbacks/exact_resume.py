@@ -2,15 +2,18 @@
 
 Lightning's checkpoint holds weights, optimizer and schedule. This callback adds the random number generators of every
 process, and a loop state that means "k batches of epoch e are done, nothing else has begun". On resume it makes the
-data module continue behind batch k, and checks that the first batch is the right one.
+data module continue behind batch k, and checks that the first batch is the right one. Where a run continues on another
+number of processes, or with other micro-batches, k becomes the number of those that the same samples fill.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -21,7 +24,11 @@ import torch
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 
 from llm_lightning.callbacks.endings import forget_limits, start_again, stays_stopped, stopped_by
+from llm_lightning.tasks.base import batches_per_epoch
+from llm_lightning.tasks.layout import layout_before, layout_of, refuse_other_step
 from llm_lightning.weights.checkpoint import HEADER, CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 class ExactResume(L.Callback):
@@ -29,7 +36,7 @@ class ExactResume(L.Callback):
 
     def __init__(self) -> None:
         self._position: tuple[int, int] | None = None
-        self._rng: dict[str, Any] | None = None
+        self._set_generators: Callable[[], None] | None = None
         self._stopped_of: int | None = None
         self._stays_stopped = True
         self._step: int | None = None
@@ -47,15 +54,9 @@ class ExactResume(L.Callback):
         _write_position(checkpoint["loops"]["fit_loop"], epoch, batches_done)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._position = (checkpoint["position"]["epoch"], checkpoint["position"]["batches_done"])
+        self._position = move_position(trainer, checkpoint)
         trainer.datamodule.resume(*self._position)  # type: ignore[attr-defined]
-        states = checkpoint["rng"]
-        if len(states) != trainer.world_size:
-            raise ValueError(
-                f"cannot resume: the run has {len(states)} processes, this start has {trainer.world_size}, and its "
-                "batches would differ; start as many (trainer.devices), or a new run under another run_name"
-            )
-        self._rng = states[trainer.global_rank]
+        self._set_generators = _generators(trainer, checkpoint)
         self._stopped_of = checkpoint["stopped_of"]
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._stays_stopped = self._stopped_of is not None and stays_stopped(checkpoint, callbacks)
@@ -72,6 +73,8 @@ class ExactResume(L.Callback):
                 f"{trainer.ckpt_path}: global_step={self._step}, but its loops have made {made} updates; use another "
                 "checkpoint of the run, or train again"
             )
+        if trainer.global_rank and self._set_generators is None:  # or each process would draw the same dropout masks
+            self._set_generators = partial(seed_generators, pl_module.datamodule.seed, trainer.global_rank, made)
         if self._stopped_of == pl_module.total_steps and self._stays_stopped:
             trainer.should_stop = True  # it stopped early; a run with more steps than before continues
         elif self._stopped_of is not None:
@@ -87,9 +90,9 @@ class ExactResume(L.Callback):
             expected = data.collate(samples).sample_ids
             assert batch.sample_ids == expected, f"resumed at samples {batch.sample_ids}, expected {expected}"
             self._position = None
-        if self._rng is not None:
-            set_rng_state(self._rng)
-            self._rng = None
+        if self._set_generators is not None:
+            self._set_generators()
+            self._set_generators = None
 
 
 @contextmanager
@@ -122,6 +125,53 @@ def position(trainer: L.Trainer) -> tuple[int, int]:
         return (epoch.completed, 0) if epoch.completed == epoch.ready else (epoch.completed + 1, 0)
     # A run stopped inside an epoch (max_steps, early stopping) still counts the epoch as completed.
     return (epoch.completed - 1 if done and epoch.completed == epoch.ready else epoch.completed), done
+
+
+def move_position(trainer: L.Trainer, checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """(epoch, finished micro-batches in it) of a checkpoint; its counters are converted to the layout of this start.
+
+    Raises:
+        ValueError: if an update had another number of samples.
+        CheckpointError: if the position is not between two updates.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    epoch, done = checkpoint["position"]["epoch"], checkpoint["position"]["batches_done"]
+    now, processes = layout_of(trainer, data), len(checkpoint["rng"])
+    before = layout_before(checkpoint[HEADER], processes) or now._replace(processes=processes)
+    refuse_other_step(before, now)
+    if before[:3] == now[:3]:
+        return epoch, done
+    updates, rest = divmod(done, before.accumulated)
+    if rest:
+        raise CheckpointError(
+            f"{trainer.ckpt_path}: position.batches_done={done} is inside an update of {before.accumulated} batches; "
+            "use another checkpoint of the run, or train again"
+        )
+    done = updates * now.accumulated
+    _write_position(checkpoint["loops"]["fit_loop"], epoch, done, total=epoch * batches_per_epoch(trainer, data) + done)
+    return epoch, done
+
+
+def _generators(trainer: L.Trainer, checkpoint: dict[str, Any]) -> Callable[[], None]:
+    """What restores the generators of this process, or seeds new ones if other processes wrote the checkpoint."""
+    states, rank = checkpoint["rng"], trainer.global_rank
+    if len(states) == trainer.world_size:
+        return partial(set_rng_state, states[rank])
+    if rank == 0:
+        log.info(
+            "The run goes on with %d processes instead of %d: dropout masks differ between process counts",
+            trainer.world_size, len(states),
+        )  # fmt: skip
+    seed = trainer.datamodule.seed  # type: ignore[attr-defined]
+    return partial(seed_generators, seed, rank, checkpoint["global_step"])
+
+
+def seed_generators(seed: int, rank: int, step: int) -> None:
+    """Seed the generators of a process for the updates from `step` on; each process and step gets its own."""
+    for_python, for_numpy, for_torch = map(int, np.random.SeedSequence([seed, rank, step]).generate_state(3))
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    torch.manual_seed(for_torch)
 
 
 def rng_state() -> dict[str, Any]:
@@ -165,16 +215,19 @@ def _gather(trainer: L.Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
     return states
 
 
-def _write_position(fit_loop: dict[str, Any], epoch: int, batches_done: int) -> None:
+def _write_position(fit_loop: dict[str, Any], epoch: int, batches_done: int, total: int | None = None) -> None:
     """Rewrite Lightning's counters to "`batches_done` batches of `epoch` are done, nothing else has begun".
 
     Its own state depends on the hook that saves, and some of those states resume by validating or stepping twice.
+
+    Args:
+        total: batches of all epochs until then; None: as counted.
     """
     for counter in fit_loop["epoch_progress"].values():
         begun = epoch + 1 if batches_done else epoch
         counter.update(ready=begun, started=begun, processed=epoch, completed=epoch)
     batches = fit_loop["epoch_loop.batch_progress"]
-    done = batches["total"]["completed"]
-    batches["total"].update(ready=done, started=done, processed=done)
+    done = batches["total"]["completed"] if total is None else total
+    batches["total"].update(ready=done, started=done, processed=done, completed=done)
     batches["current"].update(ready=batches_done, started=batches_done, processed=batches_done, completed=batches_done)
     batches["is_last_batch"] = False

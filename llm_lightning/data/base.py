@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
@@ -25,6 +25,9 @@ from llm_lightning.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
 
+Limit = int | float | None
+"""Of the batches that are used: a number, a share, or None for all."""
+
 
 class BaseDataModule(L.LightningDataModule):
     """Builds the loaders of `train_samples` and `eval_samples`.
@@ -40,12 +43,15 @@ class BaseDataModule(L.LightningDataModule):
     - `quarantined`: the records that were left out because they could not be read
 
     Args:
-        batch_size: samples per process and micro-batch.
+        batch_size: samples per process and micro-batch; with `global_batch_size`, at most.
+        global_batch_size: samples per update over all processes and micro-batches, see `tasks/layout.py`; None: follows
+            from `batch_size`.
         num_workers: loader processes; 0 is fastest for memory-mapped tokens.
         shuffle: a new order of the training samples every epoch.
         drop_last: drop the last samples of an epoch if they do not fill a batch.
         bucket: batches of similar length instead of a plain shuffle; the samples then have `n_tokens`.
-        eval_batches: number of training batches that are evaluated, without dropout, for `train/eval_loss`.
+        eval_batches: number of training batches, of all processes together, that are evaluated, without dropout, for
+            `train/eval_loss`.
         seed: of the shuffle.
         format, encoding, separator, header, quotes, newlines: how files are read; see `FileOptions`.
         bad_records: what happens to records that cannot be read: `refuse`, or `quarantine` (they are left out).
@@ -64,6 +70,7 @@ class BaseDataModule(L.LightningDataModule):
         self,
         *,
         batch_size: int,
+        global_batch_size: int | None = None,
         num_workers: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
@@ -87,7 +94,13 @@ class BaseDataModule(L.LightningDataModule):
         self.file_options = FileOptions(format, encoding, separator, header, quotes, newlines)
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        if global_batch_size is not None and global_batch_size < 1:
+            raise ValueError(f"data.global_batch_size={global_batch_size} must be at least 1")
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.global_batch_size = global_batch_size
+        self.counted_batch: int | None = None
+        self._window, self._limits = 1, dict[str, Limit]()
+        self._also_measured: Dataset | None = None
         self.shuffle, self.drop_last, self.bucket = shuffle, drop_last, bucket
         self.eval_batches, self.seed = eval_batches, seed
         self.test_samples = {}
@@ -167,7 +180,8 @@ class BaseDataModule(L.LightningDataModule):
             return {}
         order = self.order_of(self.train_samples, is_training=True)
         assert order is not None
-        taken = order(epoch)[: batches_done * self.batch_size * world_size]
+        done = min(batches_done * self.batch_size * world_size, self._train_batches(world_size).n_used)
+        taken = order(epoch)[:done]
         counts = np.bincount(self.mixture.source_of(taken), minlength=len(self.mixture.names))
         return dict(zip(self.mixture.names, counts.tolist(), strict=True))
 
@@ -189,13 +203,36 @@ class BaseDataModule(L.LightningDataModule):
         self._train_order.resume(*self._resume_at)
         return self._loader(self.train_samples, self._train_order)
 
+    def count_in_samples(self, counted_batch: int, *, window: int, limits: Mapping[str, Limit]) -> None:
+        """Count the batches of settings in samples, so that an epoch and a limit do not depend on the micro-batches.
+
+        Args:
+            counted_batch: samples of one batch, where settings count batches.
+            window: micro-batches per update.
+            limits: `train`, `val`, `test` -> the trainer's limit, which this module then keeps instead.
+        """
+        self.counted_batch, self._window, self._limits = counted_batch, window, dict(limits)
+
+    def samples_per_batch(self, world_size: int) -> int:
+        """The samples of one batch on all processes, where settings count batches."""
+        return self.counted_batch or self.batch_size * world_size
+
+    def measure_training(self, samples: Dataset) -> None:
+        """Evaluate `eval_batches` of the training samples, spread over all, as `train_eval`."""
+        self._also_measured = samples
+        self.choose_measured(1)
+
+    def choose_measured(self, world_size: int) -> None:
+        """Choose the training samples that are evaluated, the same for any processes that share as many per batch."""
+        if self._also_measured is not None and self.eval_batches > 0:
+            n = self.eval_batches * self.samples_per_batch(world_size)
+            self.eval_samples["train_eval"] = evenly_spaced(self._also_measured, n)
+
     def val_dataloader(self) -> list[DataLoader]:
-        limit = None if self.trainer is None else self.trainer.limit_val_batches
-        return [self._eval_loader(samples, limit) for samples in self.eval_samples.values()]
+        return [self._eval_loader(samples, "val") for samples in self.eval_samples.values()]
 
     def test_dataloader(self) -> list[DataLoader]:
-        limit = None if self.trainer is None else self.trainer.limit_test_batches
-        return [self._eval_loader(samples, limit) for samples in self.test_samples.values()]
+        return [self._eval_loader(samples, "test") for samples in self.test_samples.values()]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the coming epoch."""
@@ -216,11 +253,18 @@ class BaseDataModule(L.LightningDataModule):
         """Number of micro-batches that each process sees in one epoch."""
         batches = len(self._train_batches(world_size=world_size))
         if batches == 0:
+            size = f"data.batch_size={self.batch_size} on {world_size} process(es)"
+            if self.counted_batch:
+                size = f"data.global_batch_size={self.counted_batch}"
             raise ValueError(
-                f"{len(self.train_samples)} training samples do not fill one batch of data.batch_size="  # type: ignore[arg-type]
-                f"{self.batch_size} on {world_size} process(es); lower it, or set data.drop_last=false"
+                f"{len(self.train_samples)} training samples do not fill one batch of {size}; "  # type: ignore[arg-type]
+                "lower it, or set data.drop_last=false"
             )
         return batches
+
+    def samples_per_epoch(self, world_size: int) -> int:
+        """Number of samples that all processes together see in one epoch."""
+        return self._train_batches(world_size=world_size).n_used
 
     def first_batches(self, most: int) -> Iterator[list[Any]]:
         """The samples of the first `most` training batches of a single process."""
@@ -236,13 +280,37 @@ class BaseDataModule(L.LightningDataModule):
         return [split[index] for split in splits for index in range(len(split))]
 
     def _train_batches(self, world_size: int | None = None) -> BatchOrder:
-        options = {"shuffle": self.shuffle, "drop_last": self.drop_last, "world_size": world_size}
-        return self._order(self.train_samples, order=self.order_of(self.train_samples, is_training=True), **options)
+        samples: Any = self.train_samples
+        order = self._order(
+            samples,
+            order=self.order_of(samples, is_training=True),
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+            world_size=world_size,
+            unit=self.counted_batch,
+            window=self._window,
+        )
+        if "train" in self._limits:
+            order.limit = self._within("train", order.n_used, order.world_size, self._limits["train"])
+        return order
 
-    def _eval_loader(self, samples: Any, limit: int | float | None) -> DataLoader:
-        """A loader of `samples`; within `limit`, Lightning reads only the first batches, which are a fair sample."""
+    def _within(self, stage: str, n_samples: int, world_size: int, limit: Limit) -> int:
+        """How many of `n_samples` are used within a limit in batches."""
+        size = self.samples_per_batch(world_size)
+        batches = -(-n_samples // size)
+        if batches and limit and not limited(batches, limit):
+            raise ValueError(
+                f"trainer.limit_{stage}_batches={limit} leaves none of {batches} batches of {size} samples; raise it"
+            )
+        return min(n_samples, limited(batches, limit) * size)
+
+    def _eval_loader(self, samples: Any, stage: str) -> DataLoader:
+        """A loader of `samples`; within a limit, only the first batches are read, which are a fair sample."""
         order = self._order(samples)
-        measured = min(len(samples), limited(len(order), limit) * self.batch_size * order.world_size)
+        limit = None if self.trainer is None else getattr(self.trainer, f"limit_{stage}_batches")
+        measured = self._within(stage, len(samples), order.world_size, self._limits.get(stage, limit))
+        if stage in self._limits:
+            order.limit = measured
         if measured in (0, len(samples)):
             order.order = self.order_of(samples, is_training=False)
             return self._loader(samples, order)
@@ -257,13 +325,11 @@ class BaseDataModule(L.LightningDataModule):
         """split -> how many samples are evaluated, and of how many, where the limits of `trainer` leave some out."""
         limited_splits = {}
         own = [split for split in self.eval_samples if split != "train_eval"]
-        limits = dict.fromkeys(own, trainer.limit_val_batches) | dict.fromkeys(
-            self.test_samples, trainer.limit_test_batches
-        )
-        for split, limit in limits.items():
+        stages = dict.fromkeys(own, "val") | dict.fromkeys(self.test_samples, "test")
+        for split, stage in stages.items():
             samples: Any = {**self.eval_samples, **self.test_samples}[split]
-            per_batch = self.batch_size * trainer.world_size
-            measured = min(len(samples), limited(-(-len(samples) // per_batch), limit) * per_batch)
+            limit = self._limits.get(stage, getattr(trainer, f"limit_{stage}_batches"))
+            measured = self._within(stage, len(samples), trainer.world_size, limit)
             if measured < len(samples):
                 limited_splits[split] = {"measured": measured, "of": len(samples), "what": self.samples_are}
         return limited_splits

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Subset
 
-from llm_lightning.data.base import BaseDataModule, evenly_spaced
+from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import ClassificationBatch, LabelledSample, collate_classification
 from llm_lightning.data.files.bad_records import LISTED
 from llm_lightning.data.files.find import PathWords, words
@@ -263,8 +263,7 @@ class ClassificationDataModule(BaseDataModule):
             one.limit = min(limit, self.pad_to or limit)
         self.train_samples, self.test_samples = samples["train"], {"test": samples["test"]}
         self.eval_samples = {split: one for split, one in samples.items() if split.startswith("val")}
-        if self.eval_batches > 0:
-            self.eval_samples["train_eval"] = evenly_spaced(samples["train"], self.eval_batches * self.batch_size)
+        self.measure_training(samples["train"])
         facts = {split: facts_of(one, self.parts[split], self.labels) for split, one in samples.items()}
         self._report |= {"splits": facts, "pad_to": self.pad_to}
 

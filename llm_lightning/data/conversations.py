@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from llm_lightning.data.base import BaseDataModule, evenly_spaced
+from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import LMBatch, collate_padded
 from llm_lightning.data.control_words import described
 from llm_lightning.data.files.find import PathWords, words
@@ -404,8 +404,7 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
         train = samples["train"]
         self.train_samples, self.test_samples = train, {"test": samples["test"]}
         self.eval_samples = {split: found for split, found in samples.items() if split.startswith("val")}
-        if self.eval_batches > 0:
-            self.eval_samples["train_eval"] = evenly_spaced(train, self.eval_batches * self.batch_size)
+        self.measure_training(train)
         if self._entries:
             sizes = np.bincount(self.records["train"].pool.store_of(train.rows), minlength=len(self._entries)).tolist()
             names, weights = [one.name for one in self._entries], [one.weight for one in self._entries]

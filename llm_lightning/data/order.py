@@ -72,7 +72,8 @@ class BatchOrder(Sampler[list[int]]):
 
     Every process yields the same number of batches. The last ones may be short, and a process without samples left
     yields an empty batch (the collate function makes it one without targets), so that no sample is ever repeated or
-    skipped.
+    skipped. `limit`, `unit` and `window` are counts of samples and batches that do not depend on `batch_size` and
+    `world_size`: with them an epoch has the same samples and updates however they are shared.
 
     Args:
         n_samples: size of the data set.
@@ -80,8 +81,11 @@ class BatchOrder(Sampler[list[int]]):
         shuffle: a new order every epoch; otherwise 0..n-1.
         seed: of the shuffle.
         order: epoch -> the order of its samples, instead of a shuffle.
-        drop_last: leave out the samples that do not fill a whole global batch.
+        drop_last: leave out the samples that do not fill `unit`.
         rank, world_size: this process among all.
+        limit: the most samples of an epoch.
+        unit: samples; default: those of one batch on all processes.
+        window: the number of batches of an epoch is a multiple of it; the last ones may be empty on all processes.
     """
 
     def __init__(
@@ -95,12 +99,16 @@ class BatchOrder(Sampler[list[int]]):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        limit: int | None = None,
+        unit: int | None = None,
+        window: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.n_samples, self.batch_size, self.shuffle, self.seed = n_samples, batch_size, shuffle, seed
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
         self.order = order
+        self.limit, self.unit, self.window = limit, unit, window
         self.epoch = 0
         self.start = 0
 
@@ -113,10 +121,16 @@ class BatchOrder(Sampler[list[int]]):
         """Start the next iteration after the first `batches_done` batches of `epoch`."""
         self.epoch, self.start = epoch, batches_done
 
+    @property
+    def n_used(self) -> int:
+        """Samples of a whole epoch."""
+        used = self.n_samples if self.limit is None else min(self.n_samples, self.limit)
+        unit = self.unit or self.batch_size * self.world_size
+        return used // unit * unit if self.drop_last else used
+
     def __len__(self) -> int:
         """Batches of a whole epoch, even when the next iteration starts in its middle."""
-        per_step = self.batch_size * self.world_size
-        return self.n_samples // per_step if self.drop_last else -(-self.n_samples // per_step)
+        return -(-self.n_used // (self.batch_size * self.world_size * self.window)) * self.window
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.order is not None:
@@ -126,7 +140,7 @@ class BatchOrder(Sampler[list[int]]):
         start, self.start = self.start, 0
         for position in range(start, len(self)):
             first = (position * self.world_size + self.rank) * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            yield order[first : min(first + self.batch_size, self.n_used)].tolist()
 
 
 def limited(n_batches: int, limit: int | float | None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from llm_lightning.data.base import BaseDataModule, evenly_spaced
+from llm_lightning.data.base import BaseDataModule
 from llm_lightning.data.batches import Example, LMBatch, collate_padded
 from llm_lightning.data.control_words import described
 from llm_lightning.data.corpus.corpus import bytes_per_token, leaked_documents, open_corpus, token_files
@@ -123,8 +123,7 @@ class PretrainingDataModule(BaseDataModule):
         self.eval_samples = {stage: windows[stage] for stage in windows if stage.partition("/")[0] == "val"}
         self.eval_samples = dict(sorted(self.eval_samples.items(), key=lambda item: item[0] != "val"))
         self.test_samples = {"test": windows["test"]} if "test" in windows else {}
-        if self.eval_batches > 0:
-            self.eval_samples["train_eval"] = evenly_spaced(self.train_samples, self.eval_batches * self.batch_size)
+        self.measure_training(self.train_samples)
 
     def digest_of_source(self) -> str:
         return self._corpus.digest()

@@ -52,6 +52,7 @@ from llm_lightning.experiments.settings.changes import refuse_changes
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, planned_steps
+from llm_lightning.tasks.layout import Layout, layout_before, share, validation_every
 from llm_lightning.terminal import say, say_lines
 from llm_lightning.weights import checkpoint as checkpoints
 from llm_lightning.weights.load import LoadedModel, load_model
@@ -122,6 +123,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_unknown(settings, module, datamodule)
     refuse_lost_adapters(settings, module)
     trainer = build_trainer(settings, run)
+    share(trainer, datamodule, layout_of_run(run))
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if is_main_process():
         failures.forget(run.path)
@@ -198,15 +200,24 @@ def refuse_other_data(before: str, now: str) -> None:
         )
 
 
+def layout_of_run(run: RunFolder) -> Layout | None:
+    """How the run shared the samples of an update when it wrote the checkpoint that it continues from."""
+    if run.checkpoint is None:
+        return None
+    processes = 1
+    if "layout" not in run.header:  # an earlier version: each process left its generators
+        processes = len(checkpoints.load(run.checkpoint, mmap=True, opened=run.opened)["rng"])
+    return layout_before(run.header, processes)
+
+
 def refuse_validation_inside_a_window(trainer: L.Trainer, batches: int) -> None:
     """Refuse validation between the micro-batches of one update, where no checkpoint can be written."""
-    window, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
-    if window == 1 or interval in (None, 1.0):
+    window, every = trainer.accumulate_grad_batches, validation_every(trainer, batches)
+    if window == 1 or every is None:
         return
-    every = interval if isinstance(interval, int) else max(1, int(batches * interval))
     if every % window:
         raise ValueError(
-            f"trainer.val_check_interval={interval} is every {every} batches, inside a window of "
+            f"trainer.val_check_interval={trainer.val_check_interval} is every {every} batches, inside a window of "
             f"trainer.accumulate_grad_batches={window}; make it a multiple"
         )
     if trainer.check_val_every_n_epoch is None and batches % window:
@@ -282,6 +293,7 @@ def preview_lr(settings: Settings, run_dir: Path, start: Start) -> None:
     take_rate(settings, start.rates, task_of(settings), model_config(settings, task_of(settings), datamodule.tokenizer))
     options = {**settings["trainer"], **counts(settings["trainer"])}
     trainer = build(options, logger=False, enable_checkpointing=False, enable_model_summary=False, _convert_="all")
+    share(trainer, datamodule)
     steps, peak = planned_steps(trainer, datamodule), build_optimizer(settings["optimizer"]).lr
     say_lines(plot_lr(build(settings["scheduler"]), peak, steps, run_dir.parent / "lr.png"))
 

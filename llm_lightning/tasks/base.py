@@ -61,6 +61,7 @@ from llm_lightning.optim.base import OptimizerConfig, keep_kernels
 from llm_lightning.optim.clipping import scale_and_clip_gradients
 from llm_lightning.optim.schedules import ScheduleConfig
 from llm_lightning.tasks.accounting import Accumulation, EvaluationSums, StepOutput, Totals, averages
+from llm_lightning.tasks.layout import layout_of
 from llm_lightning.tasks.memory import freeze_in_bfloat16, leave_fresh_memory_unfilled
 from llm_lightning.tasks.sharded_strategy import ShardedStrategy
 from llm_lightning.tokenizers.base import Tokenizer
@@ -293,6 +294,8 @@ class TaskModule(L.LightningModule):
     # --- optimizer, devices, checkpoint ----------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        if self.trainer.precision == "64-true":
+            self.double()  # before a checkpoint is loaded, or its weights would be rounded to float32
         # Under autocast a frozen matrix would be cast at every step; kept in bfloat16 it also takes half the memory.
         if self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             freeze_in_bfloat16(self.model)
@@ -364,6 +367,7 @@ class TaskModule(L.LightningModule):
             step=self.global_step,
             epoch=self.current_epoch,
             metrics=self.latest_metrics(),
+            layout=layout_of(self.trainer, self.datamodule)._asdict(),
             **{f"{self.item}s_seen": self.items_seen},
             **self.describe_model(),
             **self._covered_rows(),

@@ -18,6 +18,7 @@ from tiny_run import SETTINGS, assert_same, fit_here
 
 from llm_lightning.callbacks.checkpoints import Checkpoints
 from llm_lightning.callbacks.exact_resume import rng_state, set_rng_state
+from llm_lightning.tasks.layout import Layout, share
 from llm_lightning.weights import checkpoint as checkpoints
 
 KILLS = [
@@ -171,3 +172,54 @@ class Rates(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self.rates[trainer.global_step - 1] = pl_module.last_lr
+
+
+class Updates(L.Callback):
+    """Records the samples of each update, and after how many updates validation ran."""
+
+    def __init__(self) -> None:
+        self.samples: dict[int, tuple[int, ...]] = {}
+        self.validations: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.samples[trainer.global_step] = self.samples.get(trainer.global_step, ()) + batch.sample_ids
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.validations.append((trainer.current_epoch, trainer.global_step))
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_other_micro_batches_continue_behind_the_same_samples(tmp_path: Path, is_old: bool) -> None:
+    """22 samples, 4 an update: (4 x 1 accumulated) stops after 4 of 6 updates, and goes on as (2 x 2 accumulated).
+
+    Validation is counted across epochs, which then have 12 batches, one of them without samples. Checkpoints of earlier
+    versions do not name their layout.
+    """
+
+    def run(folder: Path, max_steps: int, batch_size: int) -> Updates:
+        updates, path = Updates(), checkpoints.newest_valid(folder / "checkpoints")
+        module, data = tiny_module(dtype=torch.float64), RaggedDataModule(batch_size=batch_size, seed=5)
+        module.schedule = type(module.schedule)(warmup=0, min_lr=1e-2)  # a schedule that the horizon does not change
+        often = {"val_check_interval": 3, "check_val_every_n_epoch": None, "accumulate_grad_batches": 4 // batch_size}
+        trainer = tiny_trainer(folder, [Checkpoints(), updates], max_epochs=-1, max_steps=max_steps, **often)
+        share(trainer, data, Layout(4, 1, 1, 4))
+        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        return updates
+
+    whole, first = run(tmp_path / "whole", 15, 4), run(tmp_path / "moved", 4, 4)
+    if is_old:
+        path = checkpoints.newest_valid(tmp_path / "moved" / "checkpoints")
+        assert path is not None
+        state = checkpoints.load(path)
+        del state[checkpoints.HEADER]["layout"]
+        state[checkpoints.HEADER]["config"] = {"data": {"batch_size": 4}, "trainer": {"accumulate_grad_batches": 1}}
+        checkpoints.save(path, state)
+    rest = run(tmp_path / "moved", 15, 2)
+    assert {step: ids for step, ids in rest.samples.items() if ids} == {s: whole.samples[s] for s in range(4, 15)}
+    assert first.samples == {step: whole.samples[step] for step in range(4)}
+    # A run that ends validates once more.
+    assert [one for one in first.validations if one[1] % 3 == 0] + rest.validations == whole.validations
+    one, other = final_state(tmp_path / "whole"), final_state(tmp_path / "moved")
+    assert one["task_module"]["items_seen"] == other["task_module"]["items_seen"]
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][name], weight, rtol=0, atol=1e-12)  # float64, 15 updates

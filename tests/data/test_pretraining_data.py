@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_lightning.data.pretraining import PretrainingDataModule, Windows, evenly_spaced
+from llm_lightning.data.base import evenly_spaced
+from llm_lightning.data.pretraining import PretrainingDataModule, Windows
 from llm_lightning.tokenizers.build import build_tokenizer
 
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from llm_lightning.experiments.command_line import continue_run
 from llm_lightning.experiments.run_records import COMMAND
-from llm_lightning.experiments.settings.changes import MAY_CHANGE, diff_configs, refuse_changes
+from llm_lightning.experiments.settings.changes import LAYOUT, MAY_CHANGE, diff_configs, refuse_changes
 from llm_lightning.experiments.settings.checks import check_overrides, checked_settings
 from llm_lightning.experiments.settings.compose import LAUNCHERS, config_dirs, prepare_hydra
 from llm_lightning.experiments.settings.targets import check_targets, resolve_target
@@ -442,5 +442,6 @@ def test_paths_of_the_data_may_change_but_not_what_they_are_for() -> None:
 def test_what_may_change_exists() -> None:
     keys = {setting.path for file in CONF.rglob("*.yaml") for setting in read_settings(file, file.parent.name)}
     keys |= {key.removeprefix("conf.") for key in keys} | {"logger.csv", "trainer.profiler", "trainer.max_time"}
-    for pattern in MAY_CHANGE:
+    keys |= {"trainer.num_nodes", *(key.replace("accelerator.", "trainer.", 1) for key in keys)}
+    for pattern in (*MAY_CHANGE, *LAYOUT):
         assert fnmatch.filter(keys, pattern), pattern

@@ -152,6 +152,11 @@ IGNORED = [
     ("callbacks=none monitor=train/loss", "monitor=train/loss is ignored"),
     ("logger=none trainer.log_every_n_steps=5", "trainer.log_every_n_steps=5 is ignored"),
     ("logger=tensorboard callbacks.plots.every_n_seconds=5", "callbacks.plots.every_n_seconds=5 is ignored"),
+    (
+        "data.global_batch_size=64 trainer.accumulate_grad_batches=4",
+        "trainer.accumulate_grad_batches=4 is ignored: it follows from data.global_batch_size",
+    ),
+    ("data.batch_size=64 trainer.accumulate_grad_batches=4", None),
     ("debug=fast_dev_run trainer.max_epochs=5", "trainer.max_epochs=5 is ignored"),
     ("callbacks.checkpoints=null", "No checkpoints are kept"),
     ("logger=null", "No curves are drawn"),

@@ -328,7 +328,6 @@ def test_two_processes_log_the_losses_of_one_with_the_double_batch(corpus: Path,
         "trainer.accelerator=cpu",
         "trainer.devices=2",
         "data.batch_size=8",
-        "data.eval_batches=16",
         "model.dropout=0",  # two processes draw other noise than one
     ]
     outcome = finish(start(one_epoch(corpus, tmp_path / "two", *two, "trainer.max_epochs=2"), tmp_path))

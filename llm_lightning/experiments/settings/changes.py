@@ -34,6 +34,13 @@ MAY_CHANGE = (
 )
 """Settings that may differ when a run is resumed, as patterns."""
 
+LAYOUT = (
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy*"),
+    *("trainer.accumulate_grad_batches", "data.batch_size", "data.global_batch_size"),
+)
+"""Settings that say who computes an update. They may differ as well where it keeps its number of samples, which only
+`tasks/layout.py` can tell; jobs of a sweep that differ in them are different."""
+
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every difference; a missing key counts as None."""
@@ -43,7 +50,7 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[s
 
 
 def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to resume a run with settings that change its results; `MAY_CHANGE` lists those that do not.
+    """Refuse to resume a run with settings that change its results; `MAY_CHANGE` and `LAYOUT` list the others.
 
     Raises:
         ValueError: naming every changed key, its old and its new value.
@@ -51,7 +58,7 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     changed = [
         f"{key} was {before!r} and is {after!r}"
         for key, before, after in diff_configs(_without_places(old), _without_places(new))
-        if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE) and not _is_new(key, old)
+        if not any(fnmatchcase(key, pattern) for pattern in (*MAY_CHANGE, *LAYOUT)) and not _is_new(key, old)
     ]
     if changed:
         raise ValueError(

@@ -76,6 +76,11 @@ RULES = (
         _named_set,
         "a named data set has its own fields; give data.path or data.hf_dataset",
     ),
+    Rule(
+        ("trainer.accumulate_grad_batches",),
+        lambda v: v.get("data.global_batch_size") is not None,
+        "it follows from data.global_batch_size",
+    ),
     Rule(("data.split_seed",), lambda v: v.get("data.split") == "order", "data.split=order draws nothing"),
     Rule(("data.bucket",), lambda v: v.get("data.shuffle") is False, "data.shuffle=false keeps the order of the data"),
     Rule(("model",), lambda v: v.get("init_from"), "the weights of init_from say what the model is"),

@@ -44,6 +44,7 @@ UNDECLARED: dict[str, Kind] = {
     "data.template": "text",
     "data.template_date": "text",
     "data.labels": "texts",
+    "data.global_batch_size": "anything",
     "data.max_length": "anything",
     "data.stride": "anything",
     "model.vocab_size": "anything",

@@ -19,6 +19,7 @@ WORDS_ALLOWED = ("trainer.devices", "trainer.deterministic", "trainer.fast_dev_r
 """Settings with a number or a switch as default that also accept another kind: `auto`, `warn`, a number."""
 
 NUMBERS: dict[str, int | float] = {
+    "data.global_batch_size": 64,
     "data.max_length": 128,
     "data.stride": 128,
     "model.vocab_size": 50304,

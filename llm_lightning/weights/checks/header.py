@@ -51,6 +51,7 @@ _OPTIONAL: dict[str, Check] = {
     "lora": DICT,
     "base": TEXT,
     "rows": DICT,
+    "layout": DICT,
     "template": DICT,
     "generation": DICT,
 }
@@ -59,6 +60,7 @@ _LINEAGE: dict[str, Check] = {
     **dict.fromkeys(("data", "parent", "parent_name", "base", "base_of"), or_none(TEXT)),
     "places": DICT,
 }
+_LAYOUT = dict.fromkeys(("batch_size", "accumulated", "processes", "counted_batch"), SIZE)
 _TEMPLATE: dict[str, Check] = {
     "kind": (lambda value: value in ("slots", "jinja"), "slots or jinja"),
     "name": TEXT,
@@ -89,6 +91,9 @@ def check_header(header: Mapping[str, Any]) -> None:
     settings = {"data": DICT, "monitor": or_none(TEXT)}
     check_keys(header.get("config", {}), f"{HEADER}.config", settings, is_optional=True)
     check_keys(header.get("generation", {}), f"{HEADER}.generation", _GENERATION, is_optional=True)
+    if "layout" in header:
+        check_keys(header["layout"], f"{HEADER}.layout", _LAYOUT)
+        refuse_unknown(header["layout"], f"{HEADER}.layout", _LAYOUT)
     if "rows" in header:
         check_keys(header["rows"], f"{HEADER}.rows", {"count": COUNT, "sha256": TEXT})
     if "template" in header:

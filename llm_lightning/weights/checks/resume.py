@@ -93,6 +93,11 @@ def check_resumable(state: Mapping[str, Any]) -> None:
     if "metrics" not in header:
         raise ValueError(f"it cannot be resumed: {HEADER}.metrics is missing")
     check_keys(state["position"], "position", _PROGRESS)
+    processes = header.get("layout", {}).get("processes", max(1, len(state["rng"])))
+    if processes != len(state["rng"]):
+        raise ValueError(
+            f"rng holds {len(state['rng'])} states of generators, those of {processes} process(es) belong here"
+        )
     check_keys(state["task_module"], "task_module", {"items_seen": COUNT, "epoch_sums": dict_of(list_of(NUMBER))})
     for name, sums in state["task_module"]["epoch_sums"].items():
         if len(sums) != 2:
