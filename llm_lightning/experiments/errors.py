@@ -17,6 +17,8 @@ from llm_lightning.experiments import failures, unforeseen
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_anothers, is_main_process
 from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.files.disk_errors import explain
+from llm_lightning.signals import Stopped
+from llm_lightning.slurm import not_requeued
 from llm_lightning.terminal import one_line, say, visible
 
 UNCAUGHT = 1
@@ -47,6 +49,10 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequenc
     since = time.time()
     try:
         return 0, action()
+    except Stopped as stop:
+        if is_main_process():
+            say("; ".join(filter(None, [stop.message, not_requeued()])), file=sys.stderr)
+        return 128 + stop.signum, None
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns a KeyboardInterrupt before training into an exit with code 1.
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
