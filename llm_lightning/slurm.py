@@ -12,8 +12,10 @@ from datetime import datetime
 
 SECONDS = 20.0
 """Seconds for SLURM's answer: after SIGTERM it gives a job 30 by default (`KillWait`)."""
+ANNOUNCED_SECONDS = {"SIGUSR1": 3660.0}
+"""Seconds before a job's time limit in which a signal announces it; nobody records what `sbatch --signal=USR1@3600`
+asked for, which may come 60 s earlier. Other signals:"""
 NEAR_SECONDS = 180.0
-"""Seconds before its time limit in which SIGTERM announces it: `sbatch --signal=TERM@120` may come 60 s earlier."""
 
 
 def is_job() -> bool:
@@ -50,14 +52,14 @@ def cause_of(shown: Mapping[str, str], signum: int) -> str | None:
     Args:
         shown: the fields of `scontrol show job`.
     """
-    if is_preempted(shown):
-        return "preemption"
     if shown.get("Reason") == "TimeLimit":
         return "time limit"
-    if shown.get("JobState") != "RUNNING" or shown.get("TimeLimit", "UNLIMITED") in ("UNLIMITED", "N/A"):
+    if shown.get("JobState") != "RUNNING":
         return None
-    is_announced = signum == getattr(signal, "SIGUSR1", None)  # what `sbatch --signal=USR1@300` sends, nobody records
-    return "time limit" if is_announced or _seconds_left(shown) < NEAR_SECONDS else None
+    if is_preempted(shown):
+        return "preemption"
+    announced = ANNOUNCED_SECONDS.get(signal.Signals(signum).name, NEAR_SECONDS)
+    return "time limit" if _seconds_left(shown) < announced else None
 
 
 def is_preempted(shown: Mapping[str, str]) -> bool:
@@ -75,7 +77,8 @@ def why_not(shown: Mapping[str, str], cause: str | None) -> str | None:
     if shown.get("Restarts", "0") != os.environ.get("SLURM_RESTART_COUNT", "0") or state in ("PENDING", "REQUEUED"):
         return "SLURM has done so itself"
     if cause is None:
-        return f"neither its time limit nor preemption ends it (state {state}, reason {shown.get('Reason')})"
+        who = "a person sent the signal" if state == "RUNNING" else "it was cancelled, or nobody says why it ends"
+        return f"{who} (state {state}, reason {shown.get('Reason')}, end {shown.get('EndTime')})"
     return "it was submitted with --no-requeue" if shown.get("Requeue") == "0" else None
 
 
@@ -100,6 +103,7 @@ def job_id() -> str:
 
 
 def _seconds_left(shown: Mapping[str, str]) -> float:
+    """Seconds until the time limit; without one, `EndTime` is no time."""
     try:
         return datetime.fromisoformat(shown["EndTime"]).timestamp() - time.time()
     except (KeyError, ValueError):

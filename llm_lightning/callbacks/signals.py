@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from llm_lightning import signals, slurm
 from llm_lightning.callbacks.checkpoints import Checkpoints
@@ -122,7 +123,8 @@ class Signals(L.Callback):
             return self._signal
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return None
-        return self._signal or signal.SIGTERM
+        mine = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(mine, reduce_op="max"))
 
 
 def _last(trainer: L.Trainer, *, save: bool = False) -> Path | None:

@@ -57,7 +57,8 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequenc
         # Lightning turns a KeyboardInterrupt before training into an exit with code 1.
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        say("interrupted", file=sys.stderr)
+        if is_main_process():
+            say("interrupted", file=sys.stderr)
         return INTERRUPTED, None
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)  # callbacks.signals.Interrupted

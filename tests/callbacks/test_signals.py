@@ -205,13 +205,15 @@ def test_a_job_of_slurm_is_requeued_after_a_step_of_this_start(tmp_path: Path, f
     asked = slurm_job("JobId=7 JobState=COMPLETING Reason=TimeLimit Requeue=1 Restarts=0")
     code, words = fit(tmp_path / "run", SendAt("on_train_start", 0, signal.SIGTERM, signal.SIGTERM))
     assert (code, asked.read_text()) == (143, "")
-    assert words.endswith("SLURM job 7 is not requeued: it made no step since its start; give it more time (sbatch --time)")
+    assert words.endswith(
+        "SLURM job 7 is not requeued: it made no step since its start; give it more time (sbatch --time)"
+    )
     code, words = fit(tmp_path / "run", SendAt("on_train_batch_end", 4, signal.SIGTERM, signal.SIGTERM))
     assert (code, saved_step(tmp_path / "run")) == (143, 4)
     assert words.endswith("SLURM job 7 is requeued: time limit")
     assert asked.read_text() == "show job 7\nrequeue 7\n"
     asked.write_text("")
-    code, words = fit(tmp_path / "run", SendAt("on_train_start", 4, signal.SIGTERM))  # continued, and not a step further
+    code, words = fit(tmp_path / "run", SendAt("on_train_start", 4, signal.SIGTERM))  # continued, no step further
     assert "it made no step since its start" in words
     assert asked.read_text() == ""
     fit(tmp_path / "none", SendAt("on_train_batch_end", 4, signal.SIGTERM), kept=False)
