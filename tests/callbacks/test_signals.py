@@ -100,6 +100,24 @@ def test_every_signal_saves_at_every_moment(tmp_path: Path, fit: Any) -> None:
     assert not failed
 
 
+def test_before_the_first_update_a_run_ends_at_once(tmp_path: Path, fit: Any) -> None:
+    late: list[str] = []
+
+    class Late(L.Callback):
+        def on_sanity_check_end(self, *_: Any) -> None:
+            late.append("it went on")
+
+    for hook in ("setup", "on_fit_start", "on_sanity_check_start"):
+        sent = SendAt(hook, 0, signal.SIGTERM, signal.SIGTERM)
+        assert fit(tmp_path / hook, sent, Late()) == (143, "stopped by SIGTERM; nothing was saved")
+        assert saved_step(tmp_path / hook) is None
+    assert not late
+    fit(tmp_path / "on", SendAt("on_train_batch_end", 3, signal.SIGTERM))
+    code, words = fit(tmp_path / "on", SendAt("on_fit_start", 0, signal.SIGUSR1))
+    saved = f"saved {tmp_path}/on/checkpoints/last.ckpt; continue with resume={tmp_path}/on"
+    assert (code, words) == (138, f"stopped by SIGUSR1; {saved}")
+
+
 def test_the_test_split_is_left_at_once(tmp_path: Path, fit: Any) -> None:
     class Swallow(L.Callback):
         """A library that takes every exception for its own."""
