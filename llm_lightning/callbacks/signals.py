@@ -62,6 +62,7 @@ class Signals(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step, self._at_once = trainer.global_step, None
+        signals.trained()  # what is received once this class handles nothing any more
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -75,7 +76,6 @@ class Signals(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._stop_if_signalled(trainer)  # a signal during the last update, which is saved by now
         self._at_once = None
-        signals.trained()
 
     # --- receiving -------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,10 @@ class Signals(L.Callback):
 
     def _interrupted(self, trainer: L.Trainer, signum: int, *, save: bool = False) -> Interrupted:
         saved = _last(trainer, save=save)
-        return Interrupted(signum, saved, self._requeued(trainer, signum, is_saved=saved is not None))
+        more = self._requeued(trainer, signum, is_saved=saved is not None)
+        if trainer.world_size > 1:
+            trainer.strategy.barrier()  # whoever started the processes may end the others when the first has ended
+        return Interrupted(signum, saved, more)
 
     def _requeued(self, trainer: L.Trainer, signum: int, *, is_saved: bool) -> str:
         """What the first process says of its job of SLURM, which it has requeued if it may; empty without a job."""
