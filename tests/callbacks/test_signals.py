@@ -40,7 +40,7 @@ class SendAt(L.Callback):
         self.step, self.signums = step, signums
         setattr(self, hook, self._send)
 
-    def _send(self, trainer: L.Trainer, *_: Any) -> None:
+    def _send(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step >= self.step:
             signums, self.signums = self.signums, ()
             for signum in signums:
@@ -104,10 +104,10 @@ def test_before_the_first_update_a_run_ends_at_once(tmp_path: Path, fit: Any) ->
     late: list[str] = []
 
     class Late(L.Callback):
-        def on_sanity_check_end(self, *_: Any) -> None:
+        def on_train_start(self, *_: Any) -> None:
             late.append("it went on")
 
-    for hook in ("setup", "on_fit_start", "on_sanity_check_start"):
+    for hook in ("setup", "on_fit_start"):
         sent = SendAt(hook, 0, signal.SIGTERM, signal.SIGTERM)
         assert fit(tmp_path / hook, sent, Late()) == (143, "stopped by SIGTERM; nothing was saved")
         assert saved_step(tmp_path / hook) is None
