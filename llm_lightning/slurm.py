@@ -16,6 +16,7 @@ ANNOUNCED_SECONDS = {"SIGUSR1": 3660.0}
 """Seconds before a job's time limit in which a signal announces it; nobody records what `sbatch --signal=USR1@3600`
 asked for, which may come 60 s earlier. Other signals:"""
 NEAR_SECONDS = 180.0
+RUNNING = ("RUNNING", "SIGNALING")  # the latter while SLURM sends a signal of `sbatch --signal`
 
 
 def is_job() -> bool:
@@ -54,7 +55,7 @@ def cause_of(shown: Mapping[str, str], signum: int) -> str | None:
     """
     if shown.get("Reason") == "TimeLimit":
         return "time limit"
-    if shown.get("JobState") != "RUNNING":
+    if shown.get("JobState") not in RUNNING:
         return None
     if is_preempted(shown):
         return "preemption"
@@ -77,7 +78,7 @@ def why_not(shown: Mapping[str, str], cause: str | None) -> str | None:
     if shown.get("Restarts", "0") != os.environ.get("SLURM_RESTART_COUNT", "0") or state in ("PENDING", "REQUEUED"):
         return "SLURM has done so itself"
     if cause is None:
-        who = "a person sent the signal" if state == "RUNNING" else "it was cancelled, or nobody says why it ends"
+        who = "a person sent the signal" if state in RUNNING else "it was cancelled, or nobody says why it ends"
         return f"{who} (state {state}, reason {shown.get('Reason')}, end {shown.get('EndTime')})"
     return "it was submitted with --no-requeue" if shown.get("Requeue") == "0" else None
 

@@ -35,6 +35,7 @@ CASES = {
     "cancelled": ("JobState=CANCELLED Reason=TimeLimit", signal.SIGTERM, "time limit", "it was cancelled"),
     "no answer": ("", signal.SIGTERM, None, "SLURM does not say why it ends"),
     "USR1@300": (running(330), signal.SIGUSR1, "time limit", None),
+    "USR1@300, being sent": (running(330).replace("RUNNING", "SIGNALING"), signal.SIGUSR1, "time limit", None),
     "TERM@120": (running(130), signal.SIGTERM, "time limit", None),
     "TERM by a person": (running(600), signal.SIGTERM, None, "a person sent the signal"),
     "USR1 by a person": (running(7200), signal.SIGUSR1, None, "a person sent the signal"),

@@ -161,7 +161,7 @@ class Job:
 
     def row(self) -> str:
         said_at_end = [line for line in self.log.read_text().splitlines() if line.startswith("stopped by")]
-        reason = said_at_end[0].rpartition("; ")[2] if said_at_end else "no word of its end"
+        reason = said_at_end[0].partition("; SLURM ")[2] if said_at_end else "no word of its end"
         return f"{self.trial.name:20} {' '.join(self.states):60} {self.result}\n{'':20} {reason}"
 
 
