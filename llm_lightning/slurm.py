@@ -16,6 +16,7 @@ ANNOUNCED_SECONDS = {"SIGUSR1": 3660.0}
 """Seconds before a job's time limit in which a signal announces it; nobody records what `sbatch --signal=USR1@3600`
 asked for, which may come 60 s earlier. Other signals:"""
 NEAR_SECONDS = 180.0
+BY_SLURM = "SLURM does so itself"
 RUNNING = ("RUNNING", "SIGNALING")  # the latter while SLURM sends a signal of `sbatch --signal`
 
 
@@ -33,7 +34,10 @@ def requeue(signum: int) -> str:
     job = job_id()
     shown = show(job)
     cause = cause_of(shown, signum)
-    refused = why_not(shown, cause) or _refused_by_slurm(job)
+    refused = why_not(shown, cause)
+    if refused == BY_SLURM:
+        return f"SLURM job {job} is requeued by SLURM itself"
+    refused = refused or _refused_by_slurm(job)
     return f"SLURM job {job} is requeued: {cause}" if refused is None else not_requeued(refused)
 
 
@@ -76,7 +80,7 @@ def why_not(shown: Mapping[str, str], cause: str | None) -> str | None:
     if "CANCELLED" in (state, shown.get("Reason")):
         return "it was cancelled"
     if shown.get("Restarts", "0") != os.environ.get("SLURM_RESTART_COUNT", "0") or state in ("PENDING", "REQUEUED"):
-        return "SLURM has done so itself"
+        return BY_SLURM
     if cause is None:
         who = "a person sent the signal" if state in RUNNING else "it was cancelled, or nobody says why it ends"
         return f"{who} (state {state}, reason {shown.get('Reason')}, end {shown.get('EndTime')})"

@@ -30,7 +30,7 @@ CASES = {
     "limit": (BY_LIMIT, signal.SIGTERM, "time limit", None),
     "grace time": (IN_GRACE_TIME, signal.SIGTERM, "preemption", None),
     "scancel in grace time": (CANCELLED_IN_GRACE_TIME, signal.SIGTERM, None, "it was cancelled, or nobody says why"),
-    "preempted": (PREEMPTED, signal.SIGTERM, None, "SLURM has done so itself"),
+    "preempted": (PREEMPTED, signal.SIGTERM, None, "SLURM does so itself"),
     "scancel": (BY_SCANCEL, signal.SIGTERM, None, "it was cancelled, or nobody says why"),
     "cancelled": ("JobState=CANCELLED Reason=TimeLimit", signal.SIGTERM, "time limit", "it was cancelled"),
     "no answer": ("", signal.SIGTERM, None, "SLURM does not say why it ends"),
@@ -59,7 +59,7 @@ def test_a_job_that_was_requeued_before_counts_its_restarts(monkeypatch: pytest.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert slurm.why_not(again, "time limit") is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert slurm.why_not(again, "time limit") == "SLURM has done so itself"
+    assert slurm.why_not(again, "time limit") == "SLURM does so itself"
 
 
 def test_a_part_of_an_array_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
