@@ -23,11 +23,22 @@ class Faulty(L.Callback):
 class Slow(L.Callback):
     """Take a while for each step as long as a file exists."""
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str, seconds: float = 0.3) -> None:
+        self.path, self.seconds = Path(path), seconds
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if self.path.exists():
+            time.sleep(self.seconds)
+
+
+class Waits(L.Callback):
+    """Make no step as long as a file exists."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_fit_start(self, *_: Any) -> None:
+        while self.path.exists():
             time.sleep(0.3)
 
 

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_object, instantiate
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
@@ -268,7 +269,15 @@ def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
     )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # whatever chose it: a class, a notebook
         raise ValueError("trainer.strategy trains in processes that return nothing; use trainer.strategy=ddp")
+    leave_requeueing_to_signals(trainer)
     return trainer
+
+
+def leave_requeueing_to_signals(trainer: L.Trainer) -> None:
+    """Turn off Lightning's own requeueing, which writes a second checkpoint and requeues what was cancelled."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
 
 
 def choose_precision(setting: str, accelerator: str) -> str:

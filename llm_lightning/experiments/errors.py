@@ -18,6 +18,8 @@ from llm_lightning.experiments.ranks.launcher import is_main_process
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_anothers
 from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.files.disk_errors import explain
+from llm_lightning.signals import Stopped
+from llm_lightning.slurm import not_requeued
 from llm_lightning.terminal import one_line, say, visible
 
 UNCAUGHT = 1
@@ -48,11 +50,16 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequenc
     since = time.time()
     try:
         return 0, action()
+    except Stopped as stop:
+        if is_main_process():
+            say("; ".join(filter(None, [stop.message, not_requeued()])), file=sys.stderr)
+        return 128 + stop.signum, None
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns a KeyboardInterrupt before training into an exit with code 1.
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        say("interrupted", file=sys.stderr)
+        if is_main_process():
+            say("interrupted", file=sys.stderr)
         return INTERRUPTED, None
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)  # callbacks.signals.Interrupted

@@ -15,6 +15,7 @@ from llm_lightning.experiments.errors import guarded, run_guarded, thread_failed
 from llm_lightning.experiments.processes import end_with_parent
 from llm_lightning.experiments.run_records import refuse_links
 from llm_lightning.experiments.settings.overrides import key_of
+from llm_lightning.signals import ending
 from llm_lightning.terminal import guard_messages, say
 
 
@@ -26,7 +27,8 @@ def main(script: Path, verbs: Collection[str] | None = None) -> None:
         verbs: the commands of `llm-lightning` that a pipeline may run; None: any.
     """
     guard_messages()
-    run_guarded(lambda: _main(script, verbs))
+    with ending():
+        run_guarded(lambda: _main(script, verbs))
 
 
 def _main(script: Path, verbs: Collection[str] | None) -> None:

@@ -13,9 +13,9 @@ import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tiny_run import assert_same
 
-from llm_lightning.callbacks import signals
 from llm_lightning.callbacks.checkpoints import Checkpoints, VerifiedCheckpointIO
 from llm_lightning.callbacks.signals import Interrupted, Signals
+from llm_lightning.experiments.build import leave_requeueing_to_signals
 from llm_lightning.signals import STOPPING
 from llm_lightning.weights import checkpoint as checkpoints
 
@@ -40,7 +40,7 @@ class SendAt(L.Callback):
         self.step, self.signums = step, signums
         setattr(self, hook, self._send)
 
-    def _send(self, trainer: L.Trainer, *_: Any) -> None:
+    def _send(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step >= self.step:
             signums, self.signums = self.signums, ()
             for signum in signums:
@@ -100,6 +100,24 @@ def test_every_signal_saves_at_every_moment(tmp_path: Path, fit: Any) -> None:
     assert not failed
 
 
+def test_before_the_first_update_a_run_ends_at_once(tmp_path: Path, fit: Any) -> None:
+    late: list[str] = []
+
+    class Late(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            late.append("it went on")
+
+    for hook in ("setup", "on_fit_start"):
+        sent = SendAt(hook, 0, signal.SIGTERM, signal.SIGTERM)
+        assert fit(tmp_path / hook, sent, Late()) == (143, "stopped by SIGTERM; nothing was saved")
+        assert saved_step(tmp_path / hook) is None
+    assert not late
+    fit(tmp_path / "on", SendAt("on_train_batch_end", 3, signal.SIGTERM))
+    code, words = fit(tmp_path / "on", SendAt("on_fit_start", 0, signal.SIGUSR1))
+    saved = f"saved {tmp_path}/on/checkpoints/last.ckpt; continue with resume={tmp_path}/on"
+    assert (code, words) == (138, f"stopped by SIGUSR1; {saved}")
+
+
 def test_the_test_split_is_left_at_once(tmp_path: Path, fit: Any) -> None:
     class Swallow(L.Callback):
         """A library that takes every exception for its own."""
@@ -128,7 +146,7 @@ def test_repeated_signals_but_a_second_ctrl_c_are_one(
         ended.append((signum, signal.getsignal(signum)))
         raise SystemExit
 
-    monkeypatch.setattr(signals.signal, "raise_signal", end)
+    monkeypatch.setattr(signal, "raise_signal", end)
     with pytest.raises(SystemExit):
         fit(tmp_path / "two", SendAt("on_train_batch_end", 3, signal.SIGINT, signal.SIGINT))
     assert ended == [(signal.SIGINT, signal.SIG_DFL)]
@@ -149,16 +167,17 @@ def test_without_checkpoints_a_run_ends_all_the_same(tmp_path: Path, fit: Any) -
     assert saved_step(tmp_path) is None
 
 
-def test_where_slurm_requeues_its_signal_stays_lightnings(
+def test_every_handler_is_ours_where_slurm_started_the_run(
     tmp_path: Path, make_module: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Lightning's would save `hpc_ckpt_1.ckpt` and requeue whatever the reason."""
     for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(name, value)
-    found: dict[int, Any] = {}
+    found: dict[str, Any] = {}
 
     class Look(L.Callback):
         def on_train_batch_start(self, *_: Any) -> None:
-            found.update({signum: signal.getsignal(signum) for signum in STOPPING})
+            found.update({signum.name: signal.getsignal(signum) for signum in STOPPING})
 
     callbacks = [Signals(), Checkpoints(), Look()]
     plugins = [VerifiedCheckpointIO(), SLURMEnvironment(auto_requeue=True)]
@@ -167,6 +186,53 @@ def test_where_slurm_requeues_its_signal_stays_lightnings(
         default_root_dir=tmp_path, callbacks=callbacks, plugins=plugins, enable_checkpointing=False, **options
     )
     trainer.fit(make_module(), datamodule=make_data(batch_size=2))
-    ours = {signum for signum, handler in found.items() if getattr(handler, "__self__", None) is callbacks[0]}
-    assert ours == set(STOPPING) - {signal.SIGUSR1}
-    assert callable(found[signal.SIGUSR1])
+    assert {name: getattr(handler, "__self__", None) for name, handler in found.items()} == dict.fromkeys(
+        (signum.name for signum in STOPPING), callbacks[0]
+    )
+    assert all(signal.getsignal(signum) is signal.SIG_DFL for signum in STOPPING if signum != signal.SIGINT)
+    leave_requeueing_to_signals(trainer)
+    assert trainer._accelerator_connector.cluster_environment.auto_requeue is False
+
+
+SCONTROL = """#!/bin/sh
+echo "$@" >>{folder}/asked
+case $1 in show) cat {folder}/shown;; esac
+"""
+
+
+@pytest.fixture
+def slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A job of a SLURM whose `scontrol` shows given fields; returns what it was asked."""
+    tool = tmp_path / "scontrol"
+    tool.write_text(SCONTROL.format(folder=tmp_path))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+
+    def shows(fields: str) -> Path:
+        (tmp_path / "shown").write_text(fields)
+        asked = tmp_path / "asked"
+        asked.write_text("")
+        return asked
+
+    return shows
+
+
+def test_a_job_of_slurm_is_requeued_after_a_step_of_this_start(tmp_path: Path, fit: Any, slurm_job: Any) -> None:
+    asked = slurm_job("JobId=7 JobState=COMPLETING Reason=TimeLimit Requeue=1 Restarts=0")
+    code, words = fit(tmp_path / "run", SendAt("on_train_start", 0, signal.SIGTERM, signal.SIGTERM))
+    assert (code, asked.read_text()) == (143, "")
+    assert words.endswith(
+        "SLURM job 7 is not requeued: it made no step since its start; give it more time (sbatch --time)"
+    )
+    code, words = fit(tmp_path / "run", SendAt("on_train_batch_end", 4, signal.SIGTERM, signal.SIGTERM))
+    assert (code, saved_step(tmp_path / "run")) == (143, 4)
+    assert words.endswith("SLURM job 7 is requeued: time limit")
+    assert asked.read_text() == "show job 7\nrequeue 7\n"
+    asked.write_text("")
+    code, words = fit(tmp_path / "run", SendAt("on_train_start", 4, signal.SIGTERM))  # continued, no step further
+    assert "it made no step since its start" in words
+    assert asked.read_text() == ""
+    fit(tmp_path / "none", SendAt("on_train_batch_end", 4, signal.SIGTERM), kept=False)
+    assert asked.read_text() == ""

@@ -1,6 +1,6 @@
 """Sweeps by launchers with processes of their own: what fails, is killed or stopped ends as in serial, and goes on.
 
-The same test runs on a real SLURM where `sinfo` answers; tests/one_node_slurm.sh starts one.
+The same test runs on a real SLURM where `sinfo` answers; tests/slurm/cluster.py starts one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def launcher(name: str, *more: str, where: Any = ()) -> Any:
     return pytest.param([f"hydra/launcher={name}", *more], id=name, marks=where)
 
 
-needs_slurm = pytest.mark.skipif(not has_slurm(), reason="no SLURM: tests/one_node_slurm.sh starts one")
+needs_slurm = pytest.mark.skipif(not has_slurm(), reason="no SLURM: tests/slurm/cluster.py starts one")
 needs_plugins = pytest.mark.skipif(
     importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None
     or importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_lightning import slurm
 from llm_lightning.signals import STOPPING
 
 _KEYBOARD = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name))
@@ -96,17 +96,7 @@ def requeueing() -> Iterator[Requeueing | None]:
 
 def _is_preempted() -> bool:
     """Whether SLURM preempts this job; a job that ends in its grace time is not requeued by SLURM."""
-    number = os.environ.get("SLURM_JOB_ID")
-    if number is None:
-        return False
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        number = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    found = [word.partition("=")[2] for word in shown.stdout.split() if word.startswith("PreemptTime=")]
-    return bool(found) and found[0] not in ("None", "N/A", "Unknown")
+    return "SLURM_JOB_ID" in os.environ and slurm.is_preempted(slurm.show(slurm.job_id()))
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
