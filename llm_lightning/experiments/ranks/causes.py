@@ -137,6 +137,11 @@ def announce(cause: Cause, folder: Path | None = None) -> bool:
             write_text(folder, cause)
         write_elastic(os.environ.get(ELASTIC), cause)
         _write_for_supervisor(cause)
+    return is_supervised()
+
+
+def is_supervised() -> bool:
+    """Whether our supervisor started this process, and lives."""
     return _supervisors_folder() is not None
 
 

@@ -91,6 +91,9 @@ class Line:
         self._last_beat = 0.0
         self._closed = threading.Event()
         os.register_at_fork(after_in_child=self._forget)  # or the death of this process would not end them
+
+    def start(self) -> None:
+        """Start the thread."""
         threading.Thread(target=self._run, name="line", daemon=True).start()
 
     def send(self, **message: Any) -> None:

@@ -138,9 +138,13 @@ def supervise_run(script: Path, argv: Sequence[str], ranks: int, full: Any) -> i
         raise ValueError(
             f"trainer.num_nodes={nodes}: set MASTER_ADDR and MASTER_PORT, the same on every node, and NODE_RANK from 0 on"
         )
+    return supervise([sys.executable, str(script), *argv], ranks, nodes=nodes, run_dir=run_dir)
+
+
+def supervise(command: Sequence[str], ranks: int, *, run_dir: Path, nodes: int = 1) -> int:
+    """Run `command` in all ranks of this machine; return the exit code of the run."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, stop_signals() as received:
         shared = _shared_variables(ranks, nodes, run_dir, folder)
-        command = [sys.executable, str(script), *argv]
         node = int(shared["NODE_RANK"])
         started = [_started(command, shared, node * ranks + local, local) for local in range(ranks)]
         watch = _Watch(started, Path(folder), received)

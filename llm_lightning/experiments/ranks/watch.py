@@ -67,6 +67,7 @@ class Watch:
             log.warning("Ranks %s cannot reach rank 0 at %s: if they stop, nothing says so", missing, address.host)
         self.line = Line(peers, on_message=self._on_message, on_end=self._on_end, on_tick=self._on_tick)
         causes.join(self.rank, self.size, self.run_dir, self.tell)
+        self.line.start()
         atexit.register(self.line.close)
 
     def _first(self, address: Address, facts: Mapping[str, Any]) -> list[Peer]:
@@ -118,8 +119,11 @@ class Watch:
 
     def _accuse(self, peer: Peer, kind: Kind, message: str, exit_code: int) -> None:
         cause = Cause(peer.rank, kind, message, exit_code, pid=peer.facts["pid"], host=peer.facts["host"])
-        causes.announce(cause, self.run_dir)
-        record_cause(self.run_dir, cause.line, exit_code, by_signal=True)
+        if kind == "died" and causes.is_supervised():  # the supervisor knows by which signal
+            causes.announce(cause)
+        else:
+            causes.announce(cause, self.run_dir)
+            record_cause(self.run_dir, cause.line, exit_code, by_signal=True)
         kill_stopped(cause, peer.facts)
         self._end(cause)
 
