@@ -16,6 +16,7 @@ from llm_lightning.terminal import say
 LOOK_SECONDS = 5.0
 """Seconds between two looks at the clock; the watching thread is late only if the whole process was stopped."""
 
+
 class Watchdog(L.Callback):
     """Call `alarm` if no batch, validation or checkpoint was finished for some time. Its thread ends with `teardown`.
 
