@@ -60,6 +60,7 @@ def act(folder: Path, what: str, watch: Watch | None) -> None:
 def main(folder: Path, who: str, *what: str) -> None:
     watch = None
     if "unmet" not in what:
+        causes.join(causes.rank(), causes.size(), folder)
         watch = Watch(causes.rank(), causes.size(), folder)
         watch.connect(Shared(folder / "shared"))
     (folder / f"ready_{causes.rank()}").write_text(str(os.getpid()))

@@ -69,6 +69,8 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequenc
         if code == UNCAUGHT:
             raise
         return code, None
+    finally:
+        causes.leave()
 
 
 def _failed(error: Exception, log_dir: Path | None, own: Sequence[str], since: float) -> int:

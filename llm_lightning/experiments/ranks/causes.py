@@ -80,6 +80,7 @@ class _Group:
         self.size: int | None = None
         self.run_dir: Path | None = None
         self.tell: Callable[[Cause], None] | None = None
+        self.leave: Callable[[], None] | None = None
         self.announced: Cause | None = None
         self.heard: Cause | None = None
         self.has_heard = threading.Event()
@@ -101,9 +102,20 @@ def size() -> int:
     return _group.size or next((int(number) for number in said if number.isdigit()), 1)
 
 
-def join(rank: int, size: int, run_dir: Path, tell: Callable[[Cause], None] | None) -> None:
-    """Note that the ranks have met: which this one is, where it works, and how it tells the others a cause."""
-    _group.rank, _group.size, _group.run_dir, _group.tell = rank, size, run_dir, tell
+def join(rank: int, size: int, run_dir: Path) -> None:
+    """Note that the ranks have met: which this one is, and where it works."""
+    _group.rank, _group.size, _group.run_dir = rank, size, run_dir
+
+
+def connect(tell: Callable[[Cause], None], leave: Callable[[], None]) -> None:
+    """Note how this rank tells the others a cause, and that it ends as it should."""
+    _group.tell, _group.leave = tell, leave
+
+
+def leave() -> None:
+    """Tell the other ranks that this one ends, whatever it had to tell before."""
+    if _group.leave is not None:
+        _group.leave()
 
 
 def works_in(run_dir: Path) -> bool:
@@ -169,7 +181,7 @@ def write_elastic(file: str | None, cause: Cause) -> None:
 
     The agent shows `py_callstack`, and takes the earliest time, in whole seconds: what follows from it comes later.
     """
-    if not file or os.path.exists(file):
+    if not file or Path(file).exists():
         return
     own = cause.rank == rank() and cause.kind != "lost"
     facts = {"py_callstack": cause.line, "timestamp": str(int(cause.time) + (not own))}
@@ -196,7 +208,7 @@ def read_for_supervisor(folder: Path) -> Iterator[tuple[int, Cause]]:
         yield int(path.stem), Cause(**json.loads(path.read_text("utf-8")))
 
 
-# --- what follows from another's end -----------------------------------------------------------------------------------
+# --- what follows from another's end ---------------------------------------------------------------------------------
 
 
 def is_consequence(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ class Heartbeat(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.watch is None:
             rank, size = trainer.global_rank, trainer.world_size
-            causes.join(rank, size, self.run_dir, None)
+            causes.join(rank, size, self.run_dir)
             self.watch = Watch(rank, size, self.run_dir)
             if size > 1:
                 self.watch.connect(trainer.strategy.broadcast)

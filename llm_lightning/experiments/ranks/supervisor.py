@@ -136,7 +136,7 @@ def supervise_run(script: Path, argv: Sequence[str], ranks: int, full: Any) -> i
     nodes, run_dir = int(full.trainer.get("num_nodes") or 1), Path(full.hydra.run.dir)
     if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ValueError(
-            f"trainer.num_nodes={nodes}: set MASTER_ADDR and MASTER_PORT, the same on every node, and NODE_RANK from 0 on"
+            f"trainer.num_nodes={nodes}: set MASTER_ADDR and MASTER_PORT, the same on every node, and NODE_RANK"
         )
     return supervise([sys.executable, str(script), *argv], ranks, nodes=nodes, run_dir=run_dir)
 

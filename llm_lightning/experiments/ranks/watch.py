@@ -1,11 +1,11 @@
 """What a rank does when another one fails, falls silent, or makes no progress: all say so, and end.
 
-The first rank is connected to each other one. It hands causes on; the others watch only the first. Imports nothing heavy.
+The first rank is connected to each other one. It hands causes on; the others watch only the first. Nothing heavy
+is imported.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import platform
@@ -66,9 +66,8 @@ class Watch:
         if meeting and (missing := {*range(1, self.size)} - {peer.rank for peer in peers}):
             log.warning("Ranks %s cannot reach rank 0 at %s: if they stop, nothing says so", missing, address.host)
         self.line = Line(peers, on_message=self._on_message, on_end=self._on_end, on_tick=self._on_tick)
-        causes.join(self.rank, self.size, self.run_dir, self.tell)
+        causes.connect(self.tell, self.line.close)
         self.line.start()
-        atexit.register(self.line.close)
 
     def _first(self, address: Address, facts: Mapping[str, Any]) -> list[Peer]:
         try:
@@ -112,7 +111,8 @@ class Watch:
         assert self.line is not None
         now = time.monotonic()
         for peer in list(self.line.peers):
-            if now - peer.heard > SILENT_SECONDS and not self._ends and may_be_stopped(peer):
+            is_silent = now - peer.heard > SILENT_SECONDS and not peer.has_left
+            if is_silent and not self._ends and may_be_stopped(peer):
                 message = f"{_who(peer.facts)} has not answered for {SILENT_SECONDS:.0f} s"
                 self._accuse(peer, "silent", message, KILLED)
         self._look_at_stacks(now)
