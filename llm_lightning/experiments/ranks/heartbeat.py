@@ -42,8 +42,9 @@ class Heartbeat(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Tell the cause at once: the others lose this rank while it closes what it had opened."""
-        is_ours = isinstance(exception, Exception) and not hasattr(exception, "exit_code")
-        if self.watch is None or self.watch.size == 1 or not is_ours or causes.is_consequence(exception):
+        if self.watch is None or self.watch.size == 1 or not isinstance(exception, Exception):
+            return
+        if hasattr(exception, "exit_code") or causes.is_consequence(exception):  # it was stopped, or another failed
             return
         cause = cause_of(exception, self.run_dir, self.own)
         causes.announce(cause, self.run_dir)
