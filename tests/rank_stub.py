@@ -1,6 +1,6 @@
 """A rank that imports no torch: it meets the others, does what its words say, and waits as in a collective call.
 
-    python rank_stub.py FOLDER RANK WHAT...       what the rank RANK does; the others wait
+    python rank_stub.py FOLDER RANK WHAT...       what the rank RANK does; the others wait. Alone, it is rank 0.
 
 As `python rank_stub.py supervise RANKS FOLDER RANK WHAT...` it is the supervisor of such ranks.
 """
@@ -62,7 +62,8 @@ def main(folder: Path, who: str, *what: str) -> None:
     if "unmet" not in what:
         causes.join(causes.rank(), causes.size(), folder)
         watch = Watch(causes.rank(), causes.size(), folder)
-        watch.connect(Shared(folder / "shared"))
+        if causes.size() > 1:
+            watch.connect(Shared(folder / "shared"))
     (folder / f"ready_{causes.rank()}").write_text(str(os.getpid()))
     if who in ("all", str(causes.rank())):
         act(folder, what[0], watch)

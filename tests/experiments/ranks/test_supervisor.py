@@ -133,6 +133,17 @@ def test_the_stacks_of_a_stalled_run_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stalled_run_of_one_process_ends(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(STUB), str(tmp_path), "0", "stall"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "error: no progress for 3 minutes; the stacks are above"
+    assert "watch.stalled(" in ended.stderr, "what the main thread does"
+    assert json.loads((tmp_path / "failure.json").read_text())["exit_code"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_stopped_group_goes_on(tmp_path: Path) -> None:
     """As by ^Z, for longer than a silent rank has."""
