@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -84,10 +84,11 @@ def started(launcher: str, words: Sequence[str], folder: Path) -> list[subproces
         return [subprocess.Popen(full, cwd=folder, stdout=out, stderr=err, start_new_session=True)]
 
 
-def _two_ranks(words: Sequence[str], folder: Path) -> Iterator[Forked]:
+def _two_ranks(words: Sequence[str], folder: Path, own: Iterable[Sequence[str]] = ((), ())) -> Iterator[Forked]:
+    """Two processes that were told their ranks; `own` are words of each alone."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    for rank in "01":
-        yield Forked(words, folder, start_new_session=True, environment={**shared, "LOCAL_RANK": rank})
+    for rank, more in zip("01", own, strict=True):
+        yield Forked([*words, *more], folder, start_new_session=True, environment={**shared, "LOCAL_RANK": rank})
 
 
 def free_port() -> int:
@@ -177,6 +178,17 @@ def test_the_cause_is_the_last_line_and_the_same_command_goes_on(command: list[s
 )
 def test_all_are_gone_and_the_cause_is_where_it_is_promised(trial: Trial, command: list[str], tmp_path: Path) -> None:
     assert tried(trial, command, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_another_setting_on_one_rank_is_refused_by_both(command: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("llm_lightning.experiments.ranks.agreement", reason="settings are not compared over ranks yet")
+    words = [*of_trial(command, Trial("srun", "raise", "start")), f"hydra.run.dir={tmp_path / 'run'}"]
+    own = iter([["seed=1"], ["seed=2"]])
+    ranks = list(_two_ranks(words, tmp_path, own))
+    for rank in ranks:
+        assert rank.wait(timeout=300) != 0
+        assert "seed" in rank.communicate()[1]
 
 
 @pytest.mark.soak
