@@ -67,7 +67,8 @@ def _run(script: Path, config_dir: Path) -> None:
     """Run once in this process, or each job of a multirun in its own."""
     from llm_lightning.experiments.command_line import rewritten
     from llm_lightning.experiments.multirun import run_multirun
-    from llm_lightning.experiments.ranks.supervisor import local_ranks, supervise_run, take_place
+    from llm_lightning.experiments.ranks.local import local_ranks
+    from llm_lightning.experiments.ranks.supervisor import supervise_run, take_place
     from llm_lightning.experiments.settings.checks import checked_settings
     from llm_lightning.experiments.settings.overrides import parse_arguments, split_options
     from llm_lightning.experiments.settings.targets import check_targets

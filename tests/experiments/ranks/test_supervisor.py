@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from llm_lightning.experiments.ranks.supervisor import local_ranks
+from llm_lightning.experiments.ranks.local import local_ranks
 
 STUB = Path(__file__).parents[2] / "rank_stub.py"
 ROOT = STUB.parents[1]
