@@ -237,7 +237,8 @@ def test_callbacks_and_loggers_build(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import Logger
 
     config = copy.deepcopy(composed("callbacks=early_stopping", "task=sft"))
-    assert set(config.callbacks) == {"checkpoints", "samples", "throughput", "plots", "early_stopping", "responses"}
+    names = {"checkpoints", "samples", "throughput", "plots", "watchdog", "early_stopping", "responses"}
+    assert set(config.callbacks) == names
     settings: Any = OmegaConf.to_container(config, resolve=True)
     fill_modes(settings)
     for node in settings["callbacks"].values():

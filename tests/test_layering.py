@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_lightning"
 
 FLOORS = [
-    {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals", "slurm", "nearest", "malloc"},
+    {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals", "slurm", "stacks", "nearest", "malloc"},
     {"weights", "metrics"},
     {"data"},
     {"inference"},

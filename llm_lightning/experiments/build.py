@@ -30,6 +30,8 @@ from llm_lightning.experiments.adapters import adapter_lineage
 from llm_lightning.experiments.monitors import missing_mode
 from llm_lightning.experiments.ranks.counts import counts
 from llm_lightning.experiments.ranks.environments import environments
+from llm_lightning.experiments.ranks.heartbeat import Heartbeat
+from llm_lightning.experiments.ranks.supervisor import refuse_other_size
 from llm_lightning.experiments.run_folder import RunFolder
 from llm_lightning.experiments.run_records import Settings
 from llm_lightning.experiments.whereabouts import OtherDataError, lasting_name
@@ -248,7 +250,8 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
 def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     nodes = [node for node in settings["callbacks"].values() if node is not None]
-    callbacks = [ExactResume(), Signals(), *(build(node, **missing_mode(settings, node)) for node in nodes)]
+    first = [Heartbeat(run.path, settings["allow_targets"]), ExactResume(), Signals()]
+    callbacks = [*first, *(build(node, **missing_mode(settings, node)) for node in nodes)]
     if settings["trainer"]["fast_dev_run"]:  # one batch of everything leaves no files
         callbacks = [callback for callback in callbacks if type(callback).__name__ not in LEAVE_FILES]
     ours = {"run_dir": run.path, "resumed_step": run.header["step"] if run.checkpoint else 0}
@@ -270,6 +273,7 @@ def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # whatever chose it: a class, a notebook
         raise ValueError("trainer.strategy trains in processes that return nothing; use trainer.strategy=ddp")
     leave_requeueing_to_signals(trainer)
+    refuse_other_size(trainer.world_size)
     return trainer
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments import failures, unforeseen
+from llm_lightning.experiments.ranks import causes
+from llm_lightning.experiments.ranks.causes import Cause
 from llm_lightning.experiments.ranks.launcher import is_main_process
 from llm_lightning.experiments.run_folder import RunFolderInUseError, is_anothers
 from llm_lightning.experiments.settings.overrides import key_of
@@ -69,18 +71,65 @@ def guarded(action: Callable[[], Any], log_dir: Path | None = None, own: Sequenc
             return exit_code, None
         if log_dir is not None and _is_anothers(log_dir, error):
             log_dir = None
-        is_own = unforeseen.passes_through(error, own or _allowed())
-        is_foreseen = isinstance(error, (ValueError, OSError)) or (unforeseen.is_out_of_memory(error) and not is_own)
-        if log_dir is not None:
-            code = USAGE_ERROR if is_foreseen else UNCAUGHT if is_own else unforeseen.EXIT_CODE
-            _record(error, log_dir, code, since)
-        if is_foreseen:
-            _report(error, log_dir, is_own=is_own)
-            return USAGE_ERROR, None
-        if is_own:
+        if causes.is_consequence(error):
+            return _give_way(error, log_dir), None
+        code = _failed(error, log_dir, own or _allowed(), since)
+        if code == UNCAUGHT:
             raise
-        file = log_dir / unforeseen.TRACEBACK if log_dir is not None else unforeseen.cache_file("train")
-        return unforeseen.report(error, prefix="error: ", file=file), None
+        return code, None
+    finally:
+        causes.leave()
+
+
+def _failed(error: Exception, log_dir: Path | None, own: Sequence[str], since: float) -> int:
+    """Report an exception of this process where it is read; return the exit code, UNCAUGHT if it is yet to be shown."""
+    cause = cause_of(error, log_dir, own)
+    if log_dir is not None:
+        _record(error, log_dir, cause.exit_code, since)
+    is_told = causes.announce(cause, log_dir)  # then the supervisor prints the line
+    if cause.exit_code == UNCAUGHT:
+        return UNCAUGHT
+    prefix = "error: " if causes.size() == 1 else f"error: rank {cause.rank}: "
+    if cause.exit_code == USAGE_ERROR:
+        is_own = unforeseen.passes_through(error, own)
+        _report(error, log_dir, None if is_told else prefix + cause.message, is_own=is_own)
+        return USAGE_ERROR
+    if is_told:
+        unforeseen.write(error, _traceback_file(log_dir))
+        return unforeseen.EXIT_CODE
+    return unforeseen.report(error, prefix=prefix, file=_traceback_file(log_dir))
+
+
+def cause_of(error: Exception, log_dir: Path | None, own: Sequence[str]) -> Cause:
+    """The cause that an exception of this process is: its line, and the exit code.
+
+    Args:
+        own: packages of the user.
+    """
+    is_own = unforeseen.passes_through(error, own)
+    is_foreseen = isinstance(error, (ValueError, OSError)) or (unforeseen.is_out_of_memory(error) and not is_own)
+    if is_foreseen:
+        return causes.raised(_message(error), USAGE_ERROR)
+    if is_own:
+        return causes.raised(f"{type(error).__name__}: {error}", UNCAUGHT)
+    written = f"the traceback is in {_traceback_file(log_dir)}"
+    return causes.raised(unforeseen.described(error, written), unforeseen.EXIT_CODE)
+
+
+def _traceback_file(log_dir: Path | None) -> Path:
+    return log_dir / unforeseen.TRACEBACK if log_dir is not None else unforeseen.cache_file("train")
+
+
+def _give_way(error: Exception, log_dir: Path | None) -> int:
+    """End because another rank has; say nothing unless no cause is known."""
+    cause = causes.real_cause()
+    if cause is not None:
+        causes.as_fellow(cause)
+        return causes.FELLOW_FAILED
+    lost = Cause(causes.rank(), "lost", f"lost the connection to other ranks: {one_line(error)}", causes.FELLOW_FAILED)
+    if not causes.announce(lost, log_dir):
+        _report(error, log_dir, f"error: {lost.line}")
+    return causes.FELLOW_FAILED
 
 
 def _allowed() -> list[str]:
@@ -108,7 +157,9 @@ def recording(run_dir: Path) -> Iterator[None]:
 
 
 def _is_anothers(run_dir: Path, error: Exception) -> bool:
-    return isinstance(error, RunFolderInUseError) or is_anothers(run_dir)
+    if isinstance(error, RunFolderInUseError):
+        return True
+    return not causes.works_in(run_dir) and is_anothers(run_dir)
 
 
 def _record(error: Exception, run_dir: Path, exit_code: int | None, since: float) -> None:
@@ -118,7 +169,8 @@ def _record(error: Exception, run_dir: Path, exit_code: int | None, since: float
     failures.record(run_dir, kind=kind, error=error, message=message, exit_code=exit_code, since=since)
 
 
-def _report(error: BaseException, log_dir: Path | None, *, is_own: bool = False) -> None:
+def _report(error: BaseException, log_dir: Path | None, line: str | None, *, is_own: bool = False) -> None:
+    """Write or show the traceback, and print the line."""
     if isinstance(error, BrokenPipeError):
         unforeseen.stop_writing()
     if is_own or os.environ.get(unforeseen.SHOW_TRACEBACK):
@@ -127,7 +179,8 @@ def _report(error: BaseException, log_dir: Path | None, *, is_own: bool = False)
         with contextlib.suppress(OSError):  # the disk may be the cause
             text = visible("".join(traceback.format_exception(error)))
             (log_dir / unforeseen.TRACEBACK).write_text(text, "utf-8")
-    say(f"error: {one_line(_message(error))}", file=sys.stderr)
+    if line is not None:
+        say(line, file=sys.stderr)
 
 
 def _message(error: BaseException) -> str:

@@ -85,6 +85,15 @@ def record(folder: Path, *, kind: Kind, error: Exception, message: str, exit_cod
     Failure(kind, type(error).__name__, message, exit_code, began=began).write(folder)
 
 
+def record_cause(folder: Path, message: str, exit_code: int, *, by_signal: bool = False) -> None:
+    """Write `failure.json` for an end without an exception, unless this session has one."""
+    since = changed(folder / OWNER)
+    if changed(folder / FAILURE) <= since:
+        kind: Kind = "signal" if by_signal else "error"
+        began = changed(folder / CONFIG_JSON) > since
+        Failure(kind, None, message, exit_code, began=began).write(folder)
+
+
 def forget(folder: Path) -> None:
     """Remove the failure of an earlier session."""
     (folder / FAILURE).unlink(missing_ok=True)

@@ -70,13 +70,15 @@ def _run(script: Path, config_dir: Path) -> None:
     """Run once in this process, or each job of a multirun in its own."""
     from llm_lightning.experiments.command_line import rewritten
     from llm_lightning.experiments.multirun import run_multirun
+    from llm_lightning.experiments.ranks.local import local_ranks
+    from llm_lightning.experiments.ranks.supervisor import supervise_run, take_place
     from llm_lightning.experiments.settings.checks import checked_settings
     from llm_lightning.experiments.settings.overrides import parse_arguments, split_options
     from llm_lightning.experiments.settings.targets import check_targets
     from llm_lightning.experiments.start import in_run_folder, run_checked
 
-    folder = Path.cwd()
-    options, overrides = split_options(rewritten(sys.argv[1:], config_dir))
+    folder, typed = Path.cwd(), sys.argv[1:]
+    options, overrides = split_options(rewritten(typed, config_dir))
     words = [*options, *overrides]  # Hydra takes options only before or after all overrides
     sys.argv = [str(script), *words]
     configuration, arguments = checked_settings(words, config_dir), parse_arguments(words)
@@ -90,6 +92,9 @@ def _run(script: Path, config_dir: Path) -> None:
     _name_folder(configuration.config, words)
     own = list(configuration.config.allow_targets)
     check_targets(configuration.config, own)
+    if (ranks := local_ranks(configuration.config)) > 1:
+        sys.exit(supervise_run(script, typed, ranks, configuration.full))
+    take_place(configuration.full)
 
     def run(run_dir: Path) -> int:
         code, _ = guarded(lambda: refuse_links(run_dir))  # before a line is written to train.log or traceback.txt
@@ -104,10 +109,12 @@ def _run(script: Path, config_dir: Path) -> None:
 
 def _name_folder(config: Any, words: Sequence[str]) -> None:
     """Name the run folder as the other processes of the run do, if nothing names it."""
+    from llm_lightning.experiments.ranks.causes import SUPERVISOR
     from llm_lightning.experiments.ranks.naming import shared_name
     from llm_lightning.experiments.settings.compose import name_folders
 
-    if config.run_name is None and not any(key_of(word) == "hydra.run.dir" for word in words):
+    is_named = config.run_name is not None or any(key_of(word) == "hydra.run.dir" for word in words)
+    if not is_named and SUPERVISOR not in os.environ:  # a supervisor names the folder of its ranks
         name = shared_name(words)
         if name is not None:
             name_folders(name)

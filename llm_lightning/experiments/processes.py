@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llm_lightning.experiments.ranks.launcher import launched
@@ -72,6 +74,26 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
     if received:
         sys.exit(128 + received[0])
     return 128 - code if code < 0 else code
+
+
+def is_stopped(pid: int) -> bool | None:
+    """Whether a process of this machine is stopped (SIGSTOP, ^Z), not by a debugger; None if the system hides it."""
+    if not Path("/proc/self/stat").exists():
+        return None
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
+
+
+def kill_with_children(pid: int, signum: int) -> None:
+    """Send a signal to a process and to those that it started, such as loaders of its data."""
+    listed = ""
+    with contextlib.suppress(OSError):
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    for one in (*map(int, listed.split()), pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(one, signum)
 
 
 def _when_gone(parent: int, action: Callable[[], None]) -> None:

@@ -42,6 +42,7 @@ from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.open_settings import take_from_run, take_from_weights, take_rate
 from llm_lightning.experiments.plot_lr import plot_lr
 from llm_lightning.experiments.quarantine import write_bad_records
+from llm_lightning.experiments.ranks import causes
 from llm_lightning.experiments.ranks.agreement import facts_of
 from llm_lightning.experiments.ranks.counts import counts
 from llm_lightning.experiments.ranks.launcher import is_main_process
@@ -127,6 +128,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if is_main_process():
         failures.forget(run.path)
+        causes.forget(run.path)
         (run.path / PRUNED).unlink(missing_ok=True)
     total_steps = planned_steps(trainer, datamodule)
     module.check_plan(trainer, total_steps)
@@ -252,8 +254,9 @@ def say_finished(settings: Settings, run: RunFolder, start: Start) -> float | No
         lines = closing_lines(summary, run.path, Path(start.folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # written by someone else or another version
         raise damaged_summary(run.path, f"it does not say what was reached: {error!r}") from error
-    say(f"This run is finished: {why}")
-    say_lines(lines)
+    if is_main_process():
+        say(f"This run is finished: {why}")
+        say_lines(lines)
     return summary["best_value"]
 
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -34,20 +34,25 @@ def report(error: BaseException, *, prefix: str, file: Path) -> int:
         prefix: the beginning of the line.
         file: overwritten; commands without a run folder use `cache_file`.
     """
+    say(f"{prefix}{described(error, write(error, file))} ({SHOW_TRACEBACK}=1 shows it)", file=sys.stderr)
+    return EXIT_CODE
+
+
+def write(error: BaseException, file: Path) -> str:
+    """Write the traceback to `file`, and show it if the user wants that; return where it is."""
     if os.environ.get(SHOW_TRACEBACK):
         say("".join(traceback.format_exception(error)), file=sys.stderr, end="")
-    written = f"the traceback could not be written to {file}"
     with contextlib.suppress(OSError):  # the disk may be the cause
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, visible("".join(traceback.format_exception(error))))
-        written = f"the traceback is in {file}"
+        return f"the traceback is in {file}"
+    return f"the traceback could not be written to {file}"
+
+
+def described(error: BaseException, written: str) -> str:
+    """One line: what happened, at which place of this package, and `written`."""
     words = one_line(error) or "no message"
-    say(
-        f"{prefix}unforeseen {type(error).__name__} at {_place(error)}: {words}; a fault of llm-lightning: {written} "
-        f"({SHOW_TRACEBACK}=1 shows it)",
-        file=sys.stderr,
-    )
-    return EXIT_CODE
+    return f"unforeseen {type(error).__name__} at {_place(error)}: {words}; a fault of llm-lightning: {written}"
 
 
 def cache_file(command: str) -> Path:
@@ -64,7 +69,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def passes_through(error: BaseException, packages: Sequence[str]) -> bool:
     """Whether the traceback of `error`, or of one of its causes, contains code of `packages`."""
-    names = (str(frame.f_globals.get("__name__")) for one in _chain(error) for frame, _ in _frames(one))
+    names = (str(frame.f_globals.get("__name__")) for one in chain(error) for frame, _ in _frames(one))
     return any(f"{name}.".startswith(f"{package}.") for name in names for package in packages)
 
 
@@ -73,7 +78,8 @@ def stop_writing() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _chain(error: BaseException) -> Iterable[BaseException]:
+def chain(error: BaseException) -> Sequence[BaseException]:
+    """An exception and its causes, the first one last."""
     seen: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in seen:

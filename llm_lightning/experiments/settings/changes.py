@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "callbacks.samples*",
     "callbacks.plots*",
     "callbacks.throughput*",
+    "callbacks.watchdog*",
     "plot_lr",
     "data.path",  # locations: the digests compare the content
     "init_from",
