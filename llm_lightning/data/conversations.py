@@ -371,7 +371,9 @@ class ConversationDataModule(BaseDataModule, Generic[Sample]):
     def _encode(self) -> None:
         """Make samples of all splits."""
         fitting = Fitting(self.kind, self.limit, self.too_long, self.tokenizer, self.template)
-        tokens = {split: self._tokens(part.pool) for split, part in self.records.items()}
+        pools = {id(part.pool): part.pool for part in self.records.values()}
+        opened = {key: self._tokens(pool) for key, pool in pools.items()}  # once: each maps its columns into memory
+        tokens = {split: opened[id(part.pool)] for split, part in self.records.items()}
         lengths = np.concatenate([tokens[split].longest(part.rows) for split, part in self.records.items()])
         if self.too_long == "cut_prompt":
             check_lengths(lengths, self._report["records"], self.limit, self._max_cut, self._max_dropped)
