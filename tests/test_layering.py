@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_lightning"
 
 FLOORS = [
-    {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals", "nearest", "malloc"},
+    {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals", "nearest", "malloc", "cores"},
     {"weights", "metrics"},
     {"data"},
     {"inference"},

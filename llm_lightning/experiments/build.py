@@ -19,6 +19,7 @@ from hydra.utils import get_class, get_object, instantiate
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
+from llm_lightning.callbacks.core_waits import CoreWaits
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
@@ -245,7 +246,7 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
 def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     nodes = [node for node in settings["callbacks"].values() if node is not None]
-    callbacks = [ExactResume(), Signals(), *(build(node, **missing_mode(settings, node)) for node in nodes)]
+    callbacks = [ExactResume(), Signals(), CoreWaits(), *(build(node, **missing_mode(settings, node)) for node in nodes)]
     if settings["trainer"]["fast_dev_run"]:  # one batch of everything leaves no files
         callbacks = [callback for callback in callbacks if type(callback).__name__ not in LEAVE_FILES]
     ours = {"run_dir": run.path, "resumed_step": run.header["step"] if run.checkpoint else 0}

@@ -71,6 +71,7 @@ def _run(script: Path, config_dir: Path) -> None:
     from llm_lightning.experiments.settings.overrides import parse_arguments, split_options
     from llm_lightning.experiments.settings.targets import check_targets
     from llm_lightning.experiments.start import in_run_folder, run_checked
+    from llm_lightning.experiments.threads import choose_wait_policy
 
     folder = Path.cwd()
     options, overrides = split_options(rewritten(sys.argv[1:], config_dir))
@@ -85,7 +86,8 @@ def _run(script: Path, config_dir: Path) -> None:
         run_multirun(script, arguments.config_dir, config_dir)
         return
     own = list(configuration.config.allow_targets)
-    check_targets(configuration.config, own)
+    choose_wait_policy(configuration.config.trainer)
+    check_targets(configuration.config, own)  # imports torch
 
     def run(run_dir: Path) -> int:
         code, _ = guarded(lambda: refuse_links(run_dir))  # before a line is written to train.log or traceback.txt

@@ -46,6 +46,7 @@ from llm_lightning.experiments.run_folder import RunFolder, is_main_process, lea
 from llm_lightning.experiments.run_records import COMMAND, PRUNED, Settings, Start, damaged_summary
 from llm_lightning.experiments.settings.changes import refuse_changes
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
+from llm_lightning.experiments.threads import divide_cores
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, planned_steps
 from llm_lightning.terminal import say, say_lines
@@ -117,6 +118,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_unknown(settings, module, datamodule)
     refuse_lost_adapters(settings, module)
     trainer = build_trainer(settings, run)
+    divide_cores(trainer, datamodule.num_workers)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if is_main_process():
         failures.forget(run.path)

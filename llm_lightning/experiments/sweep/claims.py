@@ -17,17 +17,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llm_lightning.cores import cores
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _POLL_SECONDS = 0.3
 
 
 # --- cores -----------------------------------------------------------------------------------------------------------
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_each(jobs: int) -> int:
