@@ -268,16 +268,3 @@ def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # whatever chose it: a class, a notebook
         raise ValueError("trainer.strategy trains in processes that return nothing; use trainer.strategy=ddp")
     return trainer
-
-
-def choose_precision(setting: str, accelerator: str) -> str:
-    """Resolve `auto`: bf16 with fp32 master weights where the hardware multiplies it faster, fp32 elsewhere."""
-    if setting != "auto":
-        return setting
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        fast = False  # bf16 saves memory there, but was measured slower
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if fast else "32-true"

@@ -32,15 +32,16 @@ from llm_lightning.experiments.build import (
     build_module,
     build_optimizer,
     build_trainer,
-    choose_precision,
     choose_tokenizer,
     model_config,
     task_of,
 )
+from llm_lightning.experiments.compiler import compile_model
 from llm_lightning.experiments.hparams import best_tag, shown_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.open_settings import take_from_run, take_from_weights, take_rate
 from llm_lightning.experiments.plot_lr import plot_lr
+from llm_lightning.experiments.precision import choose_precision
 from llm_lightning.experiments.quarantine import write_bad_records
 from llm_lightning.experiments.run_folder import RunFolder, is_main_process, leaving_nothing, open_run
 from llm_lightning.experiments.run_records import COMMAND, PRUNED, Settings, Start, damaged_summary
@@ -69,7 +70,7 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
     """
     settings["resume"] = None  # the run's location is not one of its settings
     trainer = settings["trainer"]
-    trainer["precision"] = choose_precision(trainer["precision"], trainer["accelerator"])
+    trainer["precision"] = choose_precision(trainer["precision"], trainer["accelerator"], trainer["devices"])
     fill_modes(settings)
     _quieten()
     try:
@@ -137,7 +138,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     for line in start.notes if is_main_process() else ():
         log.info(line)
     if settings["compile"]:
-        module.compile_model()
+        compile_model(module, trainer)
     with refusing_damage(run.checkpoint):
         trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]

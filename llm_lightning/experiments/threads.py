@@ -36,7 +36,8 @@ def divide_cores(trainer: L.Trainer, num_workers: int) -> None:
         return
     ranks = trainer.num_devices
     allowed = cores() if by_torchrun else min(cores(), torch.get_num_threads())  # PyTorch's: the physical cores
-    is_own = isinstance(trainer.strategy.cluster_environment, SLURMEnvironment) and _is_own_share(os.environ)
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
+    is_own = isinstance(environment, SLURMEnvironment) and _is_own_share(os.environ)
     threads = threads_of_rank(allowed, 1 if is_own else ranks, num_workers)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)

@@ -10,7 +10,6 @@ change. It takes about seven times SECONDS, and prints tokens/s of each run and 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from llm_lightning.cores import cores  # noqa: E402
+from llm_lightning.files.metrics_csv import read_metrics  # noqa: E402
 
 PART = {"OMP_NUM_THREADS": str(max(1, cores() // 2))}
 ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -46,6 +46,8 @@ def main() -> None:
             clock = f"+trainer.max_time=00:00:00:{options.seconds:02.0f}"
             runs = [start(options.tree, [*words, clock, f"hydra.run.dir={place}"], environment) for place in places]
             outputs = [run.communicate()[0] for run in runs]
+            if any(run.returncode for run in runs):
+                raise SystemExit("\n".join(outputs))
             rates = [rate(place) for place in places]
         said = {line for output in outputs for line in output.splitlines() if "waited for a core" in line}
         shown = " + ".join(f"{one:,.0f}" for one in rates)
@@ -56,7 +58,7 @@ def start(tree: Path, words: list[str], extra: dict[str, str]) -> subprocess.Pop
     """One run of nano; each run of a trial prepares its data by itself, before its clock starts."""
     free = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     options = [
-        "trainer.max_epochs=-1", "trainer.enable_progress_bar=false", "callbacks.samples=null", "callbacks.plots=null",
+        "trainer.max_epochs=10000", "trainer.enable_progress_bar=false", "callbacks.samples=null", "callbacks.plots=null",
         "data.eval_batches=0", "trainer.limit_val_batches=1",
     ]  # fmt: skip
     environment = {**free, **extra, "PYTHONPATH": str(tree)}
@@ -67,10 +69,10 @@ def start(tree: Path, words: list[str], extra: dict[str, str]) -> subprocess.Pop
 
 
 def rate(run: Path) -> float:
-    """The mean of the rates that the run logged, without the first, in which the other one may still be starting."""
-    with (run / "metrics.csv").open() as file:
-        found = [float(row["train/tokens_per_second"]) for row in csv.DictReader(file) if row["train/tokens_per_second"]]
-    return sum(found[1:]) / max(1, len(found) - 1)
+    """The mean of the rates that the run logged, without the first fifth, in which the other one may still start."""
+    found = [value for _, value in read_metrics(run / "metrics.csv").get("train/tokens_per_second", [])]
+    steady = found[len(found) // 5 :]
+    return sum(steady) / max(1, len(steady))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,10 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cpu]:
     os.environ.update(before)
 
 
-def trainer(ranks: int = 1, environment: Any = LightningEnvironment, starts: bool | None = None) -> Any:
-    launcher = object() if starts or (starts is None and ranks > 1) else None
-    strategy = SimpleNamespace(cluster_environment=object.__new__(environment), launcher=launcher)
+def trainer(ranks: int = 1, environment: Any = LightningEnvironment) -> Any:
+    strategy: Any = SimpleNamespace(launcher=None)
+    if ranks > 1:
+        strategy = SimpleNamespace(cluster_environment=object.__new__(environment), launcher=object())
     return SimpleNamespace(num_devices=ranks, strategy=strategy, is_global_zero=True)
 
 
