@@ -246,7 +246,12 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
 def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     nodes = [node for node in settings["callbacks"].values() if node is not None]
-    callbacks = [ExactResume(), Signals(), CoreWaits(), *(build(node, **missing_mode(settings, node)) for node in nodes)]
+    callbacks = [
+        ExactResume(),
+        Signals(),
+        CoreWaits(),
+        *(build(node, **missing_mode(settings, node)) for node in nodes),
+    ]
     if settings["trainer"]["fast_dev_run"]:  # one batch of everything leaves no files
         callbacks = [callback for callback in callbacks if type(callback).__name__ not in LEAVE_FILES]
     ours = {"run_dir": run.path, "resumed_step": run.header["step"] if run.checkpoint else 0}

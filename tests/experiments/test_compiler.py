@@ -43,7 +43,9 @@ def test_a_missing_compiler_is_named_and_the_run_goes_on(tmp_path: Path, monkeyp
 def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers to --version, and cannot compile."""
     program = tmp_path / "broken-compiler"
-    program.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "fatal error: omp.h: no such file" >&2\nexit 1\n')
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "fatal error: omp.h: no such file" >&2\nexit 1\n'
+    )
     program.chmod(0o755)
     assert subprocess.run([program, "--version"], check=False).returncode == 0
     monkeypatch.setattr(config.cpp, "cxx", (str(program),))

@@ -57,9 +57,7 @@ def test_ranks_and_loader_processes_share_the_cores(ranks: int, workers: int, ex
     assert os.environ.get("OMP_NUM_THREADS") == (str(expected) if ranks > 1 else None)
 
 
-def test_one_process_keeps_pytorchs_number_unless_a_quota_is_smaller(
-    cpu: Cpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_process_keeps_pytorchs_number_unless_a_quota_is_smaller(cpu: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu.threads = 4  # physical cores
     threads.divide_cores(trainer(), 0)
     assert cpu.threads == 4

@@ -39,7 +39,12 @@ SFT = ["model.context_length=320", "data.batch_size=2"]
 TASKS = {
     "pretraining": ["model.context_length=32", "data.batch_size=4"],
     "llama": ["model=nano_llama", "model.context_length=32", "data.batch_size=4"],
-    "classification": ["task=classification", "model.context_length=64", "task.trained_blocks=all", "data.batch_size=4"],
+    "classification": [
+        "task=classification",
+        "model.context_length=64",
+        "task.trained_blocks=all",
+        "data.batch_size=4",
+    ],
     "frozen": ["task=classification", "model.context_length=64", "task.trained_blocks=1", "data.batch_size=4"],
     "packed": ["task=sft", *SFT, "data.packing=true"],
     "padded": ["task=sft", *SFT, "data.packing=false"],
