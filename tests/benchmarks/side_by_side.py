@@ -2,8 +2,8 @@
 
     python tests/benchmarks/side_by_side.py [--seconds 45] [--tree FOLDER]
 
-In turn: one run alone; two as they start by themselves; two whose idle threads sleep; two as the advice says, with their
-part of the cores each; and two processes of one run (DDP). `--tree` is another checkout, such as one from before a
+In turn: one run alone; two as they start by themselves; two whose idle threads sleep; two as the advice says, with
+their part of the cores each; and two processes of one run (DDP). `--tree` is another checkout, such as one from before a
 change. It takes about seven times SECONDS, and prints tokens/s of each run and the line that it said.
 """
 
@@ -58,8 +58,8 @@ def start(tree: Path, words: list[str], extra: dict[str, str]) -> subprocess.Pop
     """One run of nano; each run of a trial prepares its data by itself, before its clock starts."""
     free = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     options = [
-        "trainer.max_epochs=10000", "trainer.enable_progress_bar=false", "callbacks.samples=null", "callbacks.plots=null",
-        "data.eval_batches=0", "trainer.limit_val_batches=1",
+        "trainer.max_epochs=10000", "trainer.enable_progress_bar=false", "callbacks.samples=null",
+        "callbacks.plots=null", "data.eval_batches=0", "trainer.limit_val_batches=1",
     ]  # fmt: skip
     environment = {**free, **extra, "PYTHONPATH": str(tree)}
     return subprocess.Popen(
