@@ -68,7 +68,7 @@ def cpu_times(tasks: Path = TASKS) -> dict[str, CpuTime]:
 
 
 def waiting_share(before: dict[str, CpuTime], now: dict[str, CpuTime]) -> float:
-    """The share of the time between two looks in which the threads waited for a core, of that in which they could run."""
+    """Of the time between two looks in which threads could run, the share in which they waited for a core."""
     running = sum(now[name].running - before[name].running for name in now.keys() & before.keys())
     waiting = sum(now[name].waiting - before[name].waiting for name in now.keys() & before.keys())
     return waiting / max(running + waiting, 1)

@@ -3,8 +3,8 @@
     python tests/benchmarks/side_by_side.py [--seconds 45] [--tree FOLDER]
 
 In turn: one run alone; two as they start by themselves; two whose idle threads sleep; two as the advice says, with
-their part of the cores each; and two processes of one run (DDP). `--tree` is another checkout, such as one from before a
-change. It takes about seven times SECONDS, and prints tokens/s of each run and the line that it said.
+their part of the cores each; and two processes of one run (DDP). `--tree` is another checkout, as of an earlier
+commit. It takes about seven times SECONDS, and prints tokens/s of each run and the line that it said.
 """
 
 from __future__ import annotations
