@@ -8,14 +8,18 @@ where the same mode refuses float64.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from model_kinds import KINDS, of_kind
 from tiny_run import SETTINGS, fit_here, write_corpus
 from torch import Tensor, nn
@@ -43,6 +47,30 @@ from llm_lightning.tokenizers.build import build_tokenizer
 
 MODEL = GPTConfig(vocab_size=257, context_length=24, n_layer=2, n_head=2, n_embd=16)
 TASKS = ("pretraining", "packed", "lora", "classification", "dpo")
+
+
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using Guard = c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::MPS>;
+C10_REGISTER_GUARD_IMPL(MPS, Guard);
+"""
+"""PyTorch asks every device for its current stream, and builds without MPS have nobody to answer."""
+
+
+@pytest.fixture(scope="module")
+def mps_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if torch.backends.mps.is_built():
+        return
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++, to pretend the device")
+    folder, torch_folder = tmp_path_factory.mktemp("guard"), Path(torch.__file__).parent
+    (folder / "guard.cpp").write_text(GUARD)
+    library = str(folder / "guard.so")
+    paths = ["-I", str(torch_folder / "include"), "-L", str(torch_folder / "lib"), "-lc10"]
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", str(folder / "guard.cpp"), "-o", library, *paths]
+    subprocess.run(command, check=True)
+    torch.ops.load_library(library)
 
 
 class LackingError(TypeError):
@@ -86,8 +114,9 @@ def pretended() -> Iterator[Device]:
 
 def built(task: str, kind: str = "gpt2") -> tuple[Any, Any]:
     """A module with random weights on the current device, and a batch on the CPU."""
+    config = of_kind(MODEL, kind)
     common: dict[str, Any] = {
-        "model": GPT(of_kind(MODEL, kind)),
+        "model": GPT(replace(config, tied_head=True) if task == "classification" else config),
         "tokenizer": build_tokenizer("byte"),
         "optimizer": AdamWConfig(),
         "scheduler": ConstantConfig(),
@@ -132,10 +161,16 @@ def moved(batch: Any, device: str) -> Any:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
 
 
+@pytest.mark.slow  # a C++ compiler runs
+@pytest.mark.usefixtures("mps_guard")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS)
-def test_forward_loss_and_metrics_need_no_float64(task: str, kind: str, precision: str) -> None:
+def test_forward_loss_and_metrics_need_no_float64(
+    task: str, kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch asks the device itself which of its kernels of attention to take; the result is like the query.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: query * 1.0)
     module, batch = built(task, kind)
     with pretended(), torch.no_grad():
         placed(module)
@@ -148,6 +183,8 @@ def test_forward_loss_and_metrics_need_no_float64(task: str, kind: str, precisio
             assert all(pair.dtype is torch.float32 for pairs in sums._pairs.values() for pair in pairs)
 
 
+@pytest.mark.slow  # a C++ compiler runs
+@pytest.mark.usefixtures("mps_guard")
 def test_hand_written_gradients_need_no_float64() -> None:
     class Context:
         needs_input_grad = (True, True, False)
@@ -169,6 +206,8 @@ def test_hand_written_gradients_need_no_float64() -> None:
 @pytest.mark.parametrize(
     "config", [AdamWConfig(), AdamWConfig(fused=False), MuonConfig()], ids=["fused", "plain", "muon"]
 )
+@pytest.mark.slow  # a C++ compiler runs
+@pytest.mark.usefixtures("mps_guard")
 def test_clipping_and_optimizers_need_no_float64(config: Any) -> None:
     model = GPT(MODEL)
     with pretended():
@@ -194,6 +233,8 @@ def test_a_whole_step_needs_no_float64(task: str) -> None:
     assert seen.calls > 50, "the step was not seen"
 
 
+@pytest.mark.slow  # a C++ compiler runs
+@pytest.mark.usefixtures("mps_guard")
 def test_float64_is_refused() -> None:
     """Else the tests above could not fail."""
     with pytest.raises(LackingError, match="mps has no float64"), pretended():
