@@ -24,8 +24,8 @@ def _asked_anew() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def test_a_missing_compiler_is_named_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+@config.patch({"cpp.cxx": ("no-such-compiler",)})
+def test_a_missing_compiler_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.txt", 300)
     words = [*SETTINGS, f"data.path={corpus}", "callbacks.samples=null", "model.dropout=0.1"]
     states = []
@@ -40,7 +40,7 @@ def test_a_missing_compiler_is_named_and_the_run_goes_on(tmp_path: Path, monkeyp
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1]), "the attempt drew random numbers"
 
 
-def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
     """It answers to --version, and cannot compile."""
     program = tmp_path / "broken-compiler"
     program.write_text(
@@ -48,8 +48,8 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     )
     program.chmod(0o755)
     assert subprocess.run([program, "--version"], check=False).returncode == 0
-    monkeypatch.setattr(config.cpp, "cxx", (str(program),))
-    reason = compiler.why_not_compiled("cpu")
+    with config.patch({"cpp.cxx": (str(program),)}):
+        reason = compiler.why_not_compiled("cpu")
     assert reason is not None
     assert "\n" not in reason
     assert "Error" in reason
