@@ -55,6 +55,11 @@ def _needs_a_gpu(request: pytest.FixtureRequest) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
+    if request.node.get_closest_marker("mps"):
+        import torch
+
+        if not torch.backends.mps.is_available():
+            pytest.skip("needs the GPU of an Apple computer (MPS)")
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from llm_lightning.callbacks.checkpoints import VerifiedCheckpointIO
+from llm_lightning.callbacks.core_waits import CoreWaits
 from llm_lightning.callbacks.exact_resume import ExactResume
 from llm_lightning.callbacks.signals import Signals
 from llm_lightning.data.base import BaseDataModule
@@ -250,7 +251,7 @@ def _vocabulary(wanted: int | None, tokenizer: Tokenizer) -> int:
 def build_trainer(settings: Settings, run: RunFolder) -> L.Trainer:
     """The Trainer with our checkpoints, callbacks and loggers."""
     nodes = [node for node in settings["callbacks"].values() if node is not None]
-    first = [Heartbeat(run.path, settings["allow_targets"]), ExactResume(), Signals()]
+    first = [Heartbeat(run.path, settings["allow_targets"]), ExactResume(), Signals(), CoreWaits()]
     callbacks = [*first, *(build(node, **missing_mode(settings, node)) for node in nodes)]
     if settings["trainer"]["fast_dev_run"]:  # one batch of everything leaves no files
         callbacks = [callback for callback in callbacks if type(callback).__name__ not in LEAVE_FILES]
@@ -282,16 +283,3 @@ def leave_requeueing_to_signals(trainer: L.Trainer) -> None:
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):
         environment.auto_requeue = False
-
-
-def choose_precision(setting: str, accelerator: str) -> str:
-    """Resolve `auto`: bf16 with fp32 master weights where the hardware multiplies it faster, fp32 elsewhere."""
-    if setting != "auto":
-        return setting
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        fast = False  # bf16 saves memory there, but was measured slower
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if fast else "32-true"

@@ -76,6 +76,7 @@ def _run(script: Path, config_dir: Path) -> None:
     from llm_lightning.experiments.settings.overrides import parse_arguments, split_options
     from llm_lightning.experiments.settings.targets import check_targets
     from llm_lightning.experiments.start import in_run_folder, run_checked
+    from llm_lightning.experiments.threads import choose_wait_policy
 
     folder, typed = Path.cwd(), sys.argv[1:]
     options, overrides = split_options(rewritten(typed, config_dir))
@@ -91,10 +92,11 @@ def _run(script: Path, config_dir: Path) -> None:
         return
     _name_folder(configuration.config, words)
     own = list(configuration.config.allow_targets)
-    check_targets(configuration.config, own)
+    choose_wait_policy(configuration.config.trainer)  # before torch is loaded, here or in the ranks
     if (ranks := local_ranks(configuration.config)) > 1:
         sys.exit(supervise_run(script, typed, ranks, configuration.full))
     take_place(configuration.full)
+    check_targets(configuration.config, own)  # imports torch
 
     def run(run_dir: Path) -> int:
         code, _ = guarded(lambda: refuse_links(run_dir))  # before a line is written to train.log or traceback.txt

@@ -32,15 +32,16 @@ from llm_lightning.experiments.build import (
     build_module,
     build_optimizer,
     build_trainer,
-    choose_precision,
     choose_tokenizer,
     model_config,
     task_of,
 )
+from llm_lightning.experiments.compiler import compile_model
 from llm_lightning.experiments.hparams import best_tag, shown_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.open_settings import take_from_run, take_from_weights, take_rate
 from llm_lightning.experiments.plot_lr import plot_lr
+from llm_lightning.experiments.precision import choose_precision
 from llm_lightning.experiments.quarantine import write_bad_records
 from llm_lightning.experiments.ranks import causes
 from llm_lightning.experiments.ranks.agreement import facts_of
@@ -51,6 +52,7 @@ from llm_lightning.experiments.run_folder import RunFolder, leaving_nothing, ope
 from llm_lightning.experiments.run_records import COMMAND, PRUNED, Settings, Start, damaged_summary
 from llm_lightning.experiments.settings.changes import refuse_changes
 from llm_lightning.experiments.summary import build_summary, closing_lines, sample_words, write_summary
+from llm_lightning.experiments.threads import divide_cores
 from llm_lightning.files.atomic import write_atomically
 from llm_lightning.tasks.base import TaskModule, batches_per_epoch, planned_steps
 from llm_lightning.tasks.layout import Layout, layout_before, share, validation_every
@@ -74,7 +76,7 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
     """
     settings["resume"] = None  # the run's location is not one of its settings
     trainer = settings["trainer"]
-    trainer["precision"] = choose_precision(trainer["precision"], trainer["accelerator"])
+    trainer["precision"] = choose_precision(trainer["precision"], trainer["accelerator"], trainer["devices"])
     fill_modes(settings)
     counts(trainer)  # refuses numbers that the launcher contradicts, before the data are read
     _quieten()
@@ -125,6 +127,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     refuse_lost_adapters(settings, module)
     trainer = build_trainer(settings, run)
     share(trainer, datamodule, layout_of_run(run))
+    divide_cores(trainer, datamodule.num_workers)
     refuse_validation_inside_a_window(trainer, batches_per_epoch(trainer, datamodule))
     if is_main_process():
         failures.forget(run.path)
@@ -144,7 +147,7 @@ def fit(settings: Settings, run: RunFolder, start: Start, init_from: str | None)
     for line in start.notes if is_main_process() else ():
         log.info(line)
     if settings["compile"]:
-        module.compile_model()
+        compile_model(module, trainer)
     compare_when_met(trainer, run, partial(facts_of, settings, run, lineage))
     with refusing_damage(run.checkpoint):
         trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)

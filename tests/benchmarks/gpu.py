@@ -1,21 +1,24 @@
-"""One command for a machine with a GPU, offline, a few minutes: what must run there, and how fast it runs.
+"""One command for a machine with a GPU, offline, at most four minutes: what must run there, and how fast it runs.
 
-    python tests/benchmarks/gpu.py [--parts tests,runs,training,sft,generation] [--out FOLDER]
+    python tests/benchmarks/gpu.py [--parts tests,training] [--minutes 4] [--out FOLDER]
     python tests/benchmarks/gpu.py --rehearse        the same on a CPU with tiny sizes, to see that it works
 
 Parts, in order of value:
 
 - `tests`: the tests marked gpu.
-- `runs`: every task through train.py, whole and in two sittings; both must end with the same bits. So must one process
-  of ddp and fsdp with NCCL. Then the verbs that read such a run, on the GPU.
 - `training`: 124M parameters, context 1024, bf16. Ours through a Trainer, eager and compiled; GPT2LMHeadModel under
   autocast, eager and compiled; a bare loop with a compiled model and fused AdamW, as nanoGPT's. Tokens/s, MFU, memory.
-- `sft`: an epoch of the book's records at 124M, by `sft.py`: ours, packed and padded, and TRL's under autocast. It
-  needs the package trl, and $LLM_LIGHTNING_DATA.
+- `sft`: an epoch of the book's records at 124M, by `sft.py`: ours, packed and padded, and TRL's under autocast.
+- `dpo`: the book's pairs at 124M, by `dpo.py`: ours with a copy as reference, and TRL's. These two parts need the
+  package trl, and $LLM_LIGHTNING_DATA.
 - `generation`: greedy, 124M parameters in bf16, batch 1, 8 and 64, beside `generate` of transformers.
+- `lora`: `training` with adapters of rank 16; PEFT with a base in bf16.
+- `runs`: every task through train.py, whole and in two sittings; both must end with the same bits. So must one process
+  of ddp and fsdp with NCCL. Then the verbs that read such a run, on the GPU.
 
-Every part and every contender is a process with a time limit of its own; each result is printed and written to
-FOLDER/gpu.json as it ends.
+Peak memory is in the results of each contender. Every contender is a process with a time limit of its own, and none
+goes beyond the limit of all; what then lacks is named, and `--parts` runs it. Each result is printed and written to
+FOLDER/gpu.json as it ends, and all of them as a table to FOLDER/gpu.md.
 """
 
 from __future__ import annotations
@@ -37,8 +40,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 50257
-PART_SECONDS = {"tests": 240, "runs": 240, "training": 100, "sft": 60, "generation": 60}
-"""Most seconds of a part; of each contender for the last three."""
+PART_SECONDS = {"tests": 90, "training": 60, "sft": 45, "dpo": 45, "generation": 30, "lora": 40, "runs": 120}
+"""Most seconds of `tests`; of each contender of the others, and of each command of `runs`."""
+LEAST_SECONDS = 10
+"""Of a contender: with less left it is not started."""
+UNTIL = "LLM_LIGHTNING_UNTIL"
+"""Environment variable with the time at which everything ends, in seconds since 1970."""
 REHEARSAL = os.environ.get("LLM_LIGHTNING_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
 BATCH, TIME, STEPS, WARMUP = (2, 32, 2, 1) if REHEARSAL else (16, 1024, 20, 5)
@@ -49,16 +56,21 @@ def main() -> None:
     """Run the parts, or one contender in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PART_SECONDS), help="which parts to run, in this order")
+    parser.add_argument("--minutes", type=float, default=4, help="most minutes of all parts together")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "benchmarks", help="where gpu.json goes")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
         warnings.filterwarnings("ignore")
-        name, _, argument = options.contender.partition(":")
-        print(json.dumps({**TRAINING, **SFT, **GENERATION}[name](*([int(argument)] if argument else []))))
+        for one in options.contender.split(","):
+            name, _, argument = one.partition(":")
+            print(json.dumps(CONTENDERS[name](*([int(argument)] if argument else []))), flush=True)
         return
+    if options.rehearse:
+        options.minutes = max(options.minutes, 20)  # a machine may be slow; it is to end, not to be fast
     environment = {**os.environ, "LLM_LIGHTNING_REHEARSAL": "1"} if options.rehearse else dict(os.environ)
+    environment[UNTIL] = str(time.time() + 60 * options.minutes)
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine()}
     for part in options.parts.split(","):
@@ -67,7 +79,37 @@ def main() -> None:
             results.setdefault(part, {})[name] = outcome
             print(f"{part:10s} {name:32s} {json.dumps(outcome)}", flush=True)
             (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+            (options.out / "gpu.md").write_text(table(results))
         print(f"{part:10s} {time.monotonic() - started:.0f} s", flush=True)
+    print(table(results))
+    sys.exit(
+        any(
+            "exit_code" in one and one["exit_code"]
+            for part in options.parts.split(",")
+            for one in results[part].values()
+        )
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown, with date and device."""
+    machine = results["machine"]
+    device = machine["gpu"] or "CPU (rehearsal)"
+    lines = [
+        f"{device}, torch {machine['torch']}, {machine['date']}",
+        "",
+        "| part | contender | result |",
+        "|---|---|---|",
+    ]
+    for part in [name for name in results if name != "machine"]:
+        for name, outcome in results[part].items():
+            says = outcome.get("says")
+            failed = f"failed ({outcome['exit_code']})" if outcome.get("exit_code") else None
+            shown = {key: value for key, value in outcome.items() if key not in ("says", "exit_code")}
+            words = [failed, *(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())]
+            words += [says] if isinstance(says, str) and not shown else []
+            lines.append(f"| {part} | {name} | {', '.join(map(str, filter(None, words)))} |")
+    return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, Any]:
@@ -79,13 +121,18 @@ def machine() -> dict[str, Any]:
 
 
 def child(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and output of a process; 124 where it took longer."""
+    """Exit code and output of a process; 124 where it took longer, or where too little time is left to start it."""
+    left = float(environment[UNTIL]) - time.time()
+    if left < LEAST_SECONDS:
+        return 124, "not started: the time is over"
+    seconds = min(seconds, left)
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=seconds, cwd=ROOT
         )
-    except subprocess.TimeoutExpired:
-        return 124, f"longer than {seconds:.0f} s"
+    except subprocess.TimeoutExpired as late:
+        said = (late.stdout or b"").decode(errors="replace")[-1500:]
+        return 124, f"{said}\nlonger than {seconds:.0f} s".strip()
     return done.returncode, done.stdout if done.returncode == 0 else done.stdout[-1500:] + done.stderr[-2500:]
 
 
@@ -129,6 +176,8 @@ def run_tasks(environment: dict[str, str]) -> Any:
         "lora": [["generate", "RUN", "The"], ["evaluate", "RUN", "--split", "val"]],
         "dpo": [["evaluate", "RUN", "--split", "test"]],
     }
+    if accelerator == "cpu":
+        tasks = {name: tasks[name] for name in ("pretraining",)}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1 if accelerator == "cpu" else 8) as pool:
         environment = {**environment, "LLM_LIGHTNING_CACHE": f"{folder}/cache"}
         places = {name: Path(folder, name.replace(", ", "_")) for name in tasks}
@@ -162,7 +211,7 @@ def two_sittings(
     started = time.monotonic()
     for run, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
         words = [*settings, f"trainer.max_steps={steps}", f"hydra.run.dir={place / run}"]
-        code, message = child([sys.executable, "train.py", *words], PART_SECONDS["runs"] / 2, environment)
+        code, message = child([sys.executable, "train.py", *words], PART_SECONDS["runs"], environment)
         if code:
             return {"exit_code": code, "says": message.splitlines()[-12:]}
     precision = next(line for line in message.splitlines() if line.startswith("Precision"))
@@ -172,7 +221,7 @@ def two_sittings(
     found = {"says": precision, "two sittings equal one to the bit": equal}
     for verb in verbs:
         words = [word.replace("RUN", str(place / "whole")).replace("OUT", str(place / "out")) for word in verb]
-        code, message = child([sys.executable, "-m", "llm_lightning", *words], PART_SECONDS["runs"] / 2, environment)
+        code, message = child([sys.executable, "-m", "llm_lightning", *words], PART_SECONDS["runs"], environment)
         found[verb[0]] = "passed" if code == 0 else {"exit_code": code, "says": message.splitlines()[-12:]}
     return {"seconds": round(time.monotonic() - started), **found}
 
@@ -184,12 +233,16 @@ def contest(part: str, names: list[str]) -> Callable[[dict[str, str]], Any]:
     """Each contender in a process of its own."""
 
     def run(environment: dict[str, str]) -> Any:
-        for name in names:
-            code, output = child([sys.executable, __file__, "--contender", name], PART_SECONDS[part], environment)
-            yield (
-                name,
-                json.loads(output.splitlines()[-1]) if code == 0 else {"exit_code": code, "says": output[-2500:]},
-            )
+        rehearses = "LLM_LIGHTNING_REHEARSAL" in environment  # in one process, which imports once
+        for together in [names] if rehearses else [[name] for name in names]:
+            limit = PART_SECONDS[part] * (20 if rehearses else 1)
+            command = [sys.executable, __file__, "--contender", ",".join(together)]
+            code, output = child(command, limit, environment)
+            lines = [line for line in output.splitlines() if line.startswith("{")]
+            for name, line in zip(together, lines, strict=False):
+                yield name, json.loads(line)
+            if code:
+                yield together[len(lines) % len(together)], {"exit_code": code, "says": output[-2500:]}
 
     return run
 
@@ -220,7 +273,7 @@ def figures(seconds: float) -> dict[str, float]:
     return found
 
 
-def ours(*, compiled: bool, deterministic: bool = True) -> dict[str, float]:
+def ours(*, compiled: bool = False, deterministic: bool = True, lora_rank: int = 0) -> dict[str, float]:
     """PretrainingModule and a Trainer, as configured by default."""
     import lightning as L
     import torch
@@ -228,6 +281,7 @@ def ours(*, compiled: bool, deterministic: bool = True) -> dict[str, float]:
     from llm_lightning.data.base import BaseDataModule
     from llm_lightning.data.batches import Example, collate_padded
     from llm_lightning.models.gpt import GPT, GPTConfig
+    from llm_lightning.models.lora import LoRAConfig
     from llm_lightning.optim.adamw import AdamWConfig
     from llm_lightning.optim.schedules import WarmupCosineConfig
     from llm_lightning.tasks.pretraining import PretrainingModule
@@ -267,6 +321,7 @@ def ours(*, compiled: bool, deterministic: bool = True) -> dict[str, float]:
     module = PretrainingModule(
         model=GPT(GPTConfig(context_length=TIME, **SIZES)), tokenizer=build_tokenizer("gpt2"),
         optimizer=AdamWConfig(), scheduler=WarmupCosineConfig(),
+        lora=LoRAConfig(rank=lora_rank, alpha=lora_rank) if lora_rank else None,
     )  # fmt: skip
     if compiled:
         module.compile_model()
@@ -308,6 +363,31 @@ def transformers(*, compiled: bool) -> dict[str, float]:
             loss = run(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return loop(step)
+
+
+def peft() -> dict[str, float]:
+    """Adapters of rank 16 on a GPT2LMHeadModel in bf16, as strong as PEFT is."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_positions": TIME, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **SIZES}
+    targets = ["c_attn", "c_proj", "c_fc"]
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, fan_in_fan_out=True)
+    model = get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)).bfloat16(), config).to(DEVICE).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=4e-4, weight_decay=0.1, fused=True)
+
+    def step() -> None:
+        tokens = torch.randint(0, VOCABULARY, (BATCH, TIME), device=DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -360,6 +440,20 @@ def sft(name: str) -> dict[str, float]:
     return found
 
 
+def dpo(name: str) -> dict[str, float]:
+    """A contender of `dpo.py`: the rate from the third batch on, and the first loss, ln 2."""
+    import torch
+    from dpo import BATCHES, measure, prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), 4 if REHEARSAL else BATCHES)
+        run = measure(name, Path(folder))
+    found = {key: round(run[key], 4) for key in ("pairs_per_second", "first_loss")}
+    if DEVICE == "cuda":
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
@@ -396,30 +490,38 @@ def generation(batch: int, peer: bool) -> dict[str, float]:
             run()
             synchronize()
             seconds.append(time.perf_counter() - start)
-    return {"tokens_per_second": round(batch * new_tokens / statistics.median(seconds[1:]))}
+    found = {"tokens_per_second": round(batch * new_tokens / statistics.median(seconds[1:]), 1)}
+    if DEVICE == "cuda":
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
 
 
 TRAINING: dict[str, Callable[..., Any]] = {
-    "ours": lambda: ours(compiled=False),
+    "ours": ours,
     "ours_compiled": lambda: ours(compiled=True),
-    "ours_compiled_not_deterministic": lambda: ours(compiled=True, deterministic=False),
     "transformers": lambda: transformers(compiled=False),
-    "transformers_compiled": lambda: transformers(compiled=True),
     "bare_loop_compiled": bare_loop,
+    "transformers_compiled": lambda: transformers(compiled=True),
+    "ours_compiled_not_deterministic": lambda: ours(compiled=True, deterministic=False),
 }
 SFT: dict[str, Callable[..., Any]] = {
-    f"sft_{name}": lambda name=name: sft(name) for name in ("ours", "ours_padded", "trl_autocast")
+    f"sft_{name}": lambda name=name: sft(name) for name in ("ours", "trl_autocast", "ours_padded")
 }
+DPO: dict[str, Callable[..., Any]] = {f"dpo_{name}": lambda name=name: dpo(name) for name in ("copy", "trl")}
+LORA: dict[str, Callable[..., Any]] = {"lora_ours": lambda: ours(lora_rank=16), "lora_peft": peft}
 GENERATION: dict[str, Callable[..., Any]] = {
     "ours_batch": lambda batch: generation(batch, peer=False),
     "transformers_batch": lambda batch: generation(batch, peer=True),
 }
+CONTENDERS = {**TRAINING, **SFT, **DPO, **LORA, **GENERATION}
 PARTS = {
     "tests": run_tests,
-    "runs": run_tasks,
     "training": contest("training", list(TRAINING)),
     "sft": contest("sft", list(SFT)),
+    "dpo": contest("dpo", list(DPO)),
     "generation": contest("generation", [f"{name}:{batch}" for batch in (1, 8, 64) for name in GENERATION]),
+    "lora": contest("lora", list(LORA)),
+    "runs": run_tasks,
 }
 
 if __name__ == "__main__":

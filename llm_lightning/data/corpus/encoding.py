@@ -5,7 +5,6 @@ A document is cut only where the tokenizer guarantees that the parts have the id
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llm_lightning.cores import cores
 from llm_lightning.data.corpus.readers import Document
 from llm_lightning.tokenizers.base import Tokenizer
 
@@ -83,7 +83,7 @@ def encoded(batches: Iterable[Batch], tokenizer: Tokenizer, add_eot: bool) -> It
     begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=tokenizer.dtype)
     separator = np.array([*([tokenizer.eot_id] if add_eot else []), *begin], dtype=tokenizer.dtype)
     begun: set[str] = set()
-    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_threads = cores()
     running: deque[tuple[Batch, Future[tuple[np.ndarray, int]]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         for batch in batches:

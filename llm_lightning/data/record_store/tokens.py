@@ -6,7 +6,6 @@ targets; what exceeds a context follows from the lengths, so that it serves ever
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from llm_lightning.cores import cores
 from llm_lightning.data.record_store.records import FORMAT, RecordStore
 from llm_lightning.data.templates.base import Piece, Template
 from llm_lightning.data.templates.conversation import Conversation
@@ -147,7 +147,7 @@ def _chunks(records: RecordStore) -> Iterator[list[Conversation]]:
 
 def _in_threads(function: Callable[[Any], Any], values: Iterable[Any]) -> Iterator[Any]:
     """The results in order, a few at a time in memory; tokenizers encode without holding the GIL."""
-    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_threads = cores()
     running: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         for value in values:

@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llm_lightning.cores import cores
 from llm_lightning.experiments.ranks.launcher import launched
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -25,11 +26,6 @@ _POLL_SECONDS = 0.3
 
 
 # --- cores -----------------------------------------------------------------------------------------------------------
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_each(jobs: int) -> int:
