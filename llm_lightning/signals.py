@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from llm_lightning.terminal import say
+
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 """Signals of schedulers, terminals and people that ask a process to save and end."""
 BLOCKED_SECONDS = 5.0
@@ -118,7 +120,7 @@ def _watch(reading: int, over: threading.Event) -> None:
         if signum is None or over.wait(BLOCKED_SECONDS):
             continue
         if not _received and signal.getsignal(signum) is _end:
-            print(Stopped(signum).message, file=sys.stderr, flush=True)
+            say(Stopped(signum).message, file=sys.stderr, flush=True)
             os._exit(128 + signum)
     os.close(reading)
 

@@ -122,10 +122,10 @@ def test_processes_with_other_settings_stop_before_the_first_step(command: list[
         Forked([*command, f"optimizer.lr={rate}"], tmp_path, environment=by_srun(rank, MASTER_PORT=port))
         for rank, rate in enumerate(rates)
     ]
-    for outcome in [finish(task) for task in tasks]:
+    difference = "the processes of this run disagree: optimizer.lr is 0.001 on rank 0 and 0.002 on rank 1; start"
+    for rank, outcome in enumerate([finish(task) for task in tasks]):
         assert outcome.code == 2, outcome.err
-        line = "error: the processes of this run disagree: optimizer.lr is 0.001 on rank 0 and 0.002 on rank 1; start"
-        assert line in outcome.err
+        assert f"error: rank {rank}: {difference}" in outcome.err
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -140,7 +140,7 @@ def test_a_task_that_waits_says_for_whom_and_ends_in_one_line(
     address = f"127.0.0.1:{here['MASTER_PORT']}"
     assert outcome.code == 2
     assert f"waiting for 1 of 2 processes at {address}: start the others, or see why they ended" in outcome.err
-    assert f"error: the 2 processes of this run did not meet at {address} (" in outcome.err
+    assert f"error: rank 0: the 2 processes of this run did not meet at {address} (" in outcome.err
     assert not (tmp_path / "outputs").exists()
 
 
