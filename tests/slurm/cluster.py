@@ -86,7 +86,11 @@ class Cluster:
 
     def __exit__(self, *_: Any) -> None:
         subprocess.run(["scancel", "--user=root"], check=False)
+        daemons = [Path("/proc", file.read_text().strip()) for file in self.folder.glob("slurm*.pid")]
         subprocess.run(["scontrol", "shutdown"], check=False)
+        deadline = time.monotonic() + 20
+        while any(daemon.exists() for daemon in daemons) and time.monotonic() < deadline:  # they still write there
+            time.sleep(0.2)
         if self._munged is not None:
             self._munged.terminate()
             self._munged.wait()
