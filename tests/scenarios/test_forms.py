@@ -25,8 +25,6 @@ from tiny_run import SETTINGS, assert_same, fit_here, write_corpus
 from llm_lightning.files.metrics_csv import read_metrics
 from llm_lightning.weights import checkpoint as checkpoints
 
-pytestmark = pytest.mark.slow
-
 ERRORS = {"64-true": 1e-9, "32-true": 2e-4, "bf16-mixed": 2e-2, "bf16-true": 2e-2}
 REPLACED = ("trainer.precision=", "trainer.max_steps=", "model.n_layer=", "model.context_length=", "callbacks.")
 SHARED = [
@@ -51,6 +49,13 @@ TASKS = {
     "lora": ["task=lora", *SFT],
     "dpo": ["task=dpo", "model.context_length=400", "data.batch_size=2"],
 }
+QUICK = ("pretraining", "32-true")
+COMPILED = [
+    pytest.param(task, precision, marks=getattr(pytest.mark, "slow" if (task, precision) == QUICK else "soak"))
+    for task in TASKS
+    for precision in ("64-true", "32-true", "bf16-mixed")
+]
+"""Each compiles for half a minute."""
 Curves = dict[str, list[tuple[int, float]]]
 Run = Callable[..., Path]
 
@@ -92,12 +97,14 @@ def assert_within(actual: Curves, expected: Curves, relative: float) -> None:
             assert math.isclose(ours, theirs, rel_tol=relative, abs_tol=1e-6), (name, step, ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ERRORS)
 @pytest.mark.parametrize("task", TASKS)
 def test_each_precision_is_within_its_error(task: str, precision: str, run: Run) -> None:
     assert_within(curves(run(task, precision)), curves(run(task, "64-true")), ERRORS[precision])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ERRORS)
 @pytest.mark.parametrize("task", TASKS)
 def test_recomputed_activations_change_no_bit(task: str, precision: str, run: Run) -> None:
@@ -107,12 +114,12 @@ def test_recomputed_activations_change_no_bit(task: str, precision: str, run: Ru
     assert curves(kept) == curves(recomputed)
 
 
-@pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-mixed"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "precision"), COMPILED)
 def test_a_compiled_model_is_within_the_error(task: str, precision: str, run: Run) -> None:
     assert_within(curves(run(task, precision, "compile=true")), curves(run(task, "64-true")), ERRORS[precision])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("task", ["pretraining", "packed", "dpo"])
 def test_a_compiled_model_recomputes_activations(task: str, run: Run) -> None:
     both = ("compile=true", "model.activation_checkpointing=true")
