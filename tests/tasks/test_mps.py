@@ -1,4 +1,4 @@
-"""Every task on a GPU of Apple, pretended, since no machine with one has run it; `pytest -n 0 -m mps` is for a real one."""
+"""Every task on a GPU of Apple, pretended: no machine with one has run it. `pytest -n 0 -m mps` is for a real one."""
 
 from __future__ import annotations
 
