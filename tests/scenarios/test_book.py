@@ -50,7 +50,7 @@ PUBLISHED = {1: (9.817, 9.924), 6: (8.066, 8.332), 11: (6.619, 7.042), 16: (6.04
 """The notebook of chapter 5: steps done -> training and validation loss."""
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_chapter_5_begins_as_the_book(data_dir: Path, tmp_path: Path) -> None:
     """The book evaluates one step later than we do, and so between our losses lie its own."""
     curves = run("book/ch05", data_dir, tmp_path / "run", "trainer.max_steps=16")
@@ -134,8 +134,10 @@ def few_messages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("row", list(SWEEP["jobs"]))
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=pytest.mark.soak if at % 5 else pytest.mark.slow) for at, row in enumerate(SWEEP["jobs"])],
+)
 def test_rows_of_the_table_run(
     row: str, weights: Callable[[str, int], Path], few_messages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
