@@ -18,8 +18,8 @@ TASKS = Path("/proc/self/task")
 SECONDS = 30.0
 """Between two looks: long enough that an import or a compilation elsewhere does not count."""
 # Of the time in which a thread could compute. A product on k threads ends with its last one, so that a share s of
-# waiting makes it 1 / (1 - s) as long: at 0.2 a quarter is lost. An idle machine shows below 0.02, two runs that each
-# use every core 0.5.
+# waiting makes it 1 / (1 - s) as long: at 0.2 a quarter is lost. Two runs that each use every core share them evenly,
+# which is 0.5.
 MOST_WAITING = 0.2
 
 log = logging.getLogger(__name__)

@@ -182,7 +182,6 @@ def test_all_are_gone_and_the_cause_is_where_it_is_promised(trial: Trial, comman
 
 @pytest.mark.slow
 def test_another_setting_on_one_rank_is_refused_by_both(command: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("llm_lightning.experiments.ranks.agreement", reason="settings are not compared over ranks yet")
     words = [*of_trial(command, Trial("srun", "raise", "start")), f"hydra.run.dir={tmp_path / 'run'}"]
     own = iter([["seed=1"], ["seed=2"]])
     ranks = list(_two_ranks(words, tmp_path, own))

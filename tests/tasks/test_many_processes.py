@@ -91,7 +91,9 @@ def assert_parts(held: dict[str, tuple[int, int]], processes: int) -> None:
     assert sum(local for local, _ in held.values()) <= 1.1 * everything / processes
 
 
-@pytest.mark.parametrize("starts", [(("ddp", 2), ("fsdp", 2), ("ddp", 2))])
+@pytest.mark.parametrize(
+    "starts", [(("ddp", 2), ("fsdp", 2), ("ddp", 2)), (("one", 1), ("fsdp", 2), ("one", 1)), (("fsdp", 3), ("ddp", 2))]
+)
 def test_a_checkpoint_goes_on_under_another_strategy(tmp_path: Path, starts: tuple[tuple[str, int], ...]) -> None:
     """Two updates by each start."""
     strategy, processes = starts[0]
