@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ def act(folder: Path, what: str, watch: Watch | None) -> None:
     if what == "exit":
         os._exit(3)
     if what == "stall":
-        assert watch is not None
-        watch.stalled("no progress for 3 minutes")
+        assert watch is not None  # its thread calls this, while the ranks wait
+        threading.Timer(0.5, watch.stalled, ["no progress for 3 minutes"]).start()
     if what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
 
@@ -65,6 +66,8 @@ def main(folder: Path, who: str, *what: str) -> None:
         if causes.size() > 1:
             watch.connect(Shared(folder / "shared"))
     (folder / f"ready_{causes.rank()}").write_text(str(os.getpid()))
+    while len(list(folder.glob("ready_*"))) < causes.size():
+        time.sleep(0.02)
     if who in ("all", str(causes.rank())):
         act(folder, what[0], watch)
     elif "gloo" in what:  # the others see the connection break

@@ -13,6 +13,7 @@ from typing import Any
 from llm_lightning.experiments import unforeseen
 from llm_lightning.experiments.errors import guarded, run_guarded, thread_failed
 from llm_lightning.experiments.processes import end_with_parent
+from llm_lightning.experiments.ranks import causes
 from llm_lightning.experiments.run_records import refuse_links
 from llm_lightning.experiments.settings.overrides import key_of
 from llm_lightning.signals import ending
@@ -27,6 +28,7 @@ def main(script: Path, verbs: Collection[str] | None = None) -> None:
         verbs: the commands of `llm-lightning` that a pipeline may run; None: any.
     """
     guard_messages()
+    causes.begin()
     with ending():
         run_guarded(lambda: _main(script, verbs))
 

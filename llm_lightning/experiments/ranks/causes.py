@@ -100,8 +100,15 @@ def size() -> int:
     return _group.size or launched().processes or 1
 
 
+def begin() -> None:
+    """Forget what an earlier run of this process knew."""
+    global _group
+    _group = _Group()
+
+
 def join(rank: int, size: int, run_dir: Path) -> None:
-    """Note that the ranks have met: which this one is, and where it works."""
+    """Note that the ranks of a run have met: which this one is, and where it works."""
+    begin()
     _group.rank, _group.size, _group.run_dir = rank, size, run_dir
 
 

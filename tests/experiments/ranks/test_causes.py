@@ -83,3 +83,17 @@ def test_one_process_announces_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not causes.announce(causes.raised("the disk is full", 2), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_run_of_a_process_has_causes_of_its_own(tmp_path: Path) -> None:
+    causes.join(0, 1, tmp_path / "of one process")
+    assert causes.size() == 1
+    causes.join(1, 2, tmp_path)
+    causes.announce(causes.raised("the disk is full", 2), tmp_path)
+    causes.join(1, 2, tmp_path / "next")
+    (tmp_path / "next").mkdir()
+    causes.announce(causes.raised("the disk is full again", 2), tmp_path / "next")
+    assert "rank 1 of 2" in (tmp_path / "next" / causes.ERROR_TEXT).read_text()
+    causes.join(0, 1, tmp_path)
+    causes.begin()
+    assert (causes.rank(), causes.size()) == (1, 2), "as the launcher says"
