@@ -197,12 +197,16 @@ def train(folder: Path, case: str, strategy: str, processes: int, steps: int, **
     return {"losses": recorder.losses, "val": recorder.val, "weights": recorder.weights, "held": held}
 
 
-def train_all(folder: Path, strategies: Sequence[str], processes: int) -> dict[str, Any]:
-    """Strategy and case -> what `train` returns, for every task."""
+def train_all(folder: Path, strategies: Sequence[str], processes: int, sharded: int = SHORT) -> dict[str, Any]:
+    """Strategy and case -> what `train` returns, for every task.
+
+    Args:
+        sharded: updates with sharded weights; pretraining makes all.
+    """
     found = {}
     for strategy in strategies:
         for case in CASES:
-            steps = STEPS if strategy != "fsdp" or case == "pretraining" else SHORT
+            steps = sharded if strategy == "fsdp" and case != "pretraining" else STEPS
             found[f"{strategy} {case}"] = train(folder, case, strategy, processes, steps)
     return found
 

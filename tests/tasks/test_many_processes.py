@@ -17,8 +17,6 @@ from tiny_run import SETTINGS, fit_here
 
 from llm_lightning.weights import checkpoint as checkpoints
 
-pytestmark = pytest.mark.slow
-
 
 def run(processes: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns in the first of several processes, which call it together."""
@@ -69,6 +67,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_is_one(tmp_path: Path, alone: dict[str, Any], processes: int) -> None:
     found = run(processes, train_all, tmp_path / "run", ["fsdp", "ddp"], processes)
@@ -91,6 +90,15 @@ def assert_parts(held: dict[str, tuple[int, int]], processes: int) -> None:
     assert sum(local for local, _ in held.values()) <= 1.1 * everything / processes
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [2, 3])
+def test_sharded_training_stays_equal_for_long(tmp_path: Path, alone: dict[str, Any], processes: int) -> None:
+    found = run(processes, train_all, tmp_path / "run", ["fsdp"], processes, STEPS)
+    for case in CASES:
+        assert_equal(alone[f"one {case}"], found[f"fsdp {case}"], STEPS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "starts", [(("ddp", 2), ("fsdp", 2), ("ddp", 2)), (("one", 1), ("fsdp", 2), ("one", 1)), (("fsdp", 3), ("ddp", 2))]
 )
@@ -123,6 +131,7 @@ def form(state: dict[str, Any]) -> Any:
     return weights, kept, groups
 
 
+@pytest.mark.slow
 def test_sharded_weights_write_the_same_texts(tmp_path: Path) -> None:
     """Samples from before the first step on, which gather the weights for the first time, and answers at the end."""
     settings = [word for word in SETTINGS if not word.startswith(("callbacks.samples.prompts", "model.context_length"))]
