@@ -54,10 +54,13 @@ class Signals(L.Callback):
         self._first_step: int | None = None
         """The step at which this process began to train."""
         self._at_once: Callable[[int], Interrupted] | None = None
+        self._speaks = True
+        """In the first process only: ^C comes to all."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.world_size == 1:  # several processes must agree, or some wait for ever
             self._at_once = partial(self._interrupted, trainer)
+        self._speaks = trainer.is_global_zero
         self._take(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,7 +113,8 @@ class Signals(L.Callback):
             raise self._at_once(signum)
         if self._first_step is None:
             self._end_unless_training_begins(signum)
-        log.warning("%s received: saving at the next step", signal.Signals(signum).name)
+        if self._speaks:
+            log.warning("%s received: saving at the next step", signal.Signals(signum).name)
 
     def _end_unless_training_begins(self, signum: int) -> None:
         """Several processes agree at the first batch; one that does not get there in time has nothing to save."""
