@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from llm_lightning.callbacks.monitored import better_when
+from llm_lightning.tasks.in_step import all_say, any_says
 from llm_lightning.weights import checkpoint as checkpoints
 
 
@@ -160,7 +161,7 @@ class Checkpoints(L.Callback):
         if not self.every_n_minutes:
             return False
         late = time.monotonic() - self._last_saved_time > 60 * self.every_n_minutes
-        return trainer.strategy.reduce_boolean_decision(late, all=False)  # clocks differ between processes
+        return any_says(trainer, "looks whether to save", late)  # clocks differ between processes
 
 
 def _refuse_non_finite(trainer: L.Trainer) -> None:
@@ -169,7 +170,7 @@ def _refuse_non_finite(trainer: L.Trainer) -> None:
     parts = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained]
     # Minimum and maximum: both are nan if any value is, and no tensor as large as the weights is allocated.
     finite = all(bool(torch.stack(part.detach().aminmax()).isfinite().all()) for part in parts if part.numel())
-    if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+    if not all_say(trainer, "saves", finite):
         raise ValueError(
             f"non-finite weights after {trainer.global_step} updates: not saved, the last checkpoint is finite; "
             "lower optimizer.lr"

@@ -17,6 +17,7 @@ import torch
 
 from llm_lightning import signals, slurm
 from llm_lightning.callbacks.checkpoints import Checkpoints
+from llm_lightning.tasks.in_step import any_says
 from llm_lightning.terminal import say
 
 BEGIN_SECONDS = 15.0
@@ -71,13 +72,13 @@ class Signals(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._stop_if_signalled(trainer, save=True)
+            self._stop_if_signalled(trainer, "begins a step", save=True)
 
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._stop_if_signalled(trainer)
+        self._stop_if_signalled(trainer, "begins a test batch")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._stop_if_signalled(trainer)  # a signal during the last update, which is saved by now
+        self._stop_if_signalled(trainer, "ends")  # a signal during the last update, which is saved by now
         self._at_once = None
 
     # --- receiving -------------------------------------------------------------------------------------------------
@@ -130,8 +131,8 @@ class Signals(L.Callback):
 
     # --- ending ----------------------------------------------------------------------------------------------------
 
-    def _stop_if_signalled(self, trainer: L.Trainer, *, save: bool = False) -> None:
-        signum = self._agreed(trainer)
+    def _stop_if_signalled(self, trainer: L.Trainer, point: str, *, save: bool = False) -> None:
+        signum = self._agreed(trainer, point)
         if signum is None:
             return
         stop = self._interrupted(trainer, signum, save=save)
@@ -139,10 +140,10 @@ class Signals(L.Callback):
         getattr(trainer.strategy.launcher, "procs", []).clear()
         raise stop
 
-    def _agreed(self, trainer: L.Trainer) -> int | None:
+    def _agreed(self, trainer: L.Trainer, point: str) -> int | None:
         if trainer.world_size == 1:
             return self._signal
-        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+        if not any_says(trainer, point, self._signal is not None):
             return None
         mine = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(mine, reduce_op="max"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
+from llm_lightning.tasks.in_step import all_say
 
 if TYPE_CHECKING:
     from llm_lightning.tasks.base import TaskModule
@@ -42,7 +43,7 @@ def fill(
         else:
             while (indices := strategy.broadcast(None, src=leader)) is not None:
                 compute(indices)
-    if not strategy.reduce_boolean_decision(error is None, all=True):
+    if not all_say(module.trainer, "stores what it computed", error is None):
         raise error or FrozenCacheError(f"another process cannot keep {options['description']}")
 
 

@@ -34,9 +34,9 @@ from typing import Any
 from clocked import SHARED_ARGUMENTS, Clock, clocked, train_ours
 from contest import Run, peak_mib, ratio, run_rounds, write_results
 from sft import as_book
-from sizes import config_of, theirs_from
+from sizes import REHEARSAL, config_of, theirs_from
 
-BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
+BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 2 if REHEARSAL else 8, 50257, 1024, 50256
 LR, WEIGHT_DECAY, BETA, RANK = 5e-6, 0.01, 0.1, 16
 WARMUP_BATCHES, BATCHES, QUICK_BATCHES, BOOK_BATCHES = 2, 32, 8, 6
 SETTINGS = {"batch": f"{BATCH} pairs", "beta": BETA, "rank": RANK}

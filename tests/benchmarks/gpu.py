@@ -177,7 +177,7 @@ def run_tasks(environment: dict[str, str]) -> Any:
         "dpo": [["evaluate", "RUN", "--split", "test"]],
     }
     if accelerator == "cpu":
-        tasks = {name: tasks[name] for name in ("pretraining",)}
+        tasks, verbs = {"pretraining": tasks["pretraining"]}, {"pretraining": verbs["pretraining"][:1]}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1 if accelerator == "cpu" else 8) as pool:
         environment = {**environment, "LLM_LIGHTNING_CACHE": f"{folder}/cache"}
         places = {name: Path(folder, name.replace(", ", "_")) for name in tasks}

@@ -36,9 +36,9 @@ from typing import Any
 
 from clocked import SHARED_ARGUMENTS, Clock, clocked, train_ours
 from contest import Run, peak_mib, ratio, run_rounds, write_results
-from sizes import config_of, theirs_from
+from sizes import REHEARSAL, config_of, theirs_from
 
-BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 8, 50257, 1024, 50256
+BATCH, VOCABULARY, CONTEXT, END_OF_TEXT = 2 if REHEARSAL else 8, 50257, 1024, 50256
 LR, WEIGHT_DECAY = 5e-5, 0.1
 WARMUP_BATCHES, BATCHES, QUICK_BATCHES, BOOK_BATCHES = 2, 117, 8, 17
 SETTINGS = {"records": 935, "batch": BATCH}

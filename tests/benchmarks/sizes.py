@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 GPT2_VOCABULARY, SMOLLM2_VOCABULARY = 50257, 49152
+REHEARSAL = os.environ.get("LLM_LIGHTNING_REHEARSAL") == "1"
+"""Whether `gpu.py --rehearse` wants tiny sizes."""
 
 
 def config_of(model: str, vocabulary: int = GPT2_VOCABULARY) -> Any:
@@ -15,7 +17,7 @@ def config_of(model: str, vocabulary: int = GPT2_VOCABULARY) -> Any:
     from llm_lightning.models.gpt import GPTConfig
 
     small = GPTConfig(vocab_size=vocabulary)
-    if os.environ.get("LLM_LIGHTNING_REHEARSAL") == "1":  # of gpu.py
+    if REHEARSAL:
         return replace(small, n_layer=2, n_head=2, n_embd=32)
     if model == "gpt2":
         return small

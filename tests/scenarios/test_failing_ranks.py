@@ -127,8 +127,8 @@ def problems(trial: Trial, result: Result, run: Path) -> Iterator[str]:
     said = {
         "raise": RAISED,
         "SIGKILL": "(was ended by|ended without a word|Signal 9)",
-        "SIGSTOP": "has not answered for 10 s",
-        "uneven": "no progress for",
+        "SIGSTOP": r"has not answered for \d+ s",
+        "uneven": "(no progress for|are out of step)",
     }[trial.how]
     lines = [line for line in result.err.splitlines() if line.strip()]
     rank = "" if trial.how == "uneven" else f"rank {trial.rank}: "

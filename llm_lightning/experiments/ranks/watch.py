@@ -113,9 +113,12 @@ class Watch:
         for peer in list(self.line.peers):
             is_silent = now - peer.heard > SILENT_SECONDS and not peer.has_left
             if is_silent and not self._ends and may_be_stopped(peer):
-                message = f"{_who(peer.facts)} has not answered for {SILENT_SECONDS:.0f} s"
-                self._accuse(peer, "silent", message, KILLED)
+                self._accuse_silent(peer, now)
         self._look_at_stacks(now)
+
+    def _accuse_silent(self, peer: Peer, now: float) -> None:
+        message = f"{_who(peer.facts)} has not answered for {now - peer.heard:.0f} s"
+        self._accuse(peer, "silent", message, KILLED)
 
     def _accuse(self, peer: Peer, kind: Kind, message: str, exit_code: int) -> None:
         cause = Cause(peer.rank, kind, message, exit_code, pid=peer.facts["pid"], host=peer.facts["host"])
@@ -162,6 +165,9 @@ class Watch:
         self.line.send(kind="stacks?")
 
     def _end_stalled(self, message: str) -> None:
+        for peer in self.line.peers if self.line is not None else ():
+            if peer.rank not in self._stacks and not peer.has_left and is_stopped_here(peer):
+                self._accuse_silent(peer, time.monotonic())  # before its time: all the others wait for it
         found = {self.rank: stacks(), **self._stacks}
         for rank in sorted(found):
             say(f"--- Python stacks of rank {rank} of {self.size} ---\n{found[rank]}", file=sys.stderr, flush=True)
@@ -190,6 +196,11 @@ def own_facts() -> dict[str, Any]:
 def may_be_stopped(peer: Peer) -> bool:
     """Whether silence means that a rank is stopped; one of this machine may also be busy, which its state tells."""
     return peer.facts["host"] != platform.node() or is_stopped(peer.facts["pid"]) is not False
+
+
+def is_stopped_here(peer: Peer) -> bool:
+    """Whether a rank of this machine is stopped."""
+    return peer.facts["host"] == platform.node() and is_stopped(peer.facts["pid"]) is True
 
 
 def kill_stopped(cause: Cause, facts: Mapping[str, Any]) -> None:
