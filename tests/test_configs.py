@@ -97,6 +97,7 @@ def test_the_defaults_list_has_the_promised_order() -> None:
     assert set(lines[1:]) == {folder.name for folder in CONF.iterdir() if folder.is_dir()}
 
 
+@pytest.mark.slow
 def test_command_line_beats_experiment_beats_task_beats_group_file(tmp_path: Path) -> None:
     task, experiment = tmp_path / "task" / "mine.yaml", tmp_path / "experiment" / "mine.yaml"
     for file, lr, model in ((task, 0.5, "gpt2_small"), (experiment, 0.25, "gpt2_medium")):
@@ -129,6 +130,7 @@ def test_the_run_folder_is_named_by_task_and_run() -> None:
     assert unnamed.x == unnamed.y, "every process of a run sees the same folder"
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_same_second_have_two_folders() -> None:
     code = (
         "from llm_lightning.experiments.settings.compose import prepare_hydra as r; r();"
@@ -187,6 +189,7 @@ def test_one_dropout_sets_all_three() -> None:
     assert (model.embedding_dropout, model.attention_dropout, model.residual_dropout) == (0.3, 0.1, 0.3)
 
 
+@pytest.mark.slow
 def test_our_optimizers_and_schedules_build() -> None:
     config = composed()
     assert isinstance(build_optimizer(rated(config)), AdamWConfig)

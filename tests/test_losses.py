@@ -47,6 +47,7 @@ def test_equals_plain_cross_entropy_in_value_and_gradient(
     assert_close(loss_and_gradients(causal_lm_loss, *inputs), loss_and_gradients(textbook, *inputs), tolerance)
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     hidden, weight, labels = problem(vocabulary=7)
     assert torch.autograd.gradcheck(lambda h, w: causal_lm_loss(h, w, labels[:, 15:22]), (hidden[:, 15:22], weight))

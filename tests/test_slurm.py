@@ -21,9 +21,20 @@ CANCELLED_IN_GRACE_TIME = IN_GRACE_TIME.replace("RUNNING", "COMPLETING")
 PREEMPTED = "JobState=COMPLETING Reason=None Requeue=1 Restarts=1 TimeLimit=00:05:00 EndTime=2026-11-27T17:29:06"
 
 
-def running(seconds: float) -> str:
-    end = datetime.fromtimestamp(time.time() + seconds).isoformat(timespec="seconds")
-    return f"JobState=RUNNING Reason=None Requeue=1 Restarts=0 TimeLimit=10:00:00 EndTime={end} PreemptTime=None"
+def running(seconds: int, state: str = "RUNNING") -> str:
+    """A job that has this long to run when `shown` reads it."""
+    return (
+        f"JobState={state} Reason=None Requeue=1 Restarts=0 TimeLimit=10:00:00 EndTime={{{seconds}}} PreemptTime=None"
+    )
+
+
+def shown(text: str) -> dict[str, str]:
+    """The fields, with the moment in place of the seconds until then."""
+    fields = slurm.fields_of(text)
+    end = fields.get("EndTime", "")
+    if end.startswith("{"):
+        fields["EndTime"] = datetime.fromtimestamp(time.time() + int(end[1:-1])).isoformat(timespec="seconds")
+    return fields
 
 
 CASES = {
@@ -35,7 +46,7 @@ CASES = {
     "cancelled": ("JobState=CANCELLED Reason=TimeLimit", signal.SIGTERM, "time limit", "it was cancelled"),
     "no answer": ("", signal.SIGTERM, None, "SLURM does not say why it ends"),
     "USR1@300": (running(330), signal.SIGUSR1, "time limit", None),
-    "USR1@300, being sent": (running(330).replace("RUNNING", "SIGNALING"), signal.SIGUSR1, "time limit", None),
+    "USR1@300, being sent": (running(330, "SIGNALING"), signal.SIGUSR1, "time limit", None),
     "TERM@120": (running(130), signal.SIGTERM, "time limit", None),
     "TERM by a person": (running(600), signal.SIGTERM, None, "a person sent the signal"),
     "USR1 by a person": (running(7200), signal.SIGUSR1, None, "a person sent the signal"),
@@ -48,9 +59,9 @@ CASES = {
 def test_only_the_time_limit_and_preemption_requeue(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     text, signum, cause, refused = CASES[name]
-    shown = slurm.fields_of(text)
-    assert slurm.cause_of(shown, signum) == cause
-    words = slurm.why_not(shown, cause)
+    fields = shown(text)
+    assert slurm.cause_of(fields, signum) == cause
+    words = slurm.why_not(fields, cause)
     assert words is None if refused is None else refused in str(words)
 
 

@@ -226,6 +226,7 @@ def check(cases: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not silent, "these print nothing that is hostile:\n" + "\n".join(silent)
 
 
+@pytest.mark.slow
 def test_no_verb_prints_a_control(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plain, records, pairs = (str(folder / name) for name in ("plain.ckpt", "records.json", "pairs.json"))
@@ -275,6 +276,7 @@ def test_no_verb_prints_a_control(folder: Path, tmp_path: Path, monkeypatch: pyt
     check(cases, monkeypatch)
 
 
+@pytest.mark.slow
 def test_no_judge_prints_a_control(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "FIRST_DELAY", 0.0)
     monkeypatch.chdir(tmp_path)

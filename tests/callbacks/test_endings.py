@@ -65,6 +65,7 @@ def make_old(folder: Path) -> None:
     checkpoints.save(newest, state)
 
 
+@pytest.mark.slow
 def test_a_time_limit_counts_from_each_start(words: list[str], tmp_path: Path) -> None:
     """And ends as the run without it, to the bit, wherever in an accumulation window the time was up."""
     run(words, tmp_path / "whole")

@@ -103,6 +103,7 @@ def test_killed_run_equals_uninterrupted_one(whole: Whole, step: int, hook: str)
     assert (len(rest.samples) == len(whole.seen.samples)) == (step == 1), "it goes on behind the newest checkpoint"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_run_goes_on_behind_records_that_were_dropped(tmp_path: Path, task: str) -> None:
     """Every third record is too long: the ids of samples, which are those of records, are not their indices."""
@@ -129,6 +130,7 @@ def test_a_run_goes_on_behind_records_that_were_dropped(tmp_path: Path, task: st
     assert "Resuming from" in outcome.out
 
 
+@pytest.mark.slow
 def test_stopped_by_max_steps_inside_an_epoch_and_extended(
     tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any
 ) -> None:
@@ -188,6 +190,7 @@ class Updates(L.Callback):
         self.validations.append((trainer.current_epoch, trainer.global_step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_old", [False, True])
 def test_other_micro_batches_continue_behind_the_same_samples(tmp_path: Path, is_old: bool) -> None:
     """22 samples, 4 an update: (4 x 1 accumulated) stops after 4 of 6 updates, and goes on as (2 x 2 accumulated).

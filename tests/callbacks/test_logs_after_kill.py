@@ -100,6 +100,7 @@ CHANGES: list[tuple[str, Callable[[bytes], bytes | None]]] = [
 ]
 
 
+@pytest.mark.slow
 def test_rows_that_are_gone_or_changed_are_said_and_kept(
     tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", header[16:])  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_from_the_metrics(tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any) -> None:
     trainer = make_trainer(tmp_path, [Plots()], logger=[MetricsFile(tmp_path)], log_every_n_steps=2)
     trainer.fit(make_module(), datamodule=make_data(batch_size=2))
@@ -71,6 +72,7 @@ def test_further_validation_sets_are_in_the_picture_of_their_metric() -> None:
     }
 
 
+@pytest.mark.slow
 def test_one_colour_has_one_meaning() -> None:
     """In every plot, each of which has a title and names both axes."""
     names = [f"{stage}{metric}" for stage in ("train/", "train/eval_", "val/") for metric in ("loss", "accuracy")]
@@ -107,6 +109,7 @@ def test_a_smoothed_curve_is_the_mean_of_its_window() -> None:
     assert (smoothing_width(range(9)), smoothing_width(range(0, 2000, 10))) == (None, 100)
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_at_most_so_often(
     tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ def _log_until_killed(folder: Path, covered: FORK.Value) -> None:  # type: ignor
             covered.value = step + 1  # stands for a checkpoint
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_instant_loses_no_covered_row(tmp_path: Path) -> None:
     covered, generator = FORK.Value("i", 0), random.Random(1)
     for _ in range(12):

@@ -36,6 +36,7 @@ def test_samples_are_written_after_each_validation(
     assert [event.step for event in events.Tensors("samples/text_summary")] == [10, 21]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20}])
 def test_samples_do_not_change_training(
     tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any, options: dict[str, Any]
@@ -95,6 +96,7 @@ def test_prompts_that_do_not_fit_are_refused(
         trainer.fit(make_module(), datamodule=make_data(batch_size=2))
 
 
+@pytest.mark.slow
 def test_every_n_epochs(tmp_path: Path, make_module: Any, make_trainer: Any, make_data: Any) -> None:
     trainer = make_trainer(tmp_path, [Samples(["ab"], every_n_epochs=2)], max_epochs=4)
     trainer.fit(make_module(), datamodule=make_data(batch_size=2))

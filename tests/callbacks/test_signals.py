@@ -118,6 +118,7 @@ def test_before_the_first_update_a_run_ends_at_once(tmp_path: Path, fit: Any) ->
     assert (code, words) == (138, f"stopped by SIGUSR1; {saved}")
 
 
+@pytest.mark.slow
 def test_the_test_split_is_left_at_once(tmp_path: Path, fit: Any) -> None:
     class Swallow(L.Callback):
         """A library that takes every exception for its own."""

@@ -55,6 +55,7 @@ def tuned(file: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_is_in_the_header_and_every_prompt(tuned: Path) -> None:
     loaded = load_model(tuned)
     described = loaded.header["template"]
@@ -72,6 +73,7 @@ def test_it_is_in_the_header_and_every_prompt(tuned: Path) -> None:
     assert answer == loaded.tokenizer.decode(new).strip()
 
 
+@pytest.mark.slow
 def test_the_next_stage_takes_it_and_goes_on_without_the_file(tuned: Path, file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "preferring"
     settings = [*SETTINGS, *SMALL, *own_data(file), "task=dpo", f"init_from={tuned}", f"hydra.run.dir={folder}"]
@@ -89,6 +91,7 @@ def test_the_next_stage_takes_it_and_goes_on_without_the_file(tuned: Path, file:
     assert read_header(copy / "checkpoints" / "last.ckpt")["step"] == 6
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_the_template_of_its_training(tuned: Path, file: Path, tmp_path: Path) -> None:
     words = [f"init_from={tuned}", "lora=default", "data.template='Q{instruction}A{response}'"]
     outcome = fit_here([*TUNING, *own_data(file), *words, f"hydra.run.dir={tmp_path / 'run'}"])

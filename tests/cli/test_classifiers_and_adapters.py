@@ -64,6 +64,7 @@ def run(arguments: list[str], folder: Path) -> Path:
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_figures_a_summary_and_the_adapter_alone(plain: Path, lora: Path) -> None:
     plots = {file.name for file in (plain / "plots").iterdir()}
     assert {"accuracy.png", "loss.png", "val_confusion.png", "val_roc.png"} <= plots
@@ -275,6 +276,7 @@ def test_bad_input_is_one_line_and_code_2(
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "lora"])
 def test_exported_classifiers_are_the_same_for_transformers(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -293,6 +295,7 @@ def test_exported_classifiers_are_the_same_for_transformers(
             torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_that_reads_otherwise_is_not_exported(base: Path, tmp_path: Path, capsys: Any) -> None:
     folder = trained(tmp_path / "run", base, "task.pooling=mean")
     assert cli(["export", str(folder), str(tmp_path / "exported")]) == 2
@@ -303,6 +306,7 @@ def test_a_classifier_that_reads_otherwise_is_not_exported(base: Path, tmp_path:
 # --- adapters on one base --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_adapters_on_one_base_are_switched(speaker: Path, base: Path, tmp_path: Path, capsys: Any) -> None:
     other = tmp_path / "peft"
     model = load_model(base).gpt

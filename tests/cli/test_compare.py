@@ -103,6 +103,7 @@ def measures(path: Path) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in Tables(path.read_text()).rows if len(row) == 5}
 
 
+@pytest.mark.slow
 def test_both_answer_the_same_prompts_greedily(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare("base", "tuned", "q.json", "--max-new-tokens", 5, "--batch-size", 2, "-o", "page.html") == 0
     asked = [Conversation((Turn(f"Say {i}.", "", ""),)) for i in range(5)]
@@ -249,6 +250,7 @@ def test_a_judge_that_is_not_there_is_one_line(
 # --- data, curves, and bad input -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "of", "data"),
     [
@@ -266,6 +268,7 @@ def test_a_split_is_of_b_or_else_of_a(words: list[str], of: str, data: str, here
     assert page.count("<h2>") == 2
 
 
+@pytest.mark.slow
 def test_curves_are_those_that_exist(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("dpo").mkdir()
     Path("dpo/metrics.csv").write_text(

@@ -99,6 +99,7 @@ def test_instruction_tuning(folder: Path, way: str, capsys: pytest.CaptureFixtur
     assert f"{found['loss']:.4f} nats per target token" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["copy", "adapters_off"])
 def test_preference_tuning(folder: Path, way: str, capsys: pytest.CaptureFixture) -> None:
     path = run(folder, f"dpo_{way}", "dpo", *WAYS[way])
@@ -135,6 +136,7 @@ def test_every_precision(folder: Path, precision: str, more: list[str], capsys: 
         assert_as_written(capsys, path)
 
 
+@pytest.mark.slow
 def test_a_reference_of_before_still_evaluates(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Earlier versions could be given the path of a reference, whose weights are in the checkpoint."""
     path = run(folder, "dpo_path", "dpo", "task.reference=copy")

@@ -60,6 +60,7 @@ def logits(model: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
+@pytest.mark.slow
 def test_merged(base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the dev extra: transformers")
     folder, whole = tmp_path / "merged", load_model(tuned)
@@ -83,6 +84,7 @@ def test_merged(base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert asked.apply_chat_template(MESSAGES) == before.apply_chat_template(MESSAGES)
 
 
+@pytest.mark.slow
 def test_the_adapter_alone(base: Path, tuned: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs the dev extra: peft")
     transformers = pytest.importorskip("transformers", reason="needs the dev extra: transformers")

@@ -54,6 +54,7 @@ def table(printed: str) -> list[dict[str, str]]:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_table_a_report_and_a_histogram(
     server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_table_a_report_and_a_histogram(
     assert len(server.requests) == sent
 
 
+@pytest.mark.slow
 def test_columns_files_limit_and_json(server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = lambda prompt, _: "90" if "good" in prompt else "10"
     rows = [{**RECORD, "output": f"{i}", "model_response": "good", "model 2 response": "bad"} for i in range(9)]

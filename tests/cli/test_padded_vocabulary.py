@@ -68,6 +68,7 @@ def test_drawn_like_from_the_head_without_the_rows() -> None:
         assert generate(padded, [[1], [2]], never=range(257, ROWS), **options) == generate(cut, [[1], [2]], **options)
 
 
+@pytest.mark.slow
 def test_every_place_that_writes_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base = write_padded(tmp_path / "base.ckpt")
     # As pretrained: samples while it learns.

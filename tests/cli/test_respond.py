@@ -38,6 +38,7 @@ def questions(path: Path, n: int = 9) -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_each_question_alone(tuned: Path) -> None:
     loaded, template = load_model(tuned, dtype=torch.float64), choose_template(TEMPLATE)
     asked = [Conversation((Turn("Say " * (1 + i % 4), f"{i}", ""),)) for i in range(7)]
@@ -111,6 +112,7 @@ def preferring(tuned: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_of_preference_tuning_answers_its_own_data_and_other_records(preferring: Path, tmp_path: Path) -> None:
     command = ["respond", str(preferring), "-o", str(tmp_path / "x.json"), "--max-new-tokens", "2", "--limit", "3"]
     assert cli([*command, "--split", "test"]) == 0

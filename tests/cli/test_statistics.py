@@ -107,6 +107,7 @@ def test_a_text_is_counted_in_pieces_as_it_is_whole(piece: int, monkeypatch: pyt
             assert statistics._n_tokens(text, tokenizer) == len(tokenizer.encode(text))
 
 
+@pytest.mark.slow
 def test_a_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = write(tmp_path / "x.jsonl", RECORDS)
     assert main(["statistics", str(file), "--plot", str(tmp_path / "x.png"), "--tokenizer", "byte"]) == 0

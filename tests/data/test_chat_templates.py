@@ -477,6 +477,7 @@ def test_programs_that_are_refused(text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

@@ -602,6 +602,7 @@ def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
 # --- the real messages -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_books_split_of_the_real_messages(data_dir: Path) -> None:
     """Sizes, ids and the longest text of the book; and how much of its test split stands in training."""
     file = data_dir / "SMSSpamCollection.tsv"

@@ -191,6 +191,7 @@ def test_reading_as_pandas_does_merges_quoted_lines(tmp_path: Path) -> None:
     assert [record.place for record in records] == [f"{file}:{line}" for line in (1, 2, 4)]
 
 
+@pytest.mark.slow
 def test_all_messages_of_the_real_file(data_dir: Path) -> None:
     file = data_dir / "SMSSpamCollection.tsv"
     strict = read_labelled(file, columns=("label", "text"))

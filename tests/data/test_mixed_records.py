@@ -47,6 +47,7 @@ def epochs_of(data: InstructionDataModule, n: int) -> list[list[str]]:
     return epochs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"bucket": True, "packing": True}, {"bucket": False}, {"shuffle": False}], ids=str)
 def test_the_records_of_an_epoch_have_their_shares(folder: Path, options: dict[str, Any]) -> None:
     data = built(folder, **options)

@@ -170,6 +170,7 @@ def test_lines_and_report() -> None:
     assert mixture().report()["middle"] == {"share": 0.2, "samples": 500, "per_epoch": 708, "passes_per_epoch": 1.416}
 
 
+@pytest.mark.slow
 def test_two_million_samples_in_seconds_and_bounded_memory() -> None:
     import time
     import tracemalloc

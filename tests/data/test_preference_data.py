@@ -655,6 +655,7 @@ def test_the_embedded_pairs_are_read() -> None:
     assert report["leaks"]["test"]["prompts"] == report["leaks"]["val"]["prompts"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("LLM_LIGHTNING_DATA" not in os.environ, reason="needs real data: set LLM_LIGHTNING_DATA")
 def test_the_books_pairs() -> None:
     path = Path(os.environ["LLM_LIGHTNING_DATA"]) / "instruction-data-with-preference.json"

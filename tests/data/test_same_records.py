@@ -154,6 +154,7 @@ def test_one_letter_more_is_another_digest(tmp_path: Path) -> None:
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_the_books_records_in_seven_forms(tmp_path: Path, data_dir: Path) -> None:
     records = of_the_book(data_dir)
     assert len(records) == 1100

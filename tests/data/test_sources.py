@@ -232,6 +232,7 @@ def _reference(data: bytes) -> list[str] | None:
     return found if any(found) else None
 
 
+@pytest.mark.slow
 def test_fuzzed_jsonl_is_read_intact_or_refused(tmp_path: Path) -> None:
     draw = random.Random(0)
     whole = [json.dumps({"text": f"Grüße {n} 🧑 \n", "n": n}, ensure_ascii=bool(n % 2)).encode() for n in range(6)]

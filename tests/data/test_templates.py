@@ -212,6 +212,7 @@ def test_pieces_and_whole_have_the_same_tokens(data_dir: Path) -> None:
         assert [token for piece in pieces for token in piece] == GPT2.encode(book_text(entry)), conversation.place
 
 
+@pytest.mark.slow
 def test_what_the_book_counts(data_dir: Path) -> None:
     """Our samples have one token more: the end of text."""
     data = InstructionDataModule(

@@ -357,6 +357,7 @@ def _build_in_child(text: str, log: Path) -> None:
     assert hashlib.sha256(file.tokens.tobytes()).hexdigest() == file.digest
 
 
+@pytest.mark.slow
 def test_eight_processes_build_once(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     arguments = (random_text(100_000), tmp_path / "log")

@@ -122,6 +122,7 @@ def assert_right(project: Path) -> None:
     shutil.rmtree(project / "peft")
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run_that_was_stopped_and_extended(tmp_path: Path) -> None:
     stopped(command(tmp_path / "p", "pretraining", 3), 1)
     ended(command(tmp_path / "p", "pretraining", 3))

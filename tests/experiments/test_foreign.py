@@ -251,6 +251,7 @@ def outside(tmp_path: Path) -> Iterator[Outside]:
     assert not made.canary.exists()
 
 
+@pytest.mark.slow
 def test_of_two_hundred_hostile_folders_none_runs_or_touches_anything(
     outside: Outside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +292,7 @@ def test_a_folder_with_links_is_refused_by_every_way_in(outside: Outside, tmp_pa
     assert digests(run) == before
 
 
+@pytest.mark.slow
 def test_programs_and_modules_in_a_folder_lie_unused(
     outside: Outside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +323,7 @@ def test_programs_and_modules_in_a_folder_lie_unused(
     assert Path.cwd() == tmp_path
 
 
+@pytest.mark.slow
 def test_a_hostile_folder_in_a_process_of_its_own(outside: Outside, tmp_path: Path) -> None:
     run = tmp_path / "evil"
     build(run, outside, [f"+hydra.job.env_set.PATH='{run}/bin:/usr/bin:/bin'"], None, None, "nowhere")

@@ -27,6 +27,7 @@ def composed(line: str) -> Any:
     return check_overrides(as_hydra_reads(shlex.split(line), CONF), CONF)
 
 
+@pytest.mark.slow
 def test_none_switches_a_group_off_whatever_a_preset_puts_into_it() -> None:
     for line in (
         "logger=null callbacks=null",
@@ -47,6 +48,7 @@ def test_the_command_line_may_add_to_what_is_none() -> None:
     assert OmegaConf.to_container(config.callbacks) == {"lr": {"_target_": monitor}}
 
 
+@pytest.mark.slow
 def test_a_file_may_switch_a_group_off(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     file = tmp_path / "experiment" / "mine.yaml"
@@ -112,6 +114,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_what_cannot_have_an_effect_is_refused() -> None:
     for line, message in REFUSED:
         with pytest.raises(ValueError, match=r".") as error:
@@ -201,6 +204,7 @@ def _chosen(groups: tuple[str, ...]) -> Any:
     return check_overrides(groups, CONF)
 
 
+@pytest.mark.slow
 def test_runs_without_logs_or_callbacks(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.txt")
     settings = [word for word in WITH_PLOTS if "samples." not in word] + [f"data.path={corpus}"]

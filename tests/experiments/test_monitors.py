@@ -49,6 +49,7 @@ def test_the_name_of_a_metric_says_when_it_is_better() -> None:
         Checkpoints(monitor="val/mine")
 
 
+@pytest.mark.slow
 def test_the_best_and_the_end_follow_the_metric(tmp_path: Path) -> None:
     early = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"]
     words = [*CLASSIFY, *early, "monitor=val/accuracy", "optimizer.lr=2e-3", "data.eval_batches=0"]
@@ -183,6 +184,7 @@ def test_a_metric_that_nothing_logs_is_refused_before_training(tmp_path: Path, m
     assert "did you mean train/eval_loss?" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_further_validation_set_steers_a_run_only_if_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_each_job_of_a_multirun_that_a_file_asks_for_is_one_run(
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
 
 
+@pytest.mark.slow
 def test_what_such_a_file_sweeps_over_is_checked_first(words: list[str], tmp_path: Path) -> None:
     file = tmp_path / "mine" / "experiment" / "search.yaml"
     file.write_text(EXPERIMENT.replace("optimizer.lr:", "optimizer.lrr:"))

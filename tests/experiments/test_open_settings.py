@@ -203,6 +203,7 @@ def test_runs_of_before_and_of_today_are_listed_with_the_same_keys() -> None:
 # --- the whole run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_from_weights_records_what_they_brought_and_goes_on(tmp_path: Path) -> None:
     given = write_checkpoint(tmp_path / "given.ckpt", 2, 2048, kind="qwen3")
     words = [word for word in SETTINGS if not word.startswith(("model.", "tokenizer"))]

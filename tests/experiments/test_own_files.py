@@ -89,6 +89,7 @@ def test_a_run_on_files_of_its_own_is_moved_resumed_and_evaluated(
     assert outcome.err.startswith("error: cannot resume: data.path, data.val_path, data.test_path, data.val_sets.hard")
 
 
+@pytest.mark.slow
 def test_a_mixture_is_typed_recorded_moved_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = tmp_path / "there"
     there.mkdir()

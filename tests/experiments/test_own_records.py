@@ -115,6 +115,7 @@ def test_a_run_on_records_of_its_own(
     assert [step for step, _ in read_metrics(run / "metrics.csv")["train/loss"]] == list(range(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("monitor", "best"), [("val/hard/loss", min), ("val/loss", max)])
 def test_another_set_steers_only_where_it_is_named(there: Path, monitor: str, best: Any) -> None:
     """Answers in letters that training never sees get less likely from step to step, the others more likely."""
@@ -155,6 +156,7 @@ def test_splits_of_a_dataset_of_the_hub(
     train(f"resume={run}", "data.hf_dataset=set", "trainer.max_steps=3")  # a folder that is named again is trusted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_bad_records_are_listed_at_every_start(there: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     bad = {"train.jsonl": ['{"instruction": 3}', '{"instruction": "a"', "[]"], "val.jsonl": ["null"]}

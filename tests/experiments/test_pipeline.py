@@ -107,6 +107,7 @@ def weights(folder: Path) -> dict:
 # --- what is run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_stage_begins_with_what_the_one_before_left(whole: tuple[Path, Outcome]) -> None:
     folder, outcome = whole
     assert (outcome.code, outcome.err) == (0, "")
@@ -169,6 +170,7 @@ def test_a_changed_stage_makes_its_children_run_again(words: list[str], chain: P
     assert manifest(chain / "second.old-1")["parents"]["first"] == old["checkpoint"]["digest"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_here")
 def test_a_damaged_checkpoint_is_made_again(words: list[str], chain: Path) -> None:
     old, damaged = weights(chain / "second"), chain / "second" / "checkpoints" / "best.ckpt"
@@ -180,6 +182,7 @@ def test_a_damaged_checkpoint_is_made_again(words: list[str], chain: Path) -> No
     assert_same(weights(chain / "second"), old)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_here")
 def test_other_settings_are_refused_and_leave_everything(words: list[str], chain: Path) -> None:
     before = manifest(chain / "first")
@@ -192,6 +195,7 @@ def test_other_settings_are_refused_and_leave_everything(words: list[str], chain
 # --- how it stops --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failing_stage_ends_the_chain(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +317,7 @@ def test_what_is_typed_wins_in_every_stage_or_in_one(tmp_path: Path) -> None:
     assert [stage.parents for stage in chain.stages] == [(), ("a",)]
 
 
+@pytest.mark.slow
 def test_settings_are_compared_not_words(tmp_path: Path) -> None:
     plain, same, other = (
         plan(write_pipeline(tmp_path / str(number), "p", {"a": words}), CONF).stages[0].settings

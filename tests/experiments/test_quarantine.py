@@ -44,6 +44,7 @@ def test_what_a_file_has_of_bad_records_is_listed(tmp_path: Path) -> None:
     assert "2 records that could not be read were left out" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_run_lists_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quarantined: list[BadRecord] = []
     build = PretrainingDataModule.build

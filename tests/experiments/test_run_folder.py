@@ -168,6 +168,7 @@ def _compete(path: Path, start: FORK.Event, results: FORK.Queue, done: FORK.Even
         results.put(str(error))
 
 
+@pytest.mark.slow
 def test_of_sixteen_starters_in_one_instant_one_wins(tmp_path: Path) -> None:
     start, done, results = FORK.Event(), FORK.Event(), FORK.Queue()
     processes = [FORK.Process(target=_compete, args=(tmp_path / "run", start, results, done)) for _ in range(16)]

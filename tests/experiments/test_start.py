@@ -41,6 +41,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return second.folder
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_hashes_its_checkpoint_once(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed, loaded = [], []
     verify, load = checkpoints.verify, checkpoints.torch.load
@@ -71,6 +72,7 @@ def test_the_configuration_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(composed) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_shell_completes(shell: str) -> None:
     """As the script that `-sc install=SHELL` prints asks for it."""
@@ -138,6 +140,7 @@ def test_the_targets_of_earlier_versions_resolve() -> None:
             assert resolve_target("x._target_", MOVED.get(target, target)).__name__ == name
 
 
+@pytest.mark.slow
 def test_a_moved_class_is_refused_when_typed_and_translated_in_records(tmp_path: Path) -> None:
     for old, new in MOVED.items():
         group = "optimizer" if old.endswith("AdamWConfig") else "scheduler"

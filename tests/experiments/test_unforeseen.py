@@ -64,6 +64,7 @@ def test_a_verb_that_meets_a_fault(
     assert "could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (
         MemoryError(),
@@ -80,6 +81,7 @@ def test_too_little_memory_is_no_fault(tmp_path: Path, monkeypatch: pytest.Monke
         assert "lower data.batch_size" in outcome.err
 
 
+@pytest.mark.slow
 def test_code_of_the_users_own_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_own.py").write_text(
         "import lightning as L\n"
@@ -114,6 +116,7 @@ def test_every_help_prints_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "task.beta=0.1" in help_text(["--help", "task"], CONF)
 
 
+@pytest.mark.slow
 def test_help_ends_quietly_when_its_reader_has_gone(tmp_path: Path) -> None:
     commands = [[str(ROOT / "train.py"), "--help"], ["-m", "llm_lightning.cli.main", "--help"]]
     for command in commands:
@@ -133,6 +136,7 @@ LATE = [
 ]
 
 
+@pytest.mark.slow
 def test_what_was_a_traceback_is_one_line(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.txt")
     for line, message in LATE:

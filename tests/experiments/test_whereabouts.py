@@ -207,6 +207,7 @@ def test_other_first_weights_are_refused_and_the_same_ones_elsewhere_are_not(pro
     assert lineage(run)["places"]["init_from"]["from_run"] == ["../same.ckpt"]
 
 
+@pytest.mark.slow
 def test_folders_of_an_earlier_version_go_on(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They hold an absolute data.path in the settings of their checkpoints, and no places."""
     run = shutil.copytree(project / "outputs" / "pretraining" / "first", tmp_path / "run")

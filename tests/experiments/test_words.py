@@ -125,6 +125,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_other_kinds_are_refused() -> None:
     for line, message in REFUSED:
         with pytest.raises(ValueError, match=r".") as error:
@@ -133,6 +134,7 @@ def test_other_kinds_are_refused() -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_number_in_a_file_asks_for_quotes_and_a_word_becomes_a_list(tmp_path: Path) -> None:
     file = tmp_path / "experiment" / "mine.yaml"
     file.parent.mkdir()
@@ -220,6 +222,7 @@ def test_names_with_paths_and_sources_are_what_they_are_meant_to_be(mine: str) -
         }, line
 
 
+@pytest.mark.slow
 def test_other_names_and_forms_are_refused(mine: str, tmp_path: Path) -> None:
     refused = [
         ("data.val_sets=hard.jsonl", "data.val_sets=hard.jsonl must give each path a name, such as {hard: hard.txt}"),
@@ -289,6 +292,7 @@ def test_betas_are_two() -> None:
 # --- through the entry points ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_on_a_path_of_digits_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "1984")
@@ -304,6 +308,7 @@ def test_a_run_on_a_path_of_digits_continues(tmp_path: Path, monkeypatch: pytest
     assert "Finished 6 steps" in longer.out
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_pipeline_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     chain = plan(["pipeline=nano", "run_name=2026_11_26", "+pretraining.data.path=1984", "logger=null"], CONF)

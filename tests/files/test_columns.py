@@ -216,6 +216,7 @@ def test_a_killed_maker_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "a.lock"]
 
 
+@pytest.mark.slow
 def test_several_processes_at_once_make_it_once(tmp_path: Path) -> None:
     processes = [start(tmp_path / "a") for _ in range(3)]
     said = sorted(process.communicate(timeout=60)[0] for process in processes)

@@ -254,6 +254,7 @@ def _download_in_child(url: str, folder: Path) -> None:
     assert download(pinned(url), folder).read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_eight_processes_download_once(server: str, tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     children = [fork.Process(target=_download_in_child, args=(f"{server}/slow", tmp_path)) for _ in range(8)]
@@ -265,6 +266,7 @@ def test_eight_processes_download_once(server: str, tmp_path: Path) -> None:
     assert Handler.requests == [("slow", "")]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_resumes(server: str, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path

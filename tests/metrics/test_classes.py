@@ -74,6 +74,7 @@ def columns_of(scores: Tensor, block: Tensor) -> Tensor:
     return scores[:, block]
 
 
+@pytest.mark.slow
 def test_the_area_under_the_curve_is_that_of_scikit_learn() -> None:
     sklearn = pytest.importorskip("sklearn.metrics", reason="needs the dev extra: scikit-learn")
     failures = []

@@ -59,6 +59,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_run(tmp_path: Path, optimi
     assert_same(whole, run(tmp_path / "parts", optimizer, ConstantConfig(), 4))
 
 
+@pytest.mark.slow
 def test_muon_made_longer_before_the_decay_of_wsd_equals_the_long_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

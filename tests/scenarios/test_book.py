@@ -177,6 +177,7 @@ def test_rows_of_the_table_run(
 CHAPTER_7 = sorted(path.stem for path in (ROOT / "conf" / "experiment" / "book").glob("ch07*.yaml"))
 
 
+@pytest.mark.slow
 def test_chapter_7_and_its_exercises_train_as_many_parameters_as_the_book() -> None:
     assert CHAPTER_7 == ["ch07", "ch07_alpaca52k", "ch07_lora", "ch07_masked", "ch07_phi3"]
     settings = check_overrides(["experiment=book/ch07_lora"], ROOT / "conf")

@@ -51,6 +51,7 @@ def problem(message: str, path: Path) -> str | None:
     return f"leaves {stray}" if stray else None
 
 
+@pytest.mark.slow
 def test_every_verb_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = str(write_checkpoint(tmp_path / "gpt.ckpt", context_length=256))
     rows = [{"instruction": f"Say {i}.", "input": "", "output": "it", "model_response": "it"} for i in range(9)]

@@ -171,6 +171,7 @@ def test_as_many_processes_continue_to_the_bit(tmp_path: Path) -> None:
     assert not torch.equal(whole["rng"][0]["torch"], whole["rng"][1]["torch"])
 
 
+@pytest.mark.slow
 def test_another_number_of_samples_is_refused(tmp_path: Path) -> None:
     data = [f"data.path={write_corpus(tmp_path / 'corpus.txt')}", "data.batch_size=8"]
     assert fit_here(words_of(tmp_path / "run", *data)).code == 0

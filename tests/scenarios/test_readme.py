@@ -83,6 +83,7 @@ def test_the_quick_start_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "comparison.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     corpus = write_corpus(tmp_path / "corpus.txt", 60)

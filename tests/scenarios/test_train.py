@@ -125,6 +125,7 @@ def test_the_same_command_again_says_that_the_run_is_finished(run: Path, corpus:
     assert digests(run) == before
 
 
+@pytest.mark.slow
 def test_more_epochs_continue(run: Path, corpus: Path, tmp_path: Path) -> None:
     handlers = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
     code, out, err = fit_here(one_epoch(corpus, run, "trainer.max_epochs=2"))
@@ -219,6 +220,7 @@ def test_a_run_without_checkpoints_advises_none_and_takes_an_old_traceback_away(
     assert "Batch: " not in out  # before training
 
 
+@pytest.mark.slow
 def test_init_from_starts_at_the_given_weights(corpus: Path, tmp_path: Path) -> None:
     """At a learning rate of almost nothing they stay what they were; the shorter context takes its positions."""
     given = write_checkpoint(tmp_path / "given.ckpt")
@@ -302,6 +304,7 @@ def test_a_run_that_left_no_checkpoint_says_that_it_starts_again(corpus: Path, t
     assert said in fit_here([*words, "trainer.max_steps=3"]).out
 
 
+@pytest.mark.slow
 def test_adapters_on_a_frozen_bfloat16_model(corpus: Path, tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base.ckpt")
     command = one_epoch(corpus, tmp_path / "run", f"init_from={base}", "lora=default", "trainer.precision=bf16-mixed")

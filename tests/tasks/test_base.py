@@ -56,6 +56,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], tolerance: float, u
     assert one["val/loss"] == pytest.approx(other["val/loss"], rel=tolerance * 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
 def test_same_gradients_however_the_batch_is_cut(tmp_path: Path, dtype: str, tolerance: float) -> None:
     precision = {"float64": "64-true", "float32": "32-true"}[dtype]

@@ -98,6 +98,7 @@ def losses(folder: Path, make_trainer: Callable[..., L.Trainer], **options: Any)
     return seen, module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 def test_stored_and_computed_blocks_give_the_same_losses(
@@ -111,6 +112,7 @@ def test_stored_and_computed_blocks_give_the_same_losses(
     assert stored == pytest.approx(computed, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_other_weights_have_a_store_of_their_own(tmp_path: Path, make_trainer: Any) -> None:
     losses(tmp_path, make_trainer, trained_blocks=1)
     computed, _ = losses(tmp_path, make_trainer, trained_blocks=1, seed=1, frozen_cache=False)
@@ -118,6 +120,7 @@ def test_other_weights_have_a_store_of_their_own(tmp_path: Path, make_trainer: A
     assert stored[0] == pytest.approx(computed[0], abs=1e-5)  # later ones drift apart by rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["last_position", "mean_position"])
 def test_padding_that_is_read_is_stored_too(tmp_path: Path, make_trainer: Any, pooling: str) -> None:
     options = {"trained_blocks": 1, "pooling": pooling, "pad_to": 16}
@@ -127,6 +130,7 @@ def test_padding_that_is_read_is_stored_too(tmp_path: Path, make_trainer: Any, p
     assert stored == pytest.approx(computed, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_no_frozen_block(
     tmp_path: Path, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +146,7 @@ def test_a_second_run_computes_no_frozen_block(
         losses(tmp_path, make_trainer, trained_blocks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -165,6 +170,7 @@ def test_only_what_was_chosen_is_trained(tmp_path: Path, make_trainer: Any) -> N
     assert changed == {name for name in before if "blocks.2." in name or "final_norm" in name or "head." in name}
 
 
+@pytest.mark.slow
 def test_metrics_against_arithmetic_by_hand(tmp_path: Path, make_trainer: Any) -> None:
     data = TextsDataModule()
     module = tiny(data)
@@ -189,6 +195,7 @@ def test_metrics_against_arithmetic_by_hand(tmp_path: Path, make_trainer: Any) -
     assert set(module.figures()) == {"val_confusion", "val_roc", "test_confusion", "test_roc"}
 
 
+@pytest.mark.slow
 def test_more_than_two_classes(tmp_path: Path, make_trainer: Any) -> None:
     data = TextsDataModule(classes=3)
     module = tiny(data, class_weights="balanced")

@@ -122,6 +122,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 def test_every_reference_gives_the_same_curve_from_ln_2_on(runs: Runs) -> None:
     found = {name: runs.curves(name) for name in WAYS}
     for name, curves in found.items():
@@ -202,6 +203,7 @@ def test_the_next_job_of_a_sweep_runs_no_reference(
     assert losses(second)[-1] != losses(first)[-1]
 
 
+@pytest.mark.slow
 def test_another_start_has_a_reference_of_its_own(
     runs: Runs, start: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +246,7 @@ def test_two_processes_log_what_one_does(way: str, strategy: str, start: Path, p
             assert value == pytest.approx(same, rel=1e-3, abs=2e-5), name  # float32, Adam's first steps
 
 
+@pytest.mark.slow
 def test_a_line_warns_of_random_weights(
     start: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,6 +302,7 @@ def test_kl_is_exact_where_the_reference_is_at_hand(way: str, runs: Runs, start:
     assert total / count > 1e-4
 
 
+@pytest.mark.slow
 def test_both_answer_the_prompts_of_the_validation_data(start: Path, pairs: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", start, pairs, "callbacks.samples={_target_: llm_lightning.callbacks.samples.Samples, "
         "prompts: null, max_new_tokens: 8, beside_start: true}")  # fmt: skip

@@ -34,6 +34,7 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     return [*SETTINGS, "data.batch_size=4", f"hydra.run.dir={folder / name}", *more]
 
 
+@pytest.mark.slow
 def test_a_whole_run(folder: Path) -> None:
     measured = [f"data.val_path={folder}/val.txt", f"data.test_path={folder}/test.txt"]
     measured += [f"data.val_sets={{news: {folder}/news.txt}}", "monitor=val/news/loss"]
@@ -56,6 +57,7 @@ def test_a_whole_run(folder: Path) -> None:
     assert "Test loss of the best checkpoint" in outcome.out
 
 
+@pytest.mark.slow
 def test_further_validation_sets_change_nothing_else(folder: Path) -> None:
     plain = [f"data.path={folder}/web.txt", "trainer.val_check_interval=2"]
     with_sets = [*plain, f"data.val_sets={{news: {folder}/news.txt}}"]

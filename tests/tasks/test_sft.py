@@ -129,6 +129,7 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
 # --- transformers and TRL ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_loss_and_gradients_are_those_of_transformers(tmp_path: Path, packing: bool) -> None:
     """From text on: their labels are the unshifted ids, the prompt masked by its own length."""
@@ -451,6 +452,7 @@ def test_same_gradients_however_the_batch_is_cut_and_laid_out(tmp_path: Path) ->
     assert_same_gradients(whole["updates"][0], gradients(module.model), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_two_processes_are_one(tmp_path: Path, packed: bool) -> None:
     """(batch 8) = (2 processes, batch 2, accumulate 2); at the end of the epoch one of them is out of samples."""

@@ -80,6 +80,7 @@ def test_types_of_tokens_and_rows_without_one():
     assert from_description(described(metadata)).ids_without_token(810) == list(range(802, 810))
 
 
+@pytest.mark.slow
 def test_gpt2_comes_back_as_gpt2():
     gpt2 = build_tokenizer("gpt2")
     metadata = vocabulary_to_gguf(gpt2, 50304)

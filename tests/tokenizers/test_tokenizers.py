@@ -201,6 +201,7 @@ def test_rows_beyond_the_vocabulary_stand_for_no_token(own):
     assert own.ids_without_token(own.vocab_size + 3) == [own.vocab_size + n for n in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [" " * 1_200_000, "\n \t" * 500_000], ids=["spaces", "mixed"])
 def test_a_million_white_space_characters_are_encoded(built, run):
     text = "a" + run + "b"

@@ -46,6 +46,7 @@ def exported(folder: Path) -> float:
     return float(load_pretrained(folder).state["final_norm.bias"][0])
 
 
+@pytest.mark.slow
 def test_every_flip_in_a_file_that_is_read_is_named(tmp_path: Path) -> None:
     """120 flips of one bit each, over the files that a reader opens."""
     tokenizer = build_tokenizer("bpe", vocab_size=280, texts=[TEXT])

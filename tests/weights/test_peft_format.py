@@ -186,6 +186,7 @@ def test_missing_and_occupied_folders(tmp_path: Path) -> None:
         export_peft(adapted(FORMS[0])[0], FORMS[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_odd_values_in_a_folder_of_peft(tmp_path: Path) -> None:
     """Each is one line that names the file and the key, before an adapter is built."""
     config, folder, base = FORMS[0], tmp_path / "adapter", tmp_path / "base.ckpt"

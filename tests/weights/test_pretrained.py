@@ -73,6 +73,7 @@ def release(sha256: str | None) -> Pinned:
     return Pinned("openai-community/gpt2", COMMIT, sha256, asdict(CONFIG))
 
 
+@pytest.mark.slow
 def test_the_table_has_the_released_sizes() -> None:
     parameters = {"gpt2-small": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
     for name, expected in (parameters | {"gpt2-xl": 1_557_611_200}).items():
@@ -216,6 +217,7 @@ def test_an_exported_folder_gives_transformers_our_logits(tmp_path: Path, tied_h
     assert_same_weights(loaded.state, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "bpe_without_merges"])
 def test_transformers_reads_the_exported_tokenizer(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -394,6 +396,7 @@ def test_every_truncation_is_noticed(folder: Path) -> None:
             load_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_header_gives_an_error_or_a_float_that_still_fits(folder: Path) -> None:
     """No digest is known for a local file; but nothing else than a ValueError may come out."""
     content = bytearray((folder / "model.safetensors").read_bytes())

@@ -20,7 +20,22 @@ def environments() -> list[ClusterEnvironment]:
     return [LightningEnvironment()] if here.by in ("none", "parent") and "SLURM_NTASKS" in os.environ else []
 
 
-class SlurmStep(SLURMEnvironment):
+class _AsLaunched(ClusterEnvironment):
+    """Where the processes meet, and which one this is, as `launched` says."""
+
+    @property
+    def main_address(self) -> str:
+        return _address()[0]
+
+    @property
+    def main_port(self) -> int:
+        return int(_address()[1])
+
+    def local_rank(self) -> int:
+        return launched().local_rank
+
+
+class SlurmStep(_AsLaunched, SLURMEnvironment):
     """A step of several tasks, however they were asked for.
 
     Lightning's own environment wants `--ntasks-per-node`, and compares the numbers of the job, not of the step; ours
@@ -35,22 +50,11 @@ class SlurmStep(SLURMEnvironment):
     def _validate_srun_variables() -> None:
         pass
 
-    @property
-    def main_address(self) -> str:
-        return _address()[0]
-
-    @property
-    def main_port(self) -> int:
-        return int(_address()[1])
-
     def world_size(self) -> int:
         return launched().processes or 1
 
     def global_rank(self) -> int:
         return launched().rank
-
-    def local_rank(self) -> int:
-        return launched().local_rank
 
     def node_rank(self) -> int:
         return launched().node
@@ -59,23 +63,12 @@ class SlurmStep(SLURMEnvironment):
         assert num_devices * num_nodes == self.world_size()
 
 
-class LocalTasks(LightningEnvironment):
+class LocalTasks(_AsLaunched, LightningEnvironment):
     """The tasks of one local job of submitit."""
 
     @property
     def creates_processes_externally(self) -> bool:
         return True
-
-    @property
-    def main_address(self) -> str:
-        return _address()[0]
-
-    @property
-    def main_port(self) -> int:
-        return int(_address()[1])
-
-    def local_rank(self) -> int:
-        return launched().local_rank
 
 
 def _address() -> tuple[str, str]:

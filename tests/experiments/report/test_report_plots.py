@@ -67,6 +67,7 @@ def test_thinned_and_smoothed_curves_keep_their_place() -> None:
     assert thinned(line[:MOST_POINTS]) == line[:MOST_POINTS]
 
 
+@pytest.mark.slow
 def test_every_varying_setting_has_a_plot_and_two_numbers_a_heat_map(tmp_path: Path) -> None:
     for rate in (1e-3, 1e-2):
         for width in (32, 64):

@@ -67,6 +67,7 @@ def test_an_error_costs_one_warning(
     assert report.write() == tmp_path / "report.html"
 
 
+@pytest.mark.slow
 def test_a_report_imports_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_job(tmp_path / f"seed_{seed}", "finished", rows=10, seed=seed)

@@ -70,6 +70,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_job_is_in_every_file(study: Path) -> None:
     names = {path.parent.name for path in study.glob("*/job.json")}
     assert len(names) == 12
@@ -115,6 +116,7 @@ def test_the_plots_take_the_colours_of_the_page(study: Path) -> None:
     page.assert_inert()
 
 
+@pytest.mark.slow
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     folder = tmp_path / "a<b>&`c`"
     write_sweep(folder, *HOSTILE)

@@ -155,6 +155,7 @@ def test_only_submitits_own_links_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in submitit.iterdir()) == [".submission_file_2b.sh", "other.sh"]
 
 
+@pytest.mark.slow
 def test_a_job_of_any_launcher_claims_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(claims.VISIBLE, "0,1,2")

@@ -123,6 +123,7 @@ def test_a_sweep_without_a_name_is_named_by_its_jobs_in_any_order() -> None:
     assert named("sweep=lr_by_warmup", "seed=1,2", option="lr_by_warmup").startswith("lr_by_warmup-")
 
 
+@pytest.mark.slow
 def test_a_job_is_its_settings_and_the_content_of_its_files(tmp_path: Path) -> None:
     here, there = tmp_path / "here.txt", tmp_path / "there.txt"
     here.write_text("to be or not to be")

@@ -59,6 +59,7 @@ def test_every_sweep_is_counted_here() -> None:
     assert sorted([*JOBS, *SEARCHES]) == group_options(CONF, "sweep")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_passes_the_checks_with_each_of_its_values(name: str) -> None:
     words = [f"sweep={name}"]

@@ -166,6 +166,7 @@ def test_a_row_that_is_being_written_waits_for_the_next_look(tmp_path: Path) -> 
     assert rows.settled() == [2.5, 1.25]
 
 
+@pytest.mark.slow
 def test_each_validation_can_be_read_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no checkpoint is written, before which the logs are."""
     seen: list[int] = []
@@ -282,6 +283,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return lambda name: Machine(tmp_path / name, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_a_time", [1, 3])
 def test_a_search_that_is_killed_at_any_line_is_the_undisturbed_one(
     machine: Callable[[str], Machine], at_a_time: int
@@ -467,6 +469,7 @@ def test_a_damaged_journal_is_named_with_its_line(machine: Callable[[str], Machi
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_searches_and_says_how_to_repeat_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

@@ -88,6 +88,7 @@ def test_a_higher_limit_lets_finished_jobs_go_on(typed: Typed) -> None:
     assert typed(*SWEPT, "trainer.max_steps=6") == []
 
 
+@pytest.mark.slow
 def test_the_same_job_twice_runs_once(typed: Typed) -> None:
     assert typed("-m", "optimizer.lr=0.002,2e-3,0.0020", "run_name=study") == ["lr_0.002"]
     assert "1 job, 1 to run" in typed.out
@@ -114,6 +115,7 @@ def test_what_failed_of_itself_runs_again_only_when_asked(typed: Typed, monkeypa
     assert typed(*words, "hydra.sweeper.retry_failed=true") == ["lr_1e30"]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_fails_leaves_a_report(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SweepReport, "write", WRITE_REPORT)
 
@@ -210,6 +212,7 @@ def test_settings_of_a_sweep_that_no_job_would_get_are_refused(typed: Typed, tmp
     assert typed.code == 2
 
 
+@pytest.mark.slow
 def test_a_typed_folder_is_the_one_to_add_jobs_to_and_jobs_have_no_typed_folder(typed: Typed, tmp_path: Path) -> None:
     typed("-m", "seed=1", f"hydra.sweep.dir={tmp_path / 'mine'}")
     assert "type more values with hydra.sweep.dir=mine" in typed.out
