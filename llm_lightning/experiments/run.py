@@ -37,6 +37,7 @@ from llm_lightning.experiments.build import (
     task_of,
 )
 from llm_lightning.experiments.compiler import compile_model
+from llm_lightning.experiments.devices import refuse_missing_device
 from llm_lightning.experiments.hparams import best_tag, shown_settings
 from llm_lightning.experiments.monitors import fill_modes, refuse_unknown
 from llm_lightning.experiments.open_settings import take_from_run, take_from_weights, take_rate
@@ -76,6 +77,7 @@ def train(settings: Settings, run_dir: Path, start: Start) -> float | None:
     """
     settings["resume"] = None  # the run's location is not one of its settings
     trainer = settings["trainer"]
+    refuse_missing_device(trainer["accelerator"])
     trainer["precision"] = choose_precision(trainer["precision"], trainer["accelerator"], trainer["devices"])
     fill_modes(settings)
     counts(trainer)  # refuses numbers that the launcher contradicts, before the data are read
