@@ -60,6 +60,8 @@ def act(folder: Path, what: str, watch: Watch | None) -> None:
 
 def main(folder: Path, who: str, *what: str) -> None:
     watch = None
+    if "saves" in what:  # it answers SIGTERM as a run does
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     if "unmet" not in what:
         causes.join(causes.rank(), causes.size(), folder)
         watch = Watch(causes.rank(), causes.size(), folder)

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_lightning"
 
 FLOORS = [
-    {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals", "slurm", "stacks", "nearest", "malloc"}
+    {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals", "slurm", "stacks", "progress"}
+    | {"nearest", "malloc"}
     | {"cores"},
     {"weights", "metrics"},
     {"data"},

@@ -104,16 +104,22 @@ def refusing_damage(checkpoint: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError):
-        raise
     except Exception as error:
-        names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-        if checkpoint is None or checkpoint_connector.__name__ not in names:
+        damage = damage_of(error, checkpoint)
+        if damage is None:
             raise
-        raise CheckpointError(
-            f"{checkpoint} lacks what this run needs to continue ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); use another checkpoint of the run, or train again"
-        ) from error
+        raise damage from error
+
+
+def damage_of(error: Exception, checkpoint: Any) -> CheckpointError | None:
+    """The clear error that an exception of Lightning about the content of a checkpoint is; None if it is another."""
+    names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+    if checkpoint is None or checkpoint_connector.__name__ not in names or isinstance(error, (ValueError, OSError)):
+        return None
+    return CheckpointError(
+        f"{checkpoint} lacks what this run needs to continue ({type(error).__name__}: "
+        f"{' '.join(str(error).split())}); use another checkpoint of the run, or train again"
+    )
 
 
 def position(trainer: L.Trainer) -> tuple[int, int]:

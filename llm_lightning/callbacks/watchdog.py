@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 
+from llm_lightning import progress
 from llm_lightning.stacks import stacks
 from llm_lightning.terminal import say
 
@@ -18,10 +19,10 @@ LOOK_SECONDS = 5.0
 
 
 class Watchdog(L.Callback):
-    """Call `alarm` if no batch, validation or checkpoint was finished for some time. Its thread ends with `teardown`.
+    """Call `alarm` if nothing was finished for some time: a batch, a validation, a checkpoint, a generated token.
 
     Args:
-        minutes: the time; generating samples, and writing a checkpoint, must take less.
+        minutes: the time; writing a checkpoint must take less.
     """
 
     def __init__(self, minutes: float = 30.0) -> None:
@@ -29,7 +30,6 @@ class Watchdog(L.Callback):
             raise ValueError(f"callbacks.watchdog.minutes={minutes} must be above 0; callbacks.watchdog=null is off")
         self.minutes = minutes
         self.alarm: Callable[[str], None] = say_stacks
-        self._progress = time.monotonic()
         self._over: threading.Event | None = None
 
     @property
@@ -42,11 +42,17 @@ class Watchdog(L.Callback):
         threading.Thread(target=self._watch, args=(self._over,), name="watchdog", daemon=True).start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._end()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end()  # no teardown follows; the process may live on, as a notebook does
+
+    def _end(self) -> None:
         if self._over is not None:
             self._over.set()
 
     def _mark(self, *_: Any, **__: Any) -> None:
-        self._progress = time.monotonic()
+        progress.mark()
 
     on_train_start = on_train_batch_start = on_train_batch_end = on_train_end = _mark
     on_validation_start = on_validation_batch_end = on_validation_end = on_save_checkpoint = _mark
@@ -58,9 +64,9 @@ class Watchdog(L.Callback):
         while not over.wait(every):
             now = time.monotonic()
             if now - last > 2 * every:  # ^Z, or a computer that slept: the run was stopped as well
-                self._progress += now - last
+                progress.mark(behind=now - last)
             last = now
-            if now - self._progress > 60 * self.minutes:
+            if progress.since() > 60 * self.minutes:
                 self.alarm(self.message)
                 return
 

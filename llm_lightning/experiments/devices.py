@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-_PRESENT = {
+_PRESENT: dict[str, Callable[[], bool]] = {
     "cuda": torch.cuda.is_available,
     "mps": torch.backends.mps.is_available,
     "gpu": lambda: torch.cuda.is_available() or torch.backends.mps.is_available(),
@@ -16,7 +18,7 @@ def refuse_missing_device(accelerator: str) -> None:
 
     Lightning's own error, later, names no remedy.
     """
-    if not _PRESENT.get(accelerator, lambda: True)():
+    if accelerator in _PRESENT and not _PRESENT[accelerator]():
         raise ValueError(
             f"trainer.accelerator={accelerator}, but PyTorch {torch.__version__} sees no such device here; "
             "set trainer.accelerator=cpu, or accelerator=auto for the fastest that there is"

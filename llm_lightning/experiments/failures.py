@@ -85,9 +85,15 @@ def record(folder: Path, *, kind: Kind, error: Exception, message: str, exit_cod
     Failure(kind, type(error).__name__, message, exit_code, began=began).write(folder)
 
 
-def record_cause(folder: Path, message: str, exit_code: int, *, by_signal: bool = False) -> None:
-    """Write `failure.json` for an end without an exception, unless this session has one."""
-    since = changed(folder / OWNER)
+def record_cause(
+    folder: Path, message: str, exit_code: int, *, by_signal: bool = False, since: float | None = None
+) -> None:
+    """Write `failure.json` for an end without an exception, unless this session has one.
+
+    Args:
+        since: when the session started; None: as the folder says, while a process of the session lives.
+    """
+    since = changed(folder / OWNER) if since is None else since
     if changed(folder / FAILURE) <= since:
         kind: Kind = "signal" if by_signal else "error"
         began = changed(folder / CONFIG_JSON) > since

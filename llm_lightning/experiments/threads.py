@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_lightning.cores import cores
+from llm_lightning.experiments.ranks.launcher import launched
 
 if TYPE_CHECKING:
     import lightning as L
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 THREADS = "OMP_NUM_THREADS"
 
 log = logging.getLogger(__name__)
+
+_ours: tuple[int, int] | None = None
+"""PyTorch's own number of threads, and the one that the last run of this process set in its place."""
+_exported: str | None = None
+"""OMP_NUM_THREADS as a run of this process set it, for the processes that it started."""
 
 
 def divide_cores(trainer: L.Trainer, num_workers: int) -> None:
@@ -31,18 +37,21 @@ def divide_cores(trainer: L.Trainer, num_workers: int) -> None:
     import torch  # late: `choose_wait_policy` comes before
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    by_torchrun = _set_by_torchrun(os.environ)
-    if THREADS in os.environ and not by_torchrun:
+    global _ours, _exported
+    by_torchrun, typed = _set_by_torchrun(os.environ), os.environ.get(THREADS)
+    if typed not in (None, _exported) and not by_torchrun:
         return
-    ranks = trainer.num_devices
-    allowed = cores() if by_torchrun else min(cores(), torch.get_num_threads())  # PyTorch's: the physical cores
+    ranks, current = trainer.num_devices, torch.get_num_threads()
+    own = _ours[0] if _ours is not None and _ours[1] == current else current  # at first: the physical cores
+    allowed = cores() if by_torchrun else min(cores(), own)
     environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
     is_own = isinstance(environment, SLURMEnvironment) and _is_own_share(os.environ)
     threads = threads_of_rank(allowed, 1 if is_own else ranks, num_workers)
-    if threads != torch.get_num_threads():
+    if threads != current:
         torch.set_num_threads(threads)
+        _ours = own, threads
     if trainer.strategy.launcher is not None:  # Lightning's own division knows neither quotas nor SLURM's shares
-        os.environ[THREADS] = str(threads)
+        os.environ[THREADS] = _exported = str(threads)
     if (ranks > 1 or threads < allowed) and trainer.is_global_zero:
         torchruns = "; torchrun's OMP_NUM_THREADS=1 was not typed, and is replaced" if by_torchrun else ""
         log.info("Threads: %d of %d cores for each of %d processes%s", threads, allowed, ranks, torchruns)
@@ -70,8 +79,9 @@ def choose_wait_policy(trainer: Mapping[str, Any]) -> None:
 
 
 def _shares_a_cpu(trainer: Mapping[str, Any]) -> bool:
-    devices = str(trainer.get("devices"))
-    return trainer.get("accelerator") in ("cpu", "auto") and devices.isdigit() and int(devices) > 1
+    here, devices = launched(), str(trainer.get("devices"))
+    is_many = here.per_node[0] > 1 if here.starts_all else devices.isdigit() and int(devices) > 1
+    return trainer.get("accelerator") in ("cpu", "auto") and is_many
 
 
 def _is_own_share(environment: Mapping[str, str]) -> bool:

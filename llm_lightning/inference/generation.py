@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llm_lightning import progress
 from llm_lightning.models.attention import Context, causal_mask
 from llm_lightning.models.gpt import GPT
 from llm_lightning.models.sharding import without_gradients
@@ -204,6 +205,7 @@ def _decode(
             rows, chosen = [rows[index] for index in running], [chosen[index] for index in running]
             batch.keep(running)
         logits = batch.step(chosen)
+        progress.mark()
 
 
 def _mask(model: GPT, never: Collection[int]) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from llm_lightning import progress
 from llm_lightning.files.frozen_cache import FrozenCache, FrozenCacheError
 from llm_lightning.tasks.in_step import all_say
 
@@ -32,17 +33,23 @@ def fill(
     Raises:
         FrozenCacheError, ValueError: as `store.ensure`; in all processes if in one.
     """
+
+    def finished(indices: list[int]) -> Tensor:
+        values = compute(indices)
+        progress.mark()
+        return values
+
     if not module.is_sharded:
-        store.ensure(keys, n_rows, compute, **options)
+        store.ensure(keys, n_rows, finished, **options)
         return
     strategy = module.trainer.strategy
     error: Exception | None = None
     for leader in range(module.trainer.world_size):
         if leader == module.global_rank:
-            error = _lead(store, strategy, leader, keys, n_rows, compute, options)
+            error = _lead(store, strategy, leader, keys, n_rows, finished, options)
         else:
             while (indices := strategy.broadcast(None, src=leader)) is not None:
-                compute(indices)
+                finished(indices)
     if not all_say(module.trainer, "stores what it computed", error is None):
         raise error or FrozenCacheError(f"another process cannot keep {options['description']}")
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from llm_lightning.callbacks import watchdog
+from llm_lightning import progress
 from llm_lightning.callbacks.watchdog import Watchdog
+from llm_lightning.inference.generation import generate
+from llm_lightning.models.gpt import GPT, GPTConfig
 from llm_lightning.stacks import stacks
+from llm_lightning.tasks.stored_results import fill
 
 MINUTES = 0.002
 """0.12 seconds."""
@@ -49,13 +54,14 @@ def test_no_progress_rings_once(alarm: Alarm) -> None:
 
 def test_each_batch_validation_and_checkpoint_is_progress(alarm: Alarm, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])  # the watchdog's too: one module
     dog = Watchdog(minutes=1)
     hooks = [dog.on_train_batch_end, dog.on_validation_batch_end, dog.on_test_batch_end, dog.on_save_checkpoint]
     for second, hook in enumerate(hooks):
         now[0] = float(second)
         hook(NONE, NONE, NONE)
-        assert dog._progress == second
+        now[0] = second + 0.5
+        assert progress.since() == 0.5
 
 
 def test_nothing_rings_after_the_end(alarm: Alarm) -> None:
@@ -64,18 +70,42 @@ def test_nothing_rings_after_the_end(alarm: Alarm) -> None:
     assert not alarm.rang.wait(0.4)
 
 
+def test_nothing_rings_after_an_exception(alarm: Alarm) -> None:
+    """Lightning calls no teardown then, and a notebook lives on."""
+    dog = started(alarm)
+    dog.on_exception(NONE, NONE, KeyboardInterrupt())
+    assert not alarm.rang.wait(0.4)
+
+
+def test_generated_tokens_and_stored_results_are_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[float] = []
+    monkeypatch.setattr(progress, "mark", lambda: marks.append(0.0))
+    model = GPT(GPTConfig(vocab_size=17, context_length=8, n_layer=1, n_head=1, n_embd=8)).eval()
+    generate(model, [[1], [2]], max_new_tokens=4)
+    assert len(marks) == 3, "each step behind the prompts"
+
+    class Store:
+        def ensure(self, keys: Any, n_rows: Any, compute: Any, **_: Any) -> None:
+            for index in range(len(keys)):
+                compute([index])
+
+    fill(Store(), SimpleNamespace(is_sharded=False), [b"a", b"b"], [1, 1], lambda _: torch.zeros(1))  # type: ignore[arg-type]
+    assert len(marks) == 5
+
+
 def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch, alarm: Alarm) -> None:
-    """An hour passes between two looks, which are 5 seconds apart; then 20 seconds of progress missing are no alarm."""
-    dog, looks = Watchdog(minutes=0.5), iter([0.0, 5.0, 3605.0, 3610.0])
+    """An hour passes between two looks, which are 5 seconds apart; then 10 seconds without progress are no alarm."""
+    dog, now = Watchdog(minutes=0.5), [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     dog.alarm = alarm
-    dog._progress = 0.0
+    progress.mark()
 
     class Over:
         def wait(self, _: float) -> bool:
-            return next(waits)
+            now[0] = next(looks)
+            return now[0] > 3610
 
-    waits = iter([False, False, False, True])
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(looks))
+    looks = iter([5.0, 3605.0, 3610.0, 3615.0])
     dog._watch(Over())  # type: ignore[arg-type]
     assert alarm.messages == []
 

@@ -186,7 +186,7 @@ def test_processes_of_a_job_share_its_threads_and_slurm_allots_its_own() -> None
     two = {"accelerator": "cpu", "devices": 2}
     assert claims.threads_of(4, two, {}) == 2
     assert claims.threads_of(1, two, {}) == 1
-    assert claims.threads_of(4, {"accelerator": "gpu", "devices": 2}, {}) == 4
+    assert claims.threads_of(4, {"accelerator": "gpu", "devices": 2}, {}) == 2
     assert claims.threads_of(None, two, {"SLURM_CPUS_ON_NODE": "8"}) is None
     slurm = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_CPUS_ON_NODE": "8"}
     assert claims.threads_of(None, {"accelerator": "cpu", "devices": 1}, slurm) == 8

@@ -33,6 +33,8 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cpu]:
     monkeypatch.setattr(torch, "get_num_threads", lambda: found.threads)
     monkeypatch.setattr(torch, "set_num_threads", found.set)
     monkeypatch.setattr(threads, "cores", lambda: 8)
+    monkeypatch.setattr(threads, "_ours", None)
+    monkeypatch.setattr(threads, "_exported", None)
     for name in [name for name in os.environ if name.startswith(("OMP_", "SLURM_", "TORCHELASTIC"))]:
         monkeypatch.delenv(name)
     before = dict(os.environ)
@@ -62,6 +64,15 @@ def test_one_process_keeps_pytorchs_number_unless_a_quota_is_smaller(cpu: Cpu, m
     threads.divide_cores(trainer(), 0)
     assert cpu.threads == 4
     monkeypatch.setattr(threads, "cores", lambda: 3)
+    threads.divide_cores(trainer(), 0)
+    assert cpu.threads == 3
+
+
+def test_each_run_of_a_process_divides_all_cores(cpu: Cpu) -> None:
+    for ranks, workers, expected in [(1, 2, 6), (1, 2, 6), (2, 0, 4), (2, 0, 4), (1, 0, 8)]:
+        threads.divide_cores(trainer(ranks), workers)
+        assert cpu.threads == expected
+    cpu.set(3)  # the user's own, between two runs
     threads.divide_cores(trainer(), 0)
     assert cpu.threads == 3
 
@@ -117,6 +128,12 @@ def test_processes_that_share_a_cpu_wait_asleep(
     monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
     threads.choose_wait_policy(settings)
     assert os.environ.get("OMP_WAIT_POLICY") == expected
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # by torchrun, which knows how many there are
+    for name, number in [("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")]:
+        monkeypatch.setenv(name, number)
+    threads.choose_wait_policy({"accelerator": accelerator, "devices": "auto"})
+    assert os.environ.get("OMP_WAIT_POLICY") == ("PASSIVE" if accelerator != "gpu" else None)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     threads.choose_wait_policy(settings)
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

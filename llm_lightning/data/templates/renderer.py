@@ -125,4 +125,5 @@ class Renderer:
 RENDERER = Renderer()
 """The one of this process."""
 atexit.register(RENDERER.close)
-os.register_at_fork(after_in_child=RENDERER.forget)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=RENDERER.forget)

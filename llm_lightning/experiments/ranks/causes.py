@@ -162,17 +162,18 @@ def is_supervised() -> bool:
     return _supervisors_folder() is not None
 
 
-def write_text(folder: Path, cause: Cause, ranks: int | None = None) -> None:
+def write_text(folder: Path, cause: Cause, ranks: int | None = None, since: float | None = None) -> None:
     """Write `error.txt` of a run folder, unless this session of the run has one already.
 
     Args:
         ranks: how many the run has; None: as this process knows.
+        since: when the session started; None: as the folder says, while a process of the session lives.
     """
     path = folder / ERROR_TEXT
     when = datetime.fromtimestamp(cause.time).astimezone().isoformat(timespec="seconds")
     where = f"rank {cause.rank} of {ranks or size()} (process {cause.pid} on {cause.host})"
     with contextlib.suppress(OSError):  # the disk may be the cause
-        if changed(path) <= changed(folder / OWNER):
+        if changed(path) <= (changed(folder / OWNER) if since is None else since):
             write_atomically(path, f"{when} {where}: {cause.message}\n")
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from llm_lightning.callbacks.exact_resume import damage_of
 from llm_lightning.callbacks.watchdog import Watchdog
 from llm_lightning.experiments.errors import cause_of
 from llm_lightning.experiments.ranks import causes
@@ -46,8 +49,15 @@ class Heartbeat(L.Callback):
             return
         if hasattr(exception, "exit_code") or causes.is_consequence(exception):  # it was stopped, or another failed
             return
-        cause = cause_of(exception, self.run_dir, self.own)
+        cause = cause_of(explained(exception, trainer.ckpt_path), self.run_dir, self.own)
         causes.announce(cause, self.run_dir)
         timer = threading.Timer(UNWIND_SECONDS, causes.end_at_once, [cause.exit_code])
         timer.daemon = True
         timer.start()
+
+
+def explained(error: Exception, checkpoint: Any) -> Exception:
+    """An exception of Lightning as the run will show it, which has not caught it yet."""
+    if isinstance(error, MisconfigurationException):
+        return ValueError(str(error))
+    return damage_of(error, checkpoint) or error

@@ -90,7 +90,8 @@ class Line:
         self._on_message, self._on_end, self._on_tick = on_message, on_end, on_tick
         self._last_beat = 0.0
         self._closed = threading.Event()
-        os.register_at_fork(after_in_child=self._forget)  # or the death of this process would not end them
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(after_in_child=self._forget)  # or the death of this process would not end them
 
     def start(self) -> None:
         """Start the thread."""

@@ -41,7 +41,7 @@ def local_ranks(config: Mapping[str, Any]) -> int:
 
 
 def _started_by_others() -> bool:
-    return launched().by != "none" or any(name in os.environ for name in OTHERS)
+    return launched().by != "none" or any(os.environ.get(name, "1") != "1" for name in OTHERS)
 
 
 def _torch_has_cuda() -> bool:

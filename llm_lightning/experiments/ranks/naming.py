@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ def shared_name(words: Sequence[str]) -> str | None:
         ValueError: if the processes do not meet.
     """
     here = launched()
+    if here.id is not None and here.by == "none" and _a_person_types():
+        return None
     if here.id is not None and here.by == "none" and is_batch_script():
         return f"{here.id}_{hashlib.sha256(repr(list(words)).encode()).hexdigest()[:8]}"
     if here.id is not None:
@@ -50,6 +53,11 @@ def shared_name(words: Sequence[str]) -> str | None:
             return _told_by_first(here, drawn_name())
         except DistError as error:
             raise not_met(here, error) from error
+
+
+def _a_person_types() -> bool:
+    """Whether this process has a terminal, as in `srun --pty zsh`: each command is a run, and nothing requeues it."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def not_met(here: Launched, error: Exception) -> ValueError:

@@ -190,6 +190,7 @@ class _Watch:
     def __init__(self, ranks: list[_Rank], folder: Path, received: list[int]) -> None:
         self.ranks, self.folder, self.received = ranks, folder, received
         self.silent: list[Cause] = []
+        self.since = time.time()
         self._handed_on = 0
         self._interrupted: float | None = None
         self._failed: float | None = None
@@ -272,7 +273,7 @@ def _concluded(watch: _Watch, run_dir: Path) -> int:
         return 0
     told = dict(causes.read_for_supervisor(watch.folder))
     found = [*_real(told.values()), *watch.silent, *_deaths(ranks, told)]
-    stopped = [rank.code for rank in ranks if rank.code in _STOPPED]
+    stopped = [rank.code for rank in ranks if rank.code in _STOPPED and not rank.was_killed]
     if watch.received or stopped:
         found = [cause for cause in found if cause.kind != "died"]
         if not found:
@@ -281,8 +282,8 @@ def _concluded(watch: _Watch, run_dir: Path) -> int:
     cause = found[0] if found else _unsaid(ranks)
     _show(cause, ranks, is_same=_is_same(told.values(), ranks))
     if cause.kind in ("died", "silent"):
-        failures.record_cause(run_dir, cause.line, cause.exit_code, by_signal=True)
-        causes.write_text(run_dir, cause, len(ranks))
+        failures.record_cause(run_dir, cause.line, cause.exit_code, by_signal=True, since=watch.since)
+        causes.write_text(run_dir, cause, len(ranks), watch.since)
     return cause.exit_code
 
 

@@ -42,7 +42,7 @@ def threads_of(given: int | None, trainer: Mapping[str, Any], environment: Mappi
         given: for the whole job; None: those that SLURM allots, if it has started the job.
     """
     devices = str(trainer.get("devices"))
-    processes = int(devices) if devices.isdigit() and str(trainer.get("accelerator")) == "cpu" else 1
+    processes = int(devices) if devices.isdigit() else 1
     if given is None and "SUBMITIT_EXECUTOR" in environment and "SLURM_CPUS_ON_NODE" in environment:
         given = int(environment["SLURM_CPUS_ON_NODE"])
         tasks = environment.get("SLURM_NTASKS_PER_NODE", "1")

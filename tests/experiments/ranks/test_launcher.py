@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -225,6 +227,10 @@ def test_two_commands_of_one_batch_script_are_two_runs_and_a_requeued_job_finds_
     assert str(names[0]).startswith("slurm_1234_")
     start_by(monkeypatch, {"SLURM_JOB_NAME": "interactive"})
     assert naming.shared_name(["seed=1"]) is None, "every command that a person types is a new run"
+    start_by(monkeypatch, {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"})
+    assert naming.shared_name(["seed=1"]) == "slurm_1234"
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))  # srun --pty zsh
+    assert naming.shared_name(["seed=1"]) is None
 
 
 def test_the_name_reaches_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
