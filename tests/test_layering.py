@@ -12,8 +12,7 @@ PACKAGE = ROOT / "llm_lightning"
 
 FLOORS = [
     {"models", "files", "losses", "optim", "tokenizers", "terminal", "signals", "slurm", "stacks", "progress"}
-    | {"nearest", "malloc"}
-    | {"cores"},
+    | {"nearest", "malloc", "cores"},
     {"weights", "metrics"},
     {"data"},
     {"inference"},

@@ -35,8 +35,9 @@ SILENT_SECONDS = 10.0
 ASLEEP_SECONDS = 3.0
 FELLOWS_SECONDS, TERM_SECONDS = 2.0, 1.5
 """Seconds for the other ranks to end by themselves after a failure, and then after SIGTERM."""
-SAVED_SECONDS = 600.0
-"""Seconds for the other ranks to end after one has ended, saved: the first may still be writing."""
+PASSED_ON_SECONDS, SAVED_SECONDS = 5.0, 600.0
+"""Seconds after the stop of one rank until the others get SIGTERM, which one that is saving ignores, and until their
+end: the first may be writing for long."""
 MOST_BYTES, SHOWN_BYTES = 2**22, 2**14
 """Of a later rank's stderr: kept, and shown."""
 _STOPPED = tuple(128 + signum for signum in STOPPING)
@@ -195,7 +196,7 @@ class _Watch:
         self._interrupted: float | None = None
         self._failed: float | None = None
         self._saved: float | None = None
-        self._has_sent_term = False
+        self._has_passed_on = self._has_sent_term = False
 
     def until_all_ended(self) -> None:
         last = time.monotonic()
@@ -249,6 +250,9 @@ class _Watch:
             self._failed = self._failed or now
         elif any(codes):
             self._saved = self._saved or now
+            if now - self._saved > PASSED_ON_SECONDS and not self._has_passed_on:
+                self._has_passed_on = True  # the signal came to one alone, before it had met the others
+                self._send(signal.SIGTERM)
         if self._saved is not None and now - self._saved > SAVED_SECONDS:
             self._failed = self._failed or now
         if self._failed is None or now - self._failed < FELLOWS_SECONDS:

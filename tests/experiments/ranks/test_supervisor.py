@@ -121,6 +121,14 @@ def test_the_last_line_is_the_cause_and_all_are_gone(words: str, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stop_of_one_rank_before_they_meet_stops_all(tmp_path: Path) -> None:
+    ended = run(tmp_path, "1 SIGTERM unmet saves")
+    assert (ended.code, ended.seconds < GONE_SECONDS) == (143, True)
+    assert not (tmp_path / "error.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_that_ends_well_shows_nothing_of_later_ranks(tmp_path: Path) -> None:
     ended = run(tmp_path, "all end")
     assert (ended.code, ended.lines) == (0, ["a word of rank 0"])
