@@ -31,8 +31,8 @@ from llm_lightning.tasks.sft import SFTModule
 from llm_lightning.tasks.sharded_strategy import ShardedStrategy
 from llm_lightning.tokenizers.build import build_tokenizer
 
-STEPS, SHORT = 100, 20
-"""Updates of a training, and of most trainings with sharded weights, which take ten times longer."""
+STEPS, SHORT = 100, 14
+"""Updates of a training, and of one with sharded weights, which take ten times longer, but for the soak."""
 SAMPLES, GLOBAL_BATCH = 40, 6
 """The last of seven batches holds four samples: with three processes one of them has none."""
 LORA = {"rank": 2, "targets": ("qkv_proj", "down_proj")}
@@ -201,12 +201,12 @@ def train_all(folder: Path, strategies: Sequence[str], processes: int, sharded: 
     """Strategy and case -> what `train` returns, for every task.
 
     Args:
-        sharded: updates with sharded weights; pretraining makes all.
+        sharded: updates with sharded weights.
     """
     found = {}
     for strategy in strategies:
         for case in CASES:
-            steps = sharded if strategy == "fsdp" and case != "pretraining" else STEPS
+            steps = sharded if strategy == "fsdp" else STEPS
             found[f"{strategy} {case}"] = train(folder, case, strategy, processes, steps)
     return found
 

@@ -73,7 +73,7 @@ def test_any_number_of_processes_is_one(tmp_path: Path, alone: dict[str, Any], p
     found = run(processes, train_all, tmp_path / "run", ["fsdp", "ddp"], processes)
     for case in CASES:
         assert_equal(alone[f"one {case}"], found[f"ddp {case}"], STEPS)
-        assert_equal(alone[f"one {case}"], found[f"fsdp {case}"], STEPS if case == "pretraining" else SHORT)
+        assert_equal(alone[f"one {case}"], found[f"fsdp {case}"], SHORT)
         for held in found[f"fsdp {case}"]["held"]:
             assert_parts(held, processes)
         assert any(name.startswith("weight reference") for name in held) == case.startswith("dpo copy")
