@@ -7,10 +7,16 @@ import time
 _last = time.monotonic()
 
 
-def mark(behind: float = 0.0) -> None:
-    """Note that something was finished, now or `behind` seconds after the last time."""
+def mark() -> None:
+    """Note that something was finished."""
     global _last
-    _last = _last + behind if behind else time.monotonic()
+    _last = time.monotonic()
+
+
+def skip(seconds: float) -> None:
+    """Note that nothing could be finished for some time: the process was stopped."""
+    global _last
+    _last += seconds
 
 
 def since() -> float:

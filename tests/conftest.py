@@ -50,7 +50,7 @@ def _entry_points_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
-    """No test cuts the power. Waiting until files would survive that took a fifth of the time of all tests."""
+    """No test cuts the power, and until files would survive that, each test would wait."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

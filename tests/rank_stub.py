@@ -72,6 +72,10 @@ def main(folder: Path, who: str, *what: str) -> None:
         time.sleep(0.02)
     if who in ("all", str(causes.rank())):
         act(folder, what[0], watch)
+    elif "watched" in what:  # the watchdog comes before the heartbeat
+        time.sleep(1)
+        assert watch is not None
+        watch.stalled("no progress for 3 minutes")
     elif "gloo" in what:  # the others see the connection break
         time.sleep(1)
         raise RuntimeError(CLOSED)

@@ -64,7 +64,7 @@ class Watchdog(L.Callback):
         while not over.wait(every):
             now = time.monotonic()
             if now - last > 2 * every:  # ^Z, or a computer that slept: the run was stopped as well
-                progress.mark(behind=now - last)
+                progress.skip(now - last)
             last = now
             if progress.since() > 60 * self.minutes:
                 self.alarm(self.message)

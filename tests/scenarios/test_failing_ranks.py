@@ -59,7 +59,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "trainer.val_check_interval=4",
         "trainer.limit_val_batches=4",
         "callbacks.checkpoints.every_n_steps=2",
-        f"callbacks.watchdog.minutes={WATCHDOG_SECONDS / 60}",
         "model.dropout=0.1",
         "logger=csv",
         "allow_targets=[failing]",
@@ -70,7 +69,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def of_trial(command: Sequence[str], trial: Trial) -> list[str]:
     named = {"how": trial.how, "when": trial.when, "rank": trial.rank}
-    return [*command, *(f"+callbacks.failing.{key}={value}" for key, value in named.items())]
+    minutes = WATCHDOG_SECONDS / 60 if trial.how == "uneven" else 1.0  # else the heartbeat is to be the first
+    return [
+        *command,
+        f"callbacks.watchdog.minutes={minutes}",
+        *(f"+callbacks.failing.{key}={value}" for key, value in named.items()),
+    ]
 
 
 def started(launcher: str, words: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes] | Forked]:
@@ -127,8 +131,9 @@ def problems(trial: Trial, result: Result, run: Path) -> Iterator[str]:
     said = {
         "raise": RAISED,
         "SIGKILL": "(was ended by|ended without a word|Signal 9)",
-        "SIGSTOP": r"has not answered for \d+ s",
-        "uneven": "(no progress for|are out of step)",
+        "SIGSTOP": "has not answered for 10 s",
+        # It leaves the others in the middle of an epoch, or is at a decision of its own while they are at another.
+        "uneven": "are out of step" if trial.when == "validation" else "no progress for",
     }[trial.how]
     lines = [line for line in result.err.splitlines() if line.strip()]
     rank = "" if trial.how == "uneven" else f"rank {trial.rank}: "

@@ -38,10 +38,11 @@ def shared_name(words: Sequence[str]) -> str | None:
         ValueError: if the processes do not meet.
     """
     here = launched()
-    if here.id is not None and here.by == "none" and _a_person_types():
-        return None
-    if here.id is not None and here.by == "none" and is_batch_script():
-        return f"{here.id}_{hashlib.sha256(repr(list(words)).encode()).hexdigest()[:8]}"
+    if here.id is not None and here.by == "none":
+        if _a_person_types():
+            return None
+        if is_batch_script():
+            return f"{here.id}_{hashlib.sha256(repr(list(words)).encode()).hexdigest()[:8]}"
     if here.id is not None:
         return here.id
     if here.by == "none" or here.address is None or here.processes in (None, 1):

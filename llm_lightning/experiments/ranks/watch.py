@@ -113,12 +113,9 @@ class Watch:
         for peer in list(self.line.peers):
             is_silent = now - peer.heard > SILENT_SECONDS and not peer.has_left
             if is_silent and not self._ends and may_be_stopped(peer):
-                self._accuse_silent(peer, now)
+                message = f"{_who(peer.facts)} has not answered for {SILENT_SECONDS:.0f} s"
+                self._accuse(peer, "silent", message, KILLED)
         self._look_at_stacks(now)
-
-    def _accuse_silent(self, peer: Peer, now: float) -> None:
-        message = f"{_who(peer.facts)} has not answered for {now - peer.heard:.0f} s"
-        self._accuse(peer, "silent", message, KILLED)
 
     def _accuse(self, peer: Peer, kind: Kind, message: str, exit_code: int) -> None:
         cause = Cause(peer.rank, kind, message, exit_code, pid=peer.facts["pid"], host=peer.facts["host"])
@@ -167,7 +164,8 @@ class Watch:
     def _end_stalled(self, message: str) -> None:
         for peer in self.line.peers if self.line is not None else ():
             if peer.rank not in self._stacks and not peer.has_left and is_stopped_here(peer):
-                self._accuse_silent(peer, time.monotonic())  # before its time: all the others wait for it
+                words = f"{_who(peer.facts)} is stopped: {message}"
+                self._accuse(peer, "silent", words, KILLED)
         found = {self.rank: stacks(), **self._stacks}
         for rank in sorted(found):
             say(f"--- Python stacks of rank {rank} of {self.size} ---\n{found[rank]}", file=sys.stderr, flush=True)

@@ -192,6 +192,7 @@ def test_lightning_hears_of_the_step_not_of_the_job(monkeypatch: pytest.MonkeyPa
 
 
 def test_one_task_of_slurm_starts_its_processes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
     start_by(monkeypatch, {**BATCH, "SLURM_NTASKS": "1"})
     [alone] = environments()
     assert not alone.creates_processes_externally
@@ -221,6 +222,7 @@ def test_a_run_is_named_by_its_launcher(
 def test_two_commands_of_one_batch_script_are_two_runs_and_a_requeued_job_finds_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
     start_by(monkeypatch, {**BATCH, "SLURM_NTASKS": "1"})
     names = [naming.shared_name([f"seed={seed}"]) for seed in (1, 2, 1)]
     assert names[0] == names[2] != names[1]

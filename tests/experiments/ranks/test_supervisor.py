@@ -85,13 +85,14 @@ FAILURES = {
     "1 exit": (3, r"error: rank 1: process \d+ on \S+ ended with exit code 3"),
     "1 SIGKILL": (137, r"error: rank 1: process \d+ on \S+ was ended by SIGKILL"),
     "0 SIGKILL": (137, r"error: rank 0: process \d+ on \S+ was ended by SIGKILL"),
-    "1 SIGSTOP": (137, r"error: rank 1: process \d+ on \S+ has not answered for 1\d s"),
-    "0 SIGSTOP": (137, r"error: rank 0: process \d+ on \S+ has not answered for 1\d s"),
+    "1 SIGSTOP": (137, r"error: rank 1: process \d+ on \S+ has not answered for 10 s"),
+    "0 SIGSTOP": (137, r"error: rank 0: process \d+ on \S+ has not answered for 10 s"),
     "1 stall": (1, r"error: rank 0: no progress for 3 minutes; the stacks are above"),
+    "1 SIGSTOP watched": (137, r"error: rank 1: process \d+ on \S+ is stopped: no progress for 3 minutes"),
     "1 raise unmet": (2, r"error: rank 1: the disk is made of cheese"),
     "1 SIGKILL unmet": (137, r"error: rank 1: process \d+ on \S+ was ended by SIGKILL"),
     "1 SIGKILL unmet saves": (137, r"error: rank 1: process \d+ on \S+ was ended by SIGKILL"),
-    "1 SIGSTOP unmet": (137, r"error: rank 1: process \d+ on \S+ has not answered for 1\d s"),
+    "1 SIGSTOP unmet": (137, r"error: rank 1: process \d+ on \S+ has not answered for 10 s"),
     "1 SIGKILL gloo": (137, r"error: rank 1: process \d+ on \S+ was ended by SIGKILL"),
 }
 """What a rank does -> the exit code, and the last line. `unmet`: before the ranks have met."""
